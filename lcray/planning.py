@@ -1,0 +1,202 @@
+"""Everything that is chosen before the first gradient: settings, layers, splits, spans, windows.
+
+A plan is data. Under one plan the tables are the same bit for bit, whatever the number of workers
+and the order in which they finish.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lcray.layers import Layer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for; each decides numbers or tables, and is recorded with them.
+
+    Attributes:
+        rule: name of the quadrature rule.
+        refine: halve the panels of intervals that have not converged (Simpson only).
+        rtol: an interval has converged when |gap| <= max(rtol·|loss change|, atol).
+        max_panels: the cap of the refinement.
+        splits: the splits to analyze; None for all of the task's.
+        layers: a pattern (``conv*``) for the layers that get rows in the tables below `layers`.
+        batch_norm: ``running`` (the checkpoint's statistics) or ``batch`` (the batch's own).
+        dtype: of the forward and backward pass, ``float32`` or ``float64``.
+        batch_size: samples a batch.
+        batch_seed: seed of the permutation that cuts the batches where they are part of the loss.
+        partial: checkpoints may lack tensors, which then keep the values of the task's model.
+        window: width of the base windows in steps; None chooses about ten a run.
+        elements: write the `elements` table.
+        parameters: write the `parameters` and `traces` tables; None decides by size.
+        units: write `units` also for layers with more than 10,000 units.
+        trace: elements to trace besides the sample, as ``layer:index``.
+        trace_seed: seed of the sample of traced elements.
+    """
+
+    rule: str = "simpson"
+    refine: bool = False
+    rtol: float = 1e-3
+    max_panels: int = 16
+    splits: tuple[str, ...] | None = None
+    layers: str | None = None
+    batch_norm: str = "running"
+    dtype: str = "float32"
+    batch_size: int = 256
+    batch_seed: int = 0
+    partial: bool = False
+    window: int | None = None
+    elements: bool = False
+    parameters: bool | None = None
+    units: bool = False
+    trace: tuple[str, ...] = ()
+    trace_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Span:
+    """A contiguous block of intervals: the unit of work, retry and commit.
+
+    Attributes:
+        steps: the steps of its checkpoints, one more than its intervals.
+    """
+
+    steps: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """The step its first interval starts at."""
+        return self.steps[0]
+
+    @property
+    def last(self) -> int:
+        """The step its last interval ends at."""
+        return self.steps[-1]
+
+    @property
+    def name(self) -> str:
+        """The name of its folder under ``shards/``."""
+        return f"{self.first:08d}-{self.last:08d}"
+
+    @property
+    def intervals(self) -> tuple[tuple[int, int], ...]:
+        """(start_step, end_step) of each interval."""
+        return tuple(zip(self.steps, self.steps[1:], strict=False))
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """How one split is evaluated.
+
+    Attributes:
+        name: of the split.
+        n_samples: samples in the data set.
+        n_items: items the loss is a mean over.
+        total_weight: Σ w over the items.
+        first_loss: the mean loss at the first checkpoint; it scales atol.
+        n_batches: batches an evaluation.
+        groups: the labels of the groups, in order; empty where the task has none.
+        group_weights: Σ w of each group.
+        sorted_by_group: whether every batch holds one group, so that groups cost nothing.
+    """
+
+    name: str
+    n_samples: int
+    n_items: int
+    total_weight: float
+    first_loss: float
+    n_batches: int
+    groups: tuple[int, ...] = ()
+    group_weights: tuple[float, ...] = ()
+    sorted_by_group: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything chosen before the first gradient.
+
+    Attributes:
+        settings: what was asked for.
+        layers: the model's layers, in its order (the order of the rows of every table).
+        splits: the splits, in the task's order.
+        spans: contiguous, in order of steps.
+        window: width of the base windows, in steps.
+        tables: names of the tables that the spans write.
+        unit_layers: the layers with rows in `units`.
+        detail_layers: the layers with rows in `units`, `histograms`, `parameters`, `traces` and
+            `elements`.
+        trace_sample: elements sampled per layer for `traces`.
+        threads: intra-op threads a worker.
+        device_kind: ``cpu`` or ``cuda``.
+        memory_format: of the activations.
+        deterministic: whether deterministic algorithms are enforced.
+    """
+
+    settings: Settings
+    layers: tuple[Layer, ...]
+    splits: tuple[SplitPlan, ...]
+    spans: tuple[Span, ...]
+    window: int
+    tables: tuple[str, ...]
+    unit_layers: tuple[str, ...]
+    detail_layers: tuple[str, ...]
+    trace_sample: int
+    threads: int = 1
+    device_kind: str = "cpu"
+    memory_format: str = "contiguous"
+    deterministic: bool = True
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps of all checkpoints, in order."""
+        return tuple(s for span in self.spans for s in span.steps[:-1]) + self.spans[-1].steps[-1:]
+
+    @property
+    def n_intervals(self) -> int:
+        """The number of intervals."""
+        return sum(len(span.steps) - 1 for span in self.spans)
+
+    def window_of(self, start_step: int) -> int:
+        """The first step of the base window that an interval starting at `start_step` is in."""
+        return start_step // self.window * self.window
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values."""
+        data = {name: getattr(self, name) for name in _PLAIN}
+        return {
+            "settings": asdict(self.settings),
+            "layers": [layer.to_dict() for layer in self.layers],
+            "splits": [asdict(split) for split in self.splits],
+            "spans": [list(span.steps) for span in self.spans],
+            **data,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """The plan that `to_dict` described."""
+        return cls(
+            settings=Settings(**_tuples(data["settings"])),
+            layers=tuple(Layer.from_dict(layer) for layer in data["layers"]),
+            splits=tuple(SplitPlan(**_tuples(split)) for split in data["splits"]),
+            spans=tuple(Span(tuple(steps)) for steps in data["spans"]),
+            **_tuples({name: data[name] for name in _PLAIN}),
+        )
+
+
+_PLAIN = (
+    "window",
+    "tables",
+    "unit_layers",
+    "detail_layers",
+    "trace_sample",
+    "threads",
+    "device_kind",
+    "memory_format",
+    "deterministic",
+)
+
+
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}

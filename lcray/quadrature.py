@@ -1,0 +1,163 @@
+"""Quadrature rules on [0, 1], as data that checks itself.
+
+Legend: K nodes, n panels. A rule approximates ∫₀¹ f(s) ds by Σ_k w_k f(s_k). Its *embedded* rule
+uses the same nodes with other weights and a lower degree; the difference of the two costs no
+evaluation and indicates the error.
+
+Source: Davis & Rabinowitz, *Methods of Numerical Integration*, 2nd ed., ch. 2. Runge-Kutta of
+order 4 along a known straight path is Simpson's rule: the integrand does not depend on the
+solution, so that the two middle stages coincide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lcray.errors import UsageError, suggest
+
+_TOLERANCE = 1e-14
+
+
+@dataclass(frozen=True)
+class QuadratureRule:
+    """A quadrature rule on [0, 1].
+
+    Attributes:
+        name: what users call it; a composite is ``name*n``.
+        nodes: K increasing points of [0, 1].
+        weights: K weights; they sum to 1.
+        degree: the highest degree of the polynomials that are integrated exactly.
+        embedded: K weights of a lower rule on the same nodes, or None.
+        panels: the number of equal panels the rule consists of.
+        refinable: whether uniform halving reuses every node (Simpson's family).
+
+    Raises:
+        UsageError: if nodes and weights are not a rule of this degree.
+    """
+
+    name: str
+    nodes: tuple[float, ...]
+    weights: tuple[float, ...]
+    degree: int
+    embedded: tuple[float, ...] | None = None
+    panels: int = 1
+    refinable: bool = False
+
+    def __post_init__(self) -> None:
+        _check_nodes(self)
+        _check_moments(self, self.weights, self.degree)
+        if self.embedded is not None:
+            _check_moments(self, self.embedded, 0)
+
+    @property
+    def has_left(self) -> bool:
+        """Whether 0 is a node, so that the gradient at the interval's start is known."""
+        return self.nodes[0] == 0.0
+
+    @property
+    def has_right(self) -> bool:
+        """Whether 1 is a node, so that the gradient at the interval's end is known."""
+        return self.nodes[-1] == 1.0
+
+    @property
+    def n_gradients(self) -> int:
+        """Gradients an interval, a left endpoint shared with the interval before not counted."""
+        return len(self.nodes) - (self.has_left and self.has_right)
+
+    def integrate(self, values: Sequence[float]) -> float:
+        """Σ_k w_k f_k for `values` f_k at the nodes, [K]."""
+        return math.fsum(w * v for w, v in zip(self.weights, values, strict=True))
+
+    def composite(self, panels: int) -> QuadratureRule:
+        """This rule on each of `panels` equal panels, nodes that meet being merged.
+
+        The embedded rule is this rule on half as many panels where those nodes are among the new
+        ones, else the composite of the embedded rule.
+
+        Raises:
+            UsageError: if `panels` is not a positive integer, or the rule is a composite already.
+        """
+        if panels < 1 or self.panels != 1:
+            raise UsageError(f"rule {self.name!r}: cannot be split into {panels} panels")
+        if panels == 1:
+            return self
+        nodes, weights = _spread(self.nodes, self.weights, panels)
+        embedded = None
+        if self.refinable and panels % 2 == 0:
+            coarse = dict(zip(*_spread(self.nodes, self.weights, panels // 2), strict=True))
+            embedded = tuple(coarse.get(node, 0.0) for node in nodes)
+        elif self.embedded is not None:
+            embedded = _spread(self.nodes, self.embedded, panels)[1]
+        name = f"{self.name}*{panels}"
+        return QuadratureRule(name, nodes, weights, self.degree, embedded, panels, self.refinable)
+
+
+def _check_nodes(rule: QuadratureRule) -> None:
+    lengths = {len(rule.nodes), len(rule.weights), len(rule.embedded or rule.weights)}
+    if len(lengths) != 1 or not rule.nodes:
+        raise UsageError(f"rule {rule.name!r}: needs one weight a node, got {sorted(lengths)}")
+    increasing = all(a < b for a, b in zip(rule.nodes, rule.nodes[1:], strict=False))
+    if not increasing or rule.nodes[0] < 0 or rule.nodes[-1] > 1:
+        raise UsageError(f"rule {rule.name!r}: nodes must increase within [0, 1]: {rule.nodes}")
+
+
+def _check_moments(rule: QuadratureRule, weights: tuple[float, ...], degree: int) -> None:
+    for power in range(degree + 1):
+        moment = math.fsum(w * s**power for w, s in zip(weights, rule.nodes, strict=True))
+        if abs(moment - 1 / (power + 1)) > _TOLERANCE:
+            raise UsageError(
+                f"rule {rule.name!r}: not exact on degree {power} (Σ w s^{power} = {moment!r}, "
+                f"must be 1/{power + 1}); correct the weights or the degree"
+            )
+
+
+def _spread(
+    nodes: tuple[float, ...], weights: tuple[float, ...], panels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    merged: dict[float, float] = {}
+    for panel in range(panels):
+        for node, weight in zip(nodes, weights, strict=True):
+            point = (panel + node) / panels
+            merged[point] = merged.get(point, 0.0) + weight / panels
+    return tuple(merged), tuple(merged.values())
+
+
+LEFT = QuadratureRule("left", (0.0,), (1.0,), 0)
+MIDPOINT = QuadratureRule("midpoint", (0.5,), (1.0,), 1)
+TRAPEZOID = QuadratureRule("trapezoid", (0.0, 1.0), (0.5, 0.5), 1, (1.0, 0.0))
+SIMPSON = QuadratureRule(
+    "simpson", (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6), 3, (0.5, 0.0, 0.5), refinable=True
+)
+_LOBATTO = (1 - 1 / math.sqrt(5)) / 2
+GAUSS_LOBATTO = QuadratureRule(
+    "gauss-lobatto",
+    (0.0, _LOBATTO, 1 - _LOBATTO, 1.0),
+    (1 / 12, 5 / 12, 5 / 12, 1 / 12),
+    5,
+    (0.5, 0.0, 0.0, 0.5),
+)
+_GAUSS = (1 - math.sqrt(3 / 5)) / 2
+GAUSS = QuadratureRule(
+    "gauss", (_GAUSS, 0.5, 1 - _GAUSS), (5 / 18, 8 / 18, 5 / 18), 5, (0.0, 1.0, 0.0)
+)
+
+#: The named rules. ``left`` is the first-order variant of [LCA]; ``simpson`` is RK4, the default.
+RULES = {r.name: r for r in (LEFT, MIDPOINT, TRAPEZOID, SIMPSON, GAUSS_LOBATTO, GAUSS)}
+_ALIASES = {"first-order": "left", "rk4": "simpson"}
+
+
+def get_rule(name: str) -> QuadratureRule:
+    """The rule called `name`, with ``name*n`` for its composite on n panels.
+
+    Raises:
+        UsageError: if there is no such rule; the message names the nearest one.
+    """
+    base, _, panels = name.partition("*")
+    base = _ALIASES.get(base, base)
+    if base not in RULES:
+        raise UsageError(suggest(name, [*RULES, *_ALIASES], "rule"))
+    if panels and not panels.isdecimal():
+        raise UsageError(f"rule {name!r}: panels must be a positive integer, as in 'simpson*2'")
+    return RULES[base].composite(int(panels) if panels else 1)
