@@ -1,0 +1,447 @@
+"""The tables: columns, units, descriptions, keys, and how each is stored in Parquet.
+
+Tables are tidy: one fact a row, flat columns. Rows are sorted by key, where splits and layers
+count in the plan's order (layers: the model's) and everything else ascends. Non-finite numbers
+are stored as null; the column `status` of `intervals` says why.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lcray.errors import UsageError, suggest
+
+#: Version of the tables, shards and commits; readers refuse any other.
+FORMAT_VERSION = 1
+
+#: The value of `window` in `fits` that stands for the whole run.
+WHOLE_RUN = -1
+
+#: What an interval's `status` may be; everything but ``ok`` leaves its numbers null.
+STATUSES = ("ok", "nonfinite_checkpoint", "nonfinite_loss", "nonfinite_gradient")
+
+_STRING = pa.dictionary(pa.int32(), pa.string())
+_INT, _SIGN, _FLOAT, _SINGLE = pa.int64(), pa.int8(), pa.float64(), pa.float32()
+_LOSS = "loss"  # nats for cross-entropy; else whatever the task's loss is measured in
+
+
+@dataclass(frozen=True)
+class TableSchema:
+    """What one table holds and how it is stored.
+
+    Attributes:
+        name: of the table.
+        key: the columns that identify a row, in the order the rows are sorted by.
+        schema: Arrow schema; fields carry ``unit`` and ``description``, the schema the format
+            version, the table's name, description and key.
+        description: one line.
+        partition: key columns that are constant within a row group of a shard.
+        row_group_size: rows in a full row group.
+    """
+
+    name: str
+    key: tuple[str, ...]
+    schema: pa.Schema
+    description: str
+    partition: tuple[str, ...]
+    row_group_size: int
+
+    @property
+    def write_options(self) -> dict[str, Any]:
+        """Keyword arguments of `pyarrow.parquet.ParquetWriter`.
+
+        Dictionaries serve strings only, so that every other column can have its own encoding:
+        split bytes for floats, deltas for integers.
+        """
+        strings = [f.name for f in self.schema if pa.types.is_dictionary(f.type)]
+        encodings = {f.name: _encoding(f.type) for f in self.schema}
+        options: dict[str, Any] = {
+            "compression": "zstd",
+            "compression_level": 1,
+            "use_dictionary": strings,
+            "column_encoding": {name: code for name, code in encodings.items() if code},
+            "data_page_size": 2 << 20,
+            "store_schema": True,
+        }
+        if "max_rows_per_page" in inspect.signature(pq.ParquetWriter).parameters:
+            options["max_rows_per_page"] = 1 << 18  # older writers do not limit the rows of a page
+        return options
+
+
+def _encoding(kind: pa.DataType) -> str | None:
+    if pa.types.is_floating(kind):
+        return "BYTE_STREAM_SPLIT"
+    return "DELTA_BINARY_PACKED" if pa.types.is_integer(kind) else None
+
+
+def _column(
+    name: str, kind: pa.DataType, unit: str, description: str, nullable: bool = False
+) -> pa.Field:
+    return pa.field(name, kind, nullable, {"unit": unit, "description": description})
+
+
+def _float(name: str, unit: str, description: str) -> pa.Field:
+    return _column(name, _FLOAT, unit, description, nullable=True)
+
+
+def _count(name: str, description: str) -> pa.Field:
+    return _column(name, _INT, "1", description)
+
+
+_SPLIT = _column("split", _STRING, "", "named data set that the loss is taken over")
+_LAYER = _column("layer", _STRING, "", "named tensor of the model; tied tensors are one layer")
+_START = _column("start_step", _INT, "step", "step of the checkpoint that the interval starts at")
+_END = _column("end_step", _INT, "step", "step of the checkpoint that the interval ends at")
+_INDEX = _column("index", _INT, "1", "position in the layer's tensor, flattened row by row")
+_WINDOW = _column(
+    "window", _INT, "step", "first step of the base window: start_step // width * width"
+)
+_SIGN_COLUMN = _column(
+    "sign", _SIGN, "1", "-1 helps, +1 hurts, 0 exact zeros (which are in the underflow bin)"
+)
+
+
+def _counts(scope: str) -> tuple[pa.Field, ...]:
+    rest = f" {scope}; buffers and intervals that are not ok count 0"
+    return (
+        _count("n_helping", "parameter elements with LC < 0" + rest),
+        _count("n_hurting", "parameter elements with LC > 0" + rest),
+        _count("n_zero", "parameter elements with LC = 0" + rest),
+    )
+
+
+_INTERVALS = (
+    _SPLIT,
+    _START,
+    _END,
+    _float("loss_start", _LOSS, "mean loss at the start"),
+    _float("loss_end", _LOSS, "mean loss at the end"),
+    _float("loss_change", _LOSS, "loss_end - loss_start"),
+    _float("lc", _LOSS, "loss change allocated to all layers"),
+    _float("gap", _LOSS, "completeness gap: lc - loss_change"),
+    _float("first_order_lc", _LOSS, "LC by the gradient at the start; null without a node at 0"),
+    _column("rule", _STRING, "", "quadrature rule, before refinement"),
+    _count("panels", "equal panels that the interval was cut into"),
+    _count("n_gradients", "full-batch gradients; a shared left endpoint is not counted"),
+    _column(
+        "converged", pa.bool_(), "", "whether the gap is within its bound; null if not ok", True
+    ),
+    _column("status", _STRING, "", "one of " + ", ".join(STATUSES)),
+    *_counts("of the interval"),
+)
+
+_LAYERS = (
+    _SPLIT,
+    _START,
+    _LAYER,
+    _END,
+    _column("module", _STRING, "", "module that owns the layer; empty for the root"),
+    _column("kind", _STRING, "", "parameter or buffer"),
+    _count("numel", "elements of the layer"),
+    _float("lc", _LOSS, "loss change allocated to the layer"),
+    _float("lc_error", _LOSS, "|sum of rule - embedded rule|: an upper indication of lc's error"),
+    _float("lc_helping", _LOSS, "sum of the negative LC"),
+    _float("lc_hurting", _LOSS, "sum of the positive LC"),
+    *_counts("of the layer"),
+    _float("first_order_lc", _LOSS, "LC by the gradient at the start; null without a node at 0"),
+    _float("update_norm", "parameter", "Euclidean norm of the movement"),
+    _float("gradient_norm", "loss/parameter", "norm of the gradient at the start"),
+    _count(
+        "n_flips",
+        "parameter elements whose LC sign here times that in the adjacent interval before is -1; "
+        "0 without one",
+    ),
+)
+
+_UNITS = (
+    _SPLIT,
+    _START,
+    _LAYER,
+    _count("unit", "position along the output axis"),
+    _float("lc", _LOSS, "loss change allocated to the unit"),
+)
+
+_GROUPS = (
+    _SPLIT,
+    _START,
+    _LAYER,
+    _count("group", "label of the items"),
+    _float("lc", _LOSS, "LC of the mean loss over the group's own items"),
+    _float(
+        "weight", "1", "the group's share of the total weight: lc * weight adds up to the layer"
+    ),
+)
+
+_HISTOGRAMS = (
+    _SPLIT,
+    _WINDOW,
+    _LAYER,
+    _SIGN_COLUMN,
+    _count("bin", "number of the bin; edges are (1 + m/8) * 2**e"),
+    _column("lower", _FLOAT, _LOSS, "lower edge, inclusive"),
+    _column("upper", _FLOAT, _LOSS, "upper edge, exclusive"),
+    _count("count", "parameter elements x intervals with this sign and |LC| in the bin"),
+    _column("sum", _FLOAT, _LOSS, "sum of their |LC|"),
+)
+
+_PARAMETERS = (
+    _SPLIT,
+    _LAYER,
+    _INDEX,
+    _float("lc", _LOSS, "LC over the run"),
+    _float("abs_lc", _LOSS, "sum of |LC| over the intervals"),
+    _count("n_helping", "intervals with LC < 0"),
+    _count("n_hurting", "intervals with LC > 0"),
+    _count("n_zero", "intervals with LC = 0"),
+    _count("n_flips", "neighbouring intervals with LC of opposite sign"),
+    _float("displacement", "parameter", "sum of the movements"),
+    _float("path_length", "parameter", "sum of the absolute movements"),
+    _count("displacement_flips", "neighbouring intervals with movements of opposite sign"),
+    _column(
+        "gradient_flips",
+        _INT,
+        "1",
+        "neighbouring intervals with gradients (at their starts) of opposite sign; null without a "
+        "node at 0",
+        True,
+    ),
+)
+
+_TRACES = (
+    _SPLIT,
+    _LAYER,
+    _INDEX,
+    _column("step", _INT, "step", "step of the checkpoint"),
+    _float("weight", "parameter", "value at the checkpoint"),
+    _float("gradient", "loss/parameter", "gradient at the checkpoint"),
+    _float("lc", _LOSS, "LC of the interval that starts here; null if there is none"),
+)
+
+_ELEMENTS = (
+    _SPLIT,
+    _LAYER,
+    _START,
+    _INDEX,
+    _column("lc", _SINGLE, _LOSS, "loss change allocated to the element", True),
+)
+
+_FITS = (
+    _SPLIT,
+    _column("window", _INT, "step", "first step of the base window; -1 stands for the whole run"),
+    _LAYER,
+    _column("sign", _SIGN, "1", "-1 helps, +1 hurts"),
+    _column("distribution", _STRING, "", "fitted to |LC| of this sign"),
+    _column(
+        "parameter",
+        _STRING,
+        "",
+        "a parameter of the distribution (Weibull: shape k, scale lambda), or n, "
+        "log_likelihood, aic, ks",
+    ),
+    _float("value", "", "its value; lambda in units of the loss, the rest without unit"),
+    _float("se", "", "standard error of a parameter, else null"),
+)
+
+_BORDERS = (
+    _SPLIT,
+    _LAYER,
+    _INDEX,
+    *(
+        _column(f"{what}_{end}", _SIGN, "1", f"sign of the {words} in the span's {end} interval", n)
+        for what, words, n in (
+            ("lc", "LC", False),
+            ("displacement", "movement", False),
+            ("gradient", "gradient at the start (null without a node at 0)", True),
+        )
+        for end in ("first", "last")
+    ),
+)
+
+
+def _table(
+    name: str,
+    key: str,
+    columns: Iterable[pa.Field],
+    description: str,
+    partition: str = "split",
+    row_group_size: int = 1 << 17,
+) -> TableSchema:
+    metadata = {
+        "lcray.format_version": str(FORMAT_VERSION),
+        "lcray.table": name,
+        "lcray.description": description,
+        "lcray.key": ",".join(key.split()),
+    }
+    schema = pa.schema(list(columns), metadata=metadata)
+    parts = tuple(partition.split())
+    return TableSchema(name, tuple(key.split()), schema, description, parts, row_group_size)
+
+
+_ALL = (
+    _table("intervals", "split start_step", _INTERVALS, "loss and LC of every interval"),
+    _table("layers", "split start_step layer", _LAYERS, "LC of every layer and interval"),
+    _table("units", "split start_step layer unit", _UNITS, "LC of every unit and interval"),
+    _table("groups", "split start_step layer group", _GROUPS, "LC of the mean loss of each group"),
+    _table(
+        "histograms",
+        "split window layer sign bin",
+        _HISTOGRAMS,
+        "absolute LC of the elements of a layer, interval by interval, on a logarithmic scale",
+    ),
+    _table(
+        "parameters",
+        "split layer index",
+        _PARAMETERS,
+        "every parameter over the run",
+        "split layer",
+        1 << 18,
+    ),
+    _table(
+        "traces",
+        "split layer index step",
+        _TRACES,
+        "weight, gradient and LC of a sample of elements, step by step",
+        "split layer",
+    ),
+    _table(
+        "elements",
+        "split layer start_step index",
+        _ELEMENTS,
+        "LC of every element and interval",
+        "split start_step layer",
+        1 << 20,
+    ),
+    _table(
+        "fits",
+        "split window layer sign distribution parameter",
+        _FITS,
+        "distributions fitted to the absolute LC of the elements of a layer",
+    ),
+    _table(
+        "borders",
+        "split layer index",
+        _BORDERS,
+        "signs in a span's first and last interval (internal: shards only)",
+        "split layer",
+        1 << 18,
+    ),
+)
+
+#: Every table by name; `borders` exists in shards only, `fits` in the reduced tables only.
+TABLES: Mapping[str, TableSchema] = MappingProxyType({table.name: table for table in _ALL})
+
+#: Tables that the reducer takes from shards one for one, in the order they are written.
+SHARD_TABLES = tuple(name for name in TABLES if name not in ("fits", "borders"))
+
+
+def table_schema(name: str) -> TableSchema:
+    """The schema of the table called `name`.
+
+    Raises:
+        UsageError: if there is no such table; the message names the nearest one.
+    """
+    if name not in TABLES:
+        raise UsageError(suggest(name, [n for n in TABLES if n != "borders"], "table"))
+    return TABLES[name]
+
+
+def make_table(name: str, columns: Mapping[str, Any]) -> pa.Table:
+    """An Arrow table with the schema of the table called `name`.
+
+    Args:
+        name: of the table.
+        columns: by name, each an array, list or Arrow array [n] or a scalar (repeated n times). A
+            string column may be one string or a pair (codes [n], names). NaN and ±inf become null;
+            a column that is left out is null if its type allows that.
+
+    Raises:
+        UsageError: if there is no such table.
+        ValueError: for an unknown or missing column, lengths that differ, values that do not fit
+            the type, or nulls where the type has none.
+    """
+    schema = table_schema(name).schema
+    unknown = [column for column in columns if column not in schema.names]
+    if unknown:
+        raise ValueError(suggest(unknown[0], schema.names, f"column of {name!r}"))
+    lengths = {column: n for column, v in columns.items() if (n := _length(v)) is not None}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"table {name!r}: columns differ in length: {lengths}")
+    rows = next(iter(lengths.values()), 1)
+    arrays = [_array(name, field, columns.get(field.name), rows) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _length(value: Any) -> int | None:
+    """The number of rows of a column, None for a scalar."""
+    if isinstance(value, tuple):
+        value = value[0]
+    if value is None or isinstance(value, str) or np.ndim(value) == 0:
+        return None
+    return len(value)
+
+
+def _array(table: str, field: pa.Field, value: Any, rows: int) -> pa.Array:
+    try:
+        if value is None:
+            array = pa.nulls(rows, field.type)
+        elif pa.types.is_dictionary(field.type):
+            array = _strings(value, rows)
+        elif pa.types.is_floating(field.type):
+            array = _floats(value, rows, field.type)
+        else:
+            array = _exact(value, rows, field.type)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"table {table!r}: column {field.name!r}: {error}") from error
+    if array.null_count and not field.nullable:
+        raise ValueError(f"table {table!r}: column {field.name!r} must not be missing or null")
+    return array
+
+
+def _strings(value: Any, rows: int) -> pa.Array:
+    if isinstance(value, str):
+        value = (np.zeros(rows, np.int32), [value])
+    if isinstance(value, tuple):
+        codes, names = value
+        if np.ndim(codes) == 0:
+            codes = np.full(rows, codes)
+        indices = pa.array(np.asarray(codes)).cast(pa.int32())
+        return pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string()))
+    if isinstance(value, pa.ChunkedArray):
+        value = value.combine_chunks()
+    array = value if isinstance(value, pa.Array) else pa.array(value, pa.string())
+    if not pa.types.is_dictionary(array.type):
+        array = array.cast(pa.string()).dictionary_encode()
+    return array.cast(_STRING)
+
+
+def _floats(value: Any, rows: int, kind: pa.DataType) -> pa.Array:
+    dtype = kind.to_pandas_dtype()
+    if isinstance(value, pa.Array | pa.ChunkedArray):
+        value = value.cast(kind).to_numpy(**_COPY[type(value) is pa.ChunkedArray])
+    with np.errstate(over="ignore"):  # beyond the type's range is infinite, hence null
+        values = np.ascontiguousarray(np.broadcast_to(np.asarray(value, dtype), (rows,)))
+    finite = np.isfinite(values)
+    return pa.array(values, kind, mask=None if finite.all() else ~finite)
+
+
+#: `to_numpy` of a plain array copies only when told to; that of a chunked one always may.
+_COPY: dict[bool, dict[str, bool]] = {False: {"zero_copy_only": False}, True: {}}
+
+
+def _exact(value: Any, rows: int, kind: pa.DataType) -> pa.Array:
+    if isinstance(value, pa.ChunkedArray):
+        value = value.combine_chunks()
+    if isinstance(value, pa.Array):
+        return value.cast(kind)
+    if isinstance(value, list):
+        return pa.array(value, kind)
+    values = np.asarray(value)
+    return pa.array(np.ascontiguousarray(np.broadcast_to(values, (rows,)))).cast(kind)

@@ -1,0 +1,426 @@
+"""Shards: what the attempts at a span write, and the commit that makes one attempt count.
+
+``OUT/shards/<first>-<last>/`` holds ``<table>-<attempt>.parquet`` of any number of attempts and at
+most one ``commit.json``, which names the files of one attempt with rows, sizes and checksums. It is
+created only if absent. Without it nothing counts; a loser removes its own files. So retrying,
+killing, resuming and finishing twice are harmless.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lcray.errors import CorruptionError, OutputError, UsageError
+from lcray.files import (
+    FileEntry,
+    TableFile,
+    read_json,
+    read_sealed,
+    seal,
+    sha256_of,
+    write_json_atomic,
+    writing,
+)
+from lcray.planning import Span
+from lcray.schema import FORMAT_VERSION, TABLES, table_schema
+
+__all__ = [
+    "Commit",
+    "FileEntry",
+    "ShardFile",
+    "ShardWriter",
+    "check_files",
+    "committed",
+    "open_shard",
+    "read_commit",
+    "read_json",
+    "remove_strays",
+    "span_folder",
+    "write_json_atomic",
+]
+
+_COMMIT = "commit.json"
+_PARTITIONS = "lcray.partitions"
+_ATTEMPT = re.compile(r"[A-Za-z0-9_.-]{1,80}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def span_folder(out: Path, span: Span) -> Path:
+    """Where the shards of `span` are."""
+    return Path(out) / "shards" / span.name
+
+
+class ShardWriter:
+    """Writes the tables of one attempt at one span; a context manager that aborts on errors.
+
+    Args:
+        out: the output directory.
+        span: the span.
+        attempt: an id that no other attempt has: letters, digits, ``.``, ``_`` and ``-``.
+
+    Raises:
+        OutputError: if the folder cannot be made.
+        UsageError: if `attempt` is no such id.
+    """
+
+    def __init__(self, out: Path, span: Span, attempt: str) -> None:
+        if not _ATTEMPT.fullmatch(attempt):
+            raise UsageError(f"attempt {attempt!r}: use letters, digits, '.', '_' and '-' only")
+        self.span = span
+        self.attempt = attempt
+        self.folder = span_folder(out, span)
+        self._open: dict[str, TableFile] = {}
+        self._partitions: dict[str, list[list[Any]]] = {}
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.abort()
+
+    def write(self, table: str, data: pa.Table) -> None:
+        """Appends rows to a table of this attempt, as row groups of their own.
+
+        Row groups are cut where a partition column of the table changes (its split, say) and at
+        the table's row group size. A table of no rows makes sure that the file exists.
+
+        Args:
+            table: its name.
+            data: rows with the table's schema, sorted by key within a partition.
+
+        Raises:
+            OutputError: if the disk refuses; nothing that is committed is touched.
+            UsageError: if there is no such table.
+            ValueError: if the columns are not those of the table.
+        """
+        schema = table_schema(table)
+        if table not in self._open:
+            path = self.folder / f"{table}-{self.attempt}.parquet"
+            self._open[table] = TableFile(path, schema)
+            self._partitions[table] = []
+        for start, stop in _runs(data, schema.partition):
+            piece = data.slice(start, stop - start)
+            groups = self._open[table].write(piece)
+            key = [piece.column(name)[0].as_py() for name in schema.partition]
+            self._partitions[table] += [key] * groups
+
+    def commit(self, *, checkpoints: Mapping[int, str], info: Mapping[str, Any]) -> bool:
+        """Makes this attempt count, unless another one was first.
+
+        Args:
+            checkpoints: the sha256 of each checkpoint that was read, by step.
+            info: anything else worth keeping, such as timings; JSON values.
+
+        Returns:
+            whether this attempt counts; if not, its files are removed.
+
+        Raises:
+            OutputError: if the disk refuses; the attempt's files are removed.
+        """
+        try:
+            files = {}
+            for table, file in self._open.items():
+                index = json.dumps(self._partitions[table], separators=(",", ":"))
+                files[table] = asdict(file.finish({_PARTITIONS: index}))
+            data = {
+                "format_version": FORMAT_VERSION,
+                "span": list(self.span.steps),
+                "attempt": self.attempt,
+                "files": files,
+                "checkpoints": {str(step): digest for step, digest in checkpoints.items()},
+                "info": dict(info),
+            }
+            won = write_json_atomic(self.folder / _COMMIT, seal(data), exclusive=True)
+        except BaseException:
+            self.abort()
+            raise
+        if won:
+            self._open.clear()
+        self.abort()
+        return won
+
+    def abort(self) -> None:
+        """Removes this attempt's files; without effect after a commit."""
+        for file in self._open.values():
+            file.discard()
+        self._open.clear()
+
+
+def _runs(data: pa.Table, columns: Iterable[str]) -> list[tuple[int, int]]:
+    """[start, stop) of the stretches of rows in which no value of `columns` changes."""
+    if not data.num_rows:
+        return []
+    change = np.zeros(data.num_rows - 1, bool)
+    for name in columns:
+        column = data.column(name).combine_chunks()
+        codes = column.indices if pa.types.is_dictionary(column.type) else column
+        change |= np.diff(codes.to_numpy(zero_copy_only=False)) != 0
+    edges = [0, *(np.flatnonzero(change) + 1).tolist(), data.num_rows]
+    return list(itertools.pairwise(edges))
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The commit of a span: the one attempt that counts.
+
+    Attributes:
+        span: the span.
+        attempt: the attempt's id.
+        files: the files of the attempt, by table.
+        checkpoints: the sha256 of the checkpoints that were read, by step.
+        info: whatever else was kept.
+    """
+
+    span: Span
+    attempt: str
+    files: Mapping[str, FileEntry]
+    checkpoints: Mapping[int, str]
+    info: Mapping[str, Any]
+
+
+def read_commit(out: Path, span: Span) -> Commit | None:
+    """The commit of `span`, or None if it has none.
+
+    Raises:
+        CorruptionError: if ``commit.json`` is damaged.
+        OutputError: if it cannot be read, or belongs to another version or plan.
+    """
+    path = span_folder(out, span) / _COMMIT
+    if not path.exists():
+        return None
+    data = read_sealed(path)
+    if data.get("format_version") != FORMAT_VERSION:
+        raise OutputError(
+            f"{path}: format version {data.get('format_version')!r}, this lcray reads "
+            f"{FORMAT_VERSION}; analyze into a new output"
+        )
+    if data.get("span") != list(span.steps):
+        raise OutputError(
+            f"{path}: its checkpoints are not those of the plan; analyze into a new output"
+        )
+    try:
+        return _commit(data, span)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptionError(
+            f"{path}: not a valid commit ({error}); remove its folder and run the analysis again"
+        ) from error
+
+
+def _commit(data: dict[str, Any], span: Span) -> Commit:
+    attempt = _typed(data, "attempt", str)
+    if not _ATTEMPT.fullmatch(attempt):
+        raise ValueError("attempt")
+    files = {}
+    for table, entry in _typed(data, "files", dict).items():
+        files[table] = FileEntry(
+            _typed(entry, "name", str),
+            _typed(entry, "rows", int),
+            _typed(entry, "bytes", int),
+            _typed(entry, "sha256", str),
+        )
+        # The one name that the writer gives: no path can lead out of the folder.
+        if table not in TABLES or files[table].name != f"{table}-{attempt}.parquet":
+            raise ValueError(f"file {files[table].name!r} of table {table!r}")
+        if not _SHA256.fullmatch(files[table].sha256) or files[table].rows < 0:
+            raise ValueError(f"entry of table {table!r}")
+    checkpoints = {int(k): v for k, v in _typed(data, "checkpoints", dict).items()}
+    if not all(isinstance(v, str) and k in span.steps for k, v in checkpoints.items()):
+        raise ValueError("checkpoints")
+    return Commit(span, attempt, files, checkpoints, _typed(data, "info", dict))
+
+
+def _typed(data: Any, name: str, kind: type) -> Any:
+    value = data[name]
+    if type(value) is not kind:  # a bool is no row count
+        raise TypeError(f"{name!r} is no {kind.__name__}")
+    return value
+
+
+def committed(out: Path, spans: Iterable[Span]) -> dict[Span, Commit]:
+    """The commits of those of `spans` that have one, in the order of `spans`.
+
+    Raises:
+        CorruptionError, OutputError: as `read_commit`.
+    """
+    commits = ((span, read_commit(out, span)) for span in spans)
+    return {span: commit for span, commit in commits if commit is not None}
+
+
+def check_files(out: Path, commit: Commit) -> list[str]:
+    """What is wrong with the files of a commit, one line each; empty if nothing is.
+
+    Compares sizes, checksums, rows, columns and the format version.
+    """
+    folder = span_folder(out, commit.span)
+    return [
+        f"{folder / entry.name}: {problem}; remove the folder and run the analysis again"
+        for table, entry in commit.files.items()
+        for problem in file_problems(folder / entry.name, entry, table)
+    ]
+
+
+def file_problems(path: Path, entry: FileEntry, table: str) -> list[str]:
+    """What is wrong with one Parquet file, given what it should be."""
+    try:
+        size = path.stat().st_size
+        if size != entry.bytes:
+            return [f"{size} bytes, should be {entry.bytes}"]
+        if sha256_of(path) != entry.sha256:
+            return ["differs from its checksum"]
+        with pq.ParquetFile(path) as file:
+            rows, schema = file.metadata.num_rows, file.schema_arrow
+    except FileNotFoundError:
+        return ["missing"]
+    except (OSError, pa.ArrowException) as error:
+        return [f"cannot be read ({str(error).splitlines()[0]})"]
+    problems = []
+    if rows != entry.rows:
+        problems.append(f"{rows} rows, should be {entry.rows}")
+    if not schema.equals(TABLES[table].schema):
+        problems.append(f"other columns than table {table!r} has")
+    version = (schema.metadata or {}).get(b"lcray.format_version", b"").decode()
+    if version != str(FORMAT_VERSION):
+        problems.append(f"format version {version!r}, should be {FORMAT_VERSION}")
+    return problems
+
+
+def remove_strays(out: Path, spans: Iterable[Span]) -> list[Path]:
+    """Removes what losing or killed attempts left beside a commit, and returns the paths.
+
+    Folders without a commit are left alone: an attempt may be at work there.
+    """
+    removed = []
+    for span, commit in committed(out, spans).items():
+        keep = {_COMMIT, *(entry.name for entry in commit.files.values())}
+        for path in sorted(span_folder(out, span).iterdir()):
+            if path.name not in keep and path.suffix in (".parquet", ".tmp"):
+                with suppress(OSError):
+                    path.unlink()
+                    removed.append(path)
+    return removed
+
+
+class ShardFile:
+    """A committed Parquet file, read by row group; a context manager.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        CorruptionError: if it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._reading():
+            self._file = pq.ParquetFile(path)
+
+    def __enter__(self) -> ShardFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    @cached_property
+    def partitions(self) -> list[tuple[Any, ...]]:
+        """The values of the table's partition columns, for each row group.
+
+        Raises:
+            CorruptionError: if the file has no such list.
+        """
+        metadata = self._file.metadata
+        try:
+            groups = [tuple(key) for key in json.loads(metadata.metadata[_PARTITIONS.encode()])]
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged("no list of partitions") from error
+        if len(groups) != metadata.num_row_groups:
+            raise self._damaged("its list of partitions does not fit")
+        return groups
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """The number of rows of each row group."""
+        metadata = self._file.metadata
+        return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+    def read(self, groups: list[int], columns: list[str] | None = None) -> pa.Table:
+        """The rows of some row groups, in their order.
+
+        Raises:
+            CorruptionError: if they cannot be read.
+        """
+        with self._reading():
+            return self._file.read_row_groups(groups, columns=columns, use_threads=False)
+
+    def read_range(
+        self, partition: tuple[Any, ...], start: int, stop: int, columns: list[str] | None = None
+    ) -> pa.Table:
+        """Rows [start, stop) of those of a partition; fewer where it has fewer.
+
+        Raises:
+            CorruptionError: if they cannot be read.
+        """
+        groups: list[int] = []
+        first = seen = 0
+        for group in self._groups.get(partition, []):
+            rows = self.rows[group]
+            if seen < stop and seen + rows > start:
+                if not groups:
+                    first = seen
+                groups.append(group)
+            seen += rows
+        return self.read(groups, columns).slice(max(0, start - first), stop - start)
+
+    @cached_property
+    def _groups(self) -> dict[tuple[Any, ...], list[int]]:
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for group, partition in enumerate(self.partitions):
+            groups.setdefault(partition, []).append(group)
+        return groups
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(str(error).splitlines()[0]) from error
+
+    def _damaged(self, reason: str) -> CorruptionError:
+        return CorruptionError(
+            f"{self.path}: cannot be read ({reason}); run lcray verify, which says what to repair"
+        )
+
+
+def open_shard(out: Path, commit: Commit, table: str) -> ShardFile | None:
+    """The file of `table` in a commit, or None if the attempt wrote no rows of it.
+
+    Raises:
+        CorruptionError: if it cannot be read.
+    """
+    entry = commit.files.get(table)
+    return None if entry is None else ShardFile(span_folder(out, commit.span) / entry.name)
