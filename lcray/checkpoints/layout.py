@@ -1,0 +1,187 @@
+"""What of a model a recorder stores, where in the file each tensor goes, and taking a snapshot.
+
+Names, shapes and dtypes of a run never change, so the head of its files is built once and a
+snapshot is one copy of each tensor to its place in a flat buffer: the writer then has nothing to
+serialise, and a buffer that is used again costs no page faults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lcray.checkpoints import header, naming
+from lcray.checkpoints.series import CANONICAL_KEY
+from lcray.errors import RecorderError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One stored tensor: its canonical name and what `run.json` says about it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything goes.
+
+    Attributes:
+        keys: stored name to the model's own name, in the model's order.
+        aliases: canonical name of a tied tensor to the name it is stored under.
+        tied: the same with the model's own names.
+        seen: every tensor name of the model, stored or not.
+        layers: one description a stored tensor.
+        entries: stored name to type, shape and byte range.
+        head: the first bytes of every file.
+        nbytes: size of the data that follows `head`.
+    """
+
+    keys: Mapping[str, str]
+    aliases: Mapping[str, str]
+    tied: Mapping[str, str]
+    seen: frozenset[str]
+    layers: tuple[Layer, ...]
+    entries: Mapping[str, header.Entry]
+    head: bytes
+    nbytes: int
+
+
+class Slot:
+    """Memory for one snapshot: a flat buffer and a view of it for each stored tensor."""
+
+    def __init__(self, layout: Layout, *, pinned: bool = False):
+        self.data = torch.empty(layout.nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        self.views = {
+            name: self.data[entry.start : entry.stop].view(entry.dtype).view(entry.shape)
+            for name, entry in layout.entries.items()
+        }
+        self.memory = self.data.numpy().data
+
+
+def layout_of(model: nn.Module, *, trainable_only: bool = False) -> Layout:
+    """Plan the files of a model's run.
+
+    Stored are parameters and persistent buffers, a tied tensor once, under the first of its names.
+
+    Args:
+        model: the model, wrapped or not.
+        trainable_only: leave out the parameters that do not require gradients.
+
+    Raises:
+        RecorderError: nothing to store, or a tensor that a file cannot hold.
+    """
+    tensors = _tensors(model)
+    names = naming.canonical_names(tensors)
+    persistent = set(naming.canonical_names(model.state_dict(keep_vars=True)).values())
+    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    keys: dict[str, str] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    layers: list[Layer] = []
+    for key, tensor in tensors.items():
+        is_parameter = key in parameters
+        if (is_parameter and trainable_only and not tensor.requires_grad) or (
+            not is_parameter and names[key] not in persistent
+        ):
+            continue
+        if id(tensor) in first:
+            tied[key] = first[id(tensor)]
+            continue
+        _check_storable(names[key], tensor)
+        first[id(tensor)] = key
+        keys[names[key]] = key
+        kind = "parameter" if is_parameter else "buffer"
+        layers.append(_layer(names[key], tensor, kind))
+    if not keys:
+        raise RecorderError(
+            "the model has nothing to record; pass a model with parameters"
+            + (" that require gradients, or trainable_only=False" if trainable_only else "")
+        )
+    entries, nbytes = _place({name: tensors[key] for name, key in keys.items()})
+    head = header.build(entries, {"format": "pt", CANONICAL_KEY: "canonical"})
+    aliases = {names[alias]: names[key] for alias, key in tied.items()}
+    return Layout(keys, aliases, tied, frozenset(tensors), tuple(layers), entries, head, nbytes)
+
+
+def on_accelerator(model: nn.Module) -> bool:
+    """Whether any tensor of the model is on a CUDA device (snapshots then use pinned memory)."""
+    return any(tensor.is_cuda for tensor in _tensors(model).values())
+
+
+def snapshot(layout: Layout, model: nn.Module, slot: Slot) -> None:
+    """Copy the model's tensors into `slot`: a consistent state of this moment.
+
+    Raises:
+        RecorderError: the model's tensors are no longer those that `layout` was made for.
+    """
+    tensors = _tensors(model)
+    _check_unchanged(layout, tensors)
+    with torch.no_grad():
+        for name, key in layout.keys.items():
+            slot.views[name].copy_(tensors[key].detach(), non_blocking=slot.data.is_pinned())
+        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    found.update(model.named_buffers(remove_duplicate=False))
+    return found
+
+
+def _layer(name: str, tensor: torch.Tensor, kind: str) -> Layer:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Layer(name, tuple(tensor.shape), dtype, kind, tensor.requires_grad)
+
+
+def _check_storable(name: str, tensor: torch.Tensor) -> None:
+    problem = None
+    if is_lazy(tensor):
+        problem = "is not initialised yet; run one forward pass first"
+    elif tensor.is_meta:
+        problem = "is on the meta device; load its values first"
+    elif tensor.layout != torch.strided or tensor.dtype not in header.CODES:
+        problem = f"is {tensor.layout}, {tensor.dtype}, which safetensors cannot hold"
+    elif type(tensor.data) is not torch.Tensor:
+        problem = f"is a {type(tensor.data).__name__}; record the unsharded, plain model"
+    if problem is not None:
+        raise RecorderError(f"tensor {name!r} {problem}")
+
+
+def _place(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, header.Entry], int]:
+    """Byte ranges without holes; wide types first, so that every tensor is aligned."""
+    entries: dict[str, header.Entry] = {}
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = header.Entry(tensor.dtype, tuple(tensor.shape), start, end)
+    return entries, end
+
+
+def _check_unchanged(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:
+    if layout.seen != tensors.keys():
+        name = sorted(layout.seen ^ tensors.keys())[0]
+        what = "is new" if name in tensors else "is gone"
+        raise RecorderError(f"tensor {name!r} {what} since recording began; start a new run")
+    for name, key in layout.keys.items():
+        tensor, entry = tensors[key], layout.entries[name]
+        if tensor.dtype != entry.dtype or tensor.shape != entry.shape:
+            raise RecorderError(
+                f"tensor {name!r} was {entry.dtype} {list(entry.shape)} when recording began and "
+                f"is {tensor.dtype} {list(tensor.shape)}; start a new run"
+            )
+    for alias, key in layout.tied.items():
+        if tensors[alias] is not tensors[key]:
+            raise RecorderError(
+                f"tensors {alias!r} and {key!r} were tied when recording began and are not any "
+                "more; start a new run"
+            )

@@ -1,0 +1,101 @@
+"""`run.json`: what a recorder says about a run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcray.checkpoints.layout import Layout
+from lcray.errors import RecorderError
+
+NAME = "run.json"
+FORMAT_VERSION = 1
+
+
+def load(root: Path) -> dict[str, Any] | None:
+    """The content of a run's `run.json`, or None where there is none.
+
+    Raises:
+        RecorderError: a file that is no `run.json` of this version.
+    """
+    path = root / NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RecorderError(f"{path}: cannot be read; move it away to resume") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise RecorderError(
+            f"{path}: format_version is {version!r}, not {FORMAT_VERSION}; use a new directory"
+        )
+    return dict(content)
+
+
+def describe(
+    layout: Layout, settings: Mapping[str, Any], start: int, previous: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The content for a session that begins at `start`, after those of `previous`."""
+    session = {"start": start, "every": settings["every"], "versions": _versions()}
+    return {
+        "format_version": FORMAT_VERSION,
+        "ended": False,
+        **settings,
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "dtype": layer.dtype,
+                "kind": layer.kind,
+                "requires_grad": layer.requires_grad,
+            }
+            for layer in layout.layers
+        ],
+        "aliases": dict(layout.aliases),
+        "sessions": [*(previous or {}).get("sessions", []), session],
+    }
+
+
+def check_same_layers(root: Path, content: Mapping[str, Any], layout: Layout) -> None:
+    """Refuse to append another model to a run.
+
+    Raises:
+        RecorderError: names the first tensor whose name, shape or dtype differs.
+    """
+    try:
+        old = {x["name"]: (list(x["shape"]), str(x["dtype"])) for x in content["layers"]}
+    except (KeyError, TypeError) as error:
+        raise RecorderError(f"{root / NAME}: has no list of layers; use a new directory") from error
+    new = {layer.name: (list(layer.shape), layer.dtype) for layer in layout.layers}
+    for name in [*new, *old]:
+        if old.get(name) != new.get(name):
+            raise RecorderError(
+                f"{root}: tensor {name!r} is {_show(old.get(name))} in the run and "
+                f"{_show(new.get(name))} in the model; use a new directory"
+            )
+
+
+def encode(content: Mapping[str, Any]) -> bytes:
+    """The bytes of the file."""
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _show(described: tuple[list[int], str] | None) -> str:
+    return "absent" if described is None else f"{described[1]} {described[0]}"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("lcray", "safetensors"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a source tree
+            found[package] = "unknown"
+    return found

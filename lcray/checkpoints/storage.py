@@ -1,0 +1,81 @@
+"""A directory that one recorder writes: locked, and every file appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lcray.errors import RecorderError
+
+_TEMPORARY = ".tmp"
+
+
+class LockedDirectory:
+    """Holds the lock of a directory until `close`, and writes files into it atomically."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise RecorderError(f"{path}: cannot record here: {error.strerror}") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._fd)
+            raise RecorderError(
+                f"{path}: another recorder is writing here; close it, or record on one process "
+                "only (rank 0)"
+            ) from error
+        except OSError:  # a file system without locks; the file protocol does not depend on them
+            pass
+        for left in path.glob(f".*{_TEMPORARY}"):  # of a killed recorder: never a whole checkpoint
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+    def write(self, name: str, chunks: Sequence[bytes | memoryview]) -> None:
+        """Write `name` from `chunks`: temporary name, fsync, rename, fsync of the directory.
+
+        Raises:
+            OSError: it could not be written; nothing of it is left.
+        """
+        target = self.path / name
+        temporary = self.path / f".{name}{_TEMPORARY}"
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            try:
+                for chunk in chunks:
+                    _write_all(fd, memoryview(chunk).cast("B"))
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        os.fsync(self._fd)
+
+    def remove(self, paths: Sequence[Path]) -> None:
+        """Remove files, the last first, so that a crash leaves a prefix."""
+        for path in reversed(paths):
+            path.unlink()
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Give the lock back; further calls do nothing."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                # Explicitly: a forked data loader may still hold a copy of the descriptor.
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _write_all(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]

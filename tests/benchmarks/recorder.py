@@ -1,0 +1,128 @@
+"""What recording every step costs: LeNet on MNIST, batch 256, SGD with momentum, dropout.
+
+Run: ``python tests/benchmarks/recorder.py [--data DIR] [--threads 1 2] [--dir DIR]``; prints one
+JSON row a figure. Two models train in turns, blocks of steps with and without a recorder, so that
+a slow spell of the machine hits both; a round's overhead is the quotient of its two blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from lcray.checkpoints import Recorder
+
+BATCH = 256
+
+
+def lenet() -> nn.Module:
+    """conv5-20, pool, conv5-40, pool, fc400, fc10, with dropout: 280,970 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 20, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(20, 40, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(640, 400),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(400, 10),
+    )
+
+
+def load(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """MNIST as floats `[8000, 1, 28, 28]` in [0, 1] and labels `[8000]`."""
+    with np.load(folder / "mnist_10k.npz") as arrays:
+        x = torch.from_numpy(arrays["x_train"]).float().div_(255).unsqueeze(1)
+        return x, torch.from_numpy(arrays["y_train"])
+
+
+def trainer(x: torch.Tensor, y: torch.Tensor) -> tuple[nn.Module, Callable[[], None]]:
+    """A model, and a function that takes one training step on it."""
+    torch.manual_seed(0)
+    model = lenet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        batch = torch.randint(len(x), (BATCH,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+
+    return model, step
+
+
+def timed(step: Callable[[], object], n: int) -> float:
+    """Seconds that `n` calls take."""
+    begin = time.perf_counter()
+    for _ in range(n):
+        step()
+    return time.perf_counter() - begin
+
+
+def compare(x: torch.Tensor, y: torch.Tensor, folder: Path, rounds: int, steps: int) -> dict:
+    """Medians over interleaved rounds: seconds a step without, with, and inside `Recorder.step`."""
+    _, plain = trainer(x, y)
+    model, step = trainer(x, y)
+    inside = 0.0
+    with Recorder(model, folder) as recorder:
+
+        def recorded() -> None:
+            nonlocal inside
+            step()
+            begin = time.perf_counter()
+            recorder.step()
+            inside += time.perf_counter() - begin
+
+        timed(plain, 5), timed(recorded, 5)
+        inside = 0.0
+        pairs = []
+        for i in range(rounds):
+            order = [plain, recorded] if i % 2 == 0 else [recorded, plain]
+            seconds = {f: timed(f, steps) / steps for f in order}
+            pairs.append((seconds[plain], seconds[recorded]))
+    return {
+        "step_plain": statistics.median(a for a, _ in pairs),
+        "step_recorded": statistics.median(b for _, b in pairs),
+        "recorder_step": inside / (rounds * steps),
+        "recorder_overhead": statistics.median(b / a for a, b in pairs) - 1,
+    }
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=os.environ.get("LCRAY_DATA"))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10, help="steps in a block")
+    parser.add_argument("--dir", type=Path, help="where the runs go (default: a temporary one)")
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        parser.error("give --data, or set LCRAY_DATA, to the folder that holds mnist_10k.npz")
+    x, y = load(Path(arguments.data))
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
+            figures = compare(x, y, Path(folder) / "run", arguments.rounds, arguments.steps)
+        for metric, value in figures.items():
+            unit = "ratio" if metric == "recorder_overhead" else "s"
+            case = f"mnist-lenet batch={BATCH} threads={threads}"
+            print(json.dumps({"case": case, "metric": metric, "value": value, "unit": unit}))
+
+
+if __name__ == "__main__":
+    main()
