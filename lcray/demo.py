@@ -1,0 +1,108 @@
+"""The demo: scikit-learn's handwritten digits, a LeNet-like network and SGD with momentum.
+
+`task` is what a user would write; `train_demo` is what a user's training loop looks like.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lcray.checkpoints import Recorder
+from lcray.errors import UsageError
+from lcray.task import Task
+
+BATCH, LEARNING_RATE, MOMENTUM = 128, 0.03, 0.9
+MEAN, STANDARD_DEVIATION = 0.305, 0.376  # of all pixels, scaled to [0, 1]
+N_TEST = 360  # of 1,797 digits; 1,437 are for training
+
+Batch = tuple[Tensor, Tensor]  # images [n, 1, 8, 8], normalised; classes [n]
+
+
+class DigitNet(nn.Module):
+    """Two 3x3 convolutions, each pooled to half the size, and two layers; 13,706 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.fc1 = nn.Linear(32 * 2 * 2, 64)
+        self.fc2 = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [n, 10] of images [n, 1, 8, 8]."""
+        features = F.max_pool2d(F.relu(self.conv1(images)), 2)  # [n, 16, 4, 4]
+        features = F.max_pool2d(F.relu(self.conv2(features)), 2)  # [n, 32, 2, 2]
+        logits: Tensor = self.fc2(F.relu(self.fc1(features.flatten(1))))
+        return logits
+
+
+def digits() -> dict[str, Batch]:
+    """The 1,797 digits, split by a fixed permutation into ``train`` (1,437) and ``test`` (360).
+
+    Raises:
+        UsageError: if scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UsageError(
+            "the demo's digits come with scikit-learn, which is missing: install lcray[demo]"
+        ) from error
+    pixels, classes = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(classes))
+    pixels = (pixels[order] / 16 - MEAN) / STANDARD_DEVIATION
+    images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8)
+    labels = torch.from_numpy(classes[order]).long()
+    return {
+        "train": (images[:-N_TEST], labels[:-N_TEST]),
+        "test": (images[-N_TEST:], labels[-N_TEST:]),
+    }
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy of every digit, [n], in nats."""
+    images, classes = batch
+    return F.cross_entropy(model(images), classes, reduction="none")
+
+
+def groups(batch: Batch) -> Tensor:
+    """The class of every digit, [n]."""
+    return batch[1]
+
+
+task = Task(model=DigitNet, splits=digits, loss=loss, groups=groups)
+
+
+def train_demo(run: Path, *, steps: int = 100, seed: int = 0) -> None:
+    """Train `task`'s network on mini-batches and record a checkpoint a step.
+
+    Args:
+        run: the directory to write the checkpoints into.
+        steps: how many optimizer steps.
+        seed: of the initial weights and the mini-batches; torch's generator is left as it was.
+
+    Raises:
+        UsageError: if scikit-learn is not installed.
+        RecorderError: if a checkpoint cannot be written.
+    """
+    images, classes = digits()["train"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DigitNet()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    rows = torch.empty(0, dtype=torch.long)
+    with Recorder(model, run, task="lcray.demo:task") as recorder:
+        for _ in range(steps):
+            if len(rows) < BATCH:  # a new epoch; what is left of the old one comes first
+                rows = torch.cat((rows, torch.randperm(len(classes), generator=generator)))
+            chosen, rows = rows[:BATCH], rows[BATCH:]
+            optimizer.zero_grad()
+            loss(model, (images[chosen], classes[chosen])).mean().backward()
+            optimizer.step()
+            recorder.step()
