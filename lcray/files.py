@@ -10,7 +10,6 @@ import errno
 import hashlib
 import io
 import json
-import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -254,7 +253,8 @@ class TableFile:
         with writing(self.path):
             self._parquet.write_table(data, row_group_size=size)
         self.rows += data.num_rows
-        return math.ceil(data.num_rows / size)
+        groups: int = -(-data.num_rows // size)
+        return groups
 
     def finish(self, metadata: Mapping[str, str] | None = None) -> FileEntry:
         """Writes the footer, syncs and closes.

@@ -187,9 +187,9 @@ _HISTOGRAMS = (
     _SIGN_COLUMN,
     _count("bin", "number of the bin; edges are (1 + m/8) * 2**e"),
     _column("lower", _FLOAT, _LOSS, "lower edge, inclusive"),
-    _column("upper", _FLOAT, _LOSS, "upper edge, exclusive"),
+    _float("upper", _LOSS, "upper edge, exclusive; null if infinite"),
     _count("count", "parameter elements x intervals with this sign and |LC| in the bin"),
-    _column("sum", _FLOAT, _LOSS, "sum of their |LC|"),
+    _float("sum", _LOSS, "sum of their |LC|"),
 )
 
 _PARAMETERS = (

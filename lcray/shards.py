@@ -34,7 +34,7 @@ from lcray.files import (
     write_json_atomic,
     writing,
 )
-from lcray.planning import Span
+from lcray.planning import Plan, Span
 from lcray.schema import FORMAT_VERSION, TABLES, table_schema
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "open_shard",
     "read_commit",
     "read_json",
+    "read_plan",
     "remove_strays",
     "span_folder",
     "write_json_atomic",
@@ -56,6 +57,30 @@ _COMMIT = "commit.json"
 _PARTITIONS = "lcray.partitions"
 _ATTEMPT = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def read_plan(out: Path) -> Plan:
+    """The plan that the output at `out` was made by.
+
+    Raises:
+        OutputError: if there is no such output, or another version wrote it.
+        CorruptionError: if ``analysis.json`` is damaged.
+    """
+    path = Path(out) / "analysis.json"
+    data = read_json(path)
+    version = data.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise OutputError(f"{path}: {_other_version(version)}")
+    try:
+        return Plan.from_dict(data["plan"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptionError(f"{path}: holds no valid plan ({error}); restore it") from error
+
+
+def _other_version(version: object) -> str:
+    return (
+        f"format version {version!r}, this lcray reads {FORMAT_VERSION}; analyze into a new output"
+    )
 
 
 def span_folder(out: Path, span: Span) -> Path:
@@ -210,10 +235,7 @@ def read_commit(out: Path, span: Span) -> Commit | None:
         return None
     data = read_sealed(path)
     if data.get("format_version") != FORMAT_VERSION:
-        raise OutputError(
-            f"{path}: format version {data.get('format_version')!r}, this lcray reads "
-            f"{FORMAT_VERSION}; analyze into a new output"
-        )
+        raise OutputError(f"{path}: {_other_version(data.get('format_version'))}")
     if data.get("span") != list(span.steps):
         raise OutputError(
             f"{path}: its checkpoints are not those of the plan; analyze into a new output"
@@ -377,24 +399,43 @@ class ShardFile:
         with self._reading():
             return self._file.read_row_groups(groups, columns=columns, use_threads=False)
 
-    def read_range(
-        self, partition: tuple[Any, ...], start: int, stop: int, columns: list[str] | None = None
+    def read_ranges(
+        self, ranges: Iterable[tuple[tuple[Any, ...], int, int]], columns: list[str] | None = None
     ) -> pa.Table:
-        """Rows [start, stop) of those of a partition; fewer where it has fewer.
+        """Rows of several partitions, in the order asked for.
+
+        Args:
+            ranges: (partition, start, stop) each: rows [start, stop) of those of the partition.
+            columns: their names; None for all.
 
         Raises:
-            CorruptionError: if they cannot be read.
+            CorruptionError: if they cannot be read, or a partition has fewer rows.
         """
         groups: list[int] = []
-        first = seen = 0
-        for group in self._groups.get(partition, []):
-            rows = self.rows[group]
-            if seen < stop and seen + rows > start:
-                if not groups:
-                    first = seen
-                groups.append(group)
-            seen += rows
-        return self.read(groups, columns).slice(max(0, start - first), stop - start)
+        cuts: list[tuple[int, int]] = []  # (offset, length) within the rows that are read
+        read = 0
+        for partition, start, stop in ranges:
+            seen = found = 0
+            for group in self._groups.get(partition, ()):
+                rows = self.rows[group]
+                low, high = max(start - seen, 0), min(stop - seen, rows)
+                if low < high:
+                    groups.append(group)
+                    cuts.append((read + low, high - low))
+                    read += rows
+                    found += high - low
+                seen += rows
+            if found != stop - start:
+                raise self._damaged(f"partition {partition} lacks rows {start}:{stop}")
+        table = self.read(groups, columns)
+        if sum(length for _, length in cuts) == read:
+            return table
+        return pa.concat_tables([table.slice(*cut) for cut in cuts])
+
+    @cached_property
+    def extents(self) -> dict[tuple[Any, ...], int]:
+        """The number of rows of each partition."""
+        return {key: sum(self.rows[g] for g in groups) for key, groups in self._groups.items()}
 
     @cached_property
     def _groups(self) -> dict[tuple[Any, ...], list[int]]:

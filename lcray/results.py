@@ -1,0 +1,286 @@
+"""The reader of an output: tables as pandas, Arrow, or SQL."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lcray.errors import CorruptionError, OutputError, UsageError, suggest
+from lcray.files import FileEntry, read_sealed
+from lcray.planning import Plan
+from lcray.reduction import MANIFEST
+from lcray.schema import FORMAT_VERSION, TABLES
+from lcray.shards import read_plan
+
+_TIME = ("start_step", "step", "window")
+_OPTIONS = {
+    "elements": "analyze with --elements",
+    "parameters": "analyze with --parameters",
+    "traces": "analyze with --parameters",
+    "units": "analyze with --units",
+    "groups": "give the task groups, and analyze",
+}
+_SETTINGS: dict[str, str | int | float | list[str]] = {
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    "allow_community_extensions": False,
+    "python_enable_replacements": False,
+    "python_scan_all_frames": False,
+    "temp_directory": "",
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``tables/manifest.json`` says.
+
+    Attributes:
+        plan: checksum of the plan that the tables were reduced by.
+        spans: names of the spans that they hold.
+        tables: the file of each table.
+    """
+
+    plan: str
+    spans: tuple[str, ...]
+    tables: Mapping[str, FileEntry]
+
+
+def read_manifest(out: Path) -> Manifest:
+    """The manifest of the tables in `out`.
+
+    Raises:
+        OutputError: if there is none, or another version wrote it.
+        CorruptionError: if it is damaged.
+    """
+    path = out / "tables" / MANIFEST
+    if not path.exists():
+        raise OutputError(f"{out}: not reduced yet; run lcray reduce {out}")
+    data = read_sealed(path)
+    if data.get("format_version") != FORMAT_VERSION:
+        raise OutputError(
+            f"{path}: format version {data.get('format_version')!r}, this lcray reads "
+            f"{FORMAT_VERSION}; run lcray reduce {out}"
+        )
+    try:
+        tables = {table: FileEntry(**entry) for table, entry in data["tables"].items()}
+        known = all(t in TABLES and e.name == f"{t}.parquet" for t, e in tables.items())
+        manifest = Manifest(data["plan"], tuple(data["spans"]), tables)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CorruptionError(f"{path}: not a manifest; run lcray reduce {out}") from error
+    if not known:
+        raise CorruptionError(f"{path}: names unknown tables; run lcray reduce {out}")
+    return manifest
+
+
+def open_output(out: str | os.PathLike[str]) -> Results:
+    """The results in `out`.
+
+    Raises:
+        OutputError: if there is no output there, or it is not reduced yet.
+        CorruptionError: if its plan or manifest is damaged.
+    """
+    path = Path(out)
+    return Results(path, read_plan(path), tuple(read_manifest(path).tables))
+
+
+@dataclass(frozen=True)
+class Results:
+    """The tables of an output.
+
+    The methods named as tables give pandas frames; strings are categories, those of splits and
+    layers in the plan's order. `steps` (``"a:b"``, either end open) keeps intervals with
+    a <= start_step < b (windows by their first step), `layers` the layers that match a pattern
+    such as ``"conv*"``.
+
+    Attributes:
+        path: the output directory.
+        plan: the plan it was made by.
+        tables: the names of its tables.
+    """
+
+    path: Path
+    plan: Plan
+    tables: tuple[str, ...]
+
+    def intervals(self, *, steps: str | None = None) -> pd.DataFrame:
+        """Loss and LC of every interval; raises as `arrow`."""
+        return self.table("intervals", steps=steps)
+
+    def layers(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
+        """LC of every layer and interval; raises as `arrow`."""
+        return self.table("layers", steps=steps, layers=layers)
+
+    def units(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
+        """LC of every unit and interval; raises as `arrow`."""
+        return self.table("units", steps=steps, layers=layers)
+
+    def groups(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
+        """LC of each group's mean loss; raises as `arrow`."""
+        return self.table("groups", steps=steps, layers=layers)
+
+    def histograms(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
+        """Absolute LC on a logarithmic scale; raises as `arrow`."""
+        return self.table("histograms", steps=steps, layers=layers)
+
+    def parameters(self, *, layers: str | None = None) -> pd.DataFrame:
+        """Every parameter over the run; raises as `arrow`."""
+        return self.table("parameters", layers=layers)
+
+    def traces(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
+        """A sample of elements, step by step; raises as `arrow`."""
+        return self.table("traces", steps=steps, layers=layers)
+
+    def elements(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
+        """LC of every element and interval; raises as `arrow`."""
+        return self.table("elements", steps=steps, layers=layers)
+
+    def fits(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
+        """Distributions fitted to absolute LC; window -1 is the whole run; raises as `arrow`."""
+        return self.table("fits", steps=steps, layers=layers)
+
+    def table(
+        self, name: str, *, steps: str | None = None, layers: str | None = None
+    ) -> pd.DataFrame:
+        """A table as a pandas frame; raises as `arrow`."""
+        return self._frame(self.arrow(name, steps=steps, layers=layers))
+
+    def arrow(
+        self,
+        name: str,
+        *,
+        columns: Iterable[str] | None = None,
+        filters: pc.Expression | None = None,
+        steps: str | None = None,
+        layers: str | None = None,
+    ) -> pa.Table:
+        """A table as Arrow, read no further than needed.
+
+        Args:
+            name: of the table.
+            columns: those to read; None for all.
+            filters: a further condition on the rows.
+            steps: as for the class.
+            layers: as for the class.
+
+        Raises:
+            UsageError: for a table or column that does not exist or was not asked for in the
+                analysis, or `steps` or `layers` that cannot be used.
+            CorruptionError: if the file cannot be read.
+        """
+        path = self._file(name)
+        known = TABLES[name].schema.names
+        wanted = list(known if columns is None else columns)
+        for column in wanted:
+            if column not in known:
+                raise UsageError(suggest(column, known, f"column of {name!r}"))
+        conditions = [self._within(name, steps), self._matching(name, layers), filters]
+        condition = None
+        for part in conditions:
+            if part is not None:
+                condition = part if condition is None else condition & part
+        try:
+            table = pq.read_table(path, columns=wanted, filters=condition, partitioning=None)
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = str(error).splitlines()[0]
+            raise CorruptionError(
+                f"{path}: cannot be read ({reason}); run lcray reduce {self.path}"
+            ) from error
+        return table.unify_dictionaries()
+
+    def sql(self, query: str) -> pd.DataFrame:
+        """The answer to one SELECT over the tables, as a pandas frame.
+
+        The query sees the tables under their names, and nothing else: no file, no network.
+
+        Raises:
+            UsageError: if it is not one valid SELECT.
+        """
+        return self._frame(self.sql_arrow(query))
+
+    def sql_arrow(self, query: str) -> pa.Table:
+        """As `sql`, as an Arrow table."""
+        with self._sandbox() as connection:
+            try:
+                statements = connection.extract_statements(query)
+                if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+                    raise UsageError("SQL: give exactly one SELECT; the tables are read-only")
+                return connection.execute(statements[0]).to_arrow_table()
+            except duckdb.Error as error:
+                message = " ".join(str(error).split("\n\n")[0].split())
+                raise UsageError(f"SQL: {message}") from error
+
+    def _sandbox(self) -> duckdb.DuckDBPyConnection:
+        """A database of views on the tables that can reach nothing but them."""
+        connection = duckdb.connect(":memory:", config=_SETTINGS.copy())
+        for table in self.tables:
+            path = str(self._file(table).resolve()).replace("'", "''")
+            connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{path}')")
+        folder = str((self.path / "tables").resolve()).replace("'", "''")
+        connection.execute(f"SET allowed_directories=['{folder}/']")
+        connection.execute("SET enable_external_access=false")
+        connection.execute("SET lock_configuration=true")
+        return connection
+
+    def _file(self, name: str) -> Path:
+        path = self.path / "tables" / f"{name}.parquet"
+        if name in self.tables:
+            if not path.exists():
+                raise CorruptionError(f"{path}: missing; run lcray reduce {self.path}")
+            return path
+        if name not in TABLES or name == "borders":
+            raise UsageError(suggest(name, self.tables, "table"))
+        option = _OPTIONS.get(name, "analyze")
+        raise UsageError(f"{self.path}: has no table {name!r}; {option} into a new output")
+
+    def _within(self, name: str, steps: str | None) -> pc.Expression | None:
+        if steps is None:
+            return None
+        match = re.fullmatch(r"(\d*):(\d*)", steps)
+        if match is None:
+            raise UsageError(f"steps {steps!r}: give a range such as '0:100', '100:' or ':100'")
+        column = next((c for c in TABLES[name].key if c in _TIME), None)
+        if column is None:
+            raise UsageError(f"table {name!r} is over the whole run: leave steps out")
+        first, last = match.groups()
+        condition = pc.field(column) >= int(first or 0)
+        return condition & (pc.field(column) < int(last)) if last else condition
+
+    def _matching(self, name: str, pattern: str | None) -> pc.Expression | None:
+        if pattern is None:
+            return None
+        if "layer" not in TABLES[name].key:
+            raise UsageError(f"table {name!r} has no layers: leave the pattern out")
+        names = [layer.name for layer in self.plan.layers]
+        matching = [layer for layer in names if fnmatch.fnmatchcase(layer, pattern)]
+        if not matching:
+            raise UsageError(suggest(pattern, names, "layer"))
+        return pc.field("layer").cast(pa.string()).isin(matching)
+
+    def _frame(self, table: pa.Table) -> pd.DataFrame:
+        """A frame whose missing integers and booleans stay such, splits and layers in order."""
+        frame: pd.DataFrame = table.to_pandas()
+        orders = {
+            "split": [split.name for split in self.plan.splits],
+            "layer": [layer.name for layer in self.plan.layers],
+            "module": list(dict.fromkeys(layer.module for layer in self.plan.layers)),
+        }
+        for field in table.schema:
+            if pa.types.is_dictionary(field.type) and field.name in orders:
+                ordered = pd.CategoricalDtype(orders[field.name], ordered=True)
+                frame[field.name] = frame[field.name].astype(ordered)
+            elif table.column(field.name).null_count and pa.types.is_integer(field.type):
+                frame[field.name] = table.column(field.name).to_pandas(integer_object_nulls=True)
+                frame[field.name] = frame[field.name].astype("Int64")
+            elif table.column(field.name).null_count and pa.types.is_boolean(field.type):
+                frame[field.name] = frame[field.name].astype("boolean")
+        return frame
