@@ -83,7 +83,8 @@ class LogHistogram:
     """Counts and sums of magnitudes (>= 0) by logarithmic bin; small and mergeable.
 
     Counts are exact; sums are float64 (infinity where they pass it), added in the order of the
-    calls, so that the same calls give the same bits. Size: 16 bytes a bin between the lowest and the highest non-empty one.
+    calls, so that the same calls give the same bits. Size: 16 bytes a bin between the lowest
+    and the highest non-empty one.
     """
 
     def __init__(self) -> None:
