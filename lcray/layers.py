@@ -10,6 +10,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor, nn
+
+from lcray.checkpoints.naming import canonical_names
+from lcray.errors import TaskError
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -51,3 +56,70 @@ class Layer:
     def from_dict(cls, data: dict[str, Any]) -> Layer:
         """The layer that `to_dict` described."""
         return cls(**{**data, "shape": tuple(data["shape"]), "aliases": tuple(data["aliases"])})
+
+
+def describe_layers(model: nn.Module) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:
+    """The layers of `model`, in its order: parameters first, then the float buffers it saves.
+
+    Returns:
+        The layers, and the tensor behind each name. Integer tensors do not move and are no layers.
+
+    Raises:
+        TaskError: for parameters without a shape (lazy modules) or of complex numbers.
+    """
+    tensors = _state_tensors(model)
+    names = canonical_names(tensors)
+    owners = _owners(model)
+    found: dict[int, list[str]] = {}
+    for key, tensor in tensors.items():
+        found.setdefault(id(tensor), []).append(key)
+    parameters = {id(parameter) for parameter in model.parameters()}
+    ordered = sorted(found.values(), key=lambda keys: id(tensors[keys[0]]) not in parameters)
+    layers = []
+    for keys in ordered:
+        tensor = tensors[keys[0]]
+        _check_tensor(names[keys[0]], tensor)
+        if not tensor.is_floating_point():
+            continue
+        owner = owners[keys[0]]
+        layers.append(
+            Layer(
+                name=names[keys[0]],
+                module=names[keys[0]].rpartition(".")[0],
+                kind="parameter" if id(tensor) in parameters else "buffer",
+                shape=tuple(tensor.shape),
+                unit_axis=_unit_axis(owner, tensor),
+                trainable=id(tensor) in parameters and tensor.requires_grad,
+                aliases=tuple(names[key] for key in keys[1:]),
+            )
+        )
+    return tuple(layers), {names[key]: tensor for key, tensor in tensors.items()}
+
+
+def _state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, aliases included: the keys of the state dict."""
+    saved = model.state_dict(keep_vars=True)
+    return {key: value for key, value in saved.items() if isinstance(value, Tensor)}
+
+
+def _owners(model: nn.Module) -> dict[str, nn.Module]:
+    owners = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name in (*module._parameters, *module._buffers):
+            owners[f"{prefix}.{name}" if prefix else name] = module
+    return owners
+
+
+def _unit_axis(owner: nn.Module, tensor: Tensor) -> int | None:
+    if tensor.dim() == 0:
+        return None
+    kinds = {kind.__name__ for kind in type(owner).__mro__}
+    transposed = "_ConvTransposeNd" in kinds or "Conv1D" in kinds  # the latter: transformers
+    return 1 if transposed and tensor.dim() > 1 else 0
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise TaskError(f"model layer {name!r}: has no shape yet; run one batch in model()")
+    if tensor.is_complex():
+        raise TaskError(f"model layer {name!r}: complex numbers are not supported")

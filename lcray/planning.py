@@ -7,6 +7,7 @@ and the order in which they finish.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from lcray.layers import Layer
@@ -34,6 +35,7 @@ class Settings:
         units: write `units` also for layers with more than 10,000 units.
         trace: elements to trace besides the sample, as ``layer:index``.
         trace_seed: seed of the sample of traced elements.
+        deterministic: enforce deterministic algorithms (they only cost anything on CUDA).
     """
 
     rule: str = "simpson"
@@ -53,6 +55,7 @@ class Settings:
     units: bool = False
     trace: tuple[str, ...] = ()
     trace_seed: int = 0
+    deterministic: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Span:
     @property
     def intervals(self) -> tuple[tuple[int, int], ...]:
         """(start_step, end_step) of each interval."""
-        return tuple(zip(self.steps, self.steps[1:], strict=False))
+        return tuple(pairwise(self.steps))
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class SplitPlan:
         n_samples: samples in the data set.
         n_items: items the loss is a mean over.
         total_weight: Σ w over the items.
-        first_loss: the mean loss at the first checkpoint; it scales atol.
+        first_loss: the mean loss at the first checkpoint; it scales atol; None if not finite.
         n_batches: batches an evaluation.
         groups: the labels of the groups, in order; empty where the task has none.
         group_weights: Σ w of each group.
@@ -106,7 +109,7 @@ class SplitPlan:
     n_samples: int
     n_items: int
     total_weight: float
-    first_loss: float
+    first_loss: float | None
     n_batches: int
     groups: tuple[int, ...] = ()
     group_weights: tuple[float, ...] = ()
@@ -131,7 +134,6 @@ class Plan:
         threads: intra-op threads a worker.
         device_kind: ``cpu`` or ``cuda``.
         memory_format: of the activations.
-        deterministic: whether deterministic algorithms are enforced.
     """
 
     settings: Settings
@@ -146,7 +148,6 @@ class Plan:
     threads: int = 1
     device_kind: str = "cpu"
     memory_format: str = "contiguous"
-    deterministic: bool = True
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -194,7 +195,6 @@ _PLAIN = (
     "threads",
     "device_kind",
     "memory_format",
-    "deterministic",
 )
 
 

@@ -1,0 +1,134 @@
+"""A model whose float tensors live in one flat vector, with the gradient in another.
+
+Legend: P the number of elements of all layers, parameters and float buffers alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from lcray.errors import CheckpointError, TaskError
+from lcray.layers import Layer, describe_layers
+
+
+class FlatModel:
+    """A model on flat storage: set a point by one copy, read its gradient as one vector.
+
+    Attributes:
+        model: the model, in evaluation mode.
+        layers: its layers; layer l occupies ``slices[l]`` of every flat vector.
+        slices: one slice a layer.
+        theta: the current point, [P], in the compute dtype; the model's tensors are views of it.
+        grad: the gradient that backward passes accumulate into, [P], likewise.
+
+    Args:
+        model: the model; its tensors are replaced.
+        device: where it computes.
+        dtype: of the forward and backward pass.
+        partial: whether checkpoints may lack tensors, which then keep the values of `model`.
+
+    Raises:
+        TaskError: if it has nothing to allocate to.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, dtype: torch.dtype, *, partial: bool = False
+    ) -> None:
+        self.model = model.to(device=device, dtype=dtype).eval()
+        self.layers, self._tensors = describe_layers(self.model)
+        if not any(layer.trainable for layer in self.layers):
+            raise TaskError("model: no parameter requires a gradient, so there is nothing to learn")
+        self.slices = _slices(self.layers)
+        self.theta = torch.zeros(self.slices[-1].stop, device=device, dtype=dtype)
+        self.grad = torch.zeros_like(self.theta)
+        for layer, where in zip(self.layers, self.slices, strict=True):
+            self._tie(layer, where)
+        self.base = self.theta.cpu() if partial else None
+        names = {name for layer in self.layers for name in (layer.name, *layer.aliases)}
+        self._constants = {k: v for k, v in self._tensors.items() if k not in names}
+
+    def _tie(self, layer: Layer, where: slice) -> None:
+        tensor = self._tensors[layer.name]
+        view = self.theta[where].view(layer.shape)
+        view.copy_(tensor.detach())
+        tensor.data = view
+        if layer.trainable:
+            tensor.grad = self.grad[where].view(layer.shape)
+
+    def differentiate_buffers(self, moving: frozenset[int]) -> None:
+        """Let gradients reach the float buffers that move along the path, and no others.
+
+        Args:
+            moving: indices of layers.
+        """
+        for number, (layer, where) in enumerate(zip(self.layers, self.slices, strict=True)):
+            if layer.kind == "buffer":
+                buffer = self._tensors[layer.name]
+                wanted = number in moving
+                buffer.requires_grad_(wanted)
+                buffer.grad = self.grad[where].view(layer.shape) if wanted else None
+
+    def flatten(self, tensors: Mapping[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """A checkpoint as one vector, and the integer tensors that go with it.
+
+        Args:
+            tensors: the stored tensors by canonical name.
+            step: the checkpoint's, for messages.
+
+        Returns:
+            The point [P] in the compute dtype, on the CPU, and the tensors that do not move.
+
+        Raises:
+            CheckpointError: for a tensor that is missing, unknown, or of another shape or kind.
+        """
+        known = set(self._tensors)
+        unknown = [name for name in tensors if name not in known]
+        if unknown:
+            raise CheckpointError(
+                f"checkpoint at step {step}: tensor {unknown[0]!r} is not in the task's model "
+                f"({len(unknown)} such); does the task build the model of this run?"
+            )
+        if self.base is not None:
+            vector = self.base.clone()
+        else:
+            vector = torch.empty(len(self.theta), dtype=self.theta.dtype)
+        for layer, where in zip(self.layers, self.slices, strict=True):
+            names = (layer.name, *layer.aliases)
+            stored = next((tensors[name] for name in names if name in tensors), None)
+            if stored is not None:
+                _check_stored(layer, stored, step)
+                vector[where].copy_(stored.reshape(-1))
+            elif self.base is None:
+                raise CheckpointError(
+                    f"checkpoint at step {step}: tensor {layer.name!r} of the task's model is "
+                    "missing; pass partial=True (--partial) if model() holds its fixed value"
+                )
+        return vector, {name: tensors[name] for name in self._constants if name in tensors}
+
+    def set_constants(self, constants: Mapping[str, Tensor]) -> None:
+        """Set the tensors that do not move, such as counters, to a checkpoint's values."""
+        with torch.no_grad():
+            for name, value in constants.items():
+                self._constants[name].copy_(value)
+
+
+def _slices(layers: tuple[Layer, ...]) -> tuple[slice, ...]:
+    stops = [0]
+    for layer in layers:
+        stops.append(stops[-1] + layer.numel)
+    return tuple(slice(a, b) for a, b in pairwise(stops))
+
+
+def _check_stored(layer: Layer, stored: Tensor, step: int) -> None:
+    where = f"checkpoint at step {step}: tensor {layer.name!r}"
+    if tuple(stored.shape) != layer.shape:
+        raise CheckpointError(
+            f"{where} has shape {list(stored.shape)}, the task's model {list(layer.shape)}; "
+            "does the task build the model of this run?"
+        )
+    if not stored.is_floating_point():
+        raise CheckpointError(f"{where} is stored as {stored.dtype}, the model's is a float")

@@ -1,0 +1,243 @@
+"""The full-batch loss and gradient at a point: the hot loop.
+
+Legend: P elements, L layers, G groups, D directions, n items a batch.
+
+    L(θ) = Σ w ℓ(θ) / Σ w,        g(θ) = ∂L/∂θ
+
+over every item of a split exactly once. The passes run in the compute dtype; sums over batches are
+in float64, in the order of the batches, so that a result is a function of the point alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcray.data import SplitData
+from lcray.errors import TaskError
+from lcray.flat import FlatModel
+from lcray.normalization import Normalization, has_normalization
+from lcray.task import Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss of a split at a point.
+
+    Attributes:
+        loss: the mean loss; NaN or infinite where the model's is.
+        total_weight: Σ w.
+        n_items: items.
+        group_weights: Σ w of each group, [G].
+        group_dots: the directional derivatives of each group's own mean loss along each direction,
+            by layer, [D, G, L] float64; None without groups or directions.
+    """
+
+    loss: float
+    total_weight: float
+    n_items: int
+    group_weights: tuple[float, ...]
+    group_dots: Tensor | None
+
+
+class GradientEngine:
+    """Evaluates loss and gradient of any split at the model's current point.
+
+    Args:
+        flat: the model.
+        task: its loss.
+        batch_norm: ``running`` or ``batch``.
+    """
+
+    def __init__(self, flat: FlatModel, task: Task, batch_norm: str) -> None:
+        self.flat = flat
+        self._loss = task.loss
+        self._normalize = has_normalization(flat.model)
+        self._mode = batch_norm
+
+    def new_vector(self) -> Tensor:
+        """A float64 vector [P] of zeros on the device, for gradients and their sums."""
+        return torch.zeros_like(self.flat.theta, dtype=torch.float64)
+
+    def evaluate(
+        self, split: SplitData, out: Tensor | None, directions: Sequence[Tensor] = ()
+    ) -> Evaluation:
+        """Loss, and gradient where asked for, of `split` at the current point.
+
+        Args:
+            split: the batches.
+            out: where the gradient goes, [P] float64; None evaluates the loss alone.
+            directions: vectors [P] float64 for the groups' directional derivatives.
+
+        Raises:
+            TaskError: if the task's loss fails or breaks the contract.
+        """
+        sums = _Sums(self.flat, split, directions if split.labels and out is not None else ())
+        if out is not None:
+            out.zero_()
+        with self._context(), torch.enable_grad():
+            for index, batch in enumerate(split.batches):
+                losses, weights = self._item_losses(split, index, batch)
+                sums.add_losses(index, losses, weights)
+                if out is not None:
+                    self._add_gradients(split, index, losses, weights, out, sums)
+        if not sums.weight > 0:
+            raise TaskError(
+                f"task loss: the weights of split {split.name!r} add up to {sums.weight}"
+            )
+        if out is not None:
+            out.div_(sums.weight)
+        return sums.result()
+
+    def _context(self) -> AbstractContextManager[Any]:
+        return Normalization(self._mode) if self._normalize else nullcontext()
+
+    def _add_gradients(
+        self,
+        split: SplitData,
+        index: int,
+        losses: Tensor,
+        weights: Tensor | None,
+        out: Tensor,
+        sums: _Sums,
+    ) -> None:
+        weighted = losses if weights is None else torch.where(weights > 0, losses, 0) * weights
+        parts = sums.parts(index, weighted)
+        for number, (group, part) in enumerate(parts):
+            part.sum().backward(retain_graph=number + 1 < len(parts))
+            out.add_(self.flat.grad)
+            sums.add_dots(group, self.flat.grad)
+            self.flat.grad.zero_()
+
+    def _item_losses(
+        self, split: SplitData, index: int, batch: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        where = f"task loss on split {split.name!r}, batch {index}"
+        try:
+            result = self._loss(self.flat.model, batch)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise TaskError(f"{where}: failed: {type(error).__name__}: {reason}") from error
+        losses, weights = result if isinstance(result, tuple) else (result, None)
+        _check_losses(where, losses, split.batch_sizes[index])
+        if weights is not None:
+            _check_weights(where, losses, weights)
+            weights = weights.detach().to(losses.dtype)
+        if split.labels and len(split.labels[index]) != len(losses):
+            raise TaskError(
+                f"{where}: {len(losses)} losses but {len(split.labels[index])} group labels; "
+                "groups must give one label per item"
+            )
+        return losses, weights
+
+
+class _Sums:
+    """Sums over the batches of one evaluation, all float64."""
+
+    def __init__(self, flat: FlatModel, split: SplitData, directions: Sequence[Tensor]) -> None:
+        self._flat, self._split, self._directions = flat, split, directions
+        self._numbers = {label: g for g, label in enumerate(split.groups)}
+        shape = (len(directions), len(split.groups), len(flat.layers))
+        self._dots = torch.zeros(shape, dtype=torch.float64, device=flat.theta.device)
+        self._group_weights = [0.0] * len(split.groups)
+        self._losses: list[float] = []
+        self._weights: list[float] = []
+        self._n_items = 0
+
+    @property
+    def weight(self) -> float:
+        return math.fsum(self._weights)
+
+    def add_losses(self, index: int, losses: Tensor, weights: Tensor | None) -> None:
+        exact = losses.detach().double()
+        if weights is None:
+            mass = torch.ones_like(exact)
+        else:
+            mass = weights.double()
+            exact = torch.where(mass > 0, exact, 0.0) * mass
+        self._losses.append(float(exact.sum()))
+        self._weights.append(float(mass.sum()))
+        self._n_items += len(losses)
+        if self._split.labels:
+            self._add_group_weights(self._split.labels[index], mass)
+
+    def _add_group_weights(self, labels: Tensor, mass: Tensor) -> None:
+        if bool(((labels < 0) & (mass > 0)).any()):
+            raise TaskError(
+                f"task groups: negative label in split {self._split.name!r} for an item with "
+                "weight; labels must be >= 0 where the weight is positive"
+            )
+        for label in torch.unique(labels).tolist():
+            if label >= 0:
+                self._group_weights[self._numbers[label]] += float(mass[labels == label].sum())
+
+    def parts(self, index: int, weighted: Tensor) -> list[tuple[int | None, Tensor]]:
+        """What to differentiate in turn: everything at once, or one group after another."""
+        if not self._directions:
+            return [(None, weighted)]
+        labels = self._split.labels[index]
+        present = torch.unique(labels).tolist()
+        if len(present) == 1:
+            return [(self._numbers.get(present[0]), weighted)]
+        return [(self._numbers[k], weighted[labels == k]) for k in present if k >= 0]
+
+    def add_dots(self, group: int | None, gradient: Tensor) -> None:
+        if group is None or not self._directions:
+            return
+        exact = gradient.double()
+        for dots, direction in zip(self._dots, self._directions, strict=True):
+            dots[group] += layer_dots(self._flat, exact, direction)
+
+    def result(self) -> Evaluation:
+        dots = None
+        if self._directions:
+            mass = torch.tensor(self._group_weights, dtype=torch.float64, device=self._dots.device)
+            dots = self._dots / torch.where(mass > 0, mass, 1.0)[None, :, None]
+        # A plain sum first: fsum refuses sums that overflow or mix infinities.
+        total = sum(self._losses)
+        total = math.fsum(self._losses) if math.isfinite(total) else total
+        return Evaluation(
+            loss=total / self.weight,
+            total_weight=self.weight,
+            n_items=self._n_items,
+            group_weights=tuple(self._group_weights),
+            group_dots=dots,
+        )
+
+
+def layer_dots(flat: FlatModel, a: Tensor, b: Tensor) -> Tensor:
+    """Σ a·b over each layer, [L] float64, of two float64 vectors [P]."""
+    return torch.stack([torch.dot(a[where], b[where]) for where in flat.slices])
+
+
+def _check_losses(where: str, losses: Any, batch_size: int) -> None:
+    if not isinstance(losses, Tensor):
+        raise TaskError(f"{where}: must give a tensor [n], gave a {type(losses).__name__}")
+    reduced = losses.dim() == 0 or (losses.shape == (1,) and batch_size > 1)
+    if reduced:
+        raise TaskError(
+            f"{where}: gave a single number for {batch_size} samples; give one loss per item "
+            "(reduction='none')"
+        )
+    if losses.dim() != 1:
+        raise TaskError(f"{where}: gave shape {list(losses.shape)}, must be [n]; flatten it")
+    if not losses.is_floating_point():
+        raise TaskError(f"{where}: gave {losses.dtype}, must be a float tensor")
+    if not losses.requires_grad:
+        raise TaskError(
+            f"{where}: has no gradient; remove no_grad, detach or inference_mode from the loss"
+        )
+
+
+def _check_weights(where: str, losses: Tensor, weights: Any) -> None:
+    if not isinstance(weights, Tensor) or weights.shape != losses.shape:
+        shape = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise TaskError(f"{where}: weights {shape} do not match the losses {list(losses.shape)}")
+    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
+        raise TaskError(f"{where}: weights must be finite and not negative")

@@ -1,0 +1,160 @@
+"""Loss change allocation between two states in memory: no run, no Ray, no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from lcray.allocation import Accuracy, IntervalLC, SplitAllocator
+from lcray.checkpoints.naming import canonical_names
+from lcray.drafting import make_settings
+from lcray.errors import CheckpointError
+from lcray.layers import Layer
+from lcray.path import Point, Segment
+from lcray.planning import Settings
+from lcray.quadrature import get_rule
+from lcray.task import Task, locate
+from lcray.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """LC of one split between two states; all in units of the loss.
+
+    Attributes:
+        split: the split.
+        loss_start: mean loss before.
+        loss_end: mean loss after.
+        elements: LC of each element by layer, in the layer's shape, float64.
+        groups: LC of each group's own mean loss by layer; empty without groups.
+        layer_error: |Σ_i (rule_i − embedded_i)| by layer; empty without an embedded rule.
+        converged: whether |gap| met the tolerance.
+        panels: of the rule in the end.
+    """
+
+    split: str
+    loss_start: float
+    loss_end: float
+    elements: dict[str, Tensor]
+    groups: dict[int, dict[str, float]]
+    layer_error: dict[str, float]
+    converged: bool
+    panels: int
+
+    @property
+    def loss_change(self) -> float:
+        """The measured change of the loss."""
+        return self.loss_end - self.loss_start
+
+    @property
+    def lc(self) -> float:
+        """ΣLC."""
+        return math.fsum(float(values.sum()) for values in self.elements.values())
+
+    @property
+    def gap(self) -> float:
+        """The completeness gap: ΣLC minus the measured change of the loss."""
+        return self.lc - self.loss_change
+
+    def layers(self) -> pd.DataFrame:
+        """One row a layer: lc, lc_helping, lc_hurting, n_helping, n_hurting, n_zero."""
+        rows = {
+            name: {
+                "lc": float(values.sum()),
+                "lc_helping": float(values.clamp(max=0).sum()),
+                "lc_hurting": float(values.clamp(min=0).sum()),
+                "n_helping": int((values < 0).sum()),
+                "n_hurting": int((values > 0).sum()),
+                "n_zero": int((values == 0).sum()),
+            }
+            for name, values in self.elements.items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+
+
+def allocate(
+    task: Task | str,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    *,
+    device: str = "cpu",
+    **options: Any,
+) -> dict[str, Allocation]:
+    """Allocate the loss change between two states of a model.
+
+    Args:
+        task: a `Task`, or ``package.module:attribute``.
+        before: the state dict at the start of the path.
+        after: the state dict at its end.
+        device: where to compute.
+        **options: fields of `Settings`: ``rule``, ``refine``, ``rtol``, ``batch_norm``, ``dtype``,
+            ``splits`` …
+
+    Returns:
+        An `Allocation` for each split.
+
+    Raises:
+        TaskError: if the task breaks its contract.
+        CheckpointError: if a state does not fit the model, or is not finite.
+        UsageError: for an option that does not exist or cannot be used.
+    """
+    settings = make_settings(options)
+    bench = Workbench(locate(task).load(), settings, device=device)
+    states = [_point(bench, state, step) for step, state in enumerate((before, after))]
+    segment = Segment(*states)
+    return {
+        split.name: _allocate(bench, settings, index, segment)
+        for index, split in enumerate(bench.splits)
+    }
+
+
+def _point(bench: Workbench, state: Mapping[str, Tensor], step: int) -> Point:
+    names = canonical_names(state)
+    tensors = {names[key]: value.detach().cpu() for key, value in state.items()}
+    vector, constants = bench.flat.flatten(tensors, step)
+    return Point(step, vector.to(bench.device), constants)
+
+
+def _allocate(bench: Workbench, settings: Settings, index: int, segment: Segment) -> Allocation:
+    split = bench.splits[index]
+    segment.set_point(bench.flat, 0.0)
+    first = bench.engine.evaluate(split, None).loss
+    accuracy = Accuracy.of(settings, first)
+    allocator = SplitAllocator(bench.engine, split, get_rule(settings.rule), accuracy)
+    result = allocator.advance(segment, None)
+    if result.lc is None:
+        raise CheckpointError(f"split {split.name!r}: no LC between the states: {result.status}")
+    lc = result.lc.cpu()
+    layers = bench.flat.layers
+    return Allocation(
+        split=split.name,
+        loss_start=result.loss_start,
+        loss_end=result.loss_end,
+        elements={
+            layer.name: lc[where].view(layer.shape)
+            for layer, where in zip(layers, bench.flat.slices, strict=True)
+        },
+        groups=_groups(split.groups, layers, result),
+        layer_error=_by_layer(layers, result.layer_error),
+        converged=result.converged,
+        panels=result.panels,
+    )
+
+
+def _by_layer(layers: tuple[Layer, ...], values: Tensor | None) -> dict[str, float]:
+    if values is None:
+        return {}
+    return dict(zip((layer.name for layer in layers), values.tolist(), strict=True))
+
+
+def _groups(
+    groups: tuple[int, ...], layers: tuple[Layer, ...], result: IntervalLC
+) -> dict[int, dict[str, float]]:
+    if result.group_lc is None:
+        return {}
+    return {g: _by_layer(layers, row) for g, row in zip(groups, result.group_lc, strict=True)}

@@ -1,0 +1,103 @@
+"""BatchNorm made a function of the weights alone, in one of two stated ways.
+
+``running``: the statistics stored with the checkpoint, evaluated from the formula
+
+    y = (x − mean) / sqrt(var + eps) · weight + bias
+
+since torch's own kernel refuses gradients for mean and var, which move along the path as well.
+``batch``: the statistics of the evaluation batch, as [LCA] does. Running statistics are never
+updated in either. Models stay in evaluation mode, so that dropout is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
+
+MODES = ("running", "batch")
+
+
+class Normalization(TorchFunctionMode):
+    """While active, `torch.nn.functional.batch_norm` and `instance_norm` follow `mode`."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self._batch = mode == "batch"
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Replace the two normalizations; leave everything else as it is."""
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        if func is F.instance_norm:
+            return _instance_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if self._batch or training or running_mean is None or running_var is None:
+            return F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+        return _normalize(input, running_mean, running_var, weight, bias, eps)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if use_input_stats or running_mean is None or running_var is None:
+        return F.instance_norm(input, None, None, weight, bias, True, 0.0, eps)
+    return _normalize(input, running_mean, running_var, weight, bias, eps)
+
+
+def _normalize(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    return torch.addcmul(shift.view(shape), x, scale.view(shape))
+
+
+def has_normalization(model: nn.Module) -> bool:
+    """Whether `model` has layers that the two modes concern."""
+    return any(isinstance(module, _NormBase) for module in model.modules())
+
+
+def depends_on_batches(model: nn.Module, mode: str) -> bool:
+    """Whether the loss of an item depends on the batch it is in, so that batches must be fixed.
+
+    So it is under batch statistics, and always for BatchNorm layers that keep no running ones.
+    """
+    batch_norms = [
+        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    return any(mode == "batch" or module.running_mean is None for module in batch_norms)

@@ -1,0 +1,291 @@
+"""The user's side: a `Task` says what cannot be guessed, once, in a module of the user's own.
+
+Legend: B samples a batch, n items a batch (a sample or a token), C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lcray.errors import TaskError, UsageError, suggest
+
+#: The data of a split: a map-style data set, or tensors (or arrays) that share their first axis.
+Data = Dataset[Any] | tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is analyzed: a model, data, and a loss per item.
+
+    Attributes:
+        model: builds the model, without arguments; the architecture only, since the weights come
+            from the checkpoints.
+        splits: the data by the name of the split, or a function that loads it (on the workers).
+        loss: ``loss(model, batch)`` gives the losses per item, [n], or ``(losses [n],
+            weights [n])``; no reduction. The loss of a split is Σ w ℓ / Σ w over all its items.
+            n may vary between batches, but not between evaluations.
+        groups: ``groups(batch)`` gives an integer label per item, [n] (its class, say), for
+            group-wise allocation. Items come sample by sample.
+        collate: makes a batch of a list of samples, for data sets; torch's default otherwise.
+
+    Example:
+        >>> import torch, torch.nn.functional as F
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> task = Task(
+        ...     model=lambda: torch.nn.Linear(4, 3),
+        ...     splits={"train": (x, y)},
+        ...     loss=lambda net, xy: F.cross_entropy(net(xy[0]), xy[1], reduction="none"),
+        ...     groups=lambda xy: xy[1],
+        ... )
+
+    """
+
+    model: Callable[[], nn.Module]
+    splits: Callable[[], Mapping[str, Data]] | Mapping[str, Data]
+    loss: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
+    groups: Callable[[Any], Tensor] | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Where a task comes from, in a form that a worker on another machine can load.
+
+    Attributes:
+        reference: ``package.module:attribute`` or ``path/file.py:attribute``; for an object that
+            was passed as it is, a description.
+        search_path: folders to import from.
+        task: the object itself, where it cannot be imported (a notebook's).
+    """
+
+    reference: str
+    search_path: tuple[str, ...] = ()
+    task: Task | None = None
+
+    def load(self) -> Task:
+        """The task, imported where necessary.
+
+        Raises:
+            TaskError: if it cannot be imported or is not a task.
+        """
+        if self.task is not None:
+            return self.task
+        for folder in self.search_path:
+            if folder not in sys.path:
+                sys.path.insert(0, folder)
+        return load_task(self.reference)
+
+
+def locate(task: str | Task) -> TaskSource:
+    """Where workers find `task`: they search the working folder, or the file's own.
+
+    Raises:
+        UsageError: if `task` is neither a reference nor a `Task`.
+    """
+    if isinstance(task, Task):
+        return TaskSource(f"<{type(task).__name__} object>", (str(Path.cwd()),), task)
+    if not isinstance(task, str):
+        raise UsageError(
+            f"task: needs a Task or 'package.module:attribute', not a {type(task).__name__}"
+        )
+    name, _, attribute = _split(task)
+    if name.endswith(".py"):
+        path = Path(name).resolve()
+        return TaskSource(f"{path}:{attribute}", (str(path.parent),))
+    return TaskSource(task, (str(Path.cwd()),))
+
+
+def load_task(reference: str) -> Task:
+    """The task that ``package.module:attribute`` or ``path/file.py:attribute`` names.
+
+    The attribute is a `Task`, or a function without required arguments that returns one.
+
+    Raises:
+        UsageError: if the reference has another form.
+        TaskError: if it cannot be imported, or is not a task.
+    """
+    name, _, attribute = _split(reference)
+    module = _import_file(Path(name)) if name.endswith(".py") else _import_module(name)
+    try:
+        found = getattr(module, attribute)
+    except AttributeError:
+        known = [key for key, value in vars(module).items() if isinstance(value, Task)]
+        raise TaskError(f"task {reference!r}: " + suggest(attribute, known, "attribute")) from None
+    return found if isinstance(found, Task) else _call_factory(reference, found)
+
+
+def _split(reference: str) -> tuple[str, str, str]:
+    name, colon, attribute = reference.rpartition(":")
+    if not (name and colon and attribute.isidentifier()):
+        raise UsageError(
+            f"task {reference!r}: must have the form package.module:attribute or file.py:attribute"
+        )
+    return name, colon, attribute
+
+
+def _import_module(name: str) -> ModuleType:
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise TaskError(f"task module {name!r}: cannot be imported: {_brief(error)}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    path = path.resolve()
+    if not path.is_file():
+        raise TaskError(f"task file {path}: not found")
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return loaded
+    name = path.stem if loaded is None else f"_lcray_task_{path.stem}"
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"task file {path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise TaskError(f"task file {path}: cannot be imported: {_brief(error)}") from error
+    return module
+
+
+def _call_factory(reference: str, factory: Any) -> Task:
+    if not callable(factory):
+        raise TaskError(f"task {reference!r}: is a {type(factory).__name__}, must be a lcray.Task")
+    required = required_arguments(factory)
+    if required:
+        raise TaskError(
+            f"task {reference!r}: needs arguments ({', '.join(required)}); name a function that "
+            "needs none, or a lcray.Task"
+        )
+    try:
+        task = factory()
+    except Exception as error:
+        raise TaskError(f"task {reference!r}: failed: {_brief(error)}") from error
+    if not isinstance(task, Task):
+        raise TaskError(f"task {reference!r}: gave a {type(task).__name__}, must be a lcray.Task")
+    return task
+
+
+def required_arguments(function: Callable[..., Any], given: int = 0) -> list[str]:
+    """Names of the arguments that `function` needs beyond the first `given` positional ones."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return []
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    free = [p for p in parameters if p.default is p.empty]
+    names = [p.name for p in free if p.kind in positional][given:]
+    return names + [p.name for p in free if p.kind is p.KEYWORD_ONLY]
+
+
+def source_hash(task: Task, model: nn.Module) -> str:
+    """SHA-256 of the source of the modules that the task's parts and the model's are defined in.
+
+    Modules that a package manager installed count by name only: their versions are recorded
+    elsewhere. Where there is no source (a session typed by hand) the parts' code stands for it.
+    """
+    kinds = sorted({type(part) for part in model.modules()}, key=lambda kind: kind.__qualname__)
+    parts: list[Any] = [task.model, task.splits, task.loss, task.groups, task.collate, *kinds]
+    digest = hashlib.sha256()
+    for source in dict.fromkeys(_source_of(part) for part in parts):
+        digest.update(source)
+    return digest.hexdigest()
+
+
+def _source_of(part: Any) -> bytes:
+    if part is None or isinstance(part, Mapping):
+        return b"-"
+    function = getattr(part, "func", part)
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    path = getattr(module, "__file__", None)
+    if path and "site-packages" in path:
+        return str(getattr(function, "__qualname__", path)).encode()
+    if path and Path(path).is_file():
+        return Path(path).read_bytes()
+    try:
+        return inspect.getsource(function).encode()
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        return code.co_code if code else str(type(function)).encode()
+
+
+def call_model(task: Task) -> nn.Module:
+    """The task's model, newly built.
+
+    Raises:
+        TaskError: if it cannot be built without arguments, or is not a module.
+    """
+    required = required_arguments(task.model)
+    if required:
+        raise TaskError(
+            f"task model: needs arguments ({', '.join(required)}); give a function that needs none"
+        )
+    try:
+        model = task.model()
+    except Exception as error:
+        raise TaskError(f"task model: failed: {_brief(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise TaskError(f"task model: gave a {type(model).__name__}, must be a torch.nn.Module")
+    return model
+
+
+def split_data(task: Task, names: Sequence[str] | None = None) -> dict[str, Data]:
+    """The data of the splits called `names` (all of them by default), in the task's order.
+
+    Raises:
+        TaskError: if the data cannot be loaded, or a split is empty or of another kind.
+        UsageError: for an unknown name.
+    """
+    try:
+        data = task.splits() if callable(task.splits) else task.splits
+    except Exception as error:
+        raise TaskError(f"task splits: failed: {_brief(error)}") from error
+    if not isinstance(data, Mapping) or not data:
+        raise TaskError("task splits: must map names to data, with at least one split")
+    for name in names or ():
+        if name not in data:
+            raise UsageError(suggest(name, data, "split"))
+    chosen = {name: value for name, value in data.items() if names is None or name in names}
+    for name, value in chosen.items():
+        _check_split(name, value)
+    return chosen
+
+
+def _check_split(name: str, data: Any) -> None:
+    where = f"task split {name!r}"
+    if isinstance(data, tuple):
+        lengths = {len(part) if hasattr(part, "__len__") else -1 for part in data}
+        if len(lengths) != 1 or -1 in lengths:
+            raise TaskError(f"{where}: its tensors must share their first axis, got {lengths}")
+        length = lengths.pop()
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Tensor):
+        length = len(data)
+    else:
+        kind = type(data).__name__
+        raise TaskError(f"{where}: must be a map-style Dataset or a tuple of tensors, not {kind}")
+    if length == 0:
+        raise TaskError(f"{where}: is empty")
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
