@@ -158,13 +158,16 @@ def _check_storable(name: str, tensor: torch.Tensor) -> None:
 
 
 def _place(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, header.Entry], int]:
-    """Byte ranges without holes; wide types first, so that every tensor is aligned."""
+    """Byte ranges without holes; wide types first, so that every tensor is aligned.
+
+    The order of the names, and so of the header, stays that of the model.
+    """
     entries: dict[str, header.Entry] = {}
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
         start, end = end, end + tensor.numel() * tensor.element_size()
         entries[name] = header.Entry(tensor.dtype, tuple(tensor.shape), start, end)
-    return entries, end
+    return {name: entries[name] for name in tensors}, end
 
 
 def _check_unchanged(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -292,6 +292,8 @@ def _read_file(path: Path) -> tuple[bytes, dict[str, torch.Tensor], bool]:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # the loader raises whatever its parts raise
         raise ValueError(f"safetensors refuses it ({error})") from error
+    # The loader's order is a hash map's; the header's is the same every time.
+    tensors = {name: tensors[name] for name in checked.entries}
     return data, tensors, checked.metadata.get(CANONICAL_KEY) == "canonical"
 
 

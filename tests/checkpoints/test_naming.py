@@ -1,0 +1,95 @@
+"""Steps in file names, and tensor names without wrapper prefixes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lcray.checkpoints import naming
+from lcray.errors import CheckpointError
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("step-00000010.safetensors", 10),
+        ("step_10.safetensors", 10),
+        ("checkpoint-500", 500),
+        ("model_step10.safetensors", 10),
+        ("00007.safetensors", 7),
+        ("resnet20_step10.safetensors", 10),
+        ("epoch=3-step=500.safetensors", 500),
+        ("vit16-ckpt-40.safetensors", 40),
+        ("step-10.safetensors.index.json", 10),
+        ("model.safetensors", None),
+    ],
+)
+def test_step_in_a_name(name, step):
+    assert naming.parse_step(name) == step
+
+
+def test_ambiguous_name_is_an_error():
+    with pytest.raises(CheckpointError, match="which of 20, 3 is the step"):
+        naming.parse_step("resnet20-3.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("step-1.safetensors", True),
+        ("step-1.safetensors.tmp", False),
+        (".step-1.safetensors", False),
+        ("step-1.safetensors.tmp123", False),
+        ("optimizer_step10.safetensors", False),
+        ("step-10-optimizer.safetensors", False),
+        ("model-00001-of-00002.safetensors", False),
+        ("step-1.pt", False),
+    ],
+)
+def test_which_files_hold_weights(name, expected):
+    assert naming.is_weights(name) is expected
+
+
+NAMES = ["fc1.weight", "fc1.bias", "block.module.weight", "module.head.weight"]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        "{}",
+        "module.{}",
+        "_orig_mod.{}",
+        "module._orig_mod.{}",
+        "_orig_mod.module.{}",
+        "module.module.{}",
+    ],
+)
+def test_wrapped_and_bare_models_have_the_same_names(wrap):
+    keys = [wrap.format(name) for name in NAMES]
+    assert naming.canonical_names(keys) == dict(zip(keys, NAMES, strict=True))
+
+
+def test_inner_compiled_submodule_and_kept_user_module():
+    keys = ["a._orig_mod.weight", "module.weight"]
+    assert list(naming.canonical_names(keys).values()) == ["a.weight", "module.weight"]
+
+
+def test_two_keys_that_become_one_name_are_an_error():
+    with pytest.raises(CheckpointError, match=r"'a\.w' and 'a\._orig_mod\.w' are both 'a\.w'"):
+        naming.canonical_names(["a.w", "a._orig_mod.w"])
+
+
+part = st.sampled_from(["module", "_orig_mod", "a", "b"])
+
+
+@given(
+    st.lists(st.lists(part, min_size=1, max_size=4).map(lambda p: ".".join([*p, "w"])), unique=True)
+)
+def test_canonical_names_are_a_fixed_point_and_agree_with_any_wrapping(keys):
+    try:
+        names = naming.canonical_names(keys)
+    except CheckpointError:
+        return
+    values = list(names.values())
+    assert list(naming.canonical_names(values).values()) == values
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        assert list(naming.canonical_names(prefix + key for key in keys).values()) == values

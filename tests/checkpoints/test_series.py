@@ -1,0 +1,364 @@
+"""Finding and reading checkpoints: every layout, every kind of bad file."""
+
+import hashlib
+import json
+import os
+import pickle
+import struct
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+
+from lcray.checkpoints import open_series
+from lcray.checkpoints.bits import same_bits
+from lcray.errors import CheckpointError, UsageError
+
+
+def tensors(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "fc.weight": torch.randn(3, 4, generator=generator),
+        "fc.bias": torch.randn(3, generator=generator).to(torch.bfloat16),
+        "n": torch.tensor(7 + seed),
+    }
+
+
+def put(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors(seed), path)
+    return path
+
+
+def put_raw(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_numeric_order_and_exact_content(tmp_path):
+    for step in (9000, 10000, 500, 0):
+        put(tmp_path / f"step_{step}.safetensors", step)
+    series = open_series(tmp_path)
+    assert series.steps == (0, 500, 9000, 10000)
+    state = series.read(10000)
+    raw = (tmp_path / "step_10000.safetensors").read_bytes()
+    assert state.sha256 == hashlib.sha256(raw).hexdigest()
+    assert state.nbytes == series.checkpoints[-1].nbytes == len(raw)
+    expected = tensors(10000)
+    assert state.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert state.tensors[name].dtype == tensor.dtype
+        assert same_bits(state.tensors[name], tensor)
+
+
+def test_tensors_are_writable_and_independent_of_the_file(tmp_path):
+    path = put(tmp_path / "step_1.safetensors")
+    state = open_series(tmp_path, minimum=1).read(1)
+    before = path.read_bytes()
+    state.tensors["fc.weight"].zero_()
+    path.write_bytes(b"x" * len(before))
+    assert state.tensors["fc.weight"].eq(0).all()
+    assert same_bits(state.tensors["fc.bias"], tensors()["fc.bias"])
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [(None, (0, 10, 20, 30)), ("10:20", (10, 20)), (":10", (0, 10)), ("11:", (20, 30))],
+)
+def test_step_ranges_include_both_ends(tmp_path, steps, expected):
+    for step in (0, 10, 20, 30):
+        put(tmp_path / f"model_step{step}.safetensors", step)
+    assert open_series(tmp_path, steps).steps == expected
+
+
+@pytest.mark.parametrize("steps", ["5", "a:b", "1:2:3", "-1:4"])
+def test_bad_ranges(tmp_path, steps):
+    with pytest.raises(UsageError, match="write a:b"):
+        open_series(tmp_path, steps)
+
+
+def test_folders_pick_the_model_and_not_its_neighbours(tmp_path):
+    for step, name in ((500, "model"), (1000, "adapter_model"), (2000, "custom")):
+        folder = tmp_path / f"checkpoint-{step}"
+        put(folder / f"{name}.safetensors", step)
+        put(folder / "optimizer.safetensors", 1)
+        (folder / "rng_state.pth").write_bytes(b"never opened")
+    put(tmp_path / "model.safetensors")  # the final model beside the checkpoints: no step
+    (tmp_path / "logs-2024").mkdir()
+    (tmp_path / "checkpoint-3000").mkdir()  # a save that was interrupted
+    put(tmp_path / "tmp-checkpoint-4000" / "model.safetensors")
+    series = open_series(tmp_path)
+    assert series.steps == (500, 1000, 2000)
+    assert [int(series.read(step).tensors["n"]) for step in series.steps] == [507, 1007, 2007]
+
+
+def test_two_models_in_a_folder_are_ambiguous(tmp_path):
+    put(tmp_path / "checkpoint-1" / "a.safetensors")
+    put(tmp_path / "checkpoint-1" / "b.safetensors")
+    with pytest.raises(CheckpointError, match=r"a.safetensors, b.safetensors is the model"):
+        open_series(tmp_path)
+
+
+def test_flat_and_nested_may_mix_but_not_repeat_a_step(tmp_path):
+    put(tmp_path / "step-1.safetensors")
+    put(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert open_series(tmp_path).steps == (1, 2)
+    put(tmp_path / "checkpoint-1" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="are both step 1"):
+        open_series(tmp_path)
+
+
+def test_tensors_come_in_the_order_of_the_header(tmp_path):
+    header, end = {}, 0
+    for name in ("z", "m", "a", "q", "b", "y", "c", "x"):
+        header[name] = {"dtype": "U8", "shape": [2], "data_offsets": [end, end + 2]}
+        end += 2
+    put_raw(tmp_path / "step-1.safetensors", header, b"\x00" * end)
+    assert list(open_series(tmp_path, minimum=1).read(1).tensors) == list(header)
+
+
+def test_wrapper_prefixes_are_removed(tmp_path):
+    save_file({"module._orig_mod.a": torch.ones(1)}, tmp_path / "step-1.safetensors")
+    assert list(open_series(tmp_path, minimum=1).read(1).tensors) == ["a"]
+
+
+# Runs that cannot be opened
+
+
+def test_missing_empty_single_and_file(tmp_path):
+    with pytest.raises(CheckpointError, match="no such run"):
+        open_series(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="no checkpoints; record some"):
+        open_series(tmp_path)
+    path = put(tmp_path / "step-3.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 checkpoint\(s\) of 1 .* at least 2"):
+        open_series(tmp_path)
+    with pytest.raises(CheckpointError, match="this is a file"):
+        open_series(path)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 4"):
+        open_series(tmp_path, minimum=1).read(4)
+    with pytest.raises(CheckpointError, match="local paths only"):
+        open_series("s3://bucket/run")
+
+
+def test_one_checkpoint_is_no_run(tmp_path):
+    put(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no file name holds a step"):
+        open_series(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["step-1.pt", "step-1.ckpt", "checkpoint-1/pytorch_model.bin"])
+def test_pickles_are_never_opened_and_the_error_converts_them(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"a": torch.arange(3.0)}, path)
+    with pytest.raises(CheckpointError, match="never opened") as caught:
+        open_series(tmp_path)
+    command = str(caught.value).split("convert each: ")[1]
+    assert f"'{path}'" in command
+    if name == "step-1.pt":
+        assert os.system(command) == 0  # the advice works as it stands
+        state = open_series(tmp_path, minimum=1).read(1)
+        assert torch.equal(state.tensors["a"], torch.arange(3.0))
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_cannot_run_code(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("step-1.pt", "step-2.safetensors", "step-3.safetensors"):
+        (run / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    for step in open_series(run).steps:
+        with pytest.raises(CheckpointError, match="does not fit"):
+            open_series(run).read(step)
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads((run / "step-1.pt").read_bytes())
+    assert (tmp_path / "exploded").exists()  # the bomb works
+
+
+# Files that cannot be read
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+HOSTILE = {
+    "empty file": (None, b""),
+    "seven bytes": (None, b"\x00" * 7),
+    "huge length": (None, struct.pack("<Q", 2**63) + b"{}"),
+    "length past the end": (None, struct.pack("<Q", 100) + b"{}"),
+    "length 0": (None, struct.pack("<Q", 0) + b"{}"),
+    "not JSON": (b"not json", b""),
+    "not UTF-8": (b'{"\xff": 1}', b""),
+    "a list": (b"[]", b""),
+    "deep nesting": (b"[" * 200_000, b""),
+    "duplicate name": (b'{"a": %s, "a": %s}' % ((json.dumps(ONE).encode(),) * 2), b"\x00" * 4),
+    "tensor no object": ({"a": 1}, b""),
+    "unknown dtype": ({"a": {**ONE, "dtype": "F12"}}, b"\x00" * 4),
+    "dtype no string": ({"a": {**ONE, "dtype": []}}, b"\x00" * 4),
+    "negative shape": ({"a": {**ONE, "shape": [-1]}}, b"\x00" * 4),
+    "overflowing shape": ({"a": {**ONE, "shape": [2**62, 2**62]}}, b"\x00" * 4),
+    "boolean shape": ({"a": {**ONE, "shape": [True]}}, b"\x00" * 4),
+    "negative offset": ({"a": {**ONE, "data_offsets": [-4, 0]}}, b"\x00" * 4),
+    "offsets past the end": ({"a": {**ONE, "data_offsets": [4, 8]}}, b"\x00" * 4),
+    "one offset": ({"a": {**ONE, "data_offsets": [0]}}, b"\x00" * 4),
+    "overlap": ({"a": ONE, "b": ONE}, b"\x00" * 4),
+    "hole": ({"a": ONE, "b": {**ONE, "data_offsets": [8, 12]}}, b"\x00" * 12),
+    "torn data": ({"a": ONE}, b"\x00" * 3),
+    "trailing data": ({"a": ONE}, b"\x00" * 5),
+    "metadata no strings": ({"__metadata__": {"a": 1}, "a": ONE}, b"\x00" * 4),
+    "names collide": ({"a.w": ONE, "a._orig_mod.w": {**ONE, "data_offsets": [4, 8]}}, b"\x00" * 8),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_files_name_step_file_and_remedy(tmp_path, case):
+    header, data = HOSTILE[case]
+    path = tmp_path / "step-5.safetensors"
+    if header is None:
+        path.write_bytes(data)
+    else:
+        put_raw(path, header, data)
+    with pytest.raises(CheckpointError, match=r"step 5, .*step-5.*cannot be read.*--steps") as e:
+        open_series(tmp_path, minimum=1).read(5)
+    assert "\n" not in str(e.value)
+
+
+def test_a_valid_handwritten_file_passes_the_same_checks(tmp_path):
+    put_raw(tmp_path / "step-5.safetensors", {"a": ONE}, struct.pack("<f", 1.5))
+    assert open_series(tmp_path, minimum=1).read(5).tensors["a"].item() == 1.5
+
+
+def test_directory_pipe_and_dangling_link_in_place_of_a_file(tmp_path):
+    (tmp_path / "step-1.safetensors").mkdir()
+    os.mkfifo(tmp_path / "step-2.safetensors")  # opening it would wait for ever
+    (tmp_path / "step-3.safetensors").symlink_to(tmp_path / "nowhere")
+    series = open_series(tmp_path)
+    assert series.steps == (1, 2, 3)
+    for step, why in ((1, "regular file"), (2, "regular file"), (3, "No such file")):
+        with pytest.raises(CheckpointError, match=f"step {step}.*{why}"):
+            series.read(step)
+
+
+VALID = save(tensors())
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    cut=st.integers(0, len(VALID)),
+    flips=st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), max_size=4),
+    keep=st.booleans(),
+)
+def test_corrupted_bytes_give_an_error_or_a_correct_read(tmp_path, cut, flips, keep):
+    data = bytearray(VALID)
+    for place, value in flips:
+        data[place] = value
+    data = bytes(data) if keep else bytes(data[:cut])
+    (tmp_path / "step-1.safetensors").write_bytes(data)
+    try:
+        state = open_series(tmp_path, minimum=1).read(1)
+    except CheckpointError:
+        assert data != VALID
+        return
+    assert len(data) == len(VALID)  # no truncation passes
+    size = sum(t.numel() * t.element_size() for t in state.tensors.values())
+    assert size == len(VALID) - 8 - int.from_bytes(data[:8], "little")
+
+
+# Sharded checkpoints
+
+
+def shards(folder, weight_map=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"a": torch.ones(2)}, folder / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.zeros(2)}, folder / "model-00002-of-00002.safetensors")
+    default = {
+        "b": "model-00002-of-00002.safetensors",
+        "a": "model-00001-of-00002.safetensors",
+    }
+    index = {"metadata": {}, "weight_map": weight_map or default}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_sharded_checkpoint_reads_as_one(tmp_path):
+    folder = shards(tmp_path / "checkpoint-7")
+    series = open_series(tmp_path, minimum=1)
+    files = series.checkpoints[0].files
+    assert [file.name for file in files] == [
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    state = series.read(7)
+    assert torch.equal(state.tensors["a"], torch.ones(2))
+    assert torch.equal(state.tensors["b"], torch.zeros(2))
+    raw = b"".join(file.read_bytes() for file in files)
+    assert state.sha256 == hashlib.sha256(raw).hexdigest()
+    assert state.nbytes == series.checkpoints[0].nbytes == len(raw)
+    assert folder.exists()
+
+
+S1, S2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "why"),
+    [
+        ({"a": "../secret.safetensors"}, "not a file beside it"),
+        ({"a": "/etc/secret.safetensors"}, "not a file beside it"),
+        ({"a": 3}, "not a file beside it"),
+        ({"a": S1, "b": "model-00003-of-00003.safetensors"}, "is missing"),
+        ({"a": S2, "b": S2}, "disagree about tensor 'a'"),
+        ({"a": S1, "b": S1}, "disagree about tensor 'b'"),
+    ],
+)
+def test_bad_weight_maps(tmp_path, weight_map, why):
+    save_file({"a": torch.ones(1)}, tmp_path / "secret.safetensors")
+    shards(tmp_path / "checkpoint-7", weight_map)
+    with pytest.raises(CheckpointError, match=f"step 7.*{why}"):
+        open_series(tmp_path, minimum=1).read(7)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
+def test_bad_indexes(tmp_path, text):
+    folder = shards(tmp_path / "checkpoint-7")
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"step 7.*the index"):
+        open_series(tmp_path, minimum=1).read(7)
+
+
+def test_torn_shard_is_named(tmp_path):
+    folder = shards(tmp_path / "checkpoint-7")
+    data = (folder / S2).read_bytes()
+    (folder / S2).write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match=f"in the shard {S2}"):
+        open_series(tmp_path, minimum=1).read(7)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_transformers_sharded_model_with_tied_embeddings(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=64, n_positions=16)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    expected = {}
+    for step in (500, 1000):
+        model.save_pretrained(tmp_path / f"checkpoint-{step}", max_shard_size="10KB")
+        expected[step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with torch.no_grad():
+            model.transformer.wte.weight.add_(1.0)
+    series = open_series(tmp_path)
+    assert len(series.checkpoints[0].files) > 2
+    for step in series.steps:
+        stored = series.read(step).tensors
+        assert expected[step].keys() - stored.keys() == {"lm_head.weight"}  # tied: stored once
+        assert all(same_bits(stored[name], expected[step][name]) for name in stored)
