@@ -363,6 +363,17 @@ def test_ks_of_a_histogram_is_the_largest_distance_at_any_edge() -> None:
     assert fit.ks == pytest.approx(max(distances), rel=1e-9)
 
 
+def test_ks_of_a_histogram_sees_the_edge_behind_a_gap() -> None:
+    """Nearly all lies in [8, 10): F_fit passes F_empirical by most just before it, at 8."""
+    fit = fit_weibull([0.0, 1.0, 8.0, 9.0], [1.0, 2.0, 9.0, 10.0], [1, 1, 50, 50])
+    assert fit is not None
+    k, lam = fit.parameters["k"], fit.parameters["lambda"]
+    shares = {1.0: 1 / 102, 2.0: 2 / 102, 8.0: 2 / 102, 9.0: 52 / 102, 10.0: 1.0}
+    distances = {x: abs(s - (1 - math.exp(-((x / lam) ** k)))) for x, s in shares.items()}
+    assert max(distances, key=lambda x: distances[x]) == 8.0
+    assert fit.ks == pytest.approx(distances[8.0], rel=1e-9)
+
+
 # --- nothing to fit, and bad input ---------------------------------------------------------------
 
 
