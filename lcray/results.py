@@ -214,7 +214,7 @@ class Results:
                 statements = connection.extract_statements(query)
                 if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                     raise UsageError("SQL: give exactly one SELECT; the tables are read-only")
-                return connection.execute(statements[0]).to_arrow_table()
+                return connection.sql(statements[0]).to_arrow_table()
             except duckdb.Error as error:
                 message = " ".join(str(error).split("\n\n")[0].split())
                 raise UsageError(f"SQL: {message}") from error

@@ -7,6 +7,7 @@ covers everything.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ def sign(x: float) -> int:
 
 
 def flips(values: list[float]) -> int:
-    return sum(sign(a) * sign(b) == -1 for a, b in zip(values, values[1:], strict=False))
+    return sum(sign(a) * sign(b) == -1 for a, b in itertools.pairwise(values))
 
 
 def intervals(world: World, ts: range) -> Rows:

@@ -1,0 +1,238 @@
+"""What to run when in doubt: every checksum, every coverage and every additivity invariant.
+
+Tolerances. Sums of LC agree to 1e-12 of the sum of |LC| in their scope (float64 sums in another
+order). Losses agree to 4 float64 ulp where one is computed from the other, and to 16 ulp of the
+forward pass's dtype where the same loss was measured twice. Groups whose passes are not those of
+the total (batches that mix groups) agree to 1e-4 (float32) or 1e-9 (float64) of the scope.
+`elements` are float32: 1e-7 of the scope. Counts agree exactly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from lcray.errors import LcrayError
+from lcray.invariants import Invariant, coverage, invariants, relations
+from lcray.planning import Plan
+from lcray.reduction import missing_intervals, name_intervals, plan_digest, tables_of
+from lcray.results import Manifest, read_manifest
+from lcray.schema import TABLES
+from lcray.shards import Commit, check_files, file_problems, read_commit, read_plan
+
+_SHOWN = 3  # offending rows that a problem names
+_MEMORY = "1GB"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found.
+
+    Attributes:
+        problems: one line each: what is wrong, where, and what to do.
+        checks: the checks that were made, in order.
+    """
+
+    problems: tuple[str, ...]
+    checks: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify(out: str | os.PathLike[str]) -> Verification:
+    """Checks an output: files, coverage, keys and invariants; never stops at the first problem.
+
+    Nothing is raised for a damaged output, and nothing is written to it. Shards are checked even
+    if the output is not reduced yet.
+    """
+    report = _Report()
+    with report.check("analysis.json"):
+        plan = read_plan(Path(out))
+        _verify(Path(out), plan, report)
+    return Verification(tuple(report.problems), tuple(report.checks))
+
+
+class _Report:
+    """Collects checks and problems; as a context, an lcray error inside is a problem."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.checks: list[str] = []
+
+    def check(self, name: str) -> _Report:
+        self.checks.append(name)
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, LcrayError):
+            self.problems.append(str(error))
+            return True
+        return False
+
+
+def _verify(out: Path, plan: Plan, report: _Report) -> None:
+    commits = _verify_shards(out, plan, report)
+    manifest = None
+    with report.check("manifest of the tables"):
+        manifest = read_manifest(out)
+    if manifest is None:
+        return
+    report.problems += _stale(out, plan, commits, manifest)
+    sound = []
+    for table, entry in manifest.tables.items():
+        report.checks.append(f"file of table {table}")
+        path = out / "tables" / entry.name
+        problems = file_problems(path, entry, table)
+        report.problems += [f"{path}: {p}; run lcray reduce {out}" for p in problems]
+        if not problems:
+            sound.append(table)
+    for table in sound:
+        report.checks.append(f"keys of {table} are unique and in order")
+        report.problems += _disorder(out, plan, table)
+    _verify_rows(out, plan, manifest, sound, report)
+
+
+def _verify_shards(out: Path, plan: Plan, report: _Report) -> list[Commit]:
+    commits = []
+    for span in plan.spans:
+        with report.check(f"span {span.name}"):
+            commit = read_commit(out, span)
+            if commit is not None:
+                commits.append(commit)
+                report.problems += check_files(out, commit)
+    report.checks.append("every interval is committed")
+    missing = missing_intervals(plan, commits)
+    if missing:
+        report.problems.append(
+            f"{out}: {len(missing)} of {plan.n_intervals} intervals are missing: steps "
+            f"{name_intervals(missing)}; run the analysis again to finish them"
+        )
+    report.checks.append("neighbouring spans read the same checkpoint")
+    report.problems += _disagreements(out, commits)
+    return commits
+
+
+def _disagreements(out: Path, commits: list[Commit]) -> Iterator[str]:
+    for left, right in itertools.pairwise(commits):
+        step = left.span.last
+        digests = [c.checkpoints.get(step) for c in (left, right)]
+        if step == right.span.first and None not in digests and digests[0] != digests[1]:
+            yield (
+                f"{out}: spans {left.span.name} and {right.span.name} read different checkpoints "
+                f"of step {step}; analyze the run into a new output"
+            )
+
+
+def _stale(out: Path, plan: Plan, commits: list[Commit], manifest: Manifest) -> Iterator[str]:
+    if manifest.plan != plan_digest(plan):
+        yield f"{out}: the tables were reduced by another plan; run lcray reduce {out}"
+    spans = tuple(commit.span.name for commit in commits)
+    if manifest.spans != spans:
+        odd = sorted(set(manifest.spans) ^ set(spans)) or list(spans)
+        yield f"{out}: the tables hold other spans than are committed ({', '.join(odd[:5])}); " + (
+            f"run lcray reduce {out}"
+        )
+    for table in tables_of(plan):
+        if table not in manifest.tables:
+            yield f"{out}: table {table!r} is missing; run lcray reduce {out}"
+
+
+def _disorder(out: Path, plan: Plan, table: str) -> Iterator[str]:
+    """Rows that do not follow the one before in the order of the key, which also excludes twins."""
+    key = TABLES[table].key
+    ranks = {
+        "split": [split.name for split in plan.splits],
+        "layer": [layer.name for layer in plan.layers],
+    }
+    path = out / "tables" / f"{table}.parquet"
+    last: list[Any] | None = None
+    row = 0
+    with pq.ParquetFile(path) as file:
+        for group in range(file.metadata.num_row_groups):
+            rows = file.read_row_group(group, columns=list(key))
+            columns = [_ranked(rows.column(name), ranks.get(name)) for name in key]
+            if last is not None:
+                pairs = zip(last, columns, strict=True)
+                columns = [np.concatenate([np.array([a]), b]) for a, b in pairs]
+            wrong = np.flatnonzero(~_increasing(columns))
+            if len(wrong):
+                at = row + int(wrong[0]) + (last is None)
+                yield (
+                    f"{path}: row {at} does not follow row {at - 1} in the order of "
+                    f"{', '.join(key)}; run lcray reduce {out}"
+                )
+                return
+            row += rows.num_rows
+            last = [column[-1] for column in columns]
+
+
+def _ranked(column: pa.ChunkedArray, order: list[str] | None) -> NDArray[Any]:
+    """Values that compare as the order of rows has it; −1 for names that the plan lacks."""
+    if not pa.types.is_dictionary(column.type):
+        return np.asarray(column.to_numpy())
+    values = column.combine_chunks()
+    names = values.dictionary.to_pylist()
+    order = sorted(names) if order is None else order
+    lookup = [order.index(name) if name in order else -1 for name in names]
+    ranks: NDArray[np.int64] = np.array(lookup or [0])
+    return ranks[values.indices.to_numpy()]
+
+
+def _increasing(columns: list[NDArray[Any]]) -> NDArray[np.bool_]:
+    """Whether each row is above the one before, comparing column by column, [n - 1]."""
+    above = np.zeros(len(columns[0]) - 1, bool)
+    equal = np.ones(len(above), bool)
+    for column in columns:
+        above |= equal & (column[1:] > column[:-1])
+        equal &= column[1:] == column[:-1]
+    return above
+
+
+def _verify_rows(
+    out: Path, plan: Plan, manifest: Manifest, sound: list[str], report: _Report
+) -> None:
+    checks = [*coverage(plan), *invariants(plan)]
+    with tempfile.TemporaryDirectory() as folder, duckdb.connect(":memory:") as database:
+        database.execute(f"SET memory_limit='{_MEMORY}'")
+        database.execute("SET preserve_insertion_order=false")
+        database.execute(f"SET temp_directory='{folder}'")
+        for table in sound:
+            path = str((out / "tables" / f"{table}.parquet").resolve()).replace("'", "''")
+            database.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{path}')")
+        for name, relation in relations(plan, set(manifest.spans)).items():
+            database.register(f"_{name}", relation)
+            database.execute(f"CREATE TABLE {name} AS SELECT * FROM _{name}")
+        for check in checks:
+            if all(table in sound for table in check.tables):
+                report.checks.append(check.name)
+                report.problems += _violations(out, database, check)
+
+
+def _violations(out: Path, database: duckdb.DuckDBPyConnection, check: Invariant) -> Iterator[str]:
+    try:
+        found = database.execute(check.query).fetchmany(_SHOWN + 1)
+        names = [column[0] for column in database.description or ()]
+    except duckdb.Error as error:
+        yield f"{out}: {check.name}: cannot be checked ({str(error).splitlines()[0]})"
+        return
+    for row in found[:_SHOWN]:
+        where = ", ".join(f"{name} {value}" for name, value in zip(names, row, strict=True))
+        more = "; and further rows" if len(found) > _SHOWN and row is found[_SHOWN - 1] else ""
+        yield f"{out}: {check.name}: not so at {where}{more}"
