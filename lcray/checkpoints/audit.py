@@ -21,6 +21,7 @@ OUTLIER_SPREAD = 0.15  # floor of the spread of log norms: below x 2.5 nothing i
 OUTLIER_NEIGHBOURS = 5  # on each side
 HIDDEN_SHARE = 0.1  # of the element updates of a low-precision tensor
 IRREGULAR_SHARE = 0.2  # more gaps than this share of the intervals are reported as one
+_CHUNK = 1 << 22  # elements
 _LOW_PRECISION = frozenset(
     {
         torch.float16,
@@ -234,9 +235,13 @@ class _Pass:
 
 
 def _squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    difference = b.double() - a.double()
-    # inf - inf at elements that stay infinite (masks) is no movement
-    return float(difference.nan_to_num_(0.0, 0.0, 0.0).square_().sum())
+    total = 0.0
+    chunks = zip(a.reshape(-1).split(_CHUNK), b.reshape(-1).split(_CHUNK), strict=True)
+    for before, after in chunks:  # in pieces, so that no float64 copy of a large tensor is made
+        difference = after.double() - before.double()
+        # inf - inf at elements that stay infinite (masks) is no movement
+        total += float(difference.nan_to_num_(0.0, 0.0, 0.0).square_().sum())
+    return total
 
 
 def _nonfinite(pass_: _Pass) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -64,7 +65,9 @@ class Slot:
             name: self.data[entry.start : entry.stop].view(entry.dtype).view(entry.shape)
             for name, entry in layout.entries.items()
         }
-        self.memory = self.data.numpy().data
+        raw = self.data.numpy()
+        self.bytes = {name: raw[e.start : e.stop] for name, e in layout.entries.items()}
+        self.memory = raw.data
 
 
 def layout_of(model: nn.Module, *, trainable_only: bool = False) -> Layout:
@@ -127,9 +130,21 @@ def snapshot(layout: Layout, model: nn.Module, slot: Slot) -> None:
     _check_unchanged(layout, tensors)
     with torch.no_grad():
         for name, key in layout.keys.items():
-            slot.views[name].copy_(tensors[key].detach(), non_blocking=slot.data.is_pinned())
+            tensor = tensors[key].detach()
+            if _is_plain(tensor):
+                # One thread, on purpose: torch's copy would start its thread team for a memcpy,
+                # and on a busy machine waiting for the team costs more than the copy.
+                np.copyto(slot.bytes[name], tensor.reshape(-1).view(torch.uint8).numpy())
+            else:
+                slot.views[name].copy_(tensor, non_blocking=slot.data.is_pinned())
         for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the elements lie in main memory as they will in the file."""
+    bits = tensor.is_conj() or tensor.is_neg()
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not bits
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

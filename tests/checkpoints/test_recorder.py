@@ -1,6 +1,7 @@
 """The recorder: what it writes, that it does not disturb training, and that no fault is silent."""
 
 import copy
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -106,6 +107,16 @@ def test_run_json(tmp_path):
     assert content["sessions"][0]["versions"]["torch"] == str(torch.__version__)
 
 
+def test_run_json_from_a_source_tree(tmp_path, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    Recorder(net(), tmp_path).close()
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert content["sessions"][0]["versions"]["lcray"] == "unknown"
+
+
 class Odd(nn.Module):
     """Tied, transposed, low-precision, scalar, empty and flat-buffer tensors."""
 
@@ -120,6 +131,8 @@ class Odd(nn.Module):
         self.right = nn.Parameter(flat[4:])
         self.f16 = nn.Parameter(torch.randn(3).half())
         self.bf16 = nn.Parameter(torch.randn(3).bfloat16())
+        self.spin = nn.Parameter(torch.tensor([1 + 2j, 3 - 4j]))
+        self.register_buffer("conjugate", torch.tensor([1 + 2j, 3 - 4j]).conj())
         self.register_buffer("scalar", torch.tensor(2.5, dtype=torch.float64))
         self.register_buffer("flag", torch.tensor([True, False, True]))
         self.register_buffer("empty", torch.empty(0, 3))
@@ -134,6 +147,7 @@ def test_odd_tensors_keep_values_and_dtypes(tmp_path):
     expected = clones(model)
     del expected["head.weight"]
     assert "scratch" not in expected
+    expected["conjugate"] = torch.tensor([1 - 2j, 3 + 4j])
     assert_same(found, expected)
     assert found["f16"].dtype == torch.float16 and found["bf16"].dtype == torch.bfloat16
     content = json.loads((tmp_path / "run.json").read_text())
@@ -200,10 +214,16 @@ def test_real_data_parallel_wrapper(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+class Sharded(torch.Tensor):
+    """Stands for tensor subclasses whose local data is not the whole tensor."""
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [
         (nn.ReLU(), "nothing to record"),
+        (nn.ParameterList([torch.ones(2).as_subclass(Sharded)]), "is a Sharded"),
+        (nn.ParameterList([torch.eye(2).to_sparse()]), "sparse_coo, .* cannot hold"),
         (nn.LazyLinear(3), "not initialised"),
         (nn.Linear(2, 2, device="meta"), "meta device"),
         (nn.Linear(2, 2, dtype=torch.complex128), "safetensors cannot hold"),
@@ -683,6 +703,26 @@ def test_a_dropped_recorder_drains_and_frees_its_directory(tmp_path):
     del rec
     assert sorted(stored(tmp_path)) == [0, 1]
     Recorder(net(), tmp_path).close()
+
+
+def test_a_living_fork_does_not_keep_the_lock(tmp_path):
+    code = """
+import os, sys, torch
+from lcray.checkpoints import Recorder
+model = torch.nn.Linear(4, 4)
+recorder = Recorder(model, sys.argv[1])
+end, start = os.pipe()
+pid = os.fork()  # a data loader's worker, say
+if pid == 0:
+    os.close(start)
+    os.read(end, 1)
+    os._exit(0)
+recorder.close()
+Recorder(model, sys.argv[1]).close()
+os.close(start)
+os.waitpid(pid, 0)
+"""
+    python(code, tmp_path)
 
 
 def test_a_file_system_without_locks_still_records(tmp_path, monkeypatch):

@@ -2,18 +2,20 @@
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import struct
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from lcray.checkpoints import open_series
-from lcray.checkpoints.bits import same_bits
+from lcray.checkpoints import header, open_series
+from lcray.checkpoints.bits import count_unchanged, same_bits
 from lcray.errors import CheckpointError, UsageError
 
 
@@ -32,8 +34,8 @@ def put(path, seed=0):
     return path
 
 
-def put_raw(path, header, data=b""):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+def put_raw(path, head, data=b""):
+    text = head if isinstance(head, bytes) else json.dumps(head).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
@@ -111,12 +113,12 @@ def test_flat_and_nested_may_mix_but_not_repeat_a_step(tmp_path):
 
 
 def test_tensors_come_in_the_order_of_the_header(tmp_path):
-    header, end = {}, 0
+    head, end = {}, 0
     for name in ("z", "m", "a", "q", "b", "y", "c", "x"):
-        header[name] = {"dtype": "U8", "shape": [2], "data_offsets": [end, end + 2]}
+        head[name] = {"dtype": "U8", "shape": [2], "data_offsets": [end, end + 2]}
         end += 2
-    put_raw(tmp_path / "step-1.safetensors", header, b"\x00" * end)
-    assert list(open_series(tmp_path, minimum=1).read(1).tensors) == list(header)
+    put_raw(tmp_path / "step-1.safetensors", head, b"\x00" * end)
+    assert list(open_series(tmp_path, minimum=1).read(1).tensors) == list(head)
 
 
 def test_wrapper_prefixes_are_removed(tmp_path):
@@ -219,12 +221,12 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_files_name_step_file_and_remedy(tmp_path, case):
-    header, data = HOSTILE[case]
+    head, data = HOSTILE[case]
     path = tmp_path / "step-5.safetensors"
-    if header is None:
+    if head is None:
         path.write_bytes(data)
     else:
-        put_raw(path, header, data)
+        put_raw(path, head, data)
     with pytest.raises(CheckpointError, match=r"step 5, .*step-5.*cannot be read.*--steps") as e:
         open_series(tmp_path, minimum=1).read(5)
     assert "\n" not in str(e.value)
@@ -244,6 +246,50 @@ def test_directory_pipe_and_dangling_link_in_place_of_a_file(tmp_path):
     for step, why in ((1, "regular file"), (2, "regular file"), (3, "No such file")):
         with pytest.raises(CheckpointError, match=f"step {step}.*{why}"):
             series.read(step)
+
+
+def test_what_reading_may_hit_beyond_bad_bytes(tmp_path, monkeypatch):
+    put(tmp_path / "step-1.safetensors")
+    run = open_series(tmp_path, minimum=1)
+    for error, why in (
+        (MemoryError(), "does not fit into memory"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (RuntimeError("odd"), r"safetensors refuses it \(odd\)"),
+    ):
+
+        def fail(data, error=error):
+            raise error
+
+        monkeypatch.setattr(safetensors.torch, "load", fail)
+        if not isinstance(error, RuntimeError):
+            monkeypatch.setattr(header, "parse", lambda *a, error=error: fail(None, error))
+        with pytest.raises(CheckpointError, match=f"step 1.*{why}"):
+            run.read(1)
+        monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="cannot be listed: File name too long"):
+        open_series(tmp_path / ("x" * 300))
+
+
+def test_a_file_that_grows_while_it_is_read(tmp_path, monkeypatch):
+    path = put(tmp_path / "step-1.safetensors")
+    parse = header.parse
+
+    def grow(*arguments):
+        with path.open("ab") as file:
+            file.write(b"more")
+        return parse(*arguments)
+
+    monkeypatch.setattr(header, "parse", grow)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        open_series(tmp_path, minimum=1).read(1)
+
+
+def test_bits_tell_apart_what_equality_does_not():
+    zero, nan = torch.tensor([0.0, 1.0]), torch.tensor([math.nan])
+    assert not same_bits(zero, torch.tensor([-0.0, 1.0]))
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(zero, zero[:1]) and not same_bits(zero, zero.double())
+    assert count_unchanged(zero, torch.tensor([-0.0, 1.0])) == 1
 
 
 VALID = save(tensors())
