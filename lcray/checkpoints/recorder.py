@@ -134,12 +134,12 @@ class Recorder:
     def close(self) -> None:
         """Write what is queued, mark the run as ended and free the directory.
 
-        Further calls do nothing.
+        Further calls do nothing, and neither does the copy in a forked process.
 
         Raises:
             RecorderError: a checkpoint could not be written.
         """
-        if not self._finalizer.alive:
+        if not self._finalizer.alive or self._directory.is_forked:
             return
         if self._hook is not None:
             self._hook.remove()
@@ -191,6 +191,8 @@ class Recorder:
 
 
 def _finish(writer: BackgroundWriter, directory: LockedDirectory) -> None:
+    if directory.is_forked:
+        return
     try:
         writer.close()
     finally:

@@ -18,6 +18,7 @@ class LockedDirectory:
 
     def __init__(self, path: Path):
         self.path = path
+        self._pid = os.getpid()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -36,6 +37,11 @@ class LockedDirectory:
         for left in path.glob(f".*{_TEMPORARY}"):  # of a killed recorder: never a whole checkpoint
             with contextlib.suppress(OSError):
                 left.unlink()
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is the copy in a forked process: the lock belongs to the original."""
+        return os.getpid() != self._pid
 
     def write(self, name: str, chunks: Sequence[bytes | memoryview]) -> None:
         """Write `name` from `chunks`: temporary name, fsync, rename, fsync of the directory.

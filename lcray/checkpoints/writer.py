@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -26,7 +25,6 @@ class BackgroundWriter:
         self._changed = threading.Condition()
         self._failure: tuple[int, BaseException] | None = None
         self._closing = False
-        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="lcray-recorder", daemon=True)
         self._thread.start()
 
@@ -75,13 +73,11 @@ class BackgroundWriter:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Write what is queued and end the thread; in a forked copy, do nothing.
+        """Write what is queued and end the thread.
 
         Raises:
             RecorderError: a checkpoint could not be written.
         """
-        if os.getpid() != self._pid:
-            return
         with self._changed:
             self._closing = True
             self._changed.notify_all()

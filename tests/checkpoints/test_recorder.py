@@ -552,6 +552,26 @@ def test_a_failed_rename_leaves_nothing_behind(tmp_path, monkeypatch):
     ]
 
 
+def test_after_a_failure_nothing_more_is_written(tmp_path, monkeypatch):
+    rec = Recorder(net(), tmp_path)
+    gate, original, calls = threading.Event(), rec._directory.write, []
+
+    def fails_once(*arguments):
+        gate.wait(30)
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        original(*arguments)
+
+    monkeypatch.setattr(rec._directory, "write", fails_once)
+    for _ in range(3):
+        rec.step()
+    gate.set()
+    with pytest.raises(RecorderError, match="step 1 could not be written"):
+        rec.close()
+    assert sorted(stored(tmp_path)) == [0]  # no hole in the run, though there was room again
+
+
 def test_files_are_synced_before_they_get_their_name(tmp_path, monkeypatch):
     events = []
     fsync, replace = os.fsync, os.replace
@@ -675,11 +695,18 @@ recorder = Recorder(torch.nn.Linear(4, 4), sys.argv[1])
 recorder.step()
 pid = os.fork()
 if pid == 0:
+    recorder.close()  # neither ends the parent's run nor frees its lock
     try:
         recorder.step()
     except RecorderError as error:
         sys.exit(7 if "writer thread is gone" in str(error) else 8)  # runs the exit handlers
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+assert '"ended": false' in open(sys.argv[1] + "/run.json").read()
+try:
+    Recorder(torch.nn.Linear(4, 4), sys.argv[1])
+    sys.exit("the child freed the lock")
+except RecorderError as error:
+    assert "another recorder" in str(error)
 recorder.step()
 """
     python(code, tmp_path)

@@ -232,6 +232,16 @@ def test_hostile_files_name_step_file_and_remedy(tmp_path, case):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    "case", [c for c, (head, _) in HOSTILE.items() if head is not None and c != "names collide"]
+)
+def test_our_own_check_comes_before_the_loader(case):
+    head, data = HOSTILE[case]
+    text = head if isinstance(head, bytes) else json.dumps(head).encode()
+    with pytest.raises(ValueError):
+        header.parse(text, len(data))
+
+
 def test_a_valid_handwritten_file_passes_the_same_checks(tmp_path):
     put_raw(tmp_path / "step-5.safetensors", {"a": ONE}, struct.pack("<f", 1.5))
     assert open_series(tmp_path, minimum=1).read(5).tensors["a"].item() == 1.5
