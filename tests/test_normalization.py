@@ -1,0 +1,222 @@
+"""BatchNorm and InstanceNorm in the two modes, against torch's own kernels and their formulas."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from strategies import Bench, Case, classify, convnet, random_states
+from torch import Tensor, nn
+
+from lcray.errors import TaskError
+from lcray.normalization import Normalization, depends_on_batches, has_normalization
+
+# The formula and torch's kernel round differently: a few units of 2^-53 of numbers of order ten.
+ROUNDING = 1e-13
+LAYERS = {
+    "1d": (lambda **k: nn.BatchNorm1d(3, **k), (6, 3)),
+    "1d-sequence": (lambda **k: nn.BatchNorm1d(3, **k), (6, 3, 4)),
+    "2d": (lambda **k: nn.BatchNorm2d(3, **k), (5, 3, 2, 4)),
+    "3d": (lambda **k: nn.BatchNorm3d(3, **k), (4, 3, 2, 2, 2)),
+}
+
+
+def layer_and_input(name: str, **kwargs: Any) -> tuple[nn.Module, Tensor]:
+    make, shape = LAYERS[name]
+    random = torch.Generator().manual_seed(3)
+    layer = make(eps=1e-2, **kwargs).double()
+    with torch.no_grad():
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=random, dtype=torch.float64) + 0.5)
+    return layer, 3 * torch.randn(shape, generator=random, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("affine", [True, False])
+def test_running_is_torch_in_evaluation_mode(name: str, affine: bool) -> None:
+    layer, x = layer_and_input(name, affine=affine)
+    expected = layer.eval()(x)
+    before = copy.deepcopy(layer.state_dict())
+    with Normalization("running"):
+        found = layer(x)
+    assert (found - expected).abs().max() <= ROUNDING
+    assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_batch_is_torch_in_training_mode_without_its_updates(name: str) -> None:
+    layer, x = layer_and_input(name)
+    expected = copy.deepcopy(layer).train()(x)
+    layer.eval()
+    before = copy.deepcopy(layer.state_dict())
+    with Normalization("batch"):
+        found = layer(x)
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, layer(x))  # the two modes differ, or nothing was tested
+    assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
+
+
+def test_running_is_differentiable_in_the_statistics() -> None:
+    layer, x = layer_and_input("2d")
+    layer.eval()
+    mean, var = layer.running_mean.requires_grad_(), layer.running_var.requires_grad_()
+    with Normalization("running"):
+        loss = (layer(x) ** 3).sum()
+    found = torch.autograd.grad(loss, [x.requires_grad_(), mean, var], allow_unused=True)[1:]
+    # By hand: y = (x - m) r w + b with r = (v + eps)^(-1/2):
+    # dy/dm = -r w,  dy/dv = -(x - m) w r^3 / 2.
+    view = (1, 3, 1, 1)
+    r = (var.detach() + 1e-2).rsqrt().view(view)
+    w, b = layer.weight.detach().view(view), layer.bias.detach().view(view)
+    centred = x.detach() - mean.detach().view(view)
+    outer = 3 * (centred * r * w + b) ** 2
+    by_mean = (outer * -r * w).sum((0, 2, 3))
+    by_var = (outer * -centred * w * r**3 / 2).sum((0, 2, 3))
+    # Sums of 40 terms of size up to 1e4, relative rounding of some 1e-14.
+    assert torch.allclose(found[0], by_mean, rtol=1e-12, atol=0)
+    assert torch.allclose(found[1], by_var, rtol=1e-12, atol=0)
+
+
+def test_a_layer_without_statistics_takes_the_batch_in_both_modes() -> None:
+    layer = nn.BatchNorm1d(3, track_running_stats=False).double().eval()
+    x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = layer(x)
+    for mode in ("running", "batch"):
+        with Normalization(mode):
+            assert torch.equal(layer(x), expected)
+
+
+def test_functional_calls_in_training_mode_take_the_batch_and_update_nothing() -> None:
+    x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    expected = F.batch_norm(x, None, None, training=True)
+    with Normalization("running"):
+        found = F.batch_norm(x, mean, var, training=True)
+    assert torch.equal(found, expected)
+    assert torch.equal(mean, torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(var, torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_instance_norm_is_torch_in_evaluation_mode(tracked: bool) -> None:
+    random = torch.Generator().manual_seed(5)
+    layer = nn.InstanceNorm2d(3, affine=True, track_running_stats=tracked).double().eval()
+    if tracked:
+        layer.running_mean.copy_(torch.randn(3, generator=random))
+        layer.running_var.copy_(torch.rand(3, generator=random) + 0.5)
+    x = torch.randn(4, 3, 2, 5, generator=random, dtype=torch.float64)
+    expected = layer(x)
+    with Normalization("running"):
+        found = layer(x)
+    assert (found - expected).abs().max() <= ROUNDING
+
+
+def test_nothing_else_changes_and_the_mode_ends_with_its_block() -> None:
+    layer, x = layer_and_input("2d")
+    layer.eval()
+    plain = layer(x)
+    with Normalization("batch"):
+        other = layer(x)
+        assert torch.equal(torch.relu(x), x.clamp(min=0))
+    assert not torch.equal(plain, other)
+    assert torch.equal(layer(x), plain)
+
+
+def test_which_models_have_normalization() -> None:
+    assert has_normalization(nn.Sequential(nn.BatchNorm1d(2)))
+    assert has_normalization(nn.InstanceNorm1d(2, track_running_stats=True))
+    assert not has_normalization(nn.Sequential(nn.LayerNorm(2), nn.GroupNorm(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("model", "running", "batch"),
+    [
+        (nn.BatchNorm1d(2), False, True),
+        (nn.BatchNorm1d(2, track_running_stats=False), True, True),
+        (nn.InstanceNorm1d(2), False, False),
+        (nn.Linear(2, 2), False, False),
+    ],
+)
+def test_when_batches_are_part_of_the_loss(model: nn.Module, running: bool, batch: bool) -> None:
+    assert depends_on_batches(nn.Sequential(model), "running") is running
+    assert depends_on_batches(nn.Sequential(model), "batch") is batch
+
+
+@pytest.mark.parametrize("mode", ["running", "batch"])
+def test_an_interval_leaves_buffers_counters_and_modes_alone(mode: str) -> None:
+    case = convnet(3, "tanh", mode)
+    bench = Bench(case)
+    bench.run(case.states)
+    model = bench.flat.model
+    after = case.states[-1]
+    # The endpoint is the last point whose loss was taken before the midpoint (Simpson's order).
+    assert not any(module.training for module in model.modules())
+    bench.segments(case.states)[0].set_point(bench.flat, 1.0)
+    bench.engine.evaluate(bench.split, bench.engine.new_vector())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, after[name]), name
+    assert int(model.state_dict()["bn1.num_batches_tracked"]) == 1
+
+
+@pytest.mark.parametrize("mode", ["running", "batch"])
+def test_losses_are_those_of_torch_in_its_own_mode(mode: str) -> None:
+    case = convnet(4, "gelu", mode)
+    bench = Bench(case)
+    (result,) = bench.run(case.states)
+    for state, found in zip(case.states, (result.loss_start, result.loss_end), strict=True):
+        total = 0.0
+        for batch in bench.split.batches:
+            model = case.make().double().eval()
+            model.load_state_dict(state)
+            if mode == "batch":
+                for module in model.modules():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.train()
+            total += float(classify(model, batch).detach().sum())
+        assert abs(found - total / len(case.data[0])) <= ROUNDING
+
+
+def test_batches_of_batch_mode_are_a_seeded_partition_of_even_sizes() -> None:
+    case = convnet(5, "tanh", "batch", n=7)
+    x, y = case.data
+    numbered = Case(
+        case.name, case.make, (x, y, torch.arange(7)), case.loss, case.states, case.groups
+    )
+    found = []
+    for seed in (0, 0, 1):
+        split = Bench(numbered, batch_norm="batch", batch_size=3, batch_seed=seed).split
+        found.append([batch[2].tolist() for batch in split.batches])
+        assert sorted(i for part in found[-1] for i in part) == list(range(7))
+        assert sorted(len(part) for part in found[-1]) == [2, 2, 3]
+        assert not split.sorted_by_group  # never sorted by group
+    assert found[0] == found[1] != found[2]
+
+
+class Custom(nn.Module):
+    """Calls the functional form itself, on buffers that it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.batch_norm(self.fc(x), self.running_mean, self.running_var)
+        return h + 0.1 * h**2
+
+
+def test_models_that_call_the_functional_form_on_moving_statistics_get_one_line() -> None:
+    random = torch.Generator().manual_seed(1)
+    data = (
+        torch.randn(5, 3, generator=random, dtype=torch.float64),
+        torch.randint(3, (5,), generator=random),
+    )
+    case = Case("custom", Custom, data, classify, random_states(Custom, 1, 2))
+    with pytest.raises(TaskError, match=r"split 'train', batch 0.*running_mean") as caught:
+        Bench(case).run(case.states)
+    assert "\n" not in str(caught.value)
