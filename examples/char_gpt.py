@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from data import SHAKESPEARE, arguments, load_text, minibatches, samples
 from torch import Tensor, nn
 
-from lcray.checkpoints import Recorder
+from lcray import Recorder, Task
 from lcray.errors import TaskError
-from lcray.task import Task
 
 VOCABULARY, CONTEXT, WIDTH, HEADS, LAYERS = 65, 64, 64, 4, 2
 WINDOWS = {"train": 256, "val": 64}  # windows of 64 characters; more cost more in the analysis

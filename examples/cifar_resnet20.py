@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from data import CIFAR10, arguments, load_images, minibatches
 from torch import Tensor, nn
 
-from lcray.checkpoints import Recorder
-from lcray.task import Task
+from lcray import Recorder, Task
 
 BATCH, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 128, 0.1, 0.9, 1e-4
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from data import MNIST, arguments, load_images, minibatches
 from torch import Tensor, nn
 
-from lcray.checkpoints import Recorder
-from lcray.task import Task
+from lcray import Recorder, Task
 
 BATCH, LEARNING_RATE, MOMENTUM = 250, 0.05, 0.9
 
