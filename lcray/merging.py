@@ -138,8 +138,10 @@ def _flips_by_layer(source: Source, split: str, left: Commit, right: Commit) -> 
     with ExitStack() as stack:
         files = [open_shard(source.out, commit, "borders") for commit in (left, right)]
         before, after = (stack.enter_context(f) if f is not None else None for f in files)
-        if before is None or after is None:
+        if before is None and after is None:
             return flips
+        if before is None or after is None:
+            raise _no_borders(source, left if before is None else right)
         for ranges in _blocks(source, split, after):
             a = before.read_ranges(ranges, ["index", "lc_last"])
             b = after.read_ranges(ranges, ["index", "lc_first", "layer"])
@@ -234,12 +236,16 @@ def _add_known(total: NDArray[Any], known: NDArray[Any], column: pa.ChunkedArray
     known &= column.is_valid().to_numpy()
 
 
+def _no_borders(source: Source, commit: Commit) -> CorruptionError:
+    return CorruptionError(
+        f"{source.out}: span {commit.span.name} has no borders; run lcray verify"
+    )
+
+
 def _border(source: Source, commit: Commit, ranges: list[Range]) -> pa.Table:
     file = open_shard(source.out, commit, "borders")
     if file is None:
-        raise CorruptionError(
-            f"{source.out}: span {commit.span.name} has no borders; run lcray verify"
-        )
+        raise _no_borders(source, commit)
     with file:
         rows = file.read_ranges(ranges)
         _check_index(file, rows, ranges)

@@ -191,10 +191,7 @@ class Results:
         try:
             table = pq.read_table(path, columns=wanted, filters=condition, partitioning=None)
         except (OSError, pa.ArrowInvalid) as error:
-            reason = str(error).splitlines()[0]
-            raise CorruptionError(
-                f"{path}: cannot be read ({reason}); run lcray reduce {self.path}"
-            ) from error
+            raise self._unreadable(path, error) from error
         return table.unify_dictionaries()
 
     def sql(self, query: str) -> pd.DataFrame:
@@ -209,7 +206,8 @@ class Results:
 
     def sql_arrow(self, query: str) -> pa.Table:
         """As `sql`, as an Arrow table."""
-        with self._sandbox() as connection:
+        with duckdb.connect(":memory:", config=_SETTINGS.copy()) as connection:
+            self._confine(connection)
             try:
                 statements = connection.extract_statements(query)
                 if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
@@ -219,17 +217,23 @@ class Results:
                 message = " ".join(str(error).split("\n\n")[0].split())
                 raise UsageError(f"SQL: {message}") from error
 
-    def _sandbox(self) -> duckdb.DuckDBPyConnection:
-        """A database of views on the tables that can reach nothing but them."""
-        connection = duckdb.connect(":memory:", config=_SETTINGS.copy())
+    def _confine(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """Makes views of the tables, then closes the way to everything else."""
         for table in self.tables:
-            path = str(self._file(table).resolve()).replace("'", "''")
-            connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{path}')")
+            path = self._file(table)
+            quoted = str(path.resolve()).replace("'", "''")
+            try:
+                connection.execute(f"CREATE VIEW {table} AS FROM read_parquet('{quoted}')")
+            except duckdb.Error as error:
+                raise self._unreadable(path, error) from error
         folder = str((self.path / "tables").resolve()).replace("'", "''")
         connection.execute(f"SET allowed_directories=['{folder}/']")
         connection.execute("SET enable_external_access=false")
         connection.execute("SET lock_configuration=true")
-        return connection
+
+    def _unreadable(self, path: Path, error: Exception) -> CorruptionError:
+        reason = str(error).splitlines()[0]
+        return CorruptionError(f"{path}: cannot be read ({reason}); run lcray reduce {self.path}")
 
     def _file(self, name: str) -> Path:
         path = self.path / "tables" / f"{name}.parquet"

@@ -442,6 +442,6 @@ def _exact(value: Any, rows: int, kind: pa.DataType) -> pa.Array:
     if isinstance(value, pa.Array):
         return value.cast(kind)
     if isinstance(value, list):
-        return pa.array(value, kind)
+        return pa.array(value).cast(kind)  # unlike pa.array(value, kind), refuses fractions
     values = np.asarray(value)
     return pa.array(np.ascontiguousarray(np.broadcast_to(values, (rows,)))).cast(kind)

@@ -188,11 +188,10 @@ def _ranked(column: pa.ChunkedArray, order: list[str] | None) -> NDArray[Any]:
     if not pa.types.is_dictionary(column.type):
         return np.asarray(column.to_numpy())
     values = column.combine_chunks()
-    names = values.dictionary.to_pylist()
-    order = sorted(names) if order is None else order
-    lookup = [order.index(name) if name in order else -1 for name in names]
-    ranks: NDArray[np.int64] = np.array(lookup or [0])
-    return ranks[values.indices.to_numpy()]
+    names = values.dictionary.to_pylist() or [""]
+    ranks = [order.index(n) if n in order else -1 for n in names] if order else names
+    compared: NDArray[Any] = np.array(ranks)[values.indices.to_numpy()]
+    return compared
 
 
 def _increasing(columns: list[NDArray[Any]]) -> NDArray[np.bool_]:

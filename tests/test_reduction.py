@@ -1,27 +1,20 @@
 from __future__ import annotations
 
-import dataclasses
-import math
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import output_factory as factory
 import pyarrow as pa
 import pyarrow.parquet as pq
-import output_factory as factory
 import pytest
 
-from lcray import merging, reduction
+from lcray import merging
 from lcray.distributions import fit_weibull
 from lcray.errors import CorruptionError, IncompleteError, OutputError
-from lcray.planning import Span
 from lcray.reduction import name_intervals, reduce, repack
 from lcray.schema import TABLES
-from lcray.shards import span_folder
 from lcray.summary import bin_edges
-
 
 REDUCED = [t for t in factory.ALL if t != "borders"]
 
@@ -80,3 +73,250 @@ def _with_block(block: int):
         make(self, out, plan, commits, block)
 
     return init
+
+
+def test_reduction_is_the_same_byte_for_byte(tmp_path: Path) -> None:
+    world = factory.make_world()
+    outs = [
+        factory.write_output(tmp_path / f"out{attempt}", world, attempt=attempt)
+        for attempt in ("a0", "other")
+    ]
+    reduce(outs[0])
+    first = {path.name: path.read_bytes() for path in (outs[0] / "tables").iterdir()}
+    assert set(first) == {"manifest.json", *(f"{table}.parquet" for table in [*REDUCED, "fits"])}
+    for out in outs:
+        reduce(out)
+        assert {path.name: path.read_bytes() for path in (out / "tables").iterdir()} == first
+
+
+def test_fits_are_of_the_histograms_by_window_and_run(tmp_path: Path) -> None:
+    world = factory.make_world()
+    out = factory.write_output(tmp_path / "out", world)
+    reduce(out)
+    rows = read(out, "fits").to_pylist()
+    histograms = factory.whole(world, "histograms")
+    expected = []
+    for split in world.plan.splits:
+        for window in (-1, 0, 4, 8):
+            for layer in world.plan.layers:
+                for sign in (-1, 1):
+                    bins: dict[int, int] = {}
+                    for row in histograms:
+                        here = (row["split"], row["layer"], row["sign"])
+                        if here == (split.name, layer.name, sign) and window in (-1, row["window"]):
+                            bins[row["bin"]] = bins.get(row["bin"], 0) + row["count"]
+                    order = sorted(bins)
+                    lower, upper = bin_edges(np.array(order, np.int64))
+                    fit = fit_weibull(lower, upper, [bins[b] for b in order])
+                    if fit is None:
+                        continue
+                    values = {
+                        "aic": (fit.aic, None),
+                        "k": (fit.parameters["k"], fit.standard_errors["k"]),
+                        "ks": (fit.ks, None),
+                        "lambda": (fit.parameters["lambda"], fit.standard_errors["lambda"]),
+                        "log_likelihood": (fit.log_likelihood, None),
+                        "n": (float(sum(bins.values())), None),
+                    }
+                    expected += [
+                        {
+                            "split": split.name,
+                            "window": window,
+                            "layer": layer.name,
+                            "sign": sign,
+                            "distribution": "weibull",
+                            "parameter": name,
+                            "value": value,
+                            "se": se,
+                        }
+                        for name, (value, se) in values.items()
+                    ]
+    assert len(expected) > 100
+    assert_same(read(out, "fits"), expected, "fits")
+    assert len(rows) < 2 * 4 * 4 * 2 * 6  # the buffer, for one, has none
+
+
+def test_fits_of_layers_without_elements_are_empty(tmp_path: Path) -> None:
+    scalar = (factory.LAYERS[3],)  # one element: too few for any fit in a window of one interval
+    world = factory.make_world(spans=((0, 2),), layers=scalar)
+    out = factory.write_output(tmp_path / "out", world)
+    assert reduce(out).rows["fits"] == 0
+    assert read(out, "fits").schema.equals(TABLES["fits"].schema)
+
+
+def test_only_the_tables_of_the_plan(tmp_path: Path) -> None:
+    world = factory.make_world(tables=("intervals", "layers", "borders"))
+    out = factory.write_output(tmp_path / "out", world)
+    assert set(reduce(out).rows) == {"intervals", "layers"}
+    assert_same(read(out, "layers"), factory.whole(world, "layers"), "layers")
+
+
+def test_missing_intervals_are_named_or_allowed(tmp_path: Path) -> None:
+    world = factory.make_world(spans=((0, 2, 4), (4, 6), (6, 8), (8, 10), (10, 12)))
+    out = tmp_path / "out"
+    factory.write_analysis(out, world)
+    with pytest.raises(IncompleteError, match=r"6 of 6 intervals are missing: steps 0-12;"):
+        reduce(out, allow_missing=True)
+    present = [0, 3, 4]
+    for i in present:
+        factory.write_span(out, world, world.plan.spans[i])
+    with pytest.raises(IncompleteError, match=r"2 of 6 intervals are missing: steps 4-8; "):
+        reduce(out)
+    assert not (out / "tables").exists()
+    result = reduce(out, allow_missing=True)
+    assert result.missing == ((4, 6), (6, 8))
+    # What is there, with no flips across the gap: the two stretches, each as one span.
+    ranges = (range(0, 2), range(4, 6))
+    for table in ("intervals", "layers", "units", "groups"):
+        rows = [row for r in ranges for row in factory.DERIVE[table](world, r)]
+        order = [split.name for split in world.plan.splits]
+        rows.sort(key=lambda row: (order.index(row["split"]), row["start_step"]))
+        assert_same(read(out, table), rows, table)
+    parts = [factory.parameters(world, r) for r in ranges]
+    keys = ("split", "layer", "index")
+    total = [
+        {key: a[key] if key in keys else a[key] + b[key] for key in a}
+        for a, b in zip(*parts, strict=True)
+    ]
+    assert_same(read(out, "parameters"), total, "parameters")
+
+
+def test_a_step_that_two_spans_trace_appears_once(tmp_path: Path) -> None:
+    world = factory.make_world()
+    out = tmp_path / "out"
+    factory.write_analysis(out, world)
+    for span in world.plan.spans:
+        ts = factory.span_range(world, span)
+        rows = factory.traces(world, ts)
+        at_end = [
+            row | {"lc": None}
+            for row in factory.whole(world, "traces")
+            if row["step"] == span.last and row not in rows
+        ]
+        order = [layer.name for layer in world.plan.layers]
+        rows = sorted(
+            rows + at_end,
+            key=lambda r: (r["split"] != "val", order.index(r["layer"]), r["index"], r["step"]),
+        )
+        factory.write_span(out, world, span, rows={"traces": rows})
+    reduce(out)
+    assert_same(read(out, "traces"), factory.whole(world, "traces"), "traces")
+
+
+@pytest.mark.parametrize(
+    ("intervals", "text"),
+    [
+        ([(0, 2), (2, 4), (6, 8), (8, 10)], "0-4, 6-10"),
+        ([(3, 4)], "3-4"),
+        ([(4 * i, 4 * i + 1) for i in range(14)], ", 40-41, 44-45, and 2 more"),
+    ],
+)
+def test_intervals_are_named_compactly(intervals: list[tuple[int, int]], text: str) -> None:
+    assert name_intervals(intervals).endswith(text)
+
+
+def test_rows_are_packed_into_full_row_groups() -> None:
+    pieces = [pa.table({"a": pa.array(range(n), pa.int64())}) for n in (3, 0, 7, 1)]
+    packed = list(repack(pieces, 4))
+    assert [piece.num_rows for piece in packed] == [4, 4, 3]
+    rows = pa.concat_tables(packed).column("a").to_pylist()
+    assert rows == [*range(3), *range(7), 0]
+    assert list(repack([], 4)) == []
+
+
+def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
+    out = factory.write_output(tmp_path / "out", factory.make_world())
+    reduce(out)
+    before = {path.name: path.read_bytes() for path in (out / "tables").iterdir()}
+    (shard,) = out.glob("shards/00000006-00000008/units-*.parquet")
+    shard.write_bytes(shard.read_bytes()[:-8] + b"xxxxPAR1")
+    with pytest.raises(CorruptionError, match="differs from its checksum"):
+        reduce(out)
+    assert {path.name: path.read_bytes() for path in (out / "tables").iterdir()} == before
+
+
+def test_full_disk_keeps_the_tables(tmp_path: Path) -> None:
+    out = factory.write_output(tmp_path / "out", factory.make_world())
+    reduce(out)
+    before = {path.name: path.read_bytes() for path in (out / "tables").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, hard))
+    try:
+        with pytest.raises(OutputError, match=r"cannot be written \(File too large\)"):
+            reduce(out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in (out / "tables").iterdir()} == before
+
+
+def test_what_a_killed_reduction_left_is_removed(tmp_path: Path) -> None:
+    out = factory.write_output(tmp_path / "out", factory.make_world())
+    (out / "tables").mkdir()
+    (out / "tables" / "layers-123.tmp").write_bytes(b"half")
+    reduce(out)
+    assert not list((out / "tables").glob("*.tmp"))
+
+
+def test_no_output_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no such file; is this the output of an analysis"):
+        reduce(tmp_path)
+
+
+def _tampered(tmp_path: Path, table: str, change) -> Path:
+    """An output whose middle span was written by a faulty worker."""
+    world = factory.make_world()
+    out = tmp_path / "out"
+    factory.write_analysis(out, world)
+    for i, span in enumerate(world.plan.spans):
+        rows = factory.DERIVE[table](world, factory.span_range(world, span))
+        if i == 1:
+            rows = change(rows)
+        factory.write_span(out, world, span, rows={table: rows})
+    return out
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_borders_of_some_spans_only(tmp_path: Path, missing: int) -> None:
+    world = factory.make_world(tables=tuple(t for t in factory.ALL if t != "parameters"))
+    out = tmp_path / "out"
+    factory.write_analysis(out, world)
+    for i, span in enumerate(world.plan.spans):
+        factory.write_span(out, world, span, rows={"borders": []} if i == missing else None)
+    name = world.plan.spans[missing].name
+    with pytest.raises(CorruptionError, match=f"span {name} has no borders"):
+        reduce(out)
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "message"),
+    [
+        ("borders", lambda rows: [], "has no borders"),
+        ("parameters", lambda rows: [r for r in rows if r["layer"] != "a.bias"], "lacks rows 0:5"),
+        ("parameters", lambda rows: [r | {"index": 0} for r in rows], "not in order"),
+        ("borders", lambda rows: [r | {"index": 0} for r in rows], "not in order"),
+        ("intervals", lambda rows: [r | {"split": "test"} for r in rows], None),
+        ("layers", lambda rows: [r | {"layer": "c"} for r in rows], "layer that the plan does not"),
+    ],
+)
+def test_shards_that_do_not_fit(tmp_path: Path, table: str, change, message: str | None) -> None:
+    out = _tampered(tmp_path, table, change)
+    if message is None:  # rows of a split that the plan lacks are left out; verify misses them
+        assert reduce(out).rows["intervals"] == 2 * 5
+        return
+    with pytest.raises(CorruptionError, match=message):
+        reduce(out)
+
+
+def test_layers_without_borders_keep_their_flips(tmp_path: Path) -> None:
+    tables = tuple(t for t in factory.ALL if t not in ("parameters", "borders"))
+    world = factory.make_world(tables=tables)
+    out = factory.write_output(tmp_path / "out", world)
+    reduce(out)
+    rows = [
+        row
+        for split in range(2)
+        for span in world.plan.spans
+        for row in factory.layers(world, factory.span_range(world, span))
+        if row["split"] == world.plan.splits[split].name
+    ]
+    assert_same(read(out, "layers"), rows, "layers")
