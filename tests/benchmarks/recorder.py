@@ -4,7 +4,8 @@ Run: ``python tests/benchmarks/recorder.py [--data DIR] [--threads 1 2] [--dir D
 JSON row a figure. Two models train in turns, blocks of steps with and without a recorder, so that
 a slow spell of the machine hits both; a round's overhead is the quotient of its two blocks.
 `recorder_cpu_overhead` compares processor time of the whole process, the writer's thread included:
-on a machine that others use as well it is the figure to trust.
+with one thread it is the figure to trust on a machine that others use as well (waiting threads of a
+larger team spin, and count).
 """
 
 from __future__ import annotations
