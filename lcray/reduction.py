@@ -7,6 +7,7 @@ New tables are staged beside the old ones and renamed together once all are whol
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ import pyarrow as pa
 from lcray import merging
 from lcray.distributions import fit_weibull
 from lcray.errors import CorruptionError, IncompleteError
-from lcray.files import FileEntry, TableFile, encode_json, seal, sync_folder, writing
+from lcray.files import FileEntry, TableFile, seal, sync_folder, writing
 from lcray.merging import Arrays, Source, merge_bins
 from lcray.planning import Plan
 from lcray.schema import FORMAT_VERSION, WHOLE_RUN, make_table, table_schema
@@ -97,7 +98,7 @@ def name_intervals(intervals: Iterable[tuple[int, int]]) -> str:
 
 def plan_digest(plan: Plan) -> str:
     """The checksum that ties tables to the plan they were made by."""
-    return hashlib.sha256(encode_json(plan.to_dict())).hexdigest()
+    return hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest()
 
 
 _MERGED: dict[str, Callable[[Source], Iterator[pa.Table]]] = {
@@ -119,7 +120,7 @@ def _write_tables(folder: Path, source: Source) -> dict[str, FileEntry]:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
     staged: dict[str, Path] = {}
     entries: dict[str, FileEntry] = {}
     fits = Fits(source)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -320,3 +321,22 @@ def test_layers_without_borders_keep_their_flips(tmp_path: Path) -> None:
         if row["split"] == world.plan.splits[split].name
     ]
     assert_same(read(out, "layers"), rows, "layers")
+
+
+def test_a_loss_that_is_not_finite_in_the_plan(tmp_path: Path) -> None:
+    world = factory.make_world(spans=((0, 2),))
+    splits = tuple(replace(split, first_loss=float("nan")) for split in world.plan.splits)
+    world.plan = replace(world.plan, splits=splits)
+    assert reduce(factory.write_output(tmp_path, world)).rows["intervals"] == 2
+
+
+def test_a_plan_without_the_tables_of_elements(tmp_path: Path) -> None:
+    world = factory.make_world(tables=("intervals", "layers", "parameters", "elements", "traces"))
+    out = tmp_path / "out"
+    factory.write_analysis(out, world)
+    for span in world.plan.spans:  # an empty selection of layers: the tables have no rows
+        nothing = {"parameters": [], "elements": [], "traces": []}
+        factory.write_span(out, world, span, rows=nothing)
+    rows = reduce(out).rows
+    assert (rows["parameters"], rows["elements"], rows["traces"]) == (0, 0, 0)
+    assert read(out, "parameters").schema.equals(TABLES["parameters"].schema)

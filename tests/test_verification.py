@@ -11,7 +11,7 @@ import output_factory as factory
 import pyarrow.parquet as pq
 import pytest
 
-from lcray import invariants
+from lcray import invariants, verification
 from lcray.files import TableFile, encode_json, read_sealed, seal
 from lcray.reduction import reduce
 from lcray.schema import TABLES
@@ -440,3 +440,19 @@ def test_groups_of_other_passes_agree_less_closely(tmp_path: Path) -> None:
     assert verify(out).ok
     rewrite(out, "groups", at(2, lc=lambda lc: lc * (1 + 1e-5)))
     assert not verify(out).ok
+
+
+def test_a_check_that_fails_is_a_problem(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = invariants.Invariant("wrong", ("layers",), "SELECT nothing FROM layers")
+    monkeypatch.setattr(verification, "coverage", lambda plan: [wrong])
+    (problem,) = verify(sound).problems
+    assert "wrong: cannot be checked" in problem
+    assert "\n" not in problem
+
+
+def test_a_layer_that_the_plan_lacks(sound: Path, tmp_path: Path) -> None:
+    out = copied(sound, tmp_path / "out")
+    rewrite(out, "units", lambda rows: [*rows, rows[-1] | {"layer": "zz"}])
+    (problem,) = verify(out).problems
+    assert "units.parquet: row" in problem
+    assert "does not follow" in problem
