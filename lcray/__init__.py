@@ -1,3 +1,51 @@
 """Loss change allocation over checkpoints: which parameters learned, when, and by how much."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+# Public name -> module. Imported on first use, so that `import lcray` costs nothing.
+_PUBLIC = {
+    "Recorder": "lcray.checkpoints",
+    "Task": "lcray.task",
+    "Resources": "lcray.cluster",
+    "Results": "lcray.results",
+    "LcrayError": "lcray.errors",
+    "allocate": "lcray.in_memory",
+    "analyze": "lcray.analysis",
+    "inspect": "lcray.checkpoints",
+    "open": "lcray.results",
+    "plan": "lcray.analysis",
+    "reduce": "lcray.reduction",
+    "verify": "lcray.verification",
+}
+_RENAMED = {"inspect": "audit", "open": "open_output"}
+
+__all__ = [*_PUBLIC]
+
+if TYPE_CHECKING:
+    from lcray.analysis import analyze as analyze
+    from lcray.analysis import plan as plan
+    from lcray.checkpoints import Recorder as Recorder
+    from lcray.checkpoints import audit as inspect  # noqa: F401
+    from lcray.cluster import Resources as Resources
+    from lcray.errors import LcrayError as LcrayError
+    from lcray.in_memory import allocate as allocate
+    from lcray.reduction import reduce as reduce
+    from lcray.results import Results as Results
+    from lcray.results import open_output as open  # noqa: F401
+    from lcray.task import Task as Task
+    from lcray.verification import verify as verify
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lcray' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), _RENAMED.get(name, name))
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -26,6 +26,10 @@ class TaskError(LcrayError):
     """A task that cannot be loaded, or whose model, data or loss break the contract."""
 
 
+class ClusterError(LcrayError):
+    """Ray, or a worker on it, that failed for another reason than the task or the files."""
+
+
 class OutputError(LcrayError):
     """An output directory that cannot be written, or holds something else."""
 

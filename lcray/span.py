@@ -96,8 +96,9 @@ class Workspace:
         task: the task.
         run: the directory of checkpoints.
         settings: of the analysis.
+        steps: the range of steps to analyze, ``a:b``.
         device: where to compute.
-        threads: intra-op threads.
+        threads: intra-op threads; None leaves torch as it is.
 
     Raises:
         TaskError: if model or data break the contract.
@@ -105,9 +106,16 @@ class Workspace:
     """
 
     def __init__(
-        self, task: Task, run: str, settings: Settings, *, device: str = "cpu", threads: int = 1
+        self,
+        task: Task,
+        run: str,
+        settings: Settings,
+        *,
+        steps: str | None = None,
+        device: str = "cpu",
+        threads: int | None = 1,
     ) -> None:
-        self.series = open_series(run)
+        self.series = open_series(run, steps)
         self.bench = Workbench(task, settings, device=device, threads=threads)
         self.settings, self.task, self.flat = settings, task, self.bench.flat
         start = time.perf_counter()

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from lcray.errors import TaskError, UsageError, suggest
 
@@ -66,12 +67,10 @@ class TaskSource:
     Attributes:
         reference: ``package.module:attribute`` or ``path/file.py:attribute``; for an object that
             was passed as it is, a description.
-        search_path: folders to import from.
         task: the object itself, where it cannot be imported (a notebook's).
     """
 
     reference: str
-    search_path: tuple[str, ...] = ()
     task: Task | None = None
 
     def load(self) -> Task:
@@ -82,20 +81,17 @@ class TaskSource:
         """
         if self.task is not None:
             return self.task
-        for folder in self.search_path:
-            if folder not in sys.path:
-                sys.path.insert(0, folder)
         return load_task(self.reference)
 
 
 def locate(task: str | Task) -> TaskSource:
-    """Where workers find `task`: they search the working folder, or the file's own.
+    """Where workers find `task`; the path of a file is made absolute.
 
     Raises:
         UsageError: if `task` is neither a reference nor a `Task`.
     """
     if isinstance(task, Task):
-        return TaskSource(f"<{type(task).__name__} object>", (str(Path.cwd()),), task)
+        return TaskSource(f"<{type(task).__name__} object>", task)
     if not isinstance(task, str):
         raise UsageError(
             f"task: needs a Task or 'package.module:attribute', not a {type(task).__name__}"
@@ -103,8 +99,8 @@ def locate(task: str | Task) -> TaskSource:
     name, _, attribute = _split(task)
     if name.endswith(".py"):
         path = Path(name).resolve()
-        return TaskSource(f"{path}:{attribute}", (str(path.parent),))
-    return TaskSource(task, (str(Path.cwd()),))
+        return TaskSource(f"{path}:{attribute}")
+    return TaskSource(task)
 
 
 def load_task(reference: str) -> Task:
@@ -121,9 +117,14 @@ def load_task(reference: str) -> Task:
     try:
         found = getattr(module, attribute)
     except AttributeError:
-        known = [key for key, value in vars(module).items() if isinstance(value, Task)]
+        known = [key for key, value in vars(module).items() if _may_be_task(module, value)]
         raise TaskError(f"task {reference!r}: " + suggest(attribute, known, "attribute")) from None
     return found if isinstance(found, Task) else _call_factory(reference, found)
+
+
+def _may_be_task(module: ModuleType, value: Any) -> bool:
+    own = inspect.isfunction(value) and value.__module__ == module.__name__
+    return isinstance(value, Task) or (own and not required_arguments(value))
 
 
 def _split(reference: str) -> tuple[str, str, str]:
@@ -141,7 +142,7 @@ def _import_module(name: str) -> ModuleType:
         sys.path.insert(0, folder)
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a main guard may exit
         raise TaskError(f"task module {name!r}: cannot be imported: {_brief(error)}") from error
 
 
@@ -149,10 +150,12 @@ def _import_file(path: Path) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise TaskError(f"task file {path}: not found")
-    loaded = sys.modules.get(path.stem)
-    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
-        return loaded
-    name = path.stem if loaded is None else f"_lcray_task_{path.stem}"
+    # Another module may have the file's name: one that is installed, or a task's elsewhere.
+    name = path.stem
+    if name in sys.modules and not _is_from(sys.modules[name], path):
+        name = f"_lcray_task_{name}_{zlib.crc32(str(path).encode()):08x}"
+    if name in sys.modules:
+        return sys.modules[name]
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)
@@ -162,10 +165,14 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise TaskError(f"task file {path}: cannot be imported: {_brief(error)}") from error
     return module
+
+
+def _is_from(module: ModuleType, path: Path) -> bool:
+    return getattr(module, "__file__", None) == str(path)
 
 
 def _call_factory(reference: str, factory: Any) -> Task:
@@ -218,15 +225,31 @@ def _source_of(part: Any) -> bytes:
     function = getattr(part, "func", part)
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     path = getattr(module, "__file__", None)
-    if path and "site-packages" in path:
+    # On a worker, __main__ is the worker's own script, not the user's.
+    if not path or not Path(path).is_file() or module is sys.modules["__main__"]:
+        return _code_of(function)
+    if "site-packages" in path:
         return str(getattr(function, "__qualname__", path)).encode()
-    if path and Path(path).is_file():
-        return Path(path).read_bytes()
-    try:
-        return inspect.getsource(function).encode()
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        return code.co_code if code else str(type(function)).encode()
+    return Path(path).read_bytes()
+
+
+def _code_of(part: Any) -> bytes:
+    """Bytecode, names and constants of a function, or of the methods of a class."""
+    code = part if inspect.iscode(part) else getattr(part, "__code__", None)
+    if code is not None:
+        named = repr((code.co_names, code.co_varnames)).encode()
+        return b"\0".join([code.co_code, named, *map(_constant, code.co_consts)])
+    kind = part if inspect.isclass(part) else type(part)
+    methods = {name: getattr(value, "__func__", value) for name, value in vars(kind).items()}
+    known = [_code_of(value) for value in methods.values() if inspect.isfunction(value)]
+    return b"\0".join([kind.__qualname__.encode(), *known])
+
+
+def _constant(value: Any) -> bytes:
+    if inspect.iscode(value):
+        return _code_of(value)
+    # The order of a set of strings differs from process to process.
+    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value).encode()
 
 
 def call_model(task: Task) -> nn.Module:
@@ -235,6 +258,9 @@ def call_model(task: Task) -> nn.Module:
     Raises:
         TaskError: if it cannot be built without arguments, or is not a module.
     """
+    if isinstance(task.model, nn.Module):
+        name = type(task.model).__name__
+        raise TaskError(f"task model: is a {name} itself; give a function that builds it")
     required = required_arguments(task.model)
     if required:
         raise TaskError(
@@ -274,17 +300,27 @@ def split_data(task: Task, names: Sequence[str] | None = None) -> dict[str, Data
 def _check_split(name: str, data: Any) -> None:
     where = f"task split {name!r}"
     if isinstance(data, tuple):
-        lengths = {len(part) if hasattr(part, "__len__") else -1 for part in data}
-        if len(lengths) != 1 or -1 in lengths:
-            raise TaskError(f"{where}: its tensors must share their first axis, got {lengths}")
-        length = lengths.pop()
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Tensor):
-        length = len(data)
+        lengths = [_length(part) for part in data]
+        if len(set(lengths)) != 1 or None in lengths:
+            shown = ", ".join("no" if n is None else str(n) for n in lengths)
+            raise TaskError(f"{where}: its tensors must share their first axis, have {shown} rows")
+        length = lengths[0]
+    elif hasattr(data, "__getitem__") and not isinstance(data, Tensor | IterableDataset):
+        length = _length(data)
+        if length is None:
+            raise TaskError(f"{where}: its {type(data).__name__} has no length; give it a __len__")
     else:
         kind = type(data).__name__
         raise TaskError(f"{where}: must be a map-style Dataset or a tuple of tensors, not {kind}")
     if length == 0:
         raise TaskError(f"{where}: is empty")
+
+
+def _length(part: Any) -> int | None:
+    try:
+        return len(part)
+    except (TypeError, NotImplementedError):  # no __len__, or a tensor without axes
+        return None
 
 
 def _brief(error: BaseException) -> str:

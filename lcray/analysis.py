@@ -1,0 +1,301 @@
+"""The public verbs: plan an analysis, and run it to its tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcray.checkpoints import CheckpointSeries, open_series
+from lcray.cluster import Pool, Resources, connection
+from lcray.drafting import Estimate, estimate, extend_plan, make_plan, make_settings
+from lcray.errors import CheckpointError, IncompleteError, OutputError, UsageError
+from lcray.files import read_json, write_json_atomic, writing
+from lcray.planning import Plan, Settings, Span
+from lcray.record import (
+    Record,
+    carrier_versions,
+    check_plan_fits,
+    check_same_numbers,
+    check_same_settings,
+    make_fingerprint,
+    read_record,
+)
+from lcray.results import Results, open_output
+from lcray.schema import FORMAT_VERSION
+from lcray.shards import committed, remove_strays
+from lcray.span import Description, SpanReport
+from lcray.task import Task, locate
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an analysis is.
+
+    Attributes:
+        phase: ``start``, ``probe``, ``spans`` or ``reduce``.
+        done: intervals that are committed.
+        total: intervals in all.
+    """
+
+    phase: str
+    done: int = 0
+    total: int = 0
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A plan, and what it will take.
+
+    Attributes:
+        plan: the plan.
+        estimate: time, memory and disk, from a short probe.
+        workers: the number it was made for.
+    """
+
+    plan: Plan
+    estimate: Estimate
+    workers: int
+
+    def save(self, path: PathLike) -> None:
+        """Write the plan to a file, for ``analyze(plan=…)`` and ``analyze --plan``.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        data = {"format_version": FORMAT_VERSION, "plan": self.plan.to_dict()}
+        write_json_atomic(Path(path), data)
+
+
+def load_plan(path: PathLike) -> Plan:
+    """The plan in a file that ``plan --save`` wrote.
+
+    Raises:
+        UsageError: if it is no plan of this version.
+        OutputError: if it cannot be read.
+    """
+    data = read_json(Path(path))
+    try:
+        if data["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {data['format_version']!r}")
+        return Plan.from_dict(data["plan"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path}: not a plan ({error}); make one with lcray plan --save"
+        ) from error
+
+
+def plan(
+    run: PathLike,
+    task: str | Task,
+    *,
+    resources: Resources | None = None,
+    steps: str | None = None,
+    span_length: int | None = None,
+    **options: Any,
+) -> PlanReport:
+    """Plan an analysis, and measure what a gradient costs; nothing is written.
+
+    Args:
+        run: the directory of checkpoints.
+        task: ``package.module:attribute``, ``path/file.py:attribute``, or a `Task`.
+        resources: workers and where they run.
+        steps: the range of steps to analyze, ``a:b``.
+        span_length: intervals a span; chosen by the number of workers otherwise.
+        **options: fields of `Settings`.
+
+    Raises:
+        UsageError: for options that cannot be used.
+        CheckpointError: if the run cannot be read.
+        TaskError: if the task breaks its contract.
+        ClusterError: if Ray fails.
+    """
+    job = _Job(run, task, resources, steps, span_length, make_settings(options))
+    with connection(job.resources), job.pool(job.settings) as pool:
+        return job.draft(pool)
+
+
+def analyze(
+    run: PathLike,
+    task: str | Task,
+    out: PathLike,
+    *,
+    plan: Plan | PathLike | None = None,
+    resources: Resources | None = None,
+    steps: str | None = None,
+    span_length: int | None = None,
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> Results:
+    """Allocate the loss changes of a run to its parameters, into the tables of `out`.
+
+    Running it again with the same arguments resumes: committed spans are skipped, and steps that
+    the run has gained are added.
+
+    Args:
+        run: the directory of checkpoints.
+        task: ``package.module:attribute``, ``path/file.py:attribute``, or a `Task`.
+        out: the output directory; new, or of the same analysis.
+        plan: a plan, or the file of one, instead of `steps`, `span_length` and options.
+        resources: workers and where they run.
+        steps: the range of steps to analyze, ``a:b``.
+        span_length: intervals a span; chosen by the number of workers otherwise.
+        on_progress: called whenever there is something to tell.
+        **options: fields of `Settings`: ``rule``, ``refine``, ``rtol``, ``batch_norm`` …
+
+    Raises:
+        UsageError: for options that cannot be used.
+        CheckpointError: if the run cannot be read.
+        TaskError: if the task breaks its contract.
+        OutputError: if `out` cannot be written, or holds something else.
+        IncompleteError: if spans failed; the rest is committed, and the message says why.
+        ClusterError: if Ray fails.
+    """
+    tell = on_progress or (lambda progress: None)
+    given = load_plan(plan) if isinstance(plan, str | os.PathLike) else plan
+    if given is not None and (options or steps or span_length):
+        raise UsageError("a plan decides settings, steps and spans: leave the other options out")
+    settings = given.settings if given else make_settings(options)
+    job = _Job(run, task, resources, steps, span_length, settings)
+    path = Path(out)
+    record = read_record(path)
+    if record is not None:
+        check_same_settings(path, record, settings)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    tell(Progress("start"))
+    with connection(job.resources), job.pool(settings) as pool:
+        record = job.record(pool, path, record, given, tell)
+        failures = _run_spans(pool, record.plan, path, tell)
+        if failures:
+            raise IncompleteError(_explain(path, failures))
+        remove_strays(path, record.plan.spans)
+        tell(Progress("reduce", record.plan.n_intervals, record.plan.n_intervals))
+        pool.reduce(path)
+    return open_output(path)
+
+
+class _Job:
+    """The arguments of both verbs, checked as far as that goes without a worker."""
+
+    def __init__(
+        self,
+        run: PathLike,
+        task: str | Task,
+        resources: Resources | None,
+        steps: str | None,
+        span_length: int | None,
+        settings: Settings,
+    ) -> None:
+        if span_length is not None and span_length < 1:
+            raise UsageError(f"span-length {span_length}: must be at least 1")
+        self.series: CheckpointSeries = open_series(os.fspath(run), steps)
+        self.run = str(Path(run).resolve())
+        self.source = locate(task)
+        self.source.load()
+        self.resources = resources or Resources()
+        self.steps, self.span_length, self.settings = steps, span_length, settings
+
+    def pool(self, settings: Settings) -> Pool:
+        limit = len(self.series.steps) - 1
+        return Pool(self.source, self.run, settings, self.resources, steps=self.steps, limit=limit)
+
+    def draft(self, pool: Pool) -> PlanReport:
+        description, probe = pool.describe(), pool.probe()
+        drafted = make_plan(
+            self.series.steps,
+            self.settings,
+            description.layers,
+            probe.splits,
+            workers=pool.size,
+            span_length=self.span_length,
+            threads=self.resources.threads,
+            device_kind=description.device_kind,
+        )
+        cost = estimate(drafted, pool.size, seconds=probe.seconds, peak_bytes=probe.peak_bytes)
+        return PlanReport(drafted, cost, pool.size)
+
+    def record(
+        self,
+        pool: Pool,
+        out: Path,
+        record: Record | None,
+        given: Plan | None,
+        tell: OnProgress,
+    ) -> Record:
+        """The record to work by, written to `out` before the first span."""
+        description = pool.describe()
+        if record is not None:
+            return self._continued(out, record, given, description)
+        if given is not None:
+            check_plan_fits(given, description)
+            self._check_steps(given)
+            chosen = given
+        else:
+            tell(Progress("probe"))
+            chosen = self.draft(pool).plan
+        made = Record(
+            self.run,
+            self.source.reference,
+            chosen,
+            make_fingerprint(description),
+            carrier_versions(),
+        )
+        made.write(out)
+        return made
+
+    def _continued(
+        self, out: Path, record: Record, given: Plan | None, description: Description
+    ) -> Record:
+        check_same_numbers(out, record, description, description.layers)
+        if given is not None and given.spans != record.plan.spans[: len(given.spans)]:
+            raise OutputError(f"{out}: was made by another plan; choose another --out")
+        self._check_steps(record.plan)
+        if given is not None:
+            return record
+        extended = extend_plan(record.plan, self.series.steps)
+        if extended is record.plan:
+            return record
+        made = Record(record.run, record.task, extended, record.fingerprint, record.versions)
+        made.write(out)
+        return made
+
+    def _check_steps(self, planned: Plan) -> None:
+        gone = set(planned.steps) - set(self.series.steps)
+        if gone:
+            raise CheckpointError(
+                f"{self.run}: {len(gone)} planned checkpoints are missing, the first at step "
+                f"{min(gone)}; restore them, or analyze what there is into another output"
+            )
+
+
+def _run_spans(pool: Pool, plan: Plan, out: Path, tell: OnProgress) -> dict[Span, str]:
+    done = committed(out, plan.spans)
+    count = sum(len(span.intervals) for span in done)
+    tell(Progress("spans", count, plan.n_intervals))
+
+    def on_done(span: Span, report: SpanReport) -> None:
+        nonlocal count
+        count += len(span.intervals)
+        tell(Progress("spans", count, plan.n_intervals))
+
+    todo = [span for span in plan.spans if span not in done]
+    return pool.run(plan, todo, out, on_done).failures
+
+
+def _explain(out: Path, failures: dict[Span, str]) -> str:
+    lost = sum(len(span.intervals) for span in failures)
+    names = ", ".join(f"{span.first}-{span.last}" for span in list(failures)[:6])
+    more = ", …" if len(failures) > 6 else ""
+    span, reason = next(iter(failures.items()))
+    return (
+        f"{out}: {lost} intervals are missing (steps {names}{more}): {span.first}-{span.last}: "
+        f"{reason}; the rest is committed, run the same command again to retry"
+    )

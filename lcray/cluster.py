@@ -1,0 +1,395 @@
+"""Ray: actors that hold a workspace each, and the loop that hands spans to them.
+
+The only module that imports ray. The driver holds O(workers + spans) and never tensor data; actors
+are stateless between spans, so that losing one costs the span it was at.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+import ray.cloudpickle
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from lcray.errors import ClusterError, LcrayError, TaskError, UsageError
+from lcray.planning import Plan, Settings, Span
+from lcray.reduction import Reduction, reduce
+from lcray.span import Description, Probe, SpanReport, Workspace
+from lcray.task import TaskSource
+
+T = TypeVar("T")
+Reference = Any  # of a result on the cluster: ray.ObjectRef
+
+ATTEMPTS = 3  # a span: more would only repeat what fails
+_OBJECT_STORE = 128 * 2**20  # bytes; nothing but plans goes through it
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What an analysis may use.
+
+    Attributes:
+        workers: actors; None for one a GPU, or one a CPU core where there is no GPU.
+        gpus_per_worker: GPUs each (fractions share one); None for 1 where the cluster has GPUs.
+        cpus_per_worker: CPU cores each.
+        threads: intra-op threads each.
+        address: of the Ray cluster to use; None starts a Ray of its own on this machine, unless
+            the process is connected to one or was started by ``ray job submit``.
+    """
+
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+    cpus_per_worker: float = 1.0
+    threads: int = 1
+    address: str | None = None
+
+
+@contextmanager
+def connection(resources: Resources) -> Iterator[None]:
+    """A Ray to work on: the one there is, or one's own, which ends with the block.
+
+    Raises:
+        ClusterError: if the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = resources.address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"address": address, "log_to_driver": False}
+    options["logging_level"] = logging.ERROR
+    if address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise ClusterError(
+            f"Ray at {address!r}: cannot be reached ({_brief(error)}); is the cluster up?"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class _Shipment:
+    """A task on its way to a worker, with the folders that the driver imports from."""
+
+    search_path: tuple[str, ...]
+    pickled: bytes
+
+    @classmethod
+    def pack(cls, source: TaskSource) -> _Shipment:
+        """Pack a source.
+
+        Raises:
+            TaskError: if the object cannot be sent.
+        """
+        try:
+            return cls(tuple(sys.path), ray.cloudpickle.dumps(source))
+        except Exception as error:
+            raise TaskError(
+                f"task: cannot be sent to workers ({_brief(error)}); name it module:attribute"
+            ) from error
+
+    def unpack(self) -> TaskSource:
+        """The source, importable here wherever the driver's folders exist here as well."""
+        known = set(sys.path)
+        sys.path += [p for p in self.search_path if p not in known and os.path.exists(p)]
+        try:
+            source: TaskSource = ray.cloudpickle.loads(self.pickled)
+        except Exception as error:
+            raise TaskError(
+                f"task: cannot be loaded on a worker ({_brief(error)}); is its code there too?"
+            ) from error
+        return source
+
+
+class _Worker:
+    """The actor: a workspace, and the calls that the driver makes on it."""
+
+    def __init__(self) -> None:
+        self._workspace: Workspace | None = None
+
+    def set_up(
+        self, shipped: _Shipment, run: str, settings: Settings, steps: str | None, threads: int
+    ) -> Description:
+        """Build model and data."""
+
+        def work() -> Description:
+            device = "cuda" if ray.get_gpu_ids() else "cpu"
+            task = shipped.unpack().load()
+            self._workspace = Workspace(
+                task, run, settings, steps=steps, device=device, threads=threads
+            )
+            return self._workspace.describe()
+
+        return _plainly(work)
+
+    def probe(self) -> Probe:
+        """Evaluate the splits at the first checkpoint."""
+        return _plainly(self._ready().probe)
+
+    def run_span(self, plan: Plan, span: Span, out: str, attempt: str) -> SpanReport:
+        """Compute and commit a span."""
+        return _plainly(lambda: self._ready().run(plan, span, Path(out), attempt))
+
+    def reduce(self, out: str, allow_missing: bool) -> Reduction:
+        """Merge the shards of `out`, here rather than in the driver."""
+        return _plainly(lambda: reduce(out, allow_missing=allow_missing))
+
+    def _ready(self) -> Workspace:
+        if self._workspace is None:
+            raise ClusterError("worker: was not set up")
+        return self._workspace
+
+
+def _plainly(work: Callable[[], T]) -> T:
+    """Run `work`; what it raises leaves the worker as an error that any process can read."""
+    try:
+        return work()
+    except LcrayError as error:
+        raise type(error)(str(error)) from None
+    except Exception as error:
+        raise ClusterError(f"worker: {_brief(error)}") from error
+
+
+def _result(reference: Reference) -> Any:
+    """What a call gave; an `LcrayError` of the worker's is raised as it was."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, LcrayError):
+            raise type(cause)(str(cause)) from error
+        raise ClusterError(f"worker: {_brief(cause)}") from error
+
+
+@dataclass
+class _Member:
+    """A worker as the driver sees it."""
+
+    actor: Any
+    description: Description | None = None
+
+
+@dataclass
+class Outcome:
+    """What became of the spans of one call.
+
+    Attributes:
+        reports: of the spans that are committed.
+        failures: the reason by span, for those that are not.
+    """
+
+    reports: dict[Span, SpanReport] = field(default_factory=dict)
+    failures: dict[Span, str] = field(default_factory=dict)
+
+
+class Pool:
+    """Workers for one task and run; use as a context manager.
+
+    Args:
+        source: where workers find the task.
+        run: the directory of checkpoints.
+        settings: of the analysis.
+        resources: what may be used.
+        steps: the range of steps to analyze, ``a:b``.
+        limit: the most workers that there is work for.
+    """
+
+    def __init__(
+        self,
+        source: TaskSource,
+        run: str,
+        settings: Settings,
+        resources: Resources,
+        *,
+        steps: str | None,
+        limit: int,
+    ) -> None:
+        self._setup = (_Shipment.pack(source), run, settings, steps, resources.threads)
+        self._options = _actor_options(resources)
+        self._count = min(_worker_count(resources, self._options), max(1, limit))
+        self._members: list[_Member] = []
+        self._starting: dict[Reference, _Member] = {}
+        self._lost = 0
+
+    @property
+    def size(self) -> int:
+        """The number of workers that were asked for."""
+        return self._count
+
+    def __enter__(self) -> Pool:
+        for _ in range(self._count):
+            self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for member in [*self._members, *self._starting.values()]:
+            ray.kill(member.actor)
+
+    def describe(self) -> Description:
+        """What the first worker that is ready found.
+
+        Raises:
+            TaskError, CheckpointError, ClusterError: as setting up raises them.
+        """
+        while not self._members:
+            ready, _ = ray.wait(list(self._starting), num_returns=1)
+            self._welcome(ready[0])
+        description = self._members[0].description
+        assert description is not None
+        return description
+
+    def probe(self) -> Probe:
+        """Evaluate the splits at the first checkpoint, on one worker.
+
+        Raises:
+            TaskError: if the task breaks its contract.
+        """
+        self.describe()
+        try:
+            probe: Probe = _result(self._members[0].actor.probe.remote())
+        except RayActorError as error:
+            raise ClusterError(
+                f"worker: died while probing ({_brief(error)}); is there enough memory?"
+            ) from error
+        return probe
+
+    def run(
+        self,
+        plan: Plan,
+        spans: Sequence[Span],
+        out: Path,
+        on_done: Callable[[Span, SpanReport], None],
+    ) -> Outcome:
+        """Have `spans` computed, each by whichever worker is free.
+
+        A span that fails is tried again, up to a cap; a broken task is not. The rest goes on.
+        """
+        outcome = Outcome()
+        shared = ray.put(plan)
+        pending = deque(spans)
+        attempts: dict[Span, int] = dict.fromkeys(spans, 0)
+        idle = list(self._members)
+        busy: dict[Reference, tuple[_Member, Span]] = {}
+        while pending or busy:
+            while idle and pending:
+                member, span = idle.pop(), pending.popleft()
+                attempts[span] += 1
+                attempt = f"{attempts[span]}-{uuid.uuid4().hex[:12]}"
+                busy[member.actor.run_span.remote(shared, span, str(out), attempt)] = member, span
+            ready, _ = ray.wait([*busy, *self._starting], num_returns=1)
+            if ready[0] in self._starting:
+                idle += self._welcome(ready[0])
+                continue
+            member, span = busy.pop(ready[0])
+            try:
+                report: SpanReport = _result(ready[0])
+            except RayActorError as error:
+                self._replace(member)
+                reason, final = f"its worker died ({_brief(error)})", False
+            except LcrayError as error:
+                idle.append(member)
+                reason, final = str(error), isinstance(error, TaskError)
+            else:
+                idle.append(member)
+                outcome.reports[span] = report
+                on_done(span, report)
+                continue
+            if final or attempts[span] >= ATTEMPTS:
+                outcome.failures[span] = reason
+            else:
+                pending.append(span)
+        return outcome
+
+    def reduce(self, out: Path, *, allow_missing: bool = False) -> Reduction:
+        """Reduce `out` on a worker, so that the driver stays small.
+
+        Raises:
+            OutputError: as `lcray.reduction.reduce` raises it.
+        """
+        self.describe()
+        try:
+            call = self._members[0].actor.reduce.remote(str(out), allow_missing)
+            found: Reduction = _result(call)
+        except RayActorError as error:
+            raise ClusterError(
+                f"reducing {out}: the worker died ({_brief(error)}); run lcray reduce {out}"
+            ) from error
+        return found
+
+    def _start(self) -> None:
+        actor: Any = ray.remote(_Worker).options(**self._options).remote()
+        self._starting[actor.set_up.remote(*self._setup)] = _Member(actor)
+
+    def _welcome(self, reference: Reference) -> list[_Member]:
+        """Take in a worker that has set up: it must have found what the others found."""
+        member = self._starting.pop(reference)
+        try:
+            member.description = _result(reference)
+        except RayActorError as error:
+            self._replace(member)
+            if self._lost > ATTEMPTS * self._count:
+                raise ClusterError(
+                    f"workers: keep dying while they set up ({_brief(error)}); is there enough "
+                    "memory for model and data?"
+                ) from error
+            return []
+        known = self._members[0].description if self._members else member.description
+        if known != member.description:
+            raise TaskError(
+                "task: workers differ in model, data or device; splits() and model() must give "
+                "the same everywhere (seed what is random)"
+            )
+        self._members.append(member)
+        return [member]
+
+    def _replace(self, member: _Member) -> None:
+        self._lost += 1
+        if member in self._members:
+            self._members.remove(member)
+        ray.kill(member.actor)
+        self._start()
+
+
+def _actor_options(resources: Resources) -> dict[str, Any]:
+    cluster = ray.cluster_resources()
+    gpus = resources.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if cluster.get("GPU", 0) else 0.0
+    needs = {"CPU": resources.cpus_per_worker, "GPU": gpus}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(k, 0) >= v for k, v in needs.items() if v) for node in nodes):
+        raise UsageError(
+            f"workers: no node has {needs['CPU']:g} CPUs and {needs['GPU']:g} GPUs; ask for less"
+        )
+    return {"num_cpus": resources.cpus_per_worker, "num_gpus": gpus, "max_restarts": 0}
+
+
+def _worker_count(resources: Resources, options: dict[str, Any]) -> int:
+    if resources.workers is not None:
+        if resources.workers < 1:
+            raise UsageError(f"workers {resources.workers}: must be at least 1")
+        return resources.workers
+    cluster = ray.cluster_resources()
+    room = [cluster.get("CPU", 1) / max(options["num_cpus"], 1e-9)]
+    if options["num_gpus"]:
+        room.append(cluster.get("GPU", 0) / options["num_gpus"])
+    return max(1, int(min(room)))
+
+
+def _brief(error: BaseException | None) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1].strip()[:200]}"

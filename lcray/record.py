@@ -1,0 +1,174 @@
+"""``OUT/analysis.json``: what was asked, the plan, and what else decides the numbers."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lcray
+from lcray.errors import CorruptionError, OutputError, UsageError
+from lcray.files import read_json, write_json_atomic
+from lcray.layers import Layer
+from lcray.planning import Plan, Settings
+from lcray.schema import FORMAT_VERSION
+from lcray.span import Description
+
+_NAME = "analysis.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an output was made by.
+
+    Attributes:
+        run: the directory of checkpoints.
+        task: the reference of the task.
+        plan: the plan.
+        fingerprint: what else decides the numbers, by name.
+        versions: of Python and the libraries that only carry the numbers.
+    """
+
+    run: str
+    task: str
+    plan: Plan
+    fingerprint: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    def write(self, out: Path) -> None:
+        """Write it to `out`, whole or not at all.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        data = {
+            "format_version": FORMAT_VERSION,
+            "run": self.run,
+            "task": self.task,
+            "fingerprint": dict(self.fingerprint),
+            "versions": dict(self.versions),
+            "plan": self.plan.to_dict(),
+        }
+        write_json_atomic(out / _NAME, data)
+
+
+def read_record(out: Path) -> Record | None:
+    """The record of the output in `out`, or None where there is none.
+
+    Raises:
+        OutputError: if another version wrote it, or `out` holds something else.
+        CorruptionError: if it is damaged.
+    """
+    path = out / _NAME
+    if not path.exists():
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out}: is a file; choose another --out")
+        if out.is_dir() and any(out.iterdir()):
+            raise OutputError(f"{out}: not empty, and no output of lcray; choose another --out")
+        return None
+    data = read_json(path)
+    if data.get("format_version") != FORMAT_VERSION:
+        raise OutputError(
+            f"{path}: format version {data.get('format_version')!r}, this lcray reads "
+            f"{FORMAT_VERSION}; analyze into a new output"
+        )
+    try:
+        return Record(
+            run=data["run"],
+            task=data["task"],
+            plan=Plan.from_dict(data["plan"]),
+            fingerprint=dict(data["fingerprint"]),
+            versions=dict(data["versions"]),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptionError(f"{path}: not valid ({error!r}); restore it") from error
+
+
+def make_fingerprint(description: Description) -> dict[str, Any]:
+    """What decides the numbers beside settings and plan."""
+    return {
+        "task source": description.source_hash,
+        "data": description.split_hashes,
+        "base model": description.base_hash,
+        "first checkpoint": description.first_hash,
+        "device": description.device,
+        "lcray": lcray.__version__,
+        "torch": version("torch"),
+        "numpy": version("numpy"),
+    }
+
+
+def carrier_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that only carry the numbers."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("ray", "pyarrow", "safetensors", "scipy")},
+    }
+
+
+def check_same_settings(out: Path, record: Record, settings: Settings) -> None:
+    """Refuse to continue an output under other settings.
+
+    Raises:
+        OutputError: naming what differs.
+    """
+    _refuse(out, _differences(asdict(record.plan.settings), asdict(settings)))
+
+
+def check_same_numbers(
+    out: Path, record: Record, description: Description, layers: tuple[Layer, ...]
+) -> None:
+    """Refuse to continue an output whose numbers would come out differently.
+
+    Raises:
+        OutputError: naming what differs.
+    """
+    found = _differences(record.fingerprint, make_fingerprint(description))
+    if layers != record.plan.layers:
+        found.append("the model's layers")
+    _refuse(out, found)
+
+
+def check_plan_fits(plan: Plan, description: Description) -> None:
+    """Refuse a plan that was made for another model, other splits or another kind of device.
+
+    Raises:
+        UsageError: naming what differs.
+    """
+    planned = [split.name for split in plan.splits]
+    differences = {
+        "layers": (plan.layers, description.layers),
+        "splits": (planned, list(description.split_hashes)),
+        "device": (plan.device_kind, description.device_kind),
+    }
+    for name, (there, here) in differences.items():
+        if there != here:
+            raise UsageError(f"plan: made for other {name}; make a new plan for this task")
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} now"
+        for name in sorted(there.keys() | here.keys())
+        if _plain(there.get(name)) != _plain(here.get(name))
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:16] + "…"
+
+
+def _refuse(out: Path, differences: list[str]) -> None:
+    if differences:
+        raise OutputError(
+            f"{out}: holds another analysis ({'; '.join(differences)}); choose another --out, or "
+            "ask for the same"
+        )
