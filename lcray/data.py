@@ -101,7 +101,7 @@ def prepare_split(
         batch_sizes=tuple(len(cut) for cut in cuts),
         labels=tuple(label.to(place(torch.zeros(0)).device) for label in labels),
         groups=tuple(label for label in known if label >= 0),
-        sorted_by_group=sample_labels is not None,
+        sorted_by_group=sample_labels is not None and all(len(t.unique()) == 1 for t in labels),
         sha256=_digest(raw),
     )
 
@@ -112,8 +112,15 @@ def _cut(block: np.ndarray[Any, Any], size: int) -> Iterable[np.ndarray[Any, Any
 
 def _fetcher(name: str, data: Data, task: Task) -> Callable[[np.ndarray[Any, Any]], Any]:
     if isinstance(data, tuple):
-        tensors = [torch.as_tensor(part) for part in data]
-        return lambda index: tuple(tensor[torch.from_numpy(index)] for tensor in tensors)
+        try:
+            tensors = [torch.as_tensor(part) for part in data]
+        except Exception as error:
+            raise TaskError(
+                f"task split {name!r}: must hold tensors or arrays of numbers: "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            ) from error
+        make = getattr(data, "_make", tuple)  # a named tuple stays one
+        return lambda index: make(tensor[torch.from_numpy(index)] for tensor in tensors)
     collate = task.collate or default_collate
 
     def fetch(index: np.ndarray[Any, Any]) -> Any:
@@ -167,21 +174,23 @@ def _labels(name: str, task: Task, batch: Any) -> Tensor:
     return labels.detach().cpu().long()
 
 
-def _map(place: Callable[[Tensor], Tensor], batch: Any) -> Any:
+def _map(
+    place: Callable[[Tensor], Tensor], batch: Any, other: Callable[[Any], Any] = lambda leaf: leaf
+) -> Any:
     """`batch` with `place` applied to its tensors, in dicts, lists and (named) tuples."""
     if isinstance(batch, Tensor):
         return place(batch)
     if isinstance(batch, Mapping):
-        return {key: _map(place, value) for key, value in batch.items()}
+        return {key: _map(place, value, other) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_map(place, value) for value in batch))
+        return type(batch)(*(_map(place, value, other) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(_map(place, value) for value in batch)
-    return batch
+        return type(batch)(_map(place, value, other) for value in batch)
+    return other(batch)
 
 
 def _digest(batches: Iterable[Any]) -> str:
-    """SHA-256 of the tensors in `batches`, with their shapes and dtypes."""
+    """SHA-256 of the tensors in `batches`, with their shapes and dtypes, and of their text."""
     digest = hashlib.sha256()
 
     def add(tensor: Tensor) -> Tensor:
@@ -190,6 +199,10 @@ def _digest(batches: Iterable[Any]) -> str:
         digest.update(flat.view(torch.uint8).numpy().data)
         return tensor
 
+    def add_plain(leaf: Any) -> None:
+        if isinstance(leaf, str | bytes | int | float):
+            digest.update(repr(leaf).encode())
+
     for batch in batches:
-        _map(add, batch)
+        _map(add, batch, add_plain)
     return digest.hexdigest()

@@ -6,7 +6,9 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from lcray.errors import UsageError, suggest
 from lcray.layers import Layer
@@ -46,6 +48,9 @@ def make_settings(options: Mapping[str, Any]) -> Settings:
         if name not in valid:
             raise UsageError(suggest(name, valid, "option"))
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    for name in ("splits", "trace"):
+        if isinstance(values.get(name), str):
+            values[name] = (values[name],)
     settings = Settings(**values)
     check_settings(settings)
     return settings
@@ -57,6 +62,11 @@ def check_settings(settings: Settings) -> None:
     Raises:
         UsageError: naming the setting, its value and what is valid.
     """
+    for name, kinds in _kinds().items():
+        value = getattr(settings, name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            types = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
+            raise UsageError(f"{name.replace('_', '-')} {value!r}: must be of type {types}")
     rule = get_rule(settings.rule)
     if settings.refine and not (rule.refinable and rule.panels == 1):
         raise UsageError(f"rule {settings.rule!r}: cannot be refined; use simpson, or no --refine")
@@ -68,8 +78,25 @@ def check_settings(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UsageError(f"{name.replace('_', '-')} {value}: must be at least 1")
+    for name in ("batch_seed", "trace_seed"):
+        if getattr(settings, name) < 0:
+            seed = getattr(settings, name)
+            raise UsageError(f"{name.replace('_', '-')} {seed}: must not be negative")
+    if settings.splits is not None and not settings.splits:
+        raise UsageError("splits: name at least one, or leave the option out for all of the task's")
     if not settings.rtol > 0 or not math.isfinite(settings.rtol):
         raise UsageError(f"rtol {settings.rtol}: must be positive")
+
+
+@cache
+def _kinds() -> dict[str, tuple[type, ...]]:
+    """The types that the value of each setting may have."""
+    kinds = {}
+    for name, hint in get_type_hints(Settings).items():
+        parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        plain = tuple(get_origin(part) or part for part in parts)
+        kinds[name] = (*plain, int) if float in plain else plain
+    return kinds
 
 
 def make_plan(
@@ -119,7 +146,7 @@ def make_plan(
             layer.name
             for layer in layers
             if settings.units or layer.n_units <= _MAX_UNITS
-            if layer.name in detail or layer.kind == "buffer"
+            if layer.name in detail or (layer.kind == "buffer" and _wanted(settings, layer.name))
         ),
         detail_layers=detail,
         trace_sample=min(_TRACE_SAMPLE, _MAX_TRACE_ROWS // rows),
@@ -159,10 +186,14 @@ def _matching(settings: Settings, layers: Sequence[Layer]) -> tuple[str, ...]:
     names = [layer.name for layer in layers if layer.kind == "parameter"]
     if settings.layers is None:
         return tuple(names)
-    found = tuple(name for name in names if fnmatch.fnmatchcase(name, settings.layers))
+    found = tuple(name for name in names if _wanted(settings, name))
     if not found:
         raise UsageError(suggest(settings.layers, names, "layer"))
     return found
+
+
+def _wanted(settings: Settings, name: str) -> bool:
+    return settings.layers is None or fnmatch.fnmatchcase(name, settings.layers)
 
 
 def _tables(

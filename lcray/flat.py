@@ -38,6 +38,10 @@ class FlatModel:
     def __init__(
         self, model: nn.Module, device: torch.device, dtype: torch.dtype, *, partial: bool = False
     ) -> None:
+        describe_layers(model)  # refuses what the conversion would hide
+        for buffer in model.buffers():  # Module.to makes a copy of a shared one for each name
+            kind = dtype if buffer.is_floating_point() else buffer.dtype
+            buffer.data = buffer.data.to(device=device, dtype=kind)
         self.model = model.to(device=device, dtype=dtype).eval()
         self.layers, self._tensors = describe_layers(self.model)
         if not any(layer.trainable for layer in self.layers):
@@ -47,7 +51,7 @@ class FlatModel:
         self.grad = torch.zeros_like(self.theta)
         for layer, where in zip(self.layers, self.slices, strict=True):
             self._tie(layer, where)
-        self.base = self.theta.cpu() if partial else None
+        self.base = self.theta.cpu().clone() if partial else None
         names = {name for layer in self.layers for name in (layer.name, *layer.aliases)}
         self._constants = {k: v for k, v in self._tensors.items() if k not in names}
 
@@ -97,17 +101,18 @@ class FlatModel:
         else:
             vector = torch.empty(len(self.theta), dtype=self.theta.dtype)
         for layer, where in zip(self.layers, self.slices, strict=True):
-            names = (layer.name, *layer.aliases)
-            stored = next((tensors[name] for name in names if name in tensors), None)
+            stored = _stored(layer, tensors, step)
             if stored is not None:
-                _check_stored(layer, stored, step)
                 vector[where].copy_(stored.reshape(-1))
             elif self.base is None:
                 raise CheckpointError(
                     f"checkpoint at step {step}: tensor {layer.name!r} of the task's model is "
                     "missing; pass partial=True (--partial) if model() holds its fixed value"
                 )
-        return vector, {name: tensors[name] for name in self._constants if name in tensors}
+        constants = {name: tensors[name] for name in self._constants if name in tensors}
+        for name, value in constants.items():
+            _check_shape(name, value, tuple(self._constants[name].shape), step)
+        return vector, constants
 
     def set_constants(self, constants: Mapping[str, Tensor]) -> None:
         """Set the tensors that do not move, such as counters, to a checkpoint's values."""
@@ -123,12 +128,29 @@ def _slices(layers: tuple[Layer, ...]) -> tuple[slice, ...]:
     return tuple(slice(a, b) for a, b in pairwise(stops))
 
 
-def _check_stored(layer: Layer, stored: Tensor, step: int) -> None:
-    where = f"checkpoint at step {step}: tensor {layer.name!r}"
-    if tuple(stored.shape) != layer.shape:
+def _stored(layer: Layer, tensors: Mapping[str, Tensor], step: int) -> Tensor | None:
+    """The stored tensor of a layer, under any of its names; None if there is none."""
+    names = [name for name in (layer.name, *layer.aliases) if name in tensors]
+    for name in names:
+        stored, where = tensors[name], f"checkpoint at step {step}: tensor {name!r}"
+        _check_shape(name, stored, layer.shape, step)
+        if not stored.is_floating_point():
+            raise CheckpointError(f"{where} is stored as {stored.dtype}, the model's is a float")
+        if name != names[0] and not _same_values(stored, tensors[names[0]]):
+            raise CheckpointError(
+                f"{where} differs from {names[0]!r}, which the task's model ties to it; does the "
+                "task build the model of this run?"
+            )
+    return tensors[names[0]] if names else None
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _check_shape(name: str, stored: Tensor, shape: tuple[int, ...], step: int) -> None:
+    if tuple(stored.shape) != shape:
         raise CheckpointError(
-            f"{where} has shape {list(stored.shape)}, the task's model {list(layer.shape)}; "
-            "does the task build the model of this run?"
+            f"checkpoint at step {step}: tensor {name!r} has shape {list(stored.shape)}, the "
+            f"task's model {list(shape)}; does the task build the model of this run?"
         )
-    if not stored.is_floating_point():
-        raise CheckpointError(f"{where} is stored as {stored.dtype}, the model's is a float")

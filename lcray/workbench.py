@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from lcray.data import SplitData, prepare_split
+from lcray.errors import UsageError
 from lcray.flat import FlatModel
 from lcray.gradient import GradientEngine
 from lcray.normalization import depends_on_batches
@@ -41,7 +42,7 @@ class Workbench:
         self, task: Task, settings: Settings, *, device: str = "cpu", threads: int | None = None
     ) -> None:
         _configure_torch(threads, settings.deterministic, device)
-        self.device = torch.device(device)
+        self.device = _open_device(device)
         self._dtype = DTYPES[settings.dtype]
         model = call_model(task)
         self.flat = FlatModel(model, self.device, self._dtype, partial=settings.partial)
@@ -63,6 +64,14 @@ class Workbench:
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=self.device, dtype=dtype)
+
+
+def _open_device(device: str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # torch raises whatever the device's library does
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"device {device!r}: cannot be used: {reason}; try cpu") from error
 
 
 def _configure_torch(threads: int | None, deterministic: bool, device: str) -> None:

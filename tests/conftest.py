@@ -1,0 +1,76 @@
+"""What several test files share: a tiny task on synthetic data, and a recorded run of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lcray.checkpoints import Recorder
+from lcray.task import Task
+
+TINY_STEPS = 12  # intervals of the tiny run
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of the real data sets."""
+    folder = os.environ.get("LCRAY_DATA", "")
+    if not folder:
+        pytest.skip("LCRAY_DATA is unset: it names the folder of the data sets")
+    return Path(folder)
+
+
+@pytest.fixture
+def tiny_model() -> Callable[[], nn.Module]:
+    """Builds a tanh network of 4-5-3 units, 43 parameters."""
+    return build_tiny
+
+
+@pytest.fixture
+def tiny_task() -> Task:
+    """Three classes; 17 samples in `train`, 6 in `val`; groups are the classes."""
+    return make_tiny_task()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the tiny task: steps 0 to 12 by SGD with momentum. Read only."""
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    task = make_tiny_task()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = build_tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    with Recorder(model, run) as recorder:
+        for _ in range(TINY_STEPS):
+            optimizer.zero_grad()
+            task.loss(model, task.splits["train"]).mean().backward()
+            optimizer.step()
+            recorder.step()
+    return run
+
+
+def build_tiny() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def make_tiny_task() -> Task:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(23, 4, generator=generator)
+    y = (x @ torch.randn(4, 3, generator=generator)).argmax(1)
+    splits = {"train": (x[:17], y[:17]), "val": (x[17:], y[17:])}
+    return Task(build_tiny, splits, _cross_entropy, groups=_classes)
+
+
+def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def _classes(batch: tuple[Tensor, Tensor]) -> Tensor:
+    return batch[1]

@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lcray.drafting import estimate, extend_plan, make_plan, make_settings
+from lcray.errors import UsageError
+from lcray.layers import Layer
+from lcray.planning import Plan, Settings, SplitPlan
+
+LAYERS = (
+    Layer("conv1.weight", "conv1", "parameter", (4, 3), 0, True),
+    Layer("conv1.bias", "conv1", "parameter", (4,), 0, True),
+    Layer("fc.weight", "fc", "parameter", (2, 5), 0, True),
+    Layer("scale", "", "parameter", (), None, True),
+    Layer("conv1.mean", "conv1", "buffer", (4,), 0, False),
+)
+TRAIN = SplitPlan("train", 100, 100, 100.0, 2.3, 4)
+GROUPED = SplitPlan("val", 50, 50, 50.0, 2.3, 2, (0, 1, 2), (10.0, 20.0, 20.0), False)
+
+
+def layer(numel: int, units: int = 1, name: str = "w") -> Layer:
+    return Layer(name, "", "parameter", (units, numel // units), 0, True)
+
+
+def draft(steps: Any = range(11), settings: Settings | None = None, **options: Any) -> Plan:
+    layers = options.pop("layers", LAYERS)
+    splits = options.pop("splits", (TRAIN,))
+    return make_plan(list(steps), settings or Settings(), layers, splits, **options)
+
+
+def refusal(**options: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        draft(settings=make_settings(options))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class TestSettings:
+    def test_defaults_and_given_values(self) -> None:
+        assert make_settings({}) == Settings()
+        got = make_settings({"rule": "gauss", "splits": ["val"], "rtol": 1, "window": 7})
+        assert got == Settings(rule="gauss", splits=("val",), rtol=1, window=7)
+
+    def test_one_name_is_a_list_of_one(self) -> None:
+        got = make_settings({"splits": "train", "trace": "fc.weight:3"})
+        assert (got.splits, got.trace) == (("train",), ("fc.weight:3",))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"rul": "left"}, "unknown option 'rul': did you mean 'rule'?"),
+            ({"rule": "simpsn"}, "unknown rule 'simpsn': did you mean 'simpson'?"),
+            ({"rule": "gauss", "refine": True}, "rule 'gauss': cannot be refined; use simpson"),
+            ({"rule": "simpson*2", "refine": True}, "rule 'simpson*2': cannot be refined"),
+            ({"rule": "simpson*x"}, "panels must be a positive integer"),
+            ({"batch_norm": "runing"}, "unknown batch-norm 'runing': did you mean 'running'?"),
+            ({"dtype": "float16"}, "unknown dtype 'float16': did you mean"),
+            ({"batch_size": 0}, "batch-size 0: must be at least 1"),
+            ({"max_panels": -1}, "max-panels -1: must be at least 1"),
+            ({"window": 0}, "window 0: must be at least 1"),
+            ({"rtol": 0.0}, "rtol 0.0: must be positive"),
+            ({"rtol": -1e-3}, "rtol -0.001: must be positive"),
+            ({"rtol": math.nan}, "rtol nan: must be positive"),
+            ({"rtol": math.inf}, "rtol inf: must be positive"),
+            ({"batch_seed": -1}, "batch-seed -1: must not be negative"),
+            ({"trace_seed": -5}, "trace-seed -5: must not be negative"),
+            ({"splits": ()}, "splits: name at least one"),
+            ({"batch_size": "32"}, "batch-size '32': must be of type int"),
+            ({"batch_size": 2.5}, "batch-size 2.5: must be of type int"),
+            ({"batch_size": True}, "batch-size True: must be of type int"),
+            ({"rtol": "1e-3"}, "rtol '1e-3': must be of type float"),
+            ({"refine": 1}, "refine 1: must be of type bool"),
+            ({"rule": None}, "rule None: must be of type str"),
+            ({"parameters": "yes"}, "parameters 'yes': must be of type bool"),
+            ({"splits": {"train"}}, "splits {'train'}: must be of type tuple"),
+        ],
+    )
+    def test_what_cannot_be_used(self, options: dict, message: str) -> None:
+        assert message in refusal(**options)
+
+    def test_refining_simpson_is_fine(self) -> None:
+        assert make_settings({"refine": True, "rule": "rk4"}).refine
+
+
+class TestSpans:
+    @given(
+        steps=st.lists(st.integers(0, 10**6), min_size=2, max_size=80, unique=True).map(sorted),
+        length=st.none() | st.integers(1, 90),
+        workers=st.integers(1, 9),
+    )
+    def test_they_cover_every_interval_once_in_order(
+        self, steps: list[int], length: int | None, workers: int
+    ) -> None:
+        plan = draft(steps, span_length=length, workers=workers)
+        intervals = [pair for span in plan.spans for pair in span.intervals]
+        assert intervals == list(pairwise(steps))
+        assert plan.steps == tuple(steps)
+        lengths = [len(span.intervals) for span in plan.spans]
+        assert len(set(lengths[:-1])) <= 1 and lengths[-1] <= lengths[0]
+        if length is not None:
+            assert lengths[0] == min(length, len(steps) - 1)
+
+    @pytest.mark.parametrize(
+        ("n", "workers", "length"),
+        [(1000, 1, 250), (1000, 4, 63), (20, 4, 8), (5, 4, 5), (10_000, 1, 512)],
+    )
+    def test_each_worker_gets_several_neither_short_nor_long(self, n, workers, length) -> None:
+        plan = draft(range(n + 1), workers=workers)
+        assert len(plan.spans[0].intervals) == length
+
+    @pytest.mark.parametrize("steps", [[], [3]])
+    def test_an_interval_needs_two_checkpoints(self, steps: list[int]) -> None:
+        with pytest.raises(UsageError, match=rf"^{len(steps)} checkpoints: an interval needs two"):
+            draft(steps)
+
+    @given(n=st.integers(2, 40), more=st.integers(0, 40), length=st.integers(1, 50))
+    def test_extension_keeps_the_spans_there_are(self, n: int, more: int, length: int) -> None:
+        plan = draft(range(0, 2 * n, 2), span_length=length)
+        steps = list(range(0, 2 * (n + more), 2))
+        longer = extend_plan(plan, steps)
+        assert longer.spans[: len(plan.spans)] == plan.spans
+        assert longer.steps == tuple(steps)
+        assert max(len(span.intervals) for span in longer.spans) <= max(
+            len(span.intervals) for span in plan.spans
+        )
+        assert replace(longer, spans=plan.spans) == plan, "nothing else changes"
+
+    def test_extension_ignores_steps_that_came_between(self) -> None:
+        plan = draft([0, 10, 20], span_length=2)
+        assert extend_plan(plan, [0, 5, 10, 20]) == plan
+        assert extend_plan(plan, [15, 20, 30]).steps == (0, 10, 20, 30)
+
+
+class TestWindows:
+    @pytest.mark.parametrize(
+        ("first", "last", "window"),
+        [
+            (0, 1, 1),
+            (0, 10, 1),
+            (0, 11, 2),
+            (0, 50, 5),
+            (0, 51, 10),
+            (0, 100, 10),
+            (0, 101, 20),
+            (5000, 5200, 20),
+            (0, 1000, 100),
+            (0, 99_999, 10_000),
+            (0, 10**7, 10**6),
+        ],
+    )
+    def test_about_ten_a_run_at_round_steps(self, first: int, last: int, window: int) -> None:
+        assert draft([first, last]).window == window
+
+    def test_a_given_width_wins(self) -> None:
+        assert draft(range(101), Settings(window=7)).window == 7
+
+
+class TestTables:
+    def test_by_default(self) -> None:
+        names = ("intervals", "layers", "units", "histograms", "parameters", "traces")
+        assert draft().tables == names
+
+    def test_groups_where_a_split_has_them(self) -> None:
+        assert "groups" in draft(splits=(TRAIN, GROUPED)).tables
+
+    def test_elements_only_on_request(self) -> None:
+        assert "elements" in draft(settings=Settings(elements=True)).tables
+
+    @pytest.mark.parametrize(
+        ("numel", "parameters", "wanted"),
+        [
+            (100_000_000, None, True),
+            (100_000_001, None, False),
+            (100_000_001, True, True),
+            (100, False, False),
+        ],
+    )
+    def test_parameters_go_off_above_a_billion_rows(self, numel, parameters, wanted) -> None:
+        """Ten spans: P × spans is 1e9 at 1e8 parameters."""
+        settings = Settings(parameters=parameters)
+        plan = draft(range(11), settings, layers=[layer(numel)], span_length=1)
+        assert len(plan.spans) == 10
+        assert ("parameters" in plan.tables) is wanted
+        assert ("traces" in plan.tables) is wanted
+
+    @pytest.mark.parametrize(
+        ("units", "ask", "wanted"), [(10_000, False, 1), (10_001, False, 0), (10_001, True, 1)]
+    )
+    def test_units_of_very_wide_layers_on_request(self, units, ask, wanted) -> None:
+        plan = draft(settings=Settings(units=ask), layers=[layer(units, units)])
+        assert len(plan.unit_layers) == wanted
+        assert plan.detail_layers == ("w",), "the other tables keep it"
+
+
+class TestPatterns:
+    def test_all_layers_by_default_buffers_in_units_alone(self) -> None:
+        plan = draft()
+        assert plan.detail_layers == ("conv1.weight", "conv1.bias", "fc.weight", "scale")
+        assert plan.unit_layers == (*plan.detail_layers, "conv1.mean")
+
+    def test_a_pattern_narrows(self) -> None:
+        plan = draft(settings=Settings(layers="conv*"))
+        assert plan.detail_layers == ("conv1.weight", "conv1.bias")
+        assert plan.unit_layers == ("conv1.weight", "conv1.bias", "conv1.mean")
+        plan = draft(settings=Settings(layers="*.weight"))
+        assert plan.unit_layers == plan.detail_layers == ("conv1.weight", "fc.weight")
+        assert plan.layers == LAYERS, "the table of layers is whole"
+
+    def test_a_pattern_that_matches_nothing_names_the_nearest(self) -> None:
+        message = refusal(layers="conv1.weigth")
+        assert "unknown layer 'conv1.weigth': did you mean 'conv1.weight'?" in message
+        assert "unknown layer 'Conv*'" in refusal(layers="Conv*"), "case counts"
+
+
+class TestTraces:
+    @pytest.mark.parametrize(
+        ("item", "message"),
+        [
+            ("fc.weight", "trace 'fc.weight': must have the form layer:index"),
+            ("fc.weight:", "must have the form layer:index"),
+            (":3", "must have the form layer:index"),
+            ("fc.weight:-1", "must have the form layer:index"),
+            ("fc.weight:1.5", "must have the form layer:index"),
+            ("fc.weigt:1", "unknown layer 'fc.weigt': did you mean 'fc.weight'?"),
+            ("fc.weight:10", "trace 'fc.weight:10': the layer has 10 elements, from 0"),
+            ("conv1.mean:0", "unknown layer 'conv1.mean'"),
+        ],
+    )
+    def test_items_that_do_not_exist(self, item: str, message: str) -> None:
+        assert message in refusal(trace=(item,))
+
+    def test_the_last_element_exists(self) -> None:
+        assert draft(settings=Settings(trace=("fc.weight:9", "scale:0"))).settings.trace
+
+    @given(
+        n=st.integers(1, 30_000),
+        n_layers=st.integers(1, 40),
+        n_splits=st.integers(1, 4),
+    )
+    def test_the_sample_keeps_the_table_below_ten_million_rows(self, n, n_layers, n_splits) -> None:
+        layers = [layer(10, name=f"w{i}") for i in range(n_layers)]
+        plan = draft(range(n + 1), layers=layers, splits=[TRAIN] * n_splits, span_length=10**6)
+        rows = plan.trace_sample * n * n_layers * n_splits
+        assert rows <= 10_000_000
+        assert plan.trace_sample == 256 or rows + n * n_layers * n_splits > 10_000_000
+
+
+class TestEstimate:
+    @pytest.mark.parametrize(
+        ("rule", "gradients"),
+        [
+            # 10 intervals in spans of 4, 4 and 2. An endpoint serves both its intervals, but
+            # spans share nothing: a span of n intervals has n + 1 endpoints.
+            ("left", 10),
+            ("midpoint", 10),
+            ("trapezoid", 13),
+            ("simpson", 13 + 10),
+            ("simpson*2", 13 + 30),
+            ("gauss-lobatto", 13 + 20),
+            ("gauss", 30),
+            ("trapezoid*4", 13 + 30),
+        ],
+    )
+    def test_gradients(self, rule: str, gradients: int) -> None:
+        plan = draft(range(11), Settings(rule=rule), span_length=4)
+        assert estimate(plan, 1).n_gradients == gradients
+        two = draft(range(11), Settings(rule=rule), span_length=4, splits=(TRAIN, GROUPED))
+        assert estimate(two, 1).n_gradients == 2 * gradients
+
+    def test_seconds_follow_the_longest_share(self) -> None:
+        plan = draft(range(11), span_length=4)  # 23 gradients in 3 spans
+        assert estimate(plan, 1, seconds={"train": 2.0}).seconds == pytest.approx(46)
+        assert estimate(plan, 3, seconds={"train": 2.0}).seconds == pytest.approx(46 / 3)
+        assert estimate(plan, 2, seconds={"train": 2.0}).seconds == pytest.approx(46 * 2 / 3)
+        assert estimate(plan, 9, seconds={"train": 2.0}).seconds == pytest.approx(46 / 3)
+        assert estimate(plan, 1).seconds is None
+
+    def test_groups_cost_passes_unless_batches_are_sorted(self) -> None:
+        seconds = {"val": 1.0}
+        plan = draft(range(11), span_length=10, splits=(GROUPED,))  # 21 gradients, 3 groups
+        assert estimate(plan, 1, seconds=seconds).seconds == pytest.approx(63)
+        free = draft(range(11), span_length=10, splits=(replace(GROUPED, sorted_by_group=True),))
+        assert estimate(free, 1, seconds=seconds).seconds == pytest.approx(21)
+
+    def test_rows_are_exact_where_they_can_be(self) -> None:
+        settings = Settings(elements=True, window=5)
+        plan = draft(range(11), settings, splits=(TRAIN, GROUPED))
+        rows = estimate(plan, 1).rows
+        assert rows["intervals"] == 2 * 10
+        assert rows["layers"] == 2 * 10 * 5
+        assert rows["units"] == 2 * 10 * (4 + 4 + 2 + 1 + 4)
+        assert rows["groups"] == 3 * 10 * 5
+        assert rows["parameters"] == 2 * (12 + 4 + 10 + 1)
+        assert rows["traces"] == 2 * 10 * (12 + 4 + 10 + 1)
+        assert rows["elements"] == 2 * 10 * (12 + 4 + 10 + 1)
+        assert set(rows) == set(plan.tables)
+        assert estimate(plan, 1).n_intervals == 10
+
+    def test_memory_holds_what_the_probe_saw_and_the_vectors(self) -> None:
+        plan = draft()
+        assert estimate(plan, 1).memory_bytes is None
+        found = estimate(plan, 1, peak_bytes=10**9).memory_bytes
+        # At least two states, a movement, two gradients and a sum: float64, 31 elements.
+        assert found is not None and found >= 10**9 + 6 * 8 * 31
+
+    def test_disk_grows_with_what_is_asked_for(self) -> None:
+        plain = estimate(draft(), 1).disk_bytes
+        with_elements = estimate(draft(settings=Settings(elements=True)), 1).disk_bytes
+        assert with_elements - plain == 10 * 27 * 8

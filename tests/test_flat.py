@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lcray.errors import CheckpointError, TaskError
+from lcray.flat import FlatModel
+
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    """Tied ends, a float buffer, a counter and a frozen bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.second = nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.second.bias.requires_grad_(False)
+        self.register_buffer("shift", torch.zeros(3))
+        self.register_buffer("count", torch.zeros(2, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x) + self.shift))
+
+
+def make_flat(model: nn.Module | None = None, **options: object) -> FlatModel:
+    settings: dict = {"dtype": torch.float32, **options}
+    return FlatModel(model or Net(), CPU, settings.pop("dtype"), **settings)
+
+
+def checkpoint() -> dict[str, Tensor]:
+    """Values 0, 1, 2, … in the order of the layers; integers for the counter."""
+    return {
+        "first.weight": torch.arange(9.0).view(3, 3),
+        "first.bias": torch.arange(9.0, 12.0),
+        "second.bias": torch.arange(12.0, 15.0),
+        "shift": torch.arange(15.0, 18.0),
+        "count": torch.tensor([4, 5]),
+    }
+
+
+def refusal(flat: FlatModel, tensors: dict[str, Tensor]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        flat.flatten(tensors, 70)
+    message = str(caught.value)
+    assert message.startswith("checkpoint at step 70: tensor ") and "\n" not in message
+    return message
+
+
+class TestStorage:
+    def test_setting_the_vector_sets_the_model(self) -> None:
+        flat = make_flat()
+        vector, constants = flat.flatten(checkpoint(), 0)
+        assert torch.equal(vector, torch.arange(18.0))
+        flat.theta.copy_(vector)
+        flat.set_constants(constants)
+        for name, stored in checkpoint().items():
+            assert torch.equal(flat.model.state_dict()[name], stored), name
+        assert flat.model.second.weight is flat.model.first.weight
+
+    def test_gradients_arrive_in_the_vector_again_and_again(self) -> None:
+        flat = make_flat(dtype=torch.float64)
+        flat.theta.copy_(torch.linspace(-1, 1, 18))
+        x = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
+        addresses = {name: p.data_ptr() for name, p in flat.model.named_parameters()}
+        twin = Net().double()
+        twin.load_state_dict(flat.model.state_dict())
+        twin(x).pow(2).sum().backward()
+        for times in (1, 2):
+            flat.model(x).pow(2).sum().backward()
+            for layer, where in zip(flat.layers, flat.slices, strict=True):
+                wanted = dict(twin.named_parameters()).get(layer.name)
+                got = flat.grad[where].view(layer.shape)
+                if layer.trainable:
+                    torch.testing.assert_close(got, times * wanted.grad, rtol=1e-13, atol=0)
+                    assert got.abs().sum() > 0
+                else:
+                    assert torch.equal(got, torch.zeros_like(got)), layer.name
+        assert {n: p.data_ptr() for n, p in flat.model.named_parameters()} == addresses
+        flat.theta.zero_()
+        assert not flat.model.first.weight.any(), "still views after a backward pass"
+
+    def test_buffers_get_gradients_while_they_move(self) -> None:
+        flat = make_flat()
+        names = [layer.name for layer in flat.layers]
+        where = flat.slices[names.index("shift")]
+        x = torch.ones(1, 3)
+        flat.differentiate_buffers(frozenset({names.index("shift")}))
+        flat.model(x).sum().backward()
+        # The bias enters the same way, so that both derivatives agree.
+        assert torch.equal(flat.grad[where], flat.grad[flat.slices[names.index("first.bias")]])
+        assert flat.grad[where].abs().sum() > 0
+        flat.grad.zero_()
+        flat.differentiate_buffers(frozenset())
+        flat.model(x).sum().backward()
+        assert not flat.grad[where].any()
+        assert not flat.model.shift.requires_grad
+
+    def test_the_model_is_in_evaluation_mode_and_of_the_dtype(self) -> None:
+        model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        flat = make_flat(model, dtype=torch.float64)
+        assert not any(module.training for module in flat.model.modules())
+        assert flat.theta.dtype == flat.grad.dtype == torch.float64
+        assert model[0].weight.dtype == torch.float64
+
+    def test_the_start_is_the_models_own_state(self) -> None:
+        model = nn.Linear(2, 2)
+        before = torch.cat([model.weight.detach().flatten(), model.bias.detach()]).clone()
+        assert torch.equal(make_flat(model).theta, before)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_shared_buffer_is_one_layer_in_every_dtype(self, dtype: torch.dtype) -> None:
+        shared = torch.ones(2)
+        parts = [nn.Linear(1, 1), nn.Linear(1, 1)]
+        for part in parts:
+            part.register_buffer("mask", shared)
+        flat = make_flat(nn.Sequential(*parts), dtype=dtype)
+        masks = [layer for layer in flat.layers if layer.kind == "buffer"]
+        assert [(layer.name, layer.aliases) for layer in masks] == [("0.mask", ("1.mask",))]
+        flat.theta[flat.slices[-1]] = 7
+        assert parts[1].mask.tolist() == [7, 7]
+
+
+class TestRefusedModels:
+    def test_nothing_to_learn(self) -> None:
+        for model in (nn.Tanh(), nn.Linear(2, 2).requires_grad_(False)):
+            with pytest.raises(TaskError, match="no parameter requires a gradient"):
+                make_flat(model)
+
+    def test_lazy_and_complex(self) -> None:
+        with pytest.raises(TaskError, match="has no shape yet"):
+            make_flat(nn.LazyLinear(2))
+        model = nn.Linear(2, 2)
+        model.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+        with pytest.raises(TaskError, match="'phase': complex numbers"):
+            make_flat(model)
+
+
+class TestCheckpoints:
+    def test_a_missing_tensor(self) -> None:
+        tensors = checkpoint()
+        del tensors["second.bias"]
+        message = refusal(make_flat(), tensors)
+        assert "'second.bias' of the task's model is missing; pass partial=True" in message
+
+    def test_an_unknown_tensor(self) -> None:
+        extra = {"third.weight": torch.ones(1), "third.bias": torch.ones(1)}
+        message = refusal(make_flat(), {**checkpoint(), **extra})
+        assert "tensor 'third.weight' is not in the task's model (2 such)" in message
+
+    @pytest.mark.parametrize("partial", [False, True])
+    def test_another_shape(self, partial: bool) -> None:
+        tensors = {**checkpoint(), "first.bias": torch.ones(1, 3)}
+        message = refusal(make_flat(partial=partial), tensors)
+        assert "'first.bias' has shape [1, 3], the task's model [3]" in message
+
+    def test_another_shape_of_an_integer_tensor(self) -> None:
+        message = refusal(make_flat(), {**checkpoint(), "count": torch.tensor([1])})
+        assert "'count' has shape [1], the task's model [2]" in message
+
+    def test_integers_for_a_float(self) -> None:
+        message = refusal(make_flat(), {**checkpoint(), "shift": torch.arange(3)})
+        assert "'shift' is stored as torch.int64, the model's is a float" in message
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_other_floats_are_converted(self, dtype: torch.dtype) -> None:
+        values = torch.tensor([1 / 3, 1e-3, 2.0])
+        vector, _ = make_flat().flatten({**checkpoint(), "shift": values.to(dtype)}, 0)
+        assert torch.equal(vector[15:], values.to(dtype).float())
+
+    def test_strided_tensors_are_read_in_their_order(self) -> None:
+        stored = torch.arange(9.0).view(3, 3)
+        vector, _ = make_flat().flatten({**checkpoint(), "first.weight": stored.t()}, 0)
+        assert torch.equal(vector[:9], stored.t().flatten())
+
+    @pytest.mark.parametrize("name", ["first.weight", "second.weight"])
+    def test_a_tied_tensor_under_either_name(self, name: str) -> None:
+        tensors = checkpoint()
+        tied = tensors.pop("first.weight")
+        vector, _ = make_flat().flatten({**tensors, name: tied}, 0)
+        assert torch.equal(vector, torch.arange(18.0))
+
+    def test_a_tied_tensor_stored_twice_must_agree(self) -> None:
+        tensors = checkpoint()
+        tensors["second.weight"] = tensors["first.weight"].clone()
+        tensors["second.weight"][0, 0] = tensors["first.weight"][0, 0] = torch.nan
+        assert make_flat().flatten(tensors, 0)[0].isnan().sum() == 1
+        tensors["second.weight"][2, 2] += 1
+        message = refusal(make_flat(), tensors)
+        assert "'second.weight' differs from 'first.weight', which the task's model ties" in message
+
+    def test_nothing_is_kept_of_a_refused_checkpoint(self) -> None:
+        flat = make_flat()
+        before = flat.theta.clone()
+        refusal(flat, {**checkpoint(), "shift": torch.ones(4)})
+        assert torch.equal(flat.theta, before)
+
+    def test_integers_may_be_missing(self) -> None:
+        tensors = checkpoint()
+        del tensors["count"]
+        assert make_flat().flatten(tensors, 0)[1] == {}
+
+
+class TestPartial:
+    def test_what_is_missing_keeps_the_models_own_values(self) -> None:
+        model = Net()
+        own = model.second.bias.detach().clone()
+        flat = make_flat(model, partial=True)
+        flat.theta.fill_(99)  # where the model is at the moment plays no part
+        tensors = checkpoint()
+        del tensors["second.bias"]
+        vector, _ = flat.flatten(tensors, 0)
+        assert torch.equal(vector[12:15], own)
+        assert torch.equal(vector[:12], torch.arange(12.0))
+        assert flat.flatten({}, 0)[0].tolist() != [99.0] * 18
+
+    def test_one_checkpoint_does_not_leak_into_the_next(self) -> None:
+        flat = make_flat(partial=True)
+        base = flat.flatten({}, 0)[0]
+        flat.flatten(checkpoint(), 1)
+        assert torch.equal(flat.flatten({}, 2)[0], base)
+
+    def test_unknown_names_are_still_refused(self) -> None:
+        assert "not in the task's model" in refusal(
+            make_flat(partial=True), {"lora.a": torch.ones(1)}
+        )

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lcray.layers import Layer
+from lcray.planning import Plan, Settings, Span, SplitPlan
+
+NAMES = st.text(min_size=1, max_size=8)
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+COUNTS = st.integers(0, 10**12)
+
+
+def tuples(values: st.SearchStrategy) -> st.SearchStrategy:
+    return st.lists(values, max_size=4).map(tuple)
+
+
+SETTINGS = st.builds(
+    Settings,
+    rule=NAMES,
+    refine=st.booleans(),
+    rtol=FLOATS,
+    max_panels=COUNTS,
+    splits=st.none() | tuples(NAMES),
+    layers=st.none() | NAMES,
+    batch_norm=NAMES,
+    dtype=NAMES,
+    batch_size=COUNTS,
+    batch_seed=COUNTS,
+    partial=st.booleans(),
+    window=st.none() | COUNTS,
+    elements=st.booleans(),
+    parameters=st.none() | st.booleans(),
+    units=st.booleans(),
+    trace=tuples(NAMES),
+    trace_seed=COUNTS,
+    deterministic=st.booleans(),
+)
+LAYERS = st.builds(
+    Layer,
+    NAMES,
+    NAMES,
+    st.sampled_from(["parameter", "buffer"]),
+    tuples(st.integers(0, 9)),
+    st.none() | st.integers(0, 1),
+    st.booleans(),
+    tuples(NAMES),
+)
+SPLITS = st.builds(
+    SplitPlan,
+    NAMES,
+    COUNTS,
+    COUNTS,
+    FLOATS,
+    st.none() | FLOATS,
+    COUNTS,
+    tuples(st.integers()),
+    tuples(FLOATS),
+    st.booleans(),
+)
+SPANS = st.lists(COUNTS, min_size=2, max_size=5, unique=True).map(lambda s: Span(tuple(sorted(s))))
+PLANS = st.builds(
+    Plan,
+    settings=SETTINGS,
+    layers=tuples(LAYERS),
+    splits=tuples(SPLITS),
+    spans=st.lists(SPANS, min_size=1, max_size=3).map(tuple),
+    window=st.integers(1, 1000),
+    tables=tuples(NAMES),
+    unit_layers=tuples(NAMES),
+    detail_layers=tuples(NAMES),
+    trace_sample=COUNTS,
+    threads=st.integers(1, 64),
+    device_kind=NAMES,
+    memory_format=NAMES,
+)
+
+
+@given(PLANS)
+def test_a_plan_survives_json_exactly(plan: Plan) -> None:
+    text = json.dumps(plan.to_dict())
+    again = Plan.from_dict(json.loads(text))
+    assert again == plan
+    assert hash(again) == hash(plan), "tuples stay tuples"
+    assert json.dumps(again.to_dict()) == text
+
+
+def test_every_field_is_kept(plan: Plan) -> None:
+    """A field that `to_dict` forgot would come back as its default."""
+    data = plan.to_dict()
+    assert set(data) == set(Plan.__dataclass_fields__)
+    assert set(data["settings"]) == set(Settings.__dataclass_fields__)
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return make(spans=(Span((2, 3, 5)), Span((5, 8)), Span((8, 9, 10, 30))))
+
+
+def make(**fields: Any) -> Plan:
+    known: dict = {"tables": (), "unit_layers": (), "detail_layers": (), "trace_sample": 0}
+    known |= {"settings": Settings(), "layers": (), "splits": (), "window": 10}
+    return Plan(**{**known, **fields})
+
+
+def test_steps_and_intervals_across_spans(plan: Plan) -> None:
+    assert plan.steps == (2, 3, 5, 8, 9, 10, 30)
+    assert plan.n_intervals == 6
+    assert [span.intervals for span in plan.spans] == [
+        ((2, 3), (3, 5)),
+        ((5, 8),),
+        ((8, 9), (9, 10), (10, 30)),
+    ]
+
+
+def test_spans_are_named_so_that_names_sort_as_numbers() -> None:
+    spans = [Span((9, 10)), Span((10, 11)), Span((99_999, 100_000))]
+    assert [span.name for span in spans] == [
+        "00000009-00000010",
+        "00000010-00000011",
+        "00099999-00100000",
+    ]
+    assert (spans[0].first, spans[0].last) == (9, 10)
+
+
+@pytest.mark.parametrize(
+    ("start", "window"), [(0, 0), (9, 0), (10, 10), (19, 10), (100, 100), (123, 120)]
+)
+def test_an_interval_is_in_the_window_of_its_start(plan: Plan, start: int, window: int) -> None:
+    assert plan.window_of(start) == window
