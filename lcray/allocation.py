@@ -142,12 +142,27 @@ class SplitAllocator:
         if following is not None and not following.is_finite:
             following = None
         left = self._left or self._evaluate(segment, 0.0, self._rule.has_left, None)
+        self._forget_unmoved_buffers(segment, left)
         needs_right = self._rule.has_right or (self._rule.has_left and following is not None)
         right = self._evaluate(segment, 1.0, needs_right, following)
         result = self._integrate(segment, left, right)
         self._left = right
         self._buffers.reverse()
         return result
+
+    def _forget_unmoved_buffers(self, segment: Segment, left: _Node) -> None:
+        """Drop gradients of buffers that only the interval before moved.
+
+        So a result depends on its interval alone, whether or not its left end was shared.
+        """
+        if left.gradient is None:
+            return
+        moving = segment.moving_buffers(self._flat)
+        for number, (layer, where) in enumerate(
+            zip(self._flat.layers, self._flat.slices, strict=True)
+        ):
+            if layer.kind == "buffer" and number not in moving:
+                left.gradient[where] = 0.0
 
     def _integrate(self, segment: Segment, left: _Node, right: _Node) -> IntervalLC:
         if not (math.isfinite(left.loss) and math.isfinite(right.loss)):

@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """A model, a split ``train`` of tensors, a loss per item, and states along a path."""
 
@@ -44,6 +44,9 @@ class Case:
     states: tuple[State, ...]
     groups: Callable[[Any], Tensor] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<{self.name}, {len(self.data[0])} samples, {len(self.states)} states>"
 
     @property
     def task(self) -> Task:
@@ -321,7 +324,7 @@ def mlp(
         return Mlp(activation, (3, 4, 4, 3), **kwargs)
 
     return Case(
-        f"mlp-{activation}",
+        f"mlp-{activation}-{seed}",
         make,
         vectors(seed, n, 3, 3, weighted),
         classify_weighted if weighted else classify,
@@ -331,7 +334,9 @@ def mlp(
 
 
 def frozen(seed: int, activation: str, n: int = 6, states: int = 2) -> Case:
-    return replace(mlp(seed, activation, n, states=states, frozen=True), name="frozen")
+    return replace(
+        mlp(seed, activation, n, states=states, frozen=True), name=f"frozen-{activation}-{seed}"
+    )
 
 
 def dictionary(seed: int, activation: str, n: int = 6, states: int = 2) -> Case:
@@ -339,7 +344,9 @@ def dictionary(seed: int, activation: str, n: int = 6, states: int = 2) -> Case:
         return DictMlp(activation, (3, 4, 3))
 
     data = vectors(seed, n, 3, 3, False)
-    return Case("dict", make, data, classify, random_states(make, seed, states))
+    return Case(
+        f"dict-{activation}-{seed}", make, data, classify, random_states(make, seed, states)
+    )
 
 
 def convnet(seed: int, activation: str, mode: str, n: int = 6, states: int = 2) -> Case:
@@ -350,7 +357,7 @@ def convnet(seed: int, activation: str, mode: str, n: int = 6, states: int = 2) 
     x = torch.randn(n, 1, 4, 4, generator=random, dtype=torch.float64)
     y = torch.randint(3, (n,), generator=random)
     return Case(
-        f"conv-{mode}",
+        f"conv-{mode}-{activation}-{seed}",
         make,
         (x, y),
         classify,
@@ -371,7 +378,7 @@ def _tokens(seed: int, n: int, length: int, vocabulary: int) -> tuple[Tensor, ..
 
 def transformer(seed: int, n: int = 4, states: int = 2) -> Case:
     return Case(
-        "transformer",
+        f"transformer-{seed}",
         TinyTransformer,
         _tokens(seed, n, 5, 6),
         next_tokens,
@@ -382,7 +389,7 @@ def transformer(seed: int, n: int = 4, states: int = 2) -> Case:
 
 def gpt2(seed: int, n: int = 3, states: int = 2) -> Case:
     return Case(
-        "gpt2",
+        f"gpt2-{seed}",
         make_gpt2,
         _tokens(seed, n, 4, 7),
         next_tokens,
@@ -444,7 +451,7 @@ def quadratic(seed: int, n: int = 5, states: int = 2) -> Case:
     b = torch.randn(n, 7, generator=random, dtype=torch.float64)
     w = torch.rand(n, generator=random, dtype=torch.float64) + 0.1
     return Case(
-        "quadratic",
+        f"quadratic-{seed}",
         Vector,
         ((a + a.transpose(1, 2)) / 2, b, w),
         quadratic_loss,

@@ -30,7 +30,7 @@ from lcray.errors import TaskError
 # Sums of at most some hundred float64 terms in another order, relative to the largest.
 ROUNDING = 1e-12
 
-FEW = settings(deadline=None, derandomize=True, max_examples=12)
+FEW = settings(deadline=None, derandomize=True, max_examples=20)
 
 
 def evaluate(bench: Bench, state: dict[str, Tensor], directions: Any = ()) -> Any:
