@@ -16,13 +16,15 @@ _PUBLIC = {
     "LcrayError": "lcray.errors",
     "allocate": "lcray.in_memory",
     "analyze": "lcray.analysis",
+    "demo": "lcray.digits",
     "inspect": "lcray.checkpoints",
     "open": "lcray.results",
     "plan": "lcray.analysis",
+    "query": "lcray.results",
     "reduce": "lcray.reduction",
     "verify": "lcray.verification",
 }
-_RENAMED = {"inspect": "audit", "open": "open_output"}
+_RENAMED = {"open": "open_output"}
 
 __all__ = [*_PUBLIC]
 
@@ -30,13 +32,15 @@ if TYPE_CHECKING:
     from lcray.analysis import analyze as analyze
     from lcray.analysis import plan as plan
     from lcray.checkpoints import Recorder as Recorder
-    from lcray.checkpoints import audit as inspect  # noqa: F401
+    from lcray.checkpoints import inspect as inspect
     from lcray.cluster import Resources as Resources
+    from lcray.digits import demo as demo
     from lcray.errors import LcrayError as LcrayError
     from lcray.in_memory import allocate as allocate
     from lcray.reduction import reduce as reduce
     from lcray.results import Results as Results
     from lcray.results import open_output as open  # noqa: F401
+    from lcray.results import query as query
     from lcray.task import Task as Task
     from lcray.verification import verify as verify
 

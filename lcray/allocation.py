@@ -136,9 +136,9 @@ class SplitAllocator:
             TaskError: if the task's loss fails or breaks the contract.
         """
         if not segment.is_finite:
-            loss_start = self._left.loss if self._left else math.nan
+            # No loss at all: whether one end was evaluated before depends on where spans begin.
             self._left = None
-            return self._marked(segment, NONFINITE_CHECKPOINT, loss_start, math.nan)
+            return self._marked(segment, NONFINITE_CHECKPOINT, math.nan, math.nan)
         if following is not None and not following.is_finite:
             following = None
         left = self._left or self._evaluate(segment, 0.0, self._rule.has_left, None)

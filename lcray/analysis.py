@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lcray.record import (
     check_same_numbers,
     check_same_settings,
     make_fingerprint,
+    make_notes,
     read_record,
 )
 from lcray.results import Results, open_output
@@ -247,6 +248,7 @@ class _Job:
             chosen,
             make_fingerprint(description),
             carrier_versions(),
+            make_notes(description),
         )
         made.write(out)
         return made
@@ -263,7 +265,7 @@ class _Job:
         extended = extend_plan(record.plan, self.series.steps)
         if extended is record.plan:
             return record
-        made = Record(record.run, record.task, extended, record.fingerprint, record.versions)
+        made = replace(record, plan=extended)
         made.write(out)
         return made
 

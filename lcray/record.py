@@ -30,6 +30,7 @@ class Record:
         plan: the plan.
         fingerprint: what else decides the numbers, by name.
         versions: of Python and the libraries that only carry the numbers.
+        notes: what to keep in mind about the numbers, one line each.
     """
 
     run: str
@@ -37,6 +38,7 @@ class Record:
     plan: Plan
     fingerprint: Mapping[str, Any]
     versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     def write(self, out: Path) -> None:
         """Write it to `out`, whole or not at all.
@@ -50,6 +52,7 @@ class Record:
             "task": self.task,
             "fingerprint": dict(self.fingerprint),
             "versions": dict(self.versions),
+            "notes": list(self.notes),
             "plan": self.plan.to_dict(),
         }
         write_json_atomic(out / _NAME, data)
@@ -82,6 +85,7 @@ def read_record(out: Path) -> Record | None:
             plan=Plan.from_dict(data["plan"]),
             fingerprint=dict(data["fingerprint"]),
             versions=dict(data["versions"]),
+            notes=tuple(data["notes"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"{path}: not valid ({error!r}); restore it") from error
@@ -99,6 +103,17 @@ def make_fingerprint(description: Description) -> dict[str, Any]:
         "torch": version("torch"),
         "numpy": version("numpy"),
     }
+
+
+def make_notes(description: Description) -> tuple[str, ...]:
+    """What to keep in mind about numbers from such a run."""
+    few = description.low_precision
+    if not few:
+        return ()
+    return (
+        f"{len(few)} of {len(description.layers)} layers are stored in 16 bits or fewer: updates "
+        f"too small for them show as no movement, and get no LC ({few[0]}, …)",
+    )
 
 
 def carrier_versions() -> dict[str, str]:

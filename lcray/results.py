@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lcray.errors import CorruptionError, OutputError, UsageError, suggest
-from lcray.files import FileEntry, read_sealed
+from lcray.files import FileEntry, read_json, read_sealed
 from lcray.planning import Plan
 from lcray.reduction import MANIFEST
 from lcray.schema import FORMAT_VERSION, TABLES
@@ -93,6 +93,11 @@ def open_output(out: str | os.PathLike[str]) -> Results:
     return Results(path, read_plan(path), tuple(read_manifest(path).tables))
 
 
+def query(out: str | os.PathLike[str], sql: str) -> pd.DataFrame:
+    """What one SELECT gives on the tables in `out`; raises as `open_output` and `Results.sql`."""
+    return open_output(out).sql(sql)
+
+
 @dataclass(frozen=True)
 class Results:
     """The tables of an output.
@@ -111,6 +116,11 @@ class Results:
     path: Path
     plan: Plan
     tables: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to keep in mind about the numbers, one line each."""
+        return tuple(read_json(self.path / "analysis.json").get("notes", ()))
 
     def intervals(self, *, steps: str | None = None) -> pd.DataFrame:
         """Loss and LC of every interval; raises as `arrow`."""

@@ -44,6 +44,7 @@ class Description:
         first_hash: of the first checkpoint's bytes.
         device_kind: ``cpu`` or ``cuda``.
         device: the device in words.
+        low_precision: layers that the first checkpoint stores in 16 bits or fewer.
     """
 
     layers: tuple[Layer, ...]
@@ -53,6 +54,7 @@ class Description:
     first_hash: str
     device_kind: str
     device: str
+    low_precision: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,11 @@ class Workspace:
             first_hash=self._first.sha256,
             device_kind=self.bench.device.type,
             device=torch.cuda.get_device_name() if self.bench.device.type == "cuda" else "cpu",
+            low_precision=tuple(
+                name
+                for name, dtype in self._dtypes.items()
+                if dtype.is_floating_point and dtype.itemsize < 4
+            ),
         )
 
     def probe(self) -> Probe:

@@ -338,7 +338,7 @@ def test_minibatches_are_shuffled_epochs(example: Callable[[str], Task]) -> None
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("sklearn", reason="scikit-learn is missing: the demo needs lcray[demo]")
-    from lcray.demo import train_demo
+    from lcray.digits import train_demo
 
     run = tmp_path_factory.mktemp("demo") / "run"
     train_demo(run)
@@ -354,7 +354,7 @@ def demo_twin(s: State, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def test_demo_learns_the_digits(demo_run: Path) -> None:
-    task = load_task("lcray.demo:task")
+    task = load_task("lcray.digits:task")
     assert len(list(demo_run.glob("step-*.safetensors"))) == 101
     for split, count in (("train", 1437), ("test", 360)):
         x, y = task.splits()[split]
@@ -374,7 +374,7 @@ def test_demo_splits_are_the_digits_each_once() -> None:
     datasets = pytest.importorskip(
         "sklearn.datasets", reason="scikit-learn is missing: the demo needs lcray[demo]"
     )
-    task = load_task("lcray.demo:task")
+    task = load_task("lcray.digits:task")
     pixels, labels = datasets.load_digits(return_X_y=True)
     expected = sorted((*row, label) for row, label in zip(pixels.tolist(), labels, strict=True))
     found = []
@@ -389,7 +389,7 @@ def test_demo_splits_are_the_digits_each_once() -> None:
 
 def test_demo_training_is_seeded_and_leaves_the_generator_alone(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is missing: the demo needs lcray[demo]")
-    from lcray.demo import train_demo
+    from lcray.digits import train_demo
 
     before = torch.get_rng_state()
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -402,4 +402,4 @@ def test_demo_training_is_seeded_and_leaves_the_generator_alone(tmp_path: Path) 
 def test_demo_without_sklearn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UsageError, match=r"lcray\[demo\]"):
-        load_task("lcray.demo:task").splits()
+        load_task("lcray.digits:task").splits()

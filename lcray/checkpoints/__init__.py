@@ -1,6 +1,6 @@
 """Checkpoints on disk: recording them, finding and reading them, and auditing a run."""
 
-from lcray.checkpoints.audit import Audit, Finding, audit
+from lcray.checkpoints.audit import Audit, Finding, inspect
 from lcray.checkpoints.recorder import Recorder
 from lcray.checkpoints.series import Checkpoint, CheckpointSeries, State, open_series
 
@@ -11,6 +11,6 @@ __all__ = [
     "Finding",
     "Recorder",
     "State",
-    "audit",
+    "inspect",
     "open_series",
 ]

@@ -56,7 +56,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """What `audit` saw.
+    """What `inspect` saw.
 
     Attributes:
         root: the run.
@@ -86,7 +86,7 @@ class Audit:
         return not any(finding.severity == "error" for finding in self.findings)
 
 
-def audit(run: str | Path, steps: str | None = None) -> Audit:
+def inspect(run: str | Path, steps: str | None = None) -> Audit:
     """Read every checkpoint of a run once and report what an analysis would stumble over.
 
     Checkpoints that cannot be read are findings, and the rest goes on. Outliers are intervals

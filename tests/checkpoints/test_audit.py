@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lcray.checkpoints import Recorder, audit
+from lcray.checkpoints import Recorder, inspect
 from lcray.errors import CheckpointError
 
 N = 14
@@ -54,7 +54,7 @@ QUIET = [("nonfinite", 0, "mask"), ("frozen", None, "frozen"), ("frozen", None, 
 
 def test_a_clean_run(tmp_path):
     clean(tmp_path)
-    report = audit(tmp_path)
+    report = inspect(tmp_path)
     assert kinds(report) == QUIET
     assert {finding.severity for finding in report.findings} == {"info"}
     assert report.ok
@@ -69,10 +69,10 @@ def test_a_clean_run(tmp_path):
 
 def test_one_gap_and_many(tmp_path):
     clean(tmp_path / "one", [0, 1, 2, 3, 4, 5, 8, 9, 10])
-    assert ("gap", 5, None) in kinds(audit(tmp_path / "one"), severity="warning")
-    assert sum(kind == "gap" for kind, *_ in kinds(audit(tmp_path / "one"))) == 1
+    assert ("gap", 5, None) in kinds(inspect(tmp_path / "one"), severity="warning")
+    assert sum(kind == "gap" for kind, *_ in kinds(inspect(tmp_path / "one"))) == 1
     clean(tmp_path / "many", [2**i for i in range(9)])
-    gaps = [f for f in audit(tmp_path / "many").findings if f.kind == "gap"]
+    gaps = [f for f in inspect(tmp_path / "many").findings if f.kind == "gap"]
     assert [(f.step, f.message) for f in gaps] == [
         (None, "checkpoints are 1 to 128 steps apart; 7 of 8 intervals differ from the usual 1")
     ]
@@ -81,20 +81,20 @@ def test_one_gap_and_many(tmp_path):
 def test_a_gap_does_not_count_as_an_outlier_when_its_norm_is_in_proportion(tmp_path):
     for step in [*range(8), 28, *range(29, 36)]:
         write(tmp_path, step, {"a": torch.full((4,), float(step))})
-    assert kinds(audit(tmp_path)) == [("gap", 7, None)]
+    assert kinds(inspect(tmp_path)) == [("gap", 7, None)]
 
 
 def test_duplicates(tmp_path):
     clean(tmp_path)
     (tmp_path / "step-6.safetensors").write_bytes((tmp_path / "step-5.safetensors").read_bytes())
-    assert kinds(audit(tmp_path), severity="warning") == [("duplicate", 6, None)]
+    assert kinds(inspect(tmp_path), severity="warning") == [("duplicate", 6, None)]
 
 
 def test_one_element_or_only_the_counter_is_no_duplicate(tmp_path):
     clean(tmp_path)
     (tmp_path / "step-6.safetensors").write_bytes((tmp_path / "step-5.safetensors").read_bytes())
     change(tmp_path, 6, n=torch.tensor(6))
-    assert "duplicate" not in {kind for kind, *_ in kinds(audit(tmp_path))}
+    assert "duplicate" not in {kind for kind, *_ in kinds(inspect(tmp_path))}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -104,7 +104,7 @@ def test_nonfinite_names_layer_and_first_step(tmp_path, bad):
         b = load_file(tmp_path / f"step-{step}.safetensors")["b"]
         b[3] = bad
         change(tmp_path, step, b=b)
-    report = audit(tmp_path)
+    report = inspect(tmp_path)
     assert kinds(report, severity="error") == [("nonfinite", 7, "b")]
     message = next(f.message for f in report.findings if f.severity == "error")
     assert ("1 NaN and 0 inf" if math.isnan(bad) else "0 NaN and 1 inf") in message
@@ -114,7 +114,7 @@ def test_nonfinite_names_layer_and_first_step(tmp_path, bad):
 def test_a_frozen_nan_is_still_an_error(tmp_path):
     for step in range(3):
         write(tmp_path, step, {"a": torch.tensor([math.nan]), "b": torch.tensor([float(step)])})
-    assert kinds(audit(tmp_path), severity="error") == [("nonfinite", 0, "a")]
+    assert kinds(inspect(tmp_path), severity="error") == [("nonfinite", 0, "a")]
 
 
 @pytest.mark.parametrize(("factor", "found"), [(12.0, True), (1.5, False), (0.02, True)])
@@ -125,7 +125,7 @@ def test_outlier_steps(tmp_path, factor, found):
         state.append(torch.full((10,), value, dtype=torch.float64))
         write(tmp_path, step, {"a": state[-1]})
     expected = [("outlier", 8, None)] if found else []
-    assert kinds(audit(tmp_path)) == expected
+    assert kinds(inspect(tmp_path)) == expected
 
 
 def test_a_decaying_learning_rate_is_no_outlier(tmp_path):
@@ -133,14 +133,14 @@ def test_a_decaying_learning_rate_is_no_outlier(tmp_path):
     for step in range(40):
         value += math.exp(-step / 5)
         write(tmp_path, step, {"a": torch.full((4,), value, dtype=torch.float64)})
-    assert kinds(audit(tmp_path)) == []
+    assert kinds(inspect(tmp_path)) == []
 
 
 def test_names_shapes_and_dtypes(tmp_path):
     clean(tmp_path)
     change(tmp_path, 5, b=None, c=torch.ones(1))
     change(tmp_path, 9, a=torch.ones(2, 2), b=torch.ones(10, dtype=torch.float16))
-    report = audit(tmp_path)
+    report = inspect(tmp_path)
     errors = set(kinds(report, severity="error"))
     assert errors == {
         ("names", 5, "b"),
@@ -166,7 +166,7 @@ def test_low_precision_that_hides_updates(tmp_path, dtype):
         value[:50] += 0.5 * step
         value[50:] += 1e-6 * step
         write(tmp_path, step, {"w": value.to(dtype), "free": torch.full((3,), float(step))})
-    report = audit(tmp_path)
+    report = inspect(tmp_path)
     findings = [finding for finding in report.findings if finding.kind == "low_precision"]
     assert [(f.step, f.layer) for f in findings] == [(None, "w")]
     assert "50%" in findings[0].message
@@ -174,7 +174,7 @@ def test_low_precision_that_hides_updates(tmp_path, dtype):
 
 def test_low_precision_with_large_updates_is_quiet(tmp_path):
     clean(tmp_path, dtype=torch.bfloat16)
-    assert "low_precision" not in {kind for kind, *_ in kinds(audit(tmp_path))}
+    assert "low_precision" not in {kind for kind, *_ in kinds(inspect(tmp_path))}
 
 
 def test_torn_files_are_findings_and_the_rest_goes_on(tmp_path):
@@ -182,7 +182,7 @@ def test_torn_files_are_findings_and_the_rest_goes_on(tmp_path):
     for step, content in ((0, b""), (4, b"\xff" * 40), (N - 1, None)):
         path = tmp_path / f"step-{step}.safetensors"
         path.write_bytes(path.read_bytes()[:-3] if content is None else content)
-    report = audit(tmp_path)
+    report = inspect(tmp_path)
     assert kinds(report, severity="error") == [("unreadable", step, None) for step in (0, 4, N - 1)]
     assert report.n_readable == N - 3 and len(report.steps) == N
 
@@ -190,7 +190,7 @@ def test_torn_files_are_findings_and_the_rest_goes_on(tmp_path):
 def test_a_run_of_only_torn_files(tmp_path):
     for step in range(3):
         (tmp_path / f"step-{step}.safetensors").write_bytes(b"torn")
-    report = audit(tmp_path)
+    report = inspect(tmp_path)
     assert (report.n_readable, report.n_tensors, report.frozen) == (0, 0, ())
     assert kinds(report) == [("unreadable", step, None) for step in range(3)]
 
@@ -202,15 +202,15 @@ def test_a_missing_shard_is_a_finding(tmp_path):
         index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({"a": torch.ones(1)}, tmp_path / "checkpoint-1" / "model-00001-of-00001.safetensors")
-    assert kinds(audit(tmp_path)) == [("unreadable", 2, None)]
+    assert kinds(inspect(tmp_path)) == [("unreadable", 2, None)]
 
 
 def test_steps_narrow_it_and_no_run_is_an_error(tmp_path):
     clean(tmp_path)
     (tmp_path / "step-9.safetensors").write_bytes(b"torn")
-    assert audit(tmp_path, "0:8").ok
+    assert inspect(tmp_path, "0:8").ok
     with pytest.raises(CheckpointError, match="no such run"):
-        audit(tmp_path / "none")
+        inspect(tmp_path / "none")
 
 
 def test_a_recorded_run_with_a_frozen_layer(tmp_path):
@@ -225,6 +225,6 @@ def test_a_recorded_run_with_a_frozen_layer(tmp_path):
             optimizer.zero_grad()
             model(torch.randn(32, 4)).square().mean().backward()
             optimizer.step()
-    report = audit(tmp_path)
+    report = inspect(tmp_path)
     assert report.frozen == ("3.weight", "3.bias")
     assert report.ok and not kinds(report, severity="error")

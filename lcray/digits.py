@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lcray.analysis import OnProgress, analyze
 from lcray.checkpoints import Recorder
-from lcray.errors import UsageError
+from lcray.cluster import Resources
+from lcray.errors import OutputError, UsageError
+from lcray.results import Results
 from lcray.task import Task
 
 BATCH, LEARNING_RATE, MOMENTUM = 128, 0.03, 0.9
@@ -97,7 +100,7 @@ def train_demo(run: Path, *, steps: int = 100, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     rows = torch.empty(0, dtype=torch.long)
-    with Recorder(model, run, task="lcray.demo:task") as recorder:
+    with Recorder(model, run, task="lcray.digits:task") as recorder:
         for _ in range(steps):
             if len(rows) < BATCH:  # a new epoch; what is left of the old one comes first
                 rows = torch.cat((rows, torch.randperm(len(classes), generator=generator)))
@@ -106,3 +109,25 @@ def train_demo(run: Path, *, steps: int = 100, seed: int = 0) -> None:
             loss(model, (images[chosen], classes[chosen])).mean().backward()
             optimizer.step()
             recorder.step()
+
+
+def demo(
+    directory: Path, *, workers: int | None = None, on_progress: OnProgress | None = None
+) -> Results:
+    """Train, record and analyze: ``directory/run`` and ``directory/out``.
+
+    A run that is there already is analyzed as it is, and an analysis resumed.
+
+    Raises:
+        UsageError: if scikit-learn is not installed.
+        OutputError: if `directory` holds something else, or cannot be written.
+    """
+    run = directory / "run"
+    if not run.exists():
+        if directory.exists() and any(directory.iterdir()):
+            raise OutputError(f"{directory}: not empty; choose another --dir")
+        train_demo(run)
+    resources = Resources(workers=workers)
+    return analyze(
+        run, "lcray.digits:task", directory / "out", resources=resources, on_progress=on_progress
+    )

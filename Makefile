@@ -1,0 +1,51 @@
+# make demo and make test set up everything they need in .venv; only Python and make are assumed.
+PYTHON ?= python3
+VENV ?= .venv
+# Where pip finds torch; empty is pip's own default. The README says how to get a CPU-only build.
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# One thread a process: two of them share the machine with Ray's workers.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow coverage lint types bench setup clean
+
+demo: $(VENV)/.demo
+	$(BIN)/lcray demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+coverage: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow or not slow" --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python tests/benchmarks/recorder.py
+
+setup: $(VENV)/.dev
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) -e ".[demo]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

@@ -1,0 +1,257 @@
+"""The command line: thin calls of the public functions. Exit codes: 0 done, 1 failed, 2 usage."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+import lcray
+from lcray.errors import LcrayError, UsageError
+from lcray.planning import Settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_DEFAULTS = {field.name: field.default for field in fields(Settings)}
+_INTERRUPTED = 130
+
+
+def _option(name: str, text: str, **kwargs: Any) -> Callable[[Command], Command]:
+    """An option for a field of `Settings`; the default stays the library's."""
+    field = name.split("/")[0].removeprefix("--").replace("-", "_")
+    default = _DEFAULTS.get(field)
+    shown = f"  [default: {default}]" if default not in (None, False, (), True) else ""
+    return click.option(name, default=None, help=text + shown, **kwargs)
+
+
+_SETTINGS = (
+    _option("--rule", "left, midpoint, trapezoid, simpson (RK4), gauss-lobatto, gauss; rule*n."),
+    _option("--refine", "Halve the panels of intervals that miss the tolerance.", is_flag=True),
+    _option("--rtol", "Tolerance of the gap, relative to the loss change.", type=float),
+    _option("--max-panels", "Cap of the refinement.", type=int),
+    click.option("--split", "splits", multiple=True, help="Only this split (repeatable)."),
+    _option("--layers", "Only these layers in the detailed tables, as in 'conv*'."),
+    _option("--batch-norm", "running: the checkpoint's statistics; batch: the batch's own."),
+    _option("--dtype", "float32 or float64."),
+    _option("--batch-size", "Samples a batch.", type=int),
+    _option("--batch-seed", "Seed of the batches where they are part of the loss.", type=int),
+    _option("--partial", "Checkpoints may lack tensors (adapters).", is_flag=True),
+    _option("--window", "Width of the windows of histograms and fits, in steps.", type=int),
+    _option("--elements", "Write the elements table: LC of every element.", is_flag=True),
+    _option("--parameters/--no-parameters", "Force the parameters and traces tables on or off."),
+    _option("--units", "Write units also for layers with more than 10,000.", is_flag=True),
+    click.option("--trace", multiple=True, help="Trace this element, as layer:index (repeatable)."),
+    _option("--trace-seed", "Seed of the sample of traced elements.", type=int),
+    _option("--deterministic/--no-deterministic", "Enforce deterministic algorithms on CUDA."),
+)
+_RUN = (
+    click.argument("run", type=click.Path(path_type=Path)),
+    click.option("--task", required=True, help="package.module:attribute or file.py:attribute."),
+    click.option("--steps", help="Only checkpoints with a <= step <= b, as in 100:200."),
+    click.option("--span-length", type=int, help="Intervals a span, the unit of work and retry."),
+    click.option("--workers", type=int, help="Workers; one a GPU, else one a CPU core."),
+    click.option("--gpus-per-worker", type=float, help="GPUs each; fractions share one."),
+    click.option("--cpus-per-worker", type=float, default=1.0, show_default=True),
+    click.option("--threads", type=int, default=1, show_default=True, help="Threads a worker."),
+    click.option("--address", help="Ray cluster to use; its own local Ray by default."),
+)
+_OUT = click.argument("out", type=click.Path(path_type=Path))
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+
+
+def _with(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _resources(options: dict[str, Any]) -> Any:
+    names = ("workers", "gpus_per_worker", "cpus_per_worker", "threads", "address")
+    return lcray.Resources(**{name: options.pop(name) for name in names})
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value not in (None, ())}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(lcray.__version__, prog_name="lcray")
+def app() -> None:
+    r"""Loss change allocation over checkpoints: which parameters learned, when, by how much.
+
+    \b
+    First steps:
+      lcray demo                                        train, analyze and look, in a minute
+      lcray inspect RUN                                 is this run fit for analysis?
+      lcray plan RUN --task module:task                 how long will it take?
+      lcray analyze RUN --task module:task --out OUT    loss change allocation, to Parquet
+      lcray query OUT "SELECT * FROM layers"            ask DuckDB
+    """
+
+
+@app.command()
+@click.option("--dir", "directory", default="lcray-demo", type=click.Path(path_type=Path))
+@click.option("--workers", type=int, help="Workers; one a CPU core by default.")
+def demo(directory: Path, workers: int | None) -> None:
+    """Train a small net on handwritten digits, analyze it, and show what there is."""
+    from lcray import digits, display
+    from lcray.progress import reporting
+
+    console = Console()
+    console.print(f"Training a small LeNet on scikit-learn's digits, recording {directory / 'run'}")
+    with reporting() as report:
+        results = digits.demo(directory, workers=workers, on_progress=report)
+    console.print(display.layer_table(results), "", display.summary(results), "")
+    query = "SELECT layer, sum(lc) AS lc FROM layers WHERE split = 'train' GROUP BY layer"
+    console.print("LC < 0 helps: it lowered the loss. To go on:", highlight=False)
+    console.print(f'  lcray query {results.path} "{query}"', highlight=False, soft_wrap=True)
+
+
+@app.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--steps", help="Only checkpoints with a <= step <= b, as in 100:200.")
+@_JSON
+def inspect(run: Path, steps: str | None, as_json: bool) -> None:
+    """Audit a run: gaps, duplicates, NaN, outliers, torn files, what is frozen."""
+    from lcray import display
+
+    found = lcray.inspect(run, steps)
+    _show(asdict(found) | {"ok": found.ok}, lambda: display.audit_table(found), as_json)
+    if not found.ok:
+        sys.exit(1)
+
+
+@app.command()
+@_with(*_RUN, *_SETTINGS)
+@click.option("--save", type=click.Path(path_type=Path), help="Write the plan to this file.")
+@_JSON
+def plan(run: Path, task: str, save: Path | None, as_json: bool, **options: Any) -> None:
+    """Say what an analysis of RUN would take: gradients, time, memory, disk."""
+    from lcray import display
+
+    report = lcray.plan(run, task, resources=_resources(options), **_given(options))
+    if save is not None:
+        report.save(save)
+    data = {
+        "estimate": asdict(report.estimate),
+        "workers": report.workers,
+        "plan": report.plan.to_dict(),
+    }
+    _show(data, lambda: display.plan_table(report), as_json)
+
+
+@app.command()
+@_with(*_RUN, *_SETTINGS)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Output directory.")
+@click.option("--plan", "saved", type=click.Path(path_type=Path), help="Use a saved plan.")
+@_JSON
+def analyze(
+    run: Path, task: str, out: Path, saved: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Allocate the loss changes of RUN to its parameters, into the tables of --out.
+
+    Running the same command again resumes: what is committed is skipped, and steps that the run
+    has gained are added. Interrupting loses nothing that is committed.
+    """
+    from lcray import display
+    from lcray.progress import reporting
+
+    resources = _resources(options)
+    with reporting() as report:
+        results = lcray.analyze(
+            run,
+            task,
+            out,
+            plan=saved,
+            resources=resources,
+            on_progress=report,
+            **_given(options),
+        )
+    data = json.loads(display.totals(results).to_json(orient="records"))
+    _show({"out": str(out), "splits": data}, lambda: display.summary(results), as_json)
+
+
+@app.command()
+@_OUT
+@click.option("--allow-missing", is_flag=True, help="Merge even if intervals are missing.")
+def reduce(out: Path, allow_missing: bool) -> None:
+    """Merge the shards of OUT into its tables."""
+    from lcray.reduction import name_intervals
+
+    found = lcray.reduce(out, allow_missing=allow_missing)
+    for table, rows in found.rows.items():
+        click.echo(f"{table}: {rows:,} rows")
+    if found.missing:
+        click.echo(f"missing steps: {name_intervals(found.missing)}")
+
+
+@app.command()
+@_OUT
+@_JSON
+def verify(out: Path, as_json: bool) -> None:
+    """Check every checksum, coverage and additivity invariant of OUT."""
+    found = lcray.verify(out)
+    good = f"{out}: {len(found.checks)} checks, no problems"
+    _show(asdict(found) | {"ok": found.ok}, lambda: "\n".join(found.problems) or good, as_json)
+    if not found.ok:
+        sys.exit(1)
+
+
+@app.command()
+@_OUT
+@click.argument("sql")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "csv", "json"]),
+    default="table",
+    show_default=True,
+)
+def query(out: Path, sql: str, form: str) -> None:
+    """Run one SELECT on the tables of OUT, read-only, in DuckDB."""
+    from lcray import display
+
+    frame = lcray.query(out, sql)
+    if form == "csv":
+        click.echo(frame.to_csv(index=False), nl=False)
+    elif form == "json":
+        click.echo(frame.to_json(orient="records"))
+    else:
+        Console().print(display.frame_table(frame))
+
+
+def _show(data: dict[str, Any], render: Callable[[], Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(data, default=str))
+    else:
+        Console(soft_wrap=True).print(render(), highlight=False, markup=False)
+
+
+def main() -> None:
+    """Run the command line; every error is one line on stderr."""
+    # The default ends the process without unwinding, which would leave workers behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except LcrayError as error:
+        click.echo(f"lcray: {error}", err=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("lcray: interrupted; run the same command again to go on", err=True)
+        sys.exit(_INTERRUPTED)

@@ -1,0 +1,200 @@
+"""What the command line shows: tables and lines of rich text, made from results. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import pandas as pd
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lcray.analysis import PlanReport
+from lcray.checkpoints import Audit
+from lcray.results import Results
+
+_COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
+
+
+def frame_table(frame: pd.DataFrame, *, title: str | None = None, rows: int = 50) -> Table:
+    """A frame as a table; numbers to six digits, at most `rows` rows."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in frame.columns:
+        numeric = pd.api.types.is_numeric_dtype(frame[name])
+        table.add_column(str(name), justify="right" if numeric else "left", overflow="fold")
+    for row in frame.head(rows).itertuples(index=False):
+        table.add_row(*(_cell(value) for value in row))
+    if len(frame) > rows:
+        table.caption = f"{rows} of {len(frame)} rows"
+    return table
+
+
+def _cell(value: object) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def layer_table(results: Results) -> Table:
+    """LC by layer over the run, in the model's order, with the share of parameters that help."""
+    frame = results.layers()
+    frame = frame[frame["split"] == results.plan.splits[0].name]
+    sums = frame.groupby("layer", observed=True).sum(numeric_only=True).reset_index()
+    sizes = {layer.name: layer.numel for layer in results.plan.layers}
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.title = f"Loss change allocated to each layer, split {results.plan.splits[0].name}"
+    for column in ("layer", "parameters", "LC", "helping", "hurting", "share helping"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for _, row in sums.iterrows():
+        colour = "red" if row["lc"] > 0 else "green"
+        table.add_row(
+            str(row["layer"]),
+            f"{sizes[row['layer']]:,}",
+            Text(f"{row['lc']:+.4f}", colour),
+            f"{row['lc_helping']:+.4f}",
+            f"{row['lc_hurting']:+.4f}",
+            _share(row["n_helping"], row["n_helping"] + row["n_hurting"] + row["n_zero"], 1),
+        )
+    return table
+
+
+def totals(results: Results) -> pd.DataFrame:
+    """Per split over the run: changes, LC, gaps and counts of the intervals that are ok."""
+    frame = results.intervals()
+    frame = frame[frame["status"] == "ok"].assign(
+        abs_gap=lambda rows: rows["gap"].abs(), abs_change=lambda rows: rows["loss_change"].abs()
+    )
+    columns = ["loss_change", "lc", "gap", "abs_gap", "abs_change", "first_order_lc"]
+    columns += ["n_helping", "n_hurting", "n_zero", "n_gradients"]
+    return frame.groupby("split", observed=True)[columns].sum(min_count=1).reset_index()
+
+
+def closure_table(results: Results) -> Table:
+    """Per split: the loss change, what was allocated, and by how much they differ."""
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.title = f"Closure, rule {results.plan.settings.rule}"
+    columns = ("loss change", "Σ LC", "gap/change", "Σ|gap|/Σ|change|", "first order", "helping")
+    table.add_column("split")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for _, row in totals(results).iterrows():
+        table.add_row(
+            str(row["split"]),
+            f"{row['loss_change']:+.4f}",
+            f"{row['lc']:+.4f}",
+            _share(row["gap"], row["loss_change"]),
+            _share(row["abs_gap"], row["abs_change"]),
+            f"{row['first_order_lc']:+.4f}",
+            _share(row["n_helping"], row["n_helping"] + row["n_hurting"] + row["n_zero"], 1),
+        )
+    return table
+
+
+def _share(part: float, whole: float, digits: int = 3) -> str:
+    return f"{part / whole:.{digits}%}" if whole else "–"
+
+
+def summary(results: Results) -> Group:
+    """What an analysis found, and where to go on."""
+    frame = results.intervals()
+    lines: list[RenderableType] = [closure_table(results), ""]
+    bad = frame[frame["status"] != "ok"]
+    if len(bad):
+        lines.append(Text(f"{len(bad)} intervals have no LC: {_statuses(bad)}", "yellow"))
+    missed = int((frame["converged"] == False).sum())  # noqa: E712 - null where not ok
+    if missed:
+        settings = results.plan.settings
+        cure = f"--max-panels {2 * settings.max_panels}" if settings.refine else "--refine"
+        lines.append(
+            f"{missed} of {len(frame)} intervals exceed the tolerance (rtol {settings.rtol:g}); "
+            f"{cure} and another --out would integrate those more finely"
+        )
+    lines += [Text(note, "yellow") for note in results.notes]
+    lines.append(f"tables: {results.path / 'tables'}/*.parquet")
+    return Group(*lines)
+
+
+def _statuses(rows: pd.DataFrame) -> str:
+    counts = rows["status"].value_counts()
+    return ", ".join(f"{status} {count}" for status, count in counts.items() if count)
+
+
+def plan_table(report: PlanReport) -> Group:
+    """What `report` plans, and what it will take."""
+    plan, cost = report.plan, report.estimate
+    least = "at least " if plan.settings.refine else ""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    rows = {
+        "intervals": f"{cost.n_intervals:,} in {len(plan.spans)} spans of up to "
+        f"{max(len(span.steps) - 1 for span in plan.spans)}",
+        "splits": ", ".join(f"{s.name} ({s.n_samples:,} samples)" for s in plan.splits),
+        "rule": plan.settings.rule + (" with refinement" if plan.settings.refine else ""),
+        "gradients": f"{least}{cost.n_gradients:,} full-batch gradients",
+        "time": f"{least}{duration(cost.seconds)} on {report.workers} workers",
+        "memory": f"{size(cost.memory_bytes)} a worker",
+        "disk": size(cost.disk_bytes),
+        "BatchNorm": plan.settings.batch_norm,
+        "dtype": f"{plan.settings.dtype}, batches of {plan.settings.batch_size}",
+        "device": plan.device_kind
+        + ("" if plan.settings.deterministic else ", deterministic algorithms off"),
+        "windows": f"{plan.window} steps wide",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    sizes = Table("table", "rows", box=None, pad_edge=False)
+    for name, count in cost.rows.items():
+        sizes.add_row(name, f"{count:,}")
+    return Group(table, "", sizes, *_plan_notes(report))
+
+
+def _plan_notes(report: PlanReport) -> Iterable[str]:
+    plan = report.plan
+    for split in plan.splits:
+        if split.groups and not split.sorted_by_group:
+            yield (
+                f"groups of split {split.name!r} mix within samples or batches: "
+                f"{len(split.groups)} backward passes a gradient instead of one"
+            )
+    left_out = [la.name for la in plan.layers if la.name not in plan.unit_layers]
+    if left_out and plan.settings.layers is None:
+        yield f"no units for {', '.join(left_out)}: more than 10,000 units (--units for all)"
+    if "parameters" not in plan.tables:
+        yield "no parameters and traces tables: too many rows (--parameters forces them)"
+
+
+def audit_table(audit: Audit) -> Group:
+    """What an audit of a run saw."""
+    dtypes = ", ".join(f"{count} {name}" for name, count in audit.dtypes.items())
+    head = (
+        f"{audit.root}: {len(audit.steps)} checkpoints, steps {audit.steps[0]} to "
+        f"{audit.steps[-1]}; {audit.n_tensors} tensors ({dtypes}), {audit.n_elements:,} float "
+        f"elements, {size(audit.nbytes)}"
+    )
+    lines: list[RenderableType] = [Text(head)]
+    for finding in audit.findings:
+        text = Text(f"{finding.severity:8}", _COLOURS.get(finding.severity, ""))
+        lines.append(text.append(finding.message, "default"))
+    if not audit.findings:
+        lines.append(Text("nothing stands out", "green"))
+    return Group(*lines)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words, to two units."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(n_bytes: int | None) -> str:
+    """Bytes in words."""
+    if n_bytes is None:
+        return "unknown"
+    value, unit = float(n_bytes), 0
+    while value >= 1000 and unit < 4:
+        value, unit = value / 1000, unit + 1
+    return f"{value:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"

@@ -1,0 +1,482 @@
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lcray.checkpoints import State
+from lcray.drafting import estimate, make_plan, make_settings
+from lcray.errors import CheckpointError, TaskError
+from lcray.files import write_json_atomic
+from lcray.planning import Plan, Span
+from lcray.reduction import reduce
+from lcray.results import Results, open_output
+from lcray.shards import check_files, read_commit, span_folder
+from lcray.span import Workspace
+from lcray.task import Task
+
+STEPS = tuple(range(13))
+
+
+def workspace(task: Task, run: Path, **options: Any) -> Workspace:
+    return Workspace(task, str(run), make_settings(options))
+
+
+def draft(work: Workspace, length: int | None = None) -> Plan:
+    splits = work.probe().splits
+    return make_plan(work.series.steps, work.settings, work.flat.layers, splits, span_length=length)
+
+
+def analyze(task: Task, run: Path, out: Path, length: int, **options: Any) -> Results:
+    """Every span by one worker, last span first, then the tables."""
+    work = workspace(task, run, **options)
+    plan = draft(work, length)
+    for span in reversed(plan.spans):
+        assert work.run(plan, span, out, "a").committed
+    write_json_atomic(out / "analysis.json", {"plan": plan.to_dict()})
+    reduce(out)
+    return open_output(out)
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny run, to be damaged."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+def file_of(run: Path, step: int) -> Path:
+    return run / f"step-{step:08d}.safetensors"
+
+
+def change(run: Path, step: int, edit: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(file_of(run, step))
+    edit(tensors)
+    save_file(tensors, file_of(run, step))
+
+
+def files_in(out: Path) -> list[str]:
+    return sorted(path.name for path in out.rglob("*") if path.is_file())
+
+
+class Reads:
+    """A series that notes which steps are read."""
+
+    def __init__(self, series: Any) -> None:
+        self.series, self.steps, self.read_steps = series, series.steps, []
+
+    def read(self, step: int) -> State:
+        self.read_steps.append(step)
+        return self.series.read(step)
+
+
+class TestCommit:
+    def test_a_span_counts_once(self, tiny_task: Task, tiny_run: Path, tmp_path: Path) -> None:
+        work = workspace(tiny_task, tiny_run)
+        plan = draft(work, 4)
+        span = plan.spans[1]
+        assert work.run(plan, span, tmp_path, "first").committed
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert not work.run(plan, span, tmp_path, "second").committed
+        after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert after == before, "the second attempt leaves nothing behind"
+        commit = read_commit(tmp_path, span)
+        assert commit is not None and commit.attempt == "first"
+        assert (
+            set(commit.files) == {*plan.tables, "borders"} and check_files(tmp_path, commit) == []
+        )
+
+    def test_it_names_the_bytes_that_were_read(self, tiny_task, tiny_run, tmp_path) -> None:
+        work = workspace(tiny_task, tiny_run)
+        plan = draft(work, 5)
+        for span in plan.spans:
+            work.run(plan, span, tmp_path, "a")
+            commit = read_commit(tmp_path, span)
+            assert commit is not None
+            assert commit.checkpoints == {
+                step: hashlib.sha256(file_of(tiny_run, step).read_bytes()).hexdigest()
+                for step in span.steps
+            }
+
+    def test_the_report_counts_gradients(self, tiny_task, tiny_run, tmp_path) -> None:
+        plan = draft(work := workspace(tiny_task, tiny_run), 4)
+        report = work.run(plan, plan.spans[0], tmp_path, "a")
+        assert report.n_gradients == 2 * 4 * 2, "two an interval, in each of two splits"
+        commit = read_commit(tmp_path, plan.spans[0])
+        assert commit is not None and commit.info["n_gradients"] == report.n_gradients
+        assert commit.info["seconds"] > 0
+
+    def test_two_workers_write_the_same_bytes(self, tiny_task, tiny_run, tmp_path) -> None:
+        plan = draft(workspace(tiny_task, tiny_run), 4)
+        for name in ("one", "two"):
+            work = workspace(tiny_task, tiny_run)
+            order = plan.spans if name == "one" else plan.spans[::-1]
+            for span in order:
+                work.run(plan, span, tmp_path / name, "a")
+        for path in (tmp_path / "one").rglob("*.parquet"):
+            other = tmp_path / "two" / path.relative_to(tmp_path / "one")
+            assert path.read_bytes() == other.read_bytes(), path.name
+
+
+class TestNumbers:
+    def test_losses_are_those_of_the_stored_weights(self, tiny_task, tiny_run, tmp_path) -> None:
+        found = analyze(tiny_task, tiny_run, tmp_path, 5).intervals()
+        for split, (x, y) in tiny_task.splits.items():
+            rows = found[found["split"] == split]
+            losses = []
+            for step in STEPS:
+                w = {k: v.double() for k, v in load_file(file_of(tiny_run, step)).items()}
+                hidden = torch.tanh(x.double() @ w["0.weight"].T + w["0.bias"])
+                logits = hidden @ w["2.weight"].T + w["2.bias"]
+                losses.append(float(-torch.log_softmax(logits, 1)[torch.arange(len(y)), y].mean()))
+            np.testing.assert_allclose(rows["loss_start"], losses[:-1], rtol=1e-6)
+            np.testing.assert_allclose(rows["loss_end"], losses[1:], rtol=1e-6)
+            assert rows["gap"].abs().max() < 1e-3 * np.abs(np.diff(losses)).max()
+            assert (rows["status"] == "ok").all()
+
+    @pytest.mark.parametrize("options", [{}, {"dtype": "float64", "rule": "gauss-lobatto"}])
+    def test_the_length_of_spans_does_not_matter(self, tiny_task, tiny_run, tmp_path, options):
+        options = {**options, "elements": True, "window": 5}
+        a = analyze(tiny_task, tiny_run, tmp_path / "a", 12, **options)
+        b = analyze(tiny_task, tiny_run, tmp_path / "b", 5, **options)
+        assert len(b.plan.spans) == 3
+        total = a.parameters()["abs_lc"].sum()
+        assert total > 0
+        for name in a.tables:
+            if name != "fits":
+                assert_close(a.table(name), b.table(name), 1e-12 * total, name)
+
+    @pytest.mark.parametrize(
+        "rule", ["left", "midpoint", "trapezoid", "simpson", "simpson*2", "gauss", "gauss-lobatto"]
+    )
+    def test_estimates_count_the_gradients_exactly(self, tiny_task, tiny_run, tmp_path, rule):
+        work = workspace(tiny_task, tiny_run, rule=rule)
+        plan = draft(work, 5)
+        calls = count_gradients(work)
+        for span in plan.spans:
+            work.run(plan, span, tmp_path, "a")
+        assert sum(calls) == estimate(plan, 1).n_gradients
+
+
+def count_gradients(work: Workspace) -> list[bool]:
+    """Whether each evaluation from now on asks for a gradient."""
+    calls: list[bool] = []
+    evaluate = work.bench.engine.evaluate
+
+    def counted(split: Any, out: Any, directions: Any = ()) -> Any:
+        calls.append(out is not None)
+        return evaluate(split, out, directions)
+
+    work.bench.engine.evaluate = counted  # type: ignore[method-assign]
+    return calls
+
+
+def assert_close(a: pd.DataFrame, b: pd.DataFrame, atol: float, name: str) -> None:
+    assert list(a.columns) == list(b.columns) and len(a) == len(b) > 0, name
+    for column in a:
+        left, right = a[column], b[column]
+        if left.dtype.kind == "f":
+            assert (left.isna() == right.isna()).all(), (name, column)
+            off = (left - right).abs().max()
+            assert not off > atol, (name, column, off)
+        else:
+            assert left.astype(object).equals(right.astype(object)), (name, column)
+
+
+class TestReading:
+    @pytest.mark.parametrize("length", [1, 2, 3, 12])
+    def test_each_checkpoint_is_read_once_a_span(self, tiny_task, tiny_run, tmp_path, length):
+        work = workspace(tiny_task, tiny_run)
+        plan = draft(work, length)
+        work.series = reads = Reads(work.series)
+        for span in plan.spans[:4]:
+            reads.read_steps.clear()
+            work.run(plan, span, tmp_path, "a")
+            assert reads.read_steps == list(span.steps)
+
+    def test_reading_runs_ahead_but_not_away(self, tiny_task, tiny_run, tmp_path) -> None:
+        """While interval k computes, at most two checkpoints beyond the next are in memory."""
+        work = workspace(replace(tiny_task, splits={"train": tiny_task.splits["train"]}), tiny_run)
+        plan = draft(work, 12)
+        work.series = reads = Reads(work.series)
+        seen: list[int] = []
+        evaluate = work.bench.engine.evaluate
+
+        def noting(*given: Any) -> Any:
+            seen.append(len(reads.read_steps))
+            return evaluate(*given)
+
+        work.bench.engine.evaluate = noting  # type: ignore[method-assign]
+        work.run(plan, plan.spans[0], tmp_path, "a")
+        # Interval 0 takes three evaluations, every later one two.
+        interval = [0, *(k for k in range(12) for _ in range(2))]
+        assert len(seen) == len(interval)
+        assert all(read <= k + 4 for read, k in zip(seen, interval, strict=True))
+        assert all(read >= min(k + 3, 13) for read, k in zip(seen, interval, strict=True))
+
+
+class TestDamage:
+    def test_a_torn_checkpoint_fails_its_span_and_no_other(self, tiny_task, run, tmp_path) -> None:
+        torn = file_of(run, 6)
+        torn.write_bytes(torn.read_bytes()[:-10])
+        work = workspace(tiny_task, run)
+        plan = draft(work, 4)
+        out = tmp_path / "out"
+        for span in plan.spans:
+            if 6 not in span.steps:
+                assert work.run(plan, span, out, "a").committed
+                continue
+            with pytest.raises(CheckpointError) as caught:
+                work.run(plan, span, out, "a")
+            message = str(caught.value)
+            assert "step 6" in message and str(torn) in message and "\n" not in message
+            assert files_in(span_folder(out, span)) == []
+        assert [span.name for span in plan.spans if read_commit(out, span)] == [
+            "00000000-00000004",
+            "00000008-00000012",
+        ]
+
+    def test_a_checkpoint_that_is_gone(self, tiny_task: Task, run: Path, tmp_path: Path) -> None:
+        work = workspace(tiny_task, run)
+        plan = draft(work, 12)
+        file_of(run, 12).unlink()
+        with pytest.raises(CheckpointError, match="step 12"):
+            work.run(plan, plan.spans[0], tmp_path / "out", "a")
+        assert files_in(tmp_path / "out") == []
+
+    def test_a_nan_marks_its_two_intervals_and_the_rest_is_done(self, tiny_task, run, tmp_path):
+        whole = analyze(tiny_task, run, tmp_path / "whole", 12)
+
+        def damage(tensors: dict[str, Tensor]) -> None:
+            tensors["2.bias"][1] = torch.nan
+
+        change(run, 6, damage)
+        found = analyze(tiny_task, run, tmp_path / "out", 12)
+        rows = found.intervals()
+        marked = rows["status"] == "nonfinite_checkpoint"
+        assert set(rows["start_step"][marked]) == {5, 6} and marked.sum() == 4
+        assert (rows["status"][~marked] == "ok").all()
+        assert rows.loc[marked, ["lc", "gap", "loss_change"]].isna().all(axis=None)
+        good = whole.intervals()
+        for column in ("lc", "loss_start", "loss_end", "gap", "n_helping"):
+            assert rows[column][~marked].tolist() == good[column][~marked].tolist(), column
+        layers, before = found.layers(), whole.layers()
+        ok = ~layers["start_step"].isin([5, 6])
+        assert layers["lc"][ok].tolist() == before["lc"][ok].tolist()
+        assert layers["lc"][~ok].isna().all()
+        counts = found.parameters()[["n_helping", "n_hurting", "n_zero"]].sum(axis=1)
+        assert (counts == 10).all(), "12 intervals, less the two that are marked"
+
+    @pytest.mark.parametrize("step", [0, 4, 12])
+    def test_a_nan_at_the_border_of_spans_is_the_same(self, tiny_task, run, tmp_path, step):
+        def damage(tensors: dict[str, Tensor]) -> None:
+            tensors["0.weight"][0, 0] = torch.inf
+
+        change(run, step, damage)
+        a = analyze(tiny_task, run, tmp_path / "a", 12)
+        b = analyze(tiny_task, run, tmp_path / "b", 4)
+        touched = (a.intervals()["start_step"] == step) | (a.intervals()["end_step"] == step)
+        assert (a.intervals()["status"] != "ok").equals(touched)
+        for name in ("intervals", "layers", "units", "parameters"):
+            assert_close(a.table(name), b.table(name), 1e-12, name)
+
+    def test_a_dtype_that_changes_in_the_middle(self, tiny_task, run, tmp_path) -> None:
+        def halve(tensors: dict[str, Tensor]) -> None:
+            tensors["0.weight"] = tensors["0.weight"].half()
+
+        change(run, 3, halve)
+        work = workspace(tiny_task, run)
+        plan = draft(work, 12)
+        wanted = (
+            r"^checkpoint at step 3: tensor '0\.weight' is torch\.float16, but torch\.float32 at "
+            r"step 0; narrow the run with --steps$"
+        )
+        with pytest.raises(CheckpointError, match=wanted):
+            work.run(plan, plan.spans[0], tmp_path / "out", "a")
+        assert files_in(tmp_path / "out") == []
+
+    def test_narrowing_the_steps_leaves_the_change_out(self, tiny_task, run, tmp_path) -> None:
+        for step in range(3):
+            change(
+                run, step, lambda tensors: tensors.update({k: v.half() for k, v in tensors.items()})
+            )
+        work = Workspace(tiny_task, str(run), make_settings({}), steps="3:")
+        plan = draft(work, 12)
+        assert plan.steps == STEPS[3:]
+        assert work.run(plan, plan.spans[0], tmp_path / "out", "a").committed
+
+    def test_another_model(self, tiny_task: Task, tiny_run: Path) -> None:
+        def build() -> nn.Module:
+            return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+        with pytest.raises(CheckpointError, match=r"step 0: tensor '0.weight' has shape \[5, 4\]"):
+            workspace(replace(tiny_task, model=build), tiny_run).probe()
+
+    def test_a_loss_that_fails_in_the_middle(self, tiny_task, tiny_run, tmp_path) -> None:
+        calls = []
+
+        def loss(net: nn.Module, batch: Any) -> Tensor:
+            calls.append(1)
+            if len(calls) > 12:
+                raise RuntimeError("out of luck")
+            return F.cross_entropy(net(batch[0]), batch[1], reduction="none")
+
+        work = workspace(replace(tiny_task, loss=loss, groups=None), tiny_run)
+        plan = draft(work, 12)
+        with pytest.raises(TaskError, match="failed: RuntimeError: out of luck"):
+            work.run(plan, plan.spans[0], tmp_path, "a")
+        assert files_in(tmp_path) == []
+
+
+class TestProbe:
+    def test_what_it_finds(self, tiny_task: Task, tiny_run: Path) -> None:
+        work = workspace(tiny_task, tiny_run, batch_size=4)
+        found = work.probe()
+        train, val = found.splits
+        classes = tiny_task.splits["train"][1]
+        counts = torch.bincount(classes).tolist()
+        assert (train.name, train.n_samples, train.n_items, train.total_weight) == (
+            *("train", 17, 17),
+            17.0,
+        )
+        assert train.groups == tuple(sorted(set(classes.tolist())))
+        assert train.group_weights == tuple(float(counts[g]) for g in train.groups)
+        assert train.sorted_by_group
+        assert train.n_batches == sum(-(-counts[g] // 4) for g in train.groups)
+        assert (val.name, val.n_items) == ("val", 6)
+        w = load_file(file_of(tiny_run, 0))
+        x, y = tiny_task.splits["train"]
+        logits = torch.tanh(x @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"]
+        assert train.first_loss == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-6)
+        assert set(found.seconds) == {"train", "val"}
+        assert found.checkpoint_bytes == file_of(tiny_run, 0).stat().st_size
+
+    @pytest.mark.parametrize(
+        "disturb",
+        [
+            lambda logits: F.dropout(logits, 0.5, training=True),
+            lambda logits: logits + torch.randn(len(logits), 1) * torch.arange(3),
+            lambda logits: logits * float(np.random.rand()),
+        ],
+    )
+    def test_a_random_loss_is_refused(self, tiny_task, tiny_run, disturb) -> None:
+        def loss(net: nn.Module, batch: Any) -> Tensor:
+            return F.cross_entropy(disturb(net(batch[0])), batch[1], reduction="none")
+
+        message = self.refusal(replace(tiny_task, loss=loss), tiny_run)
+        assert (
+            "at the same weights; switch sampling, dropout by hand and augmentation off" in message
+        )
+
+    def test_a_random_gradient_under_a_fixed_loss_is_refused(self, tiny_task, tiny_run) -> None:
+        def loss(net: nn.Module, batch: Any) -> Tensor:
+            logits = net(batch[0])
+            noise = torch.rand(())
+            logits = logits * noise + (logits * (1 - noise)).detach()
+            fixed = F.cross_entropy(net(batch[0]).detach(), batch[1], reduction="none")
+            return fixed + (logits - logits.detach()).sum(1)
+
+        assert "at the same weights" in self.refusal(replace(tiny_task, loss=loss), tiny_run)
+
+    def test_dropout_modules_are_off(self, tiny_task: Task, tiny_run: Path) -> None:
+        def build() -> nn.Module:
+            return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Dropout(0.9))
+
+        with_dropout = workspace(replace(tiny_task, model=build), tiny_run).probe().splits
+        assert with_dropout == workspace(tiny_task, tiny_run).probe().splits
+
+    def test_a_number_of_items_that_changes(self, tiny_task: Task, tiny_run: Path) -> None:
+        calls = []
+
+        def loss(net: nn.Module, batch: Any) -> Tensor:
+            calls.append(1)
+            values = F.cross_entropy(net(batch[0]), batch[1], reduction="none")
+            return values[len(calls) - 1 :]
+
+        task = replace(tiny_task, loss=loss, groups=None)
+        assert "17 items at first, then 16; their number" in self.refusal(task, tiny_run)
+
+    def test_weights_that_change(self, tiny_task: Task, tiny_run: Path) -> None:
+        calls = []
+
+        def loss(net: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            calls.append(1)
+            values = F.cross_entropy(net(batch[0]), batch[1], reduction="none")
+            return values, torch.full_like(values, len(calls))
+
+        task = replace(tiny_task, loss=loss, groups=None)
+        assert "weights must not change" in self.refusal(task, tiny_run)
+
+    def test_a_loss_that_is_nan_at_first_is_no_random_one(self, tiny_task, tiny_run) -> None:
+        def loss(net: nn.Module, batch: Any) -> Tensor:
+            return F.cross_entropy(net(batch[0]), batch[1], reduction="none") * torch.nan
+
+        found = workspace(replace(tiny_task, loss=loss), tiny_run).probe()
+        assert [split.first_loss for split in found.splits] == [None, None]
+
+    def refusal(self, task: Task, run: Path) -> str:
+        with pytest.raises(TaskError) as caught:
+            workspace(task, run).probe()
+        message = str(caught.value)
+        assert message.startswith("task loss on split 'train': ") and "\n" not in message
+        return message
+
+
+class TestDescription:
+    def test_hashes_follow_what_they_are_of(self, tiny_task: Task, run: Path) -> None:
+        before = workspace(tiny_task, run).describe()
+        assert before == workspace(tiny_task, run).describe()
+        first = file_of(run, 0).read_bytes()
+        assert before.first_hash == hashlib.sha256(first).hexdigest()
+        assert (before.base_hash, before.device_kind) == ("", "cpu")
+        x, y = tiny_task.splits["val"]
+        data = {"train": tiny_task.splits["train"], "val": (x, y.flip(0))}
+        after = workspace(replace(tiny_task, splits=data), run).describe()
+        assert after.split_hashes["train"] == before.split_hashes["train"]
+        assert after.split_hashes["val"] != before.split_hashes["val"]
+        assert replace(after, split_hashes=before.split_hashes) == before
+        assert [layer.name for layer in before.layers] == [
+            *("0.weight", "0.bias", "2.weight", "2.bias")
+        ]
+
+    def test_the_base_of_partial_checkpoints_stays_what_it_was(self, tiny_task, run) -> None:
+        def build(value: float) -> nn.Module:
+            model = tiny_task.model()
+            nn.init.constant_(model[0].bias, value)
+            nn.init.constant_(model[0].weight, value)
+            nn.init.constant_(model[2].weight, value)
+            nn.init.constant_(model[2].bias, value)
+            return model
+
+        def workspace_of(value: float) -> Workspace:
+            task = replace(tiny_task, model=lambda: build(value))
+            return workspace(task, run, partial=True)
+
+        work = workspace_of(0.5)
+        before = work.describe().base_hash
+        work.probe()
+        assert work.describe().base_hash == before != ""
+        assert workspace_of(0.25).describe().base_hash != before
+
+
+def test_spans_of_one_interval_and_of_uneven_steps(tiny_task, run, tmp_path) -> None:
+    for step in (1, 2, 5):
+        file_of(run, step).unlink()
+    work = workspace(tiny_task, run)
+    plan = draft(work, 1)
+    assert plan.spans[0] == Span((0, 3))
+    work.run(plan, plan.spans[0], tmp_path, "a")
+    shards = span_folder(tmp_path, plan.spans[0])
+    rows = pq.read_table(shards / "intervals-a.parquet").to_pylist()
+    assert [(row["start_step"], row["end_step"]) for row in rows] == [(0, 3), (0, 3)]

@@ -1,0 +1,507 @@
+"""Rows of a span's shards, from checkpoints on disk, against the twin's numbers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from strategies import ConvNet, State, classify, labels, random_states
+from torch import Tensor, nn
+from twin import Interval, Twin
+
+from lcray.checkpoints import Recorder
+from lcray.drafting import make_plan, make_settings
+from lcray.planning import Plan
+from lcray.schema import table_schema
+from lcray.shards import span_folder
+from lcray.span import Workspace
+from lcray.task import Task
+
+STEPS = (0, 1, 2, 3, 4, 5)
+SPLITS = {"train": 7, "val": 4}
+# Agreement with the twin on the same nodes, relative to Σ|LC|.
+CLOSE = 1e-10
+
+Rows = list[dict[str, Any]]
+
+
+class Net(ConvNet):
+    """The convolutional net with a scalar, and its biases before BatchNorm frozen.
+
+    Under batch statistics their gradients are 0, of which float64 leaves noise of either sign.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("tanh")
+        self.gain = nn.Parameter(torch.ones(()))
+        self.conv.bias.requires_grad_(False)
+        self.fc.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * super().forward(x)
+
+
+# The output axis of each layer with units: 1 for the transposed convolution's weight.
+UNIT_AXIS = defaultdict(int, {"up.weight": 1})
+
+
+def split_data(name: str) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(len(name))
+    n = SPLITS[name]
+    x = torch.randn(n, 1, 4, 4, generator=random, dtype=torch.float64)
+    return x, torch.arange(n) % 3  # every group occurs, in unequal numbers
+
+
+TASK = Task(Net, {name: split_data(name) for name in SPLITS}, classify, labels)
+
+
+@cache
+def states() -> tuple[State, ...]:
+    return random_states(Net, 5, len(STEPS))
+
+
+@cache
+def twin_intervals(rule: str, mode: str) -> dict[tuple[str, int], Interval]:
+    found = {}
+    for split in SPLITS:
+        data = split_data(split)
+        n = SPLITS[split]
+        chunks: list[Any] = [tuple(part[i : i + 1] for part in data) for i in range(n)]
+        if mode == "batch":
+            chunks = [data]  # one batch holds them all; their order is no part of the loss
+        twin = Twin(Net, classify, chunks, labels, mode)
+        for t in STEPS[:-1]:
+            found[split, t] = twin.interval(states()[t], states()[t + 1], rule)
+    return found
+
+
+@dataclass
+class Output:
+    """The tables of each span, by span and table, and what they should say."""
+
+    plan: Plan
+    folders: list[Path]
+    twin: dict[tuple[str, int], Interval]
+    bad: frozenset[int]
+
+    def rows(self, table: str, span: int | None = None) -> Rows:
+        spans = range(len(self.folders)) if span is None else [span]
+        found: Rows = []
+        for i in spans:
+            (path,) = self.folders[i].glob(f"{table}-*.parquet")
+            read = pq.read_table(path)
+            assert read.schema.names == table_schema(table).schema.names
+            found += read.to_pylist()
+        return found
+
+    def intervals(self, span: int) -> list[int]:
+        return [start for start, _ in self.plan.spans[span].intervals]
+
+    def ok(self, start: int) -> bool:
+        return start not in self.bad
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.twin["train", 0].lc)
+
+
+def analyze(tmp_path: Path, *, poison: int | None = None, **options: Any) -> Output:
+    """Record the states, plan two spans of 3 and 2 intervals, and work on both."""
+    model = Net().double()
+    run, out = tmp_path / "run", tmp_path / "out"
+    for t, state in enumerate(states()):
+        model.load_state_dict(state)
+        if t == poison:
+            with torch.no_grad():
+                model.fc.weight[0, 0] = math.nan
+        if t == 0:
+            recorder = Recorder(model, run)
+        else:
+            recorder.step()
+    recorder.close()
+    chosen = make_settings(
+        {"dtype": "float64", "elements": True, "window": 2, "batch_size": 8, **options}
+    )
+    workspace = Workspace(TASK, str(run), chosen)
+    assert workspace.series.steps == STEPS
+    plan = make_plan(
+        STEPS, chosen, workspace.describe().layers, workspace.probe().splits, span_length=3
+    )
+    plan = replace(plan, trace_sample=3)
+    # Spans in the other order: their results must not depend on it.
+    for span in reversed(plan.spans):
+        assert workspace.run(plan, span, out, "a").committed
+    bad = frozenset() if poison is None else frozenset({poison - 1, poison})
+    twin = twin_intervals(chosen.rule, chosen.batch_norm)
+    return Output(plan, [span_folder(out, span) for span in plan.spans], twin, bad)
+
+
+@pytest.fixture(scope="module", params=["simpson", "gauss", "left", "batch", "poisoned"])
+def output(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Output:
+    tmp_path = tmp_path_factory.mktemp(request.param)
+    if request.param == "batch":
+        return analyze(tmp_path, batch_norm="batch")
+    if request.param == "poisoned":
+        return analyze(tmp_path, poison=2)
+    return analyze(tmp_path, rule=request.param)
+
+
+def sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def flat(tensor: Tensor) -> list[float]:
+    return tensor.reshape(-1).tolist()  # type: ignore[no-any-return]
+
+
+def close(found: float | None, expected: float | None, scale: float) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    return abs(found - expected) <= CLOSE * scale
+
+
+def movement(name: str, t: int) -> list[float]:
+    return flat(states()[t + 1][name] - states()[t][name])
+
+
+def neighbours(output: Output, start: int) -> int | None:
+    """The interval before, if it is in the same span and both are ok."""
+    for span in range(len(output.folders)):
+        starts = output.intervals(span)
+        if start in starts[1:] and output.ok(start) and output.ok(start - 1):
+            return start - 1
+    return None
+
+
+def test_the_twin_and_the_library_name_the_same_layers(output: Output) -> None:
+    assert [layer.name for layer in output.plan.layers] == output.names
+    assert len(output.names) == 15
+
+
+def test_intervals(output: Output) -> None:
+    rows = output.rows("intervals")
+    keys = [(row["split"], row["start_step"]) for row in rows]
+    assert keys == [(s, t) for span in (0, 1) for s in SPLITS for t in output.intervals(span)]
+    gradients = {"simpson": 2, "gauss": 3, "left": 1}[output.plan.settings.rule]
+    for row in rows:
+        expected = output.twin[row["split"], row["start_step"]]
+        assert row["end_step"] == row["start_step"] + 1
+        assert row["rule"] == output.plan.settings.rule and row["panels"] == 1
+        counts = (row["n_helping"], row["n_hurting"], row["n_zero"])
+        if not output.ok(row["start_step"]):
+            assert row["status"] == "nonfinite_checkpoint" and counts == (0, 0, 0)
+            for name in ("lc", "gap", "loss_change", "first_order_lc", "converged"):
+                assert row[name] is None, name
+            assert row["loss_end"] is None
+            continue
+        scale = expected.scale
+        change = expected.loss_end - expected.loss_start
+        assert row["status"] == "ok" and row["n_gradients"] == gradients
+        assert close(row["loss_start"], expected.loss_start, 1)
+        assert close(row["loss_end"], expected.loss_end, 1)
+        assert close(row["loss_change"], change, 1)
+        assert close(row["lc"], expected.total, scale)
+        assert close(row["gap"], expected.total - change, scale)
+        first = expected.first_order
+        total = None if first is None else math.fsum(first.values())
+        assert close(row["first_order_lc"], total, scale)
+        assert row["converged"] is (abs(row["gap"]) <= 1e-3 * abs(row["loss_change"]))
+        signs = Counter(
+            sign(value)
+            for name in output.names
+            if "running" not in name
+            for value in flat(expected.lc[name])
+        )
+        assert counts == (signs[-1], signs[1], signs[0])
+        assert counts[2] == 6  # the frozen biases
+
+
+def test_layers(output: Output) -> None:
+    rows = output.rows("layers")
+    expected_keys = [
+        (split, t, name)
+        for span in (0, 1)
+        for split in SPLITS
+        for t in output.intervals(span)
+        for name in output.names
+    ]
+    assert [(row["split"], row["start_step"], row["layer"]) for row in rows] == expected_keys
+    for row in rows:
+        start, name = row["start_step"], row["layer"]
+        expected = output.twin[row["split"], start]
+        kind = "buffer" if "running" in name else "parameter"
+        values = flat(expected.lc[name])
+        assert (row["kind"], row["numel"], row["end_step"]) == (kind, len(values), start + 1)
+        assert row["module"] == name.rpartition(".")[0]
+        if not output.ok(start):
+            for column in ("lc", "lc_error", "lc_helping", "lc_hurting", "first_order_lc"):
+                assert row[column] is None
+            assert row["n_helping"] == row["n_hurting"] == row["n_zero"] == row["n_flips"] == 0
+            continue
+        scale = expected.scale
+        assert close(row["lc"], math.fsum(values), scale)
+        assert close(row["lc_helping"], math.fsum(min(v, 0.0) for v in values), scale)
+        assert close(row["lc_hurting"], math.fsum(max(v, 0.0) for v in values), scale)
+        error = None if expected.error is None else expected.error[name]
+        first = None if expected.first_order is None else expected.first_order[name]
+        assert close(row["lc_error"], error, scale)
+        assert close(row["first_order_lc"], first, scale)
+        assert close(row["update_norm"], math.hypot(*movement(name, start)), 1)
+        gradient = None
+        if first is not None:
+            gradient = math.hypot(*flat(expected.start_gradient[name]))
+        assert close(row["gradient_norm"], gradient, 1)
+        signs = Counter(sign(v) for v in values) if kind == "parameter" else Counter()
+        counts = (row["n_helping"], row["n_hurting"], row["n_zero"])
+        assert counts == (signs[-1], signs[1], signs[0])
+        before, flips = neighbours(output, start), 0
+        if before is not None and kind == "parameter":
+            earlier = flat(output.twin[row["split"], before].lc[name])
+            flips = sum(sign(a) * sign(b) == -1 for a, b in zip(earlier, values, strict=True))
+        assert row["n_flips"] == flips
+    assert sum(row["n_flips"] for row in rows) > 0
+
+
+def test_units_are_slices_of_the_output_axis(output: Output) -> None:
+    found = {
+        (r["split"], r["start_step"], r["layer"], r["unit"]): r["lc"] for r in output.rows("units")
+    }
+    expected = {}
+    for (split, t), interval in output.twin.items():
+        if not output.ok(t):
+            continue
+        for name, lc in interval.lc.items():
+            units = lc.unbind(UNIT_AXIS[name]) if lc.dim() else [lc]
+            for unit, values in enumerate(units):
+                key = (split, t, name, unit)
+                expected[key] = math.fsum(flat(values))
+                assert close(found.get(key), expected[key], interval.scale), key
+    assert found.keys() == expected.keys()
+    assert len([key for key in found if key[:3] == ("val", 4, "up.weight")]) == 2
+    assert [key for key in found if key[2] == "gain" and key[:2] == ("val", 4)] == [
+        ("val", 4, "gain", 0)
+    ]
+
+
+def test_units_add_up_to_layers_and_layers_to_intervals(output: Output) -> None:
+    units: dict[Any, list[float]] = defaultdict(list)
+    layers: dict[Any, list[float]] = defaultdict(list)
+    for row in output.rows("units"):
+        units[row["split"], row["start_step"], row["layer"]].append(row["lc"])
+    for row in output.rows("layers"):
+        if row["lc"] is None:
+            continue
+        key = row["split"], row["start_step"]
+        scale = output.twin[key].scale
+        assert close(math.fsum(units[(*key, row["layer"])]), row["lc"], scale)
+        layers[key].append(row["lc"])
+    for row in output.rows("intervals"):
+        if row["lc"] is not None:
+            key = row["split"], row["start_step"]
+            assert close(math.fsum(layers[key]), row["lc"], output.twin[key].scale)
+
+
+def test_groups(output: Output) -> None:
+    rows = output.rows("groups")
+    keys = [(r["split"], r["start_step"], r["layer"], r["group"]) for r in rows]
+    assert keys == [
+        (split, t, name, group)
+        for span in (0, 1)
+        for split in SPLITS
+        for t in output.intervals(span)
+        if output.ok(t)
+        for name in output.names
+        for group in (0, 1, 2)
+    ]
+    totals: dict[Any, float] = defaultdict(float)
+    for row in rows:
+        interval = output.twin[row["split"], row["start_step"]]
+        assert close(row["lc"], interval.groups[row["group"]][row["layer"]], interval.scale)
+        share = interval.group_weights[row["group"]] / SPLITS[row["split"]]
+        assert row["weight"] == pytest.approx(share, rel=1e-15)
+        key = (row["split"], row["start_step"], row["layer"])
+        totals[key] += row["lc"] * row["weight"]
+    for (split, t, name), total in totals.items():
+        interval = output.twin[split, t]
+        assert close(total, interval.layer(name), interval.scale)
+
+
+def test_parameters(output: Output) -> None:
+    for span in (0, 1):
+        starts = [t for t in output.intervals(span) if output.ok(t)]
+        rows = output.rows("parameters", span)
+        names = [name for name in output.names if "running" not in name]
+        assert [(r["split"], r["layer"], r["index"]) for r in rows] == [
+            (split, name, i)
+            for split in SPLITS
+            for name in names
+            for i in range(states()[0][name].numel())
+        ]
+        for row in rows:
+            split, name, i = row["split"], row["layer"], row["index"]
+            scale = output.twin[split, 0].scale
+            lc = {t: flat(output.twin[split, t].lc[name])[i] for t in starts}
+            move = {t: movement(name, t)[i] for t in starts}
+            slope = {t: flat(output.twin[split, t].start_gradient[name])[i] for t in starts}
+            assert close(row["lc"], math.fsum(lc.values()), scale)
+            assert close(row["abs_lc"], math.fsum(map(abs, lc.values())), scale)
+            assert close(row["displacement"], math.fsum(move.values()), 1)
+            assert close(row["path_length"], math.fsum(map(abs, move.values())), 1)
+            signs = Counter(sign(v) for v in lc.values())
+            counts = (row["n_helping"], row["n_hurting"], row["n_zero"])
+            assert counts == (signs[-1], signs[1], signs[0])
+
+            def flips(values: dict[int, float]) -> int:
+                return sum(
+                    sign(values[t]) * sign(values[t - 1]) == -1 for t in values if t - 1 in values
+                )
+
+            assert row["n_flips"] == flips(lc)
+            assert row["displacement_flips"] == flips(move)
+            has_left = output.plan.settings.rule != "gauss"
+            assert row["gradient_flips"] == (flips(slope) if has_left else None)
+
+
+def test_borders_hold_the_signs_of_the_first_and_the_last_interval(output: Output) -> None:
+    has_left = output.plan.settings.rule != "gauss"
+    for span in (0, 1):
+        starts = output.intervals(span)
+        for row in output.rows("borders", span):
+            split, name, i = row["split"], row["layer"], row["index"]
+            for end, t in (("first", starts[0]), ("last", starts[-1])):
+                interval = output.twin[split, t]
+                expected: list[int | None] = [
+                    sign(flat(interval.lc[name])[i]),
+                    sign(movement(name, t)[i]),
+                    sign(flat(interval.start_gradient[name])[i]),
+                ]
+                if not output.ok(t):
+                    expected = [0, 0, 0]
+                if not has_left:
+                    expected[2] = None
+                found = [row[f"{what}_{end}"] for what in ("lc", "displacement", "gradient")]
+                assert found == expected, (span, name, i, end)
+
+
+def test_histograms(output: Output) -> None:
+    for span in (0, 1):
+        counts: Counter[Any] = Counter()
+        sums: dict[Any, float] = defaultdict(float)
+        for split in SPLITS:
+            for t in output.intervals(span):
+                for name in output.names:
+                    if "running" in name or not output.ok(t):
+                        continue
+                    for value in flat(output.twin[split, t].lc[name]):
+                        mantissa, exponent = math.frexp(abs(value))
+                        # |value| = (2 mantissa) 2^(exponent - 1), in eighths of an octave.
+                        which = (exponent - 1) * 8 + math.floor((2 * mantissa - 1) * 8)
+                        key = (split, t // 2 * 2, name, sign(value), which if value else None)
+                        counts[key] += 1
+                        sums[key] += abs(value)
+        found: Counter[Any] = Counter()
+        for row in output.rows("histograms", span):
+            exact_zero = row["sign"] == 0
+            which = None if exact_zero else row["bin"]
+            key = (row["split"], row["window"], row["layer"], row["sign"], which)
+            found[key] += row["count"]
+            assert row["sum"] == pytest.approx(sums[key], rel=1e-10)
+            if not exact_zero:
+                octave, part = divmod(row["bin"], 8)
+                assert row["lower"] == math.ldexp(1 + part / 8, octave)
+                assert row["upper"] == math.ldexp(1 + (part + 1) / 8, octave)
+        assert found == counts
+        assert any(key[3] == 0 for key in counts) is any(
+            output.ok(t) for t in output.intervals(span)
+        )
+
+
+def test_elements(output: Output) -> None:
+    rows = output.rows("elements")
+    expected = [
+        (split, name, t, i)
+        for split in SPLITS
+        for name in output.names
+        if "running" not in name
+        for t in STEPS[:-1]
+        if output.ok(t)
+        for i in range(states()[0][name].numel())
+    ]
+    found = {(r["split"], r["layer"], r["start_step"], r["index"]): r["lc"] for r in rows}
+    assert len(found) == len(rows) and set(found) == set(expected)
+    for (split, name, t, i), value in found.items():
+        exact = flat(output.twin[split, t].lc[name])[i]
+        assert value == pytest.approx(exact, rel=1e-6, abs=1e-12)  # float32: 6e-8
+
+
+def test_traces(output: Output) -> None:
+    has_left = output.plan.settings.rule != "gauss"
+    chosen = {}
+    for span in (0, 1):
+        rows = output.rows("traces", span)
+        by_layer: dict[Any, set[int]] = defaultdict(set)
+        for row in rows:
+            split, name, i, t = row["split"], row["layer"], row["index"], row["step"]
+            by_layer[split, name].add(i)
+            interval = output.twin[split, t]
+            ok = output.ok(t)
+            if t in output.bad and t - 1 in output.bad and (name, i) == ("fc.weight", 0):
+                assert row["weight"] is None  # the NaN itself
+            else:
+                assert row["weight"] == flat(states()[t][name])[i]
+            expected = flat(interval.lc[name])[i] if ok else None
+            assert close(row["lc"], expected, interval.scale)
+            slope = flat(interval.start_gradient[name])[i] if ok and has_left else None
+            assert close(row["gradient"], slope, 1)
+        steps = output.intervals(span)
+        sizes = {key: len(indices) for key, indices in by_layer.items()}
+        assert all(size == min(3, states()[0][name].numel()) for (_, name), size in sizes.items())
+        assert len(rows) == sum(sizes.values()) * len(steps)
+        assert {name for _, name in sizes} == {n for n in output.names if "running" not in n}
+        keys = [
+            (list(SPLITS).index(r["split"]), output.names.index(r["layer"]), r["index"], r["step"])
+            for r in rows
+        ]
+        assert keys == sorted(keys)
+        chosen[span] = dict(by_layer)
+    assert chosen[0] == chosen[1]  # the sample is that of the run, not of a span
+    assert all(chosen[0]["train", name] == chosen[0]["val", name] for _, name in chosen[0])
+
+
+def test_named_elements_are_traced_besides_the_sample(tmp_path: Path) -> None:
+    output = analyze(tmp_path, trace=("conv.weight:7", "fc.bias:2"), layers="fc.*")
+    traced = defaultdict(set)
+    for row in output.rows("traces"):
+        traced[row["layer"]].add(row["index"])
+    assert set(traced) == {"conv.weight", "fc.weight", "fc.bias"}
+    assert traced["conv.weight"] == {7} and 2 in traced["fc.bias"]
+    # The pattern narrows what is below layers, not the layers.
+    for table in ("histograms", "parameters", "elements"):
+        assert {row["layer"] for row in output.rows(table)} == {"fc.weight", "fc.bias"}
+    units = {row["layer"] for row in output.rows("units")}
+    assert units == {"fc.weight", "fc.bias"}
+    assert {row["layer"] for row in output.rows("layers")} == set(output.names)
+    # The counts of the interval still cover all parameters.
+    size = sum(states()[0][n].numel() for n in output.names if "running" not in n)
+    for row in output.rows("intervals"):
+        assert row["n_helping"] + row["n_hurting"] + row["n_zero"] == size
+
+
+def test_refined_intervals_say_so(tmp_path: Path) -> None:
+    output = analyze(tmp_path, refine=True, rtol=1e-7, max_panels=8)
+    rows = output.rows("intervals")
+    assert {row["rule"] for row in rows} == {"simpson"}
+    assert max(row["panels"] for row in rows) > 1
+    for row in rows:
+        assert row["n_gradients"] == 2 * row["panels"]
+        bound = max(1e-7 * abs(row["loss_change"]), 1e-12 * rows[0]["loss_start"])
+        assert row["panels"] == 8 or row["converged"]
+        if row["converged"]:
+            assert abs(row["gap"]) <= bound

@@ -1,0 +1,261 @@
+"""A task on its device; here the contract of the loss is checked, as users meet it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from lcray.drafting import make_settings
+from lcray.errors import TaskError, UsageError
+from lcray.gradient import Evaluation
+from lcray.task import Task
+from lcray.workbench import Workbench
+
+X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.0], [-2.0, 1.0], [1.0, 1.0]])
+Y = torch.tensor([0, 1, 0, 1, 1])
+
+
+class Sum(nn.Module):
+    """a · x; the derivative of Σ f over the items is Σ x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([2.0, 3.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.a
+
+
+def per_item(net: nn.Module, batch: Any) -> Tensor:
+    return net(batch[0])
+
+
+def bench(loss: Callable = per_item, task: dict | None = None, **options: Any) -> Workbench:
+    known: dict = {"model": Sum, "splits": {"train": (X, Y)}, "loss": loss, **(task or {})}
+    return Workbench(Task(**known), make_settings({"batch_size": 3, **options}))
+
+
+def evaluate(found: Workbench) -> tuple[Evaluation, Tensor]:
+    out = found.engine.new_vector()
+    return found.engine.evaluate(found.splits[0], out), out
+
+
+def refusal(loss: Callable, **task: Any) -> str:
+    with pytest.raises(TaskError) as caught:
+        evaluate(bench(loss, task))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class TestWeightedMean:
+    """5 samples in batches of 3 and 2: the mean is over items, not over batches."""
+
+    def test_without_weights(self) -> None:
+        found, gradient = evaluate(bench())
+        assert found.loss == (8 + 3 + 1 - 1 + 5) / 5
+        assert torch.equal(gradient, X.double().sum(0) / 5)
+        assert (found.n_items, found.total_weight) == (5, 5.0)
+
+    def test_with_weights(self) -> None:
+        weights = torch.tensor([1.0, 0.0, 2.5, 0.0, 0.5])
+        data = {"splits": {"train": (X, weights)}}
+        found, gradient = evaluate(bench(lambda net, b: (net(b[0]), b[1]), data))
+        values = X @ torch.tensor([2.0, 3.0])
+        assert found.loss == pytest.approx(float((values * weights).sum() / 4), abs=1e-7)
+        torch.testing.assert_close(gradient, (X * weights[:, None]).double().sum(0) / 4)
+        assert (found.n_items, found.total_weight) == (5, 4.0)
+
+    @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float64])
+    def test_weights_of_any_kind(self, kind: torch.dtype) -> None:
+        keep = torch.tensor([True, False, True, True, False])
+        data = {"splits": {"train": (X, keep)}}
+        found, gradient = evaluate(bench(lambda net, b: (net(b[0]), b[1].to(kind)), data))
+        assert found.total_weight == 3.0
+        assert torch.equal(gradient, X[keep].double().sum(0) / 3)
+
+    def test_what_has_no_weight_has_no_say_not_even_nan(self) -> None:
+        x = X.clone()
+        x[1] = torch.nan
+        weights = torch.tensor([1.0, 0, 1, 1, 1])
+
+        def loss(net: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            values = net(batch[0].nan_to_num())
+            return torch.where(batch[0].isnan().any(1), torch.nan, values), batch[1]
+
+        found, gradient = evaluate(bench(loss, {"splits": {"train": (x, weights)}}))
+        keep = X[[0, 2, 3, 4]]
+        assert found.loss == float((keep @ torch.tensor([2.0, 3.0])).sum() / 4)
+        assert torch.equal(gradient, keep.double().sum(0) / 4)
+
+    def test_several_items_a_sample_and_none_for_others(self) -> None:
+        def loss(net: nn.Module, batch: Any) -> Tensor:
+            return net(batch[0].repeat_interleave(2 * batch[1], 0))
+
+        found, gradient = evaluate(bench(loss))
+        assert found.n_items == 6
+        assert torch.equal(gradient, 2 * X[Y == 1].double().sum(0) / 6)
+
+    def test_a_batch_of_one_item_is_not_taken_for_a_reduced_loss(self) -> None:
+        found, _ = evaluate(bench(batch_size=1))
+        assert found.n_items == 5
+
+
+def loss_without_grad(net: nn.Module, batch: Any) -> Tensor:
+    with torch.no_grad():
+        return net(batch[0])
+
+
+def loss_in_inference_mode(net: nn.Module, batch: Any) -> Tensor:
+    with torch.inference_mode():
+        return net(batch[0])
+
+
+class TestLossContract:
+    WHERE = "task loss on split 'train', batch 0: "
+
+    @pytest.mark.parametrize(
+        ("loss", "message"),
+        [
+            (lambda net, b: net(b[0]).mean(), "gave a single number for 3 samples; give one loss"),
+            (lambda net, b: net(b[0]).mean()[None], "gave a single number for 3 samples"),
+            (lambda net, b: net(b[0])[:, None], "gave shape [3, 1], must be [n]; flatten it"),
+            (lambda net, b: net(b[0]).long(), "gave torch.int64, must be a float tensor"),
+            (lambda net, b: net(b[0]).detach(), "has no gradient; remove no_grad, detach or"),
+            (lambda net, b: b[0].sum(1), "has no gradient"),
+            (loss_without_grad, "has no gradient"),
+            (loss_in_inference_mode, "has no gradient"),
+            (lambda net, b: net(b[0]).tolist(), "must give a tensor [n], gave a list"),
+            (lambda net, b: None, "must give a tensor [n], gave a NoneType"),
+            (lambda net, b: {"loss": net(b[0])}, "must give a tensor [n], gave a dict"),
+            (lambda net, b: (None, b[1]), "must give a tensor [n], gave a NoneType"),
+        ],
+    )
+    def test_losses_of_another_kind(self, loss: Callable, message: str) -> None:
+        assert refusal(loss).startswith(self.WHERE + message)
+
+    @pytest.mark.parametrize(
+        ("weights", "message"),
+        [
+            (torch.ones(2), "weights [2] do not match the losses [3]"),
+            (torch.ones(3, 1), "weights [3, 1] do not match the losses [3]"),
+            ([1, 1, 1], "weights list do not match the losses [3]"),
+            (1.0, "weights float do not match"),
+            (torch.tensor([1, -1e-9, 1]), "weights must be finite and not negative"),
+            (torch.tensor([1, torch.nan, 1]), "weights must be finite and not negative"),
+            (torch.tensor([1, torch.inf, 1]), "weights must be finite and not negative"),
+        ],
+    )
+    def test_weights_that_do_not_fit(self, weights: Any, message: str) -> None:
+        assert refusal(lambda net, b: (net(b[0]), weights)).startswith(self.WHERE + message)
+
+    def test_weights_that_are_all_zero(self) -> None:
+        message = refusal(lambda net, b: (net(b[0]), torch.zeros(len(b[0]))))
+        assert message == "task loss: the weights of split 'train' add up to 0.0"
+
+    @pytest.mark.xfail(strict=True, raises=ValueError, reason="unpacked without a check")
+    @pytest.mark.parametrize("length", [1, 3])
+    def test_tuples_of_another_length(self, length: int) -> None:
+        assert refusal(lambda net, b: (net(b[0]),) * length).startswith(self.WHERE)
+
+    @pytest.mark.xfail(strict=True, raises=RuntimeError, reason="backward is not guarded")
+    def test_a_loss_that_cannot_be_differentiated(self) -> None:
+        def loss(net: nn.Module, batch: Any) -> Tensor:
+            values = net(batch[0]).exp()
+            return values.mul_(2) * values
+
+        assert refusal(loss).startswith(self.WHERE)
+
+    def test_a_loss_that_needs_more_arguments(self) -> None:
+        def loss(net: nn.Module, batch: Any, extra: int) -> Tensor:
+            return net(batch[0])
+
+        message = refusal(loss)
+        assert message.startswith(self.WHERE + "failed: TypeError: ")
+        assert "missing 1 required positional argument: 'extra'" in message
+
+    def test_a_loss_that_raises_names_the_batch(self) -> None:
+        def loss(net: nn.Module, batch: Any) -> Tensor:
+            if len(batch[0]) == 2:
+                raise KeyError("a\nb")
+            return net(batch[0])
+
+        assert refusal(loss) == "task loss on split 'train', batch 1: failed: KeyError: 'a\\nb'"
+
+    def test_an_error_of_several_lines_becomes_one(self) -> None:
+        def loss(net: nn.Module, batch: Any) -> Tensor:
+            raise ValueError("shapes\n  [2]\n  [3]")
+
+        assert refusal(loss) == self.WHERE + "failed: ValueError: shapes [2] [3]"
+
+
+class TestGroups:
+    def test_labels_must_match_the_items(self) -> None:
+        message = refusal(per_item, groups=lambda b: b[1].repeat_interleave(2))
+        assert "losses but" in message and "group labels; groups must give one label" in message
+
+    def test_negative_labels_need_weight_zero(self) -> None:
+        labels = torch.tensor([0, -1, 1, -100, 1])
+        data = {"splits": {"train": (X, labels)}, "groups": lambda b: b[1]}
+        assert "negative label in split 'train' for an item with weight" in refusal(
+            per_item, **data
+        )
+        found, _ = evaluate(bench(lambda net, b: (net(b[0]), (b[1] >= 0).float()), data))
+        assert found.group_weights == (1.0, 2.0)
+
+
+class TestSetUp:
+    def test_floats_take_the_dtype_and_integers_stay(self) -> None:
+        found = bench(dtype="float64")
+        x, y = found.splits[0].batches[0]
+        assert (x.dtype, y.dtype) == (torch.float64, torch.int64)
+        assert found.flat.theta.dtype == torch.float64
+
+    def test_splits_come_in_the_tasks_order(self) -> None:
+        splits = {name: (X, Y) for name in ("c", "a", "b")}
+        names = [split.name for split in bench(task={"splits": splits}).splits]
+        assert names == ["c", "a", "b"]
+        chosen = bench(task={"splits": splits}, splits=["b", "c"]).splits
+        assert [split.name for split in chosen] == ["c", "b"]
+
+    def test_an_unknown_split(self) -> None:
+        with pytest.raises(UsageError, match="unknown split 'trin': did you mean 'train'"):
+            bench(splits="trin")
+
+    @pytest.mark.parametrize("device", ["cpuu", "cuda:99", ""])
+    def test_a_device_that_is_not_there(self, device: str) -> None:
+        task = Task(Sum, {"train": (X, Y)}, per_item)
+        with pytest.raises(UsageError, match=f"^device {device!r}: cannot be used: ") as caught:
+            Workbench(task, make_settings({}), device=device)
+        assert "\n" not in str(caught.value)
+
+    def test_threads_are_set_where_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[int] = []
+        monkeypatch.setattr(torch, "set_num_threads", asked.append)
+        task = Task(Sum, {"train": (X, Y)}, per_item)
+        Workbench(task, make_settings({}))
+        assert asked == []
+        Workbench(task, make_settings({}), threads=3)
+        assert asked == [3]
+
+    def test_batches_are_permuted_where_they_are_part_of_the_loss(self) -> None:
+        task = {
+            "model": lambda: nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2)),
+            "splits": {"train": TensorDataset(torch.arange(40.0)[:, None])},
+            "loss": lambda net, b: F.mse_loss(net(b[0]), b[0], reduction="none").sum(1),
+        }
+
+        def order(**options: Any) -> list[float]:
+            batches = bench(task=task, batch_size=7, **options).splits[0].batches
+            return [float(x) for batch in batches for x in batch[0]]
+
+        assert order() == list(range(40))
+        mixed = order(batch_norm="batch")
+        assert sorted(mixed) == list(range(40)) and mixed != list(range(40))
+        assert mixed == order(batch_norm="batch")
+        assert mixed != order(batch_norm="batch", batch_seed=1)
