@@ -278,7 +278,7 @@ class TestDamage:
         counts = found.parameters()[["n_helping", "n_hurting", "n_zero"]].sum(axis=1)
         assert (counts == 10).all(), "12 intervals, less the two that are marked"
 
-    @pytest.mark.parametrize("step", [0, 4, 12])
+    @pytest.mark.parametrize("step", [0, 4, 5, 12])
     def test_a_nan_at_the_border_of_spans_is_the_same(self, tiny_task, run, tmp_path, step):
         def damage(tensors: dict[str, Tensor]) -> None:
             tensors["0.weight"][0, 0] = torch.inf
