@@ -1,0 +1,253 @@
+"""`allocate` on two states in memory, against the twin and closed forms."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import (
+    Bench,
+    Case,
+    cases,
+    convnet,
+    frozen,
+    gpt2,
+    labels,
+    mlp,
+    quadratic,
+    random_states,
+    transformer,
+)
+from torch import Tensor, nn
+
+from lcray.errors import CheckpointError, UsageError
+from lcray.in_memory import Allocation, allocate
+from lcray.task import Task
+
+# Relative to Σ|LC|: sums of some hundred float64 terms.
+CLOSE = 1e-10
+
+
+def run(case: Case, **options: Any) -> Allocation:
+    options = {"dtype": "float64", **case.options, **options}
+    (found,) = allocate(case.task, *case.states[:2], **options).values()
+    return found
+
+
+def check_twin(case: Case, rule: str) -> None:
+    found = run(case, rule=rule)
+    bench = Bench(case)
+    expected = bench.twin(case).interval(*case.states[:2], rule)
+    scale = expected.scale
+    assert found.split == "train" and list(found.elements) == list(expected.lc)
+    for name, lc in expected.lc.items():
+        assert found.elements[name].shape == lc.shape
+        assert (found.elements[name] - lc).abs().max() <= CLOSE * scale
+    assert abs(found.lc - expected.total) <= CLOSE * scale
+    change = expected.loss_end - expected.loss_start
+    assert abs(found.loss_change - change) <= CLOSE * expected.loss_start
+    assert abs(found.gap - (expected.total - change)) <= CLOSE * max(scale, expected.loss_start)
+    errors = expected.error or {}
+    assert found.layer_error.keys() == errors.keys()
+    assert all(abs(found.layer_error[n] - errors[n]) <= CLOSE * scale for n in errors)
+    for group, rows in expected.groups.items():
+        for name, value in rows.items():
+            assert abs(found.groups[group][name] - value) <= CLOSE * max(scale, 1e-3)
+    assert bool(found.groups) is (case.groups is not None)
+
+
+@settings(deadline=None, derandomize=True, max_examples=12)
+@given(
+    case=cases(heavy=False),
+    rule=st.sampled_from(["simpson", "left", "gauss", "trapezoid", "midpoint", "gauss-lobatto"]),
+)
+def test_the_twin_agrees(case: Case, rule: str) -> None:
+    check_twin(case, rule)
+
+
+def test_the_twin_agrees_on_gpt2() -> None:
+    check_twin(gpt2(1), "simpson")
+
+
+def test_rows_of_layers() -> None:
+    case = frozen(2, "tanh")
+    found = run(case)
+    table = found.layers()
+    assert list(table.index) == list(found.elements) and table.index.name == "layer"
+    expected = Bench(case).twin(case).interval(*case.states, "simpson")
+    for name, row in table.iterrows():
+        values = expected.lc[str(name)].reshape(-1).tolist()
+        assert row.n_helping == sum(v < 0 for v in values)
+        assert row.n_hurting == sum(v > 0 for v in values)
+        assert row.n_zero == sum(v == 0 for v in values)
+        assert row.lc == pytest.approx(math.fsum(values), abs=CLOSE * expected.scale)
+        helping = math.fsum(v for v in values if v < 0)
+        assert row.lc_helping == pytest.approx(helping, abs=CLOSE * expected.scale)
+        assert row.lc_helping + row.lc_hurting == pytest.approx(row.lc, abs=1e-14)
+    assert table.loc["body.0.weight", "n_zero"] == 12
+
+
+def test_a_quadratic_closes() -> None:
+    found = run(quadratic(3))
+    assert abs(found.gap) <= 1e-12 * abs(found.loss_change)
+    assert found.converged and found.panels == 1
+    assert found.loss_change == found.loss_end - found.loss_start
+
+
+def test_states_and_inputs_are_left_alone() -> None:
+    case = convnet(4, "gelu", "batch")
+    before = copy.deepcopy(case.states)
+    data = tuple(part.clone() for part in case.data)
+    first = run(case)
+    second = run(case)
+    for state, kept in zip(case.states, before, strict=True):
+        assert all(torch.equal(state[k], kept[k]) for k in kept)
+    assert all(torch.equal(a, b) for a, b in zip(case.data, data, strict=True))
+    assert all(torch.equal(first.elements[k], second.elements[k]) for k in first.elements)
+
+
+def test_splits_are_independent_of_each_other_and_of_their_order() -> None:
+    case = mlp(5, "tanh")
+    x, y = case.data
+    parts = {"train": (x, y), "val": (x[:4] * 2, y[:4])}
+    alone = {
+        name: allocate(
+            Task(case.make, {name: part}, case.loss, labels), *case.states, dtype="float64"
+        )[name]
+        for name, part in parts.items()
+    }
+    for order in (["train", "val"], ["val", "train"]):
+        task = Task(case.make, {name: parts[name] for name in order}, case.loss, labels)
+        together = allocate(task, *case.states, dtype="float64")
+        assert list(together) == order
+        for name in order:
+            assert together[name].groups == alone[name].groups
+            for layer, values in alone[name].elements.items():
+                assert torch.equal(together[name].elements[layer], values)
+        (chosen,) = allocate(task, *case.states, dtype="float64", splits=("val",)).values()
+        assert chosen.split == "val" and chosen.lc == alone["val"].lc
+
+
+def test_refinement_meets_its_tolerance_or_says_that_it_did_not() -> None:
+    case = mlp(6, "tanh")
+    case = replace(case, states=random_states(case.make, 6, 2, step=0.4))
+    coarse = run(case)
+    fine = run(case, refine=True, rtol=1e-6, max_panels=64)
+    assert fine.converged and fine.panels > 1
+    assert abs(fine.gap) <= 1e-6 * abs(fine.loss_change) < abs(coarse.gap)
+    capped = run(case, refine=True, rtol=1e-15, max_panels=2)
+    assert not capped.converged and capped.panels == 2
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_removed(prefix: str) -> None:
+    case = transformer(7)
+    wrapped = tuple({prefix + k: v for k, v in state.items()} for state in case.states)
+    a, b = run(case), run(replace(case, states=wrapped))
+    assert list(a.elements) == list(b.elements)
+    assert all(torch.equal(a.elements[k], b.elements[k]) for k in a.elements)
+
+
+def test_parameters_of_modules_can_be_passed_as_they_are() -> None:
+    case = mlp(8, "gelu")
+    models = []
+    for state in case.states:
+        model = case.make().double()
+        model.load_state_dict(state)
+        models.append(dict(model.state_dict(keep_vars=True)))
+    a, b = run(case), run(replace(case, states=tuple(models)))
+    assert all(torch.equal(a.elements[k], b.elements[k]) for k in a.elements)
+    assert not any(v.requires_grad for v in b.elements.values())
+
+
+def test_partial_states_move_on_a_fixed_base() -> None:
+    torch.manual_seed(0)
+    base = mlp(9, "tanh").make().state_dict()
+
+    def make() -> nn.Module:
+        model = mlp(9, "tanh").make()
+        model.load_state_dict(base)
+        return model
+
+    case = replace(mlp(9, "tanh"), make=make)
+    kept = ("body.2.weight", "body.2.bias")
+    partial = tuple({k: state[k] for k in kept} for state in case.states)
+    whole = tuple({**{k: v.double() for k, v in base.items()}, **p} for p in partial)
+    with pytest.raises(CheckpointError, match=r"body\.0\.weight.*missing"):
+        run(replace(case, states=partial))
+    a = run(replace(case, states=partial), partial=True)
+    b = run(replace(case, states=whole))
+    for name, values in b.elements.items():
+        assert torch.equal(a.elements[name], values)
+        assert bool((values != 0).any()) is (name in kept)
+
+
+def test_a_task_by_reference(tmp_path: Path) -> None:
+    (tmp_path / "line.py").write_text(
+        "import torch\n"
+        "from lcray.task import Task\n"
+        "x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)\n"
+        "task = Task(lambda: torch.nn.Linear(2, 1, bias=False), {'all': (x,)},\n"
+        "            lambda net, batch: net(batch[0]).squeeze(1))\n"
+    )
+    before = {"weight": torch.tensor([[1.0, 1.0]])}
+    after = {"weight": torch.tensor([[1.5, 0.5]])}
+    (found,) = allocate(f"{tmp_path}/line.py:task", before, after).values()
+    # L = mean(x) · w with mean (2, 3): LC = (½ · 2, -½ · 3). The losses are exact; Simpson's
+    # sixths are rounded.
+    assert found.elements["weight"][0].tolist() == pytest.approx([1.0, -1.5], rel=4e-16)
+    assert found.loss_change == -0.5 and abs(found.gap) <= 1e-15
+    assert found.elements["weight"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_states_that_are_not_finite_are_refused(value: float) -> None:
+    case = mlp(10, "tanh")
+    bad = dict(case.states[1])
+    bad["body.0.bias"] = torch.full_like(bad["body.0.bias"], value)
+    for states in ((case.states[0], bad), (bad, case.states[0])):
+        with pytest.raises(CheckpointError, match="nonfinite_checkpoint") as caught:
+            run(replace(case, states=states))
+        assert "'train'" in str(caught.value)
+
+
+def test_losses_that_are_not_finite_are_refused() -> None:
+    class Log(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.ones(1))
+
+    def loss(net: Any, batch: Any) -> Tensor:
+        return (batch[0] * net.p.log()).squeeze(1)
+
+    states: tuple[Mapping[str, Tensor], ...] = (
+        {"p": torch.tensor([-1.0])},
+        {"p": torch.tensor([2.0])},
+    )
+    task = Task(Log, {"train": (torch.ones(2, 1),)}, loss)
+    with pytest.raises(CheckpointError, match="nonfinite_loss"):
+        allocate(task, *states)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rul": "simpson"}, "'rule'"),
+        ({"rule": "simson"}, "'simpson'"),
+        ({"rule": "gauss", "refine": True}, "cannot be refined"),
+        ({"splits": ("trian",)}, "'train'"),
+        ({"batch_norm": "runing"}, "'running'"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        run(mlp(11, "tanh"), **options)
+    assert "\n" not in str(caught.value)
