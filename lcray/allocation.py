@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lcray.data import SplitData
-from lcray.errors import UsageError
+from lcray.errors import TaskError, UsageError
 from lcray.gradient import Evaluation, GradientEngine, layer_dots
 from lcray.path import Segment
 from lcray.planning import Settings
@@ -110,19 +110,26 @@ class SplitAllocator:
         split: the batches.
         rule: the quadrature rule.
         accuracy: the tolerance and the cap of the refinement.
+        expected: items and Σ w that every evaluation must have; None for whatever comes.
 
     Raises:
         UsageError: if a rule that cannot be refined is to be.
     """
 
     def __init__(
-        self, engine: GradientEngine, split: SplitData, rule: QuadratureRule, accuracy: Accuracy
+        self,
+        engine: GradientEngine,
+        split: SplitData,
+        rule: QuadratureRule,
+        accuracy: Accuracy,
+        expected: tuple[int, float] | None = None,
     ) -> None:
         refines = accuracy.max_panels > 1
         if refines and not (rule.refinable and rule.panels == 1):
             raise UsageError(f"rule {rule.name!r}: cannot be refined; use simpson, or no --refine")
         self._engine, self._flat, self._split = engine, engine.flat, split
         self._rule, self._accuracy, self._refines = rule, accuracy, refines
+        self._expected = expected
         self._left: _Node | None = None
         self._buffers = [engine.new_vector() for _ in range(2)]
         self._scratch = engine.new_vector()
@@ -188,6 +195,13 @@ class SplitAllocator:
         found: Evaluation = self._engine.evaluate(
             self._split, out if gradient else None, directions
         )
+        items = (found.n_items, found.total_weight)
+        if self._expected is not None and items != self._expected:
+            raise TaskError(
+                f"task loss on split {self._split.name!r}: {items[0]} items of weight {items[1]:g} "
+                f"at step {segment.start.step}, but {self._expected[0]} of {self._expected[1]:g} "
+                "in the plan; number and weights must not change"
+            )
         dots = found.group_dots
         return _Node(
             found.loss,

@@ -164,11 +164,12 @@ def analyze(
     if given is not None and (options or steps or span_length):
         raise UsageError("a plan decides settings, steps and spans: leave the other options out")
     settings = given.settings if given else make_settings(options)
-    job = _Job(run, task, resources, steps, span_length, settings)
     path = Path(out)
     record = read_record(path)
     if record is not None:
         check_same_settings(path, record, settings)
+    known = record.plan if record else given
+    job = _Job(run, task, resources, steps, span_length, settings, known)
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     tell(Progress("start"))
@@ -194,6 +195,7 @@ class _Job:
         steps: str | None,
         span_length: int | None,
         settings: Settings,
+        known: Plan | None = None,
     ) -> None:
         if span_length is not None and span_length < 1:
             raise UsageError(f"span-length {span_length}: must be at least 1")
@@ -203,10 +205,24 @@ class _Job:
         self.source.load()
         self.resources = resources or Resources()
         self.steps, self.span_length, self.settings = steps, span_length, settings
+        self.threads = self.resources.threads or (known.threads if known else 1)
+        if known and self.threads != known.threads:
+            raise UsageError(
+                f"threads {self.threads}: the plan says {known.threads}, and sums depend on it; "
+                "leave --threads out"
+            )
 
     def pool(self, settings: Settings) -> Pool:
         limit = len(self.series.steps) - 1
-        return Pool(self.source, self.run, settings, self.resources, steps=self.steps, limit=limit)
+        return Pool(
+            self.source,
+            self.run,
+            settings,
+            self.resources,
+            steps=self.steps,
+            threads=self.threads,
+            limit=limit,
+        )
 
     def draft(self, pool: Pool) -> PlanReport:
         description, probe = pool.describe(), pool.probe()
@@ -217,7 +233,7 @@ class _Job:
             probe.splits,
             workers=pool.size,
             span_length=self.span_length,
-            threads=self.resources.threads,
+            threads=self.threads,
             device_kind=description.device_kind,
         )
         cost = estimate(drafted, pool.size, seconds=probe.seconds, peak_bytes=probe.peak_bytes)
@@ -299,5 +315,6 @@ def _explain(out: Path, failures: dict[Span, str]) -> str:
     span, reason = next(iter(failures.items()))
     return (
         f"{out}: {lost} intervals are missing (steps {names}{more}): {span.first}-{span.last}: "
-        f"{reason}; the rest is committed, run the same command again to retry"
+        f"{reason}; the rest is committed: run the same command again to retry, or lcray reduce "
+        f"{out} --allow-missing for the tables of what there is"
     )

@@ -58,8 +58,10 @@ _RUN = (
     click.option("--span-length", type=int, help="Intervals a span, the unit of work and retry."),
     click.option("--workers", type=int, help="Workers; one a GPU, else one a CPU core."),
     click.option("--gpus-per-worker", type=float, help="GPUs each; fractions share one."),
-    click.option("--cpus-per-worker", type=float, default=1.0, show_default=True),
-    click.option("--threads", type=int, default=1, show_default=True, help="Threads a worker."),
+    click.option(
+        "--cpus-per-worker", type=float, default=1.0, show_default=True, help="CPUs each."
+    ),
+    click.option("--threads", type=int, help="Threads a worker  [default: 1]."),
     click.option("--address", help="Ray cluster to use; its own local Ray by default."),
 )
 _OUT = click.argument("out", type=click.Path(path_type=Path))

@@ -42,7 +42,7 @@ class Resources:
         workers: actors; None for one a GPU, or one a CPU core where there is no GPU.
         gpus_per_worker: GPUs each (fractions share one); None for 1 where the cluster has GPUs.
         cpus_per_worker: CPU cores each.
-        threads: intra-op threads each.
+        threads: intra-op threads each; None for 1, or what the plan in use says.
         address: of the Ray cluster to use; None starts a Ray of its own on this machine, unless
             the process is connected to one or was started by ``ray job submit``.
     """
@@ -50,7 +50,7 @@ class Resources:
     workers: int | None = None
     gpus_per_worker: float | None = None
     cpus_per_worker: float = 1.0
-    threads: int = 1
+    threads: int | None = None
     address: str | None = None
 
 
@@ -205,6 +205,7 @@ class Pool:
         settings: of the analysis.
         resources: what may be used.
         steps: the range of steps to analyze, ``a:b``.
+        threads: intra-op threads a worker.
         limit: the most workers that there is work for.
     """
 
@@ -216,9 +217,10 @@ class Pool:
         resources: Resources,
         *,
         steps: str | None,
+        threads: int,
         limit: int,
     ) -> None:
-        self._setup = (_Shipment.pack(source), run, settings, steps, resources.threads)
+        self._setup = (_Shipment.pack(source), run, settings, steps, threads)
         self._options = _actor_options(resources)
         self._count = min(_worker_count(resources, self._options), max(1, limit))
         self._members: list[_Member] = []

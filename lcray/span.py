@@ -177,7 +177,12 @@ class Workspace:
         allocators, hashes, n_gradients = {}, {}, 0
         for split, planned in zip(self.bench.splits, plan.splits, strict=True):
             accuracy = Accuracy.of(self.settings, planned.first_loss)
-            allocators[split.name] = SplitAllocator(self.bench.engine, split, rule, accuracy)
+            expected = (planned.n_items, planned.total_weight)
+            if (split.name, split.groups) != (planned.name, planned.groups):
+                raise TaskError(f"task split {split.name!r}: other groups than in the plan")
+            allocators[split.name] = SplitAllocator(
+                self.bench.engine, split, rule, accuracy, expected
+            )
         with ShardWriter(out, span, attempt) as writer:
             tables = {s.name: SplitTables(plan, s, writer) for s in plan.splits}
             for segment, following, read in self._segments(span):
