@@ -1,9 +1,9 @@
-"""What several test files share: a tiny task on synthetic data, and a recorded run of it."""
+"""What several test files share: a tiny task and a recorded run of it, and one local Ray."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,22 @@ def data_folder() -> Path:
     if not folder:
         pytest.skip("LCRAY_DATA is unset: it names the folder of the data sets")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """The Ray that all tests share: four workers fit, whatever the machine has."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture
@@ -74,3 +90,24 @@ def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def _classes(batch: tuple[Tensor, Tensor]) -> Tensor:
     return batch[1]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where LCRAY_NO_SKIPS is set, a test that was skipped is a failure, named at the end."""
+    if os.environ.get("LCRAY_NO_SKIPS") and _skipped(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = _skipped(terminalreporter.config) if os.environ.get("LCRAY_NO_SKIPS") else []
+    if skipped:
+        terminalreporter.section("LCRAY_NO_SKIPS is set, but tests were skipped", red=True)
+    for report in skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        terminalreporter.line(f"{report.nodeid}: {reason}")
+
+
+def _skipped(config: pytest.Config) -> list[pytest.TestReport | pytest.CollectReport]:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    reports = reporter.stats.get("skipped", []) if reporter else []
+    return [report for report in reports if not hasattr(report, "wasxfail")]
