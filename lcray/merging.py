@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from lcray.arrow import make_table
 from lcray.errors import CorruptionError
 from lcray.planning import Plan
-from lcray.schema import make_table
-from lcray.shards import Commit, ShardFile, open_shard
+from lcray.shard_files import ShardFile, open_shard
+from lcray.shards import Commit
 from lcray.summary import bin_edges
 
 #: Rows that a block may hold; a layer with more elements is cut (`parameters`) or streamed.

@@ -20,14 +20,15 @@ import numpy as np
 import pyarrow as pa
 
 from lcray import merging
-from lcray.distributions import fit_weibull
+from lcray.arrow import make_table
 from lcray.errors import CorruptionError, IncompleteError
 from lcray.files import FileEntry, TableFile, seal, sync_folder, writing
 from lcray.merging import Arrays, Source, merge_bins
 from lcray.planning import Plan
-from lcray.schema import FORMAT_VERSION, WHOLE_RUN, make_table, table_schema
+from lcray.schema import FORMAT_VERSION, WHOLE_RUN, table_schema
 from lcray.shards import Commit, check_files, committed, read_plan, write_json_atomic
 from lcray.summary import bin_edges
+from lcray.weibull import fit_weibull
 
 MANIFEST = "manifest.json"
 

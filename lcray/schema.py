@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -28,7 +27,8 @@ WHOLE_RUN = -1
 #: What an interval's `status` may be; everything but ``ok`` leaves its numbers null.
 STATUSES = ("ok", "nonfinite_checkpoint", "nonfinite_loss", "nonfinite_gradient")
 
-_STRING = pa.dictionary(pa.int32(), pa.string())
+#: The type of dictionary columns.
+STRING = pa.dictionary(pa.int32(), pa.string())
 _INT, _SIGN, _FLOAT, _SINGLE = pa.int64(), pa.int8(), pa.float64(), pa.float32()
 _LOSS = "loss"  # nats for cross-entropy; else whatever the task's loss is measured in
 
@@ -96,8 +96,8 @@ def _count(name: str, description: str) -> pa.Field:
     return _column(name, _INT, "1", description)
 
 
-_SPLIT = _column("split", _STRING, "", "named data set that the loss is taken over")
-_LAYER = _column("layer", _STRING, "", "named tensor of the model; tied tensors are one layer")
+_SPLIT = _column("split", STRING, "", "named data set that the loss is taken over")
+_LAYER = _column("layer", STRING, "", "named tensor of the model; tied tensors are one layer")
 _START = _column("start_step", _INT, "step", "step of the checkpoint that the interval starts at")
 _END = _column("end_step", _INT, "step", "step of the checkpoint that the interval ends at")
 _INDEX = _column("index", _INT, "1", "position in the layer's tensor, flattened row by row")
@@ -128,13 +128,13 @@ _INTERVALS = (
     _float("lc", _LOSS, "loss change allocated to all layers"),
     _float("gap", _LOSS, "completeness gap: lc - loss_change"),
     _float("first_order_lc", _LOSS, "LC by the gradient at the start; null without a node at 0"),
-    _column("rule", _STRING, "", "quadrature rule, before refinement"),
+    _column("rule", STRING, "", "quadrature rule, before refinement"),
     _count("panels", "equal panels that the interval was cut into"),
     _count("n_gradients", "full-batch gradients; a shared left endpoint is not counted"),
     _column(
         "converged", pa.bool_(), "", "whether the gap is within its bound; null if not ok", True
     ),
-    _column("status", _STRING, "", "one of " + ", ".join(STATUSES)),
+    _column("status", STRING, "", "one of " + ", ".join(STATUSES)),
     *_counts("of the interval"),
 )
 
@@ -143,8 +143,8 @@ _LAYERS = (
     _START,
     _LAYER,
     _END,
-    _column("module", _STRING, "", "module that owns the layer; empty for the root"),
-    _column("kind", _STRING, "", "parameter or buffer"),
+    _column("module", STRING, "", "module that owns the layer; empty for the root"),
+    _column("kind", STRING, "", "parameter or buffer"),
     _count("numel", "elements of the layer"),
     _float("lc", _LOSS, "loss change allocated to the layer"),
     _float("lc_error", _LOSS, "|sum of rule - embedded rule|: an upper indication of lc's error"),
@@ -238,10 +238,10 @@ _FITS = (
     _column("window", _INT, "step", "first step of the base window; -1 stands for the whole run"),
     _LAYER,
     _column("sign", _SIGN, "1", "-1 helps, +1 hurts"),
-    _column("distribution", _STRING, "", "fitted to |LC| of this sign"),
+    _column("distribution", STRING, "", "fitted to |LC| of this sign"),
     _column(
         "parameter",
-        _STRING,
+        STRING,
         "",
         "a parameter of the distribution (Weibull: shape k, scale lambda), or n, "
         "log_likelihood, aic, ks",
@@ -351,97 +351,3 @@ def table_schema(name: str) -> TableSchema:
     if name not in TABLES:
         raise UsageError(suggest(name, [n for n in TABLES if n != "borders"], "table"))
     return TABLES[name]
-
-
-def make_table(name: str, columns: Mapping[str, Any]) -> pa.Table:
-    """An Arrow table with the schema of the table called `name`.
-
-    Args:
-        name: of the table.
-        columns: by name, each an array, list or Arrow array [n] or a scalar (repeated n times). A
-            string column may be one string or a pair (codes [n], names). NaN and ±inf become null;
-            a column that is left out is null if its type allows that.
-
-    Raises:
-        UsageError: if there is no such table.
-        ValueError: for an unknown or missing column, lengths that differ, values that do not fit
-            the type, or nulls where the type has none.
-    """
-    schema = table_schema(name).schema
-    unknown = [column for column in columns if column not in schema.names]
-    if unknown:
-        raise ValueError(suggest(unknown[0], schema.names, f"column of {name!r}"))
-    lengths = {column: n for column, v in columns.items() if (n := _length(v)) is not None}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"table {name!r}: columns differ in length: {lengths}")
-    rows = next(iter(lengths.values()), 1)
-    arrays = [_array(name, field, columns.get(field.name), rows) for field in schema]
-    return pa.Table.from_arrays(arrays, schema=schema)
-
-
-def _length(value: Any) -> int | None:
-    """The number of rows of a column, None for a scalar."""
-    if isinstance(value, tuple):
-        value = value[0]
-    if value is None or isinstance(value, str) or np.ndim(value) == 0:
-        return None
-    return len(value)
-
-
-def _array(table: str, field: pa.Field, value: Any, rows: int) -> pa.Array:
-    try:
-        if value is None:
-            array = pa.nulls(rows, field.type)
-        elif pa.types.is_dictionary(field.type):
-            array = _strings(value, rows)
-        elif pa.types.is_floating(field.type):
-            array = _floats(value, rows, field.type)
-        else:
-            array = _exact(value, rows, field.type)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"table {table!r}: column {field.name!r}: {error}") from error
-    if array.null_count and not field.nullable:
-        raise ValueError(f"table {table!r}: column {field.name!r} must not be missing or null")
-    return array
-
-
-def _strings(value: Any, rows: int) -> pa.Array:
-    if isinstance(value, str):
-        value = (np.zeros(rows, np.int32), [value])
-    if isinstance(value, tuple):
-        codes, names = value
-        if np.ndim(codes) == 0:
-            codes = np.full(rows, codes)
-        indices = pa.array(np.asarray(codes)).cast(pa.int32())
-        return pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string()))
-    if isinstance(value, pa.ChunkedArray):
-        value = value.combine_chunks()
-    array = value if isinstance(value, pa.Array) else pa.array(value, pa.string())
-    if not pa.types.is_dictionary(array.type):
-        array = array.cast(pa.string()).dictionary_encode()
-    return array.cast(_STRING)
-
-
-def _floats(value: Any, rows: int, kind: pa.DataType) -> pa.Array:
-    dtype = kind.to_pandas_dtype()
-    if isinstance(value, pa.Array | pa.ChunkedArray):
-        value = value.cast(kind).to_numpy(**_COPY[type(value) is pa.ChunkedArray])
-    with np.errstate(over="ignore"):  # beyond the type's range is infinite, hence null
-        values = np.ascontiguousarray(np.broadcast_to(np.asarray(value, dtype), (rows,)))
-    finite = np.isfinite(values)
-    return pa.array(values, kind, mask=None if finite.all() else ~finite)
-
-
-#: `to_numpy` of a plain array copies only when told to; that of a chunked one always may.
-_COPY: dict[bool, dict[str, bool]] = {False: {"zero_copy_only": False}, True: {}}
-
-
-def _exact(value: Any, rows: int, kind: pa.DataType) -> pa.Array:
-    if isinstance(value, pa.ChunkedArray):
-        value = value.combine_chunks()
-    if isinstance(value, pa.Array):
-        return value.cast(kind)
-    if isinstance(value, list):
-        return pa.array(value).cast(kind)  # unlike pa.array(value, kind), refuses fractions
-    values = np.asarray(value)
-    return pa.array(np.ascontiguousarray(np.broadcast_to(values, (rows,)))).cast(kind)

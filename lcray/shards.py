@@ -11,10 +11,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,11 +39,9 @@ from lcray.schema import FORMAT_VERSION, TABLES, table_schema
 __all__ = [
     "Commit",
     "FileEntry",
-    "ShardFile",
     "ShardWriter",
     "check_files",
     "committed",
-    "open_shard",
     "read_commit",
     "read_json",
     "read_plan",
@@ -54,7 +51,7 @@ __all__ = [
 ]
 
 _COMMIT = "commit.json"
-_PARTITIONS = "lcray.partitions"
+PARTITIONS = "lcray.partitions"
 _ATTEMPT = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -166,7 +163,7 @@ class ShardWriter:
             files = {}
             for table, file in self._open.items():
                 index = json.dumps(self._partitions[table], separators=(",", ":"))
-                files[table] = asdict(file.finish({_PARTITIONS: index}))
+                files[table] = asdict(file.finish({PARTITIONS: index}))
             data = {
                 "format_version": FORMAT_VERSION,
                 "span": list(self.span.steps),
@@ -340,128 +337,3 @@ def remove_strays(out: Path, spans: Iterable[Span]) -> list[Path]:
                     path.unlink()
                     removed.append(path)
     return removed
-
-
-class ShardFile:
-    """A committed Parquet file, read by row group; a context manager.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        CorruptionError: if it cannot be read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with self._reading():
-            self._file = pq.ParquetFile(path)
-
-    def __enter__(self) -> ShardFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
-
-    @cached_property
-    def partitions(self) -> list[tuple[Any, ...]]:
-        """The values of the table's partition columns, for each row group.
-
-        Raises:
-            CorruptionError: if the file has no such list.
-        """
-        metadata = self._file.metadata
-        try:
-            groups = [tuple(key) for key in json.loads(metadata.metadata[_PARTITIONS.encode()])]
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged("no list of partitions") from error
-        if len(groups) != metadata.num_row_groups:
-            raise self._damaged("its list of partitions does not fit")
-        return groups
-
-    @cached_property
-    def rows(self) -> list[int]:
-        """The number of rows of each row group."""
-        metadata = self._file.metadata
-        return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-
-    def read(self, groups: list[int], columns: list[str] | None = None) -> pa.Table:
-        """The rows of some row groups, in their order.
-
-        Raises:
-            CorruptionError: if they cannot be read.
-        """
-        with self._reading():
-            return self._file.read_row_groups(groups, columns=columns, use_threads=False)
-
-    def read_ranges(
-        self, ranges: Iterable[tuple[tuple[Any, ...], int, int]], columns: list[str] | None = None
-    ) -> pa.Table:
-        """Rows of several partitions, in the order asked for.
-
-        Args:
-            ranges: (partition, start, stop) each: rows [start, stop) of those of the partition.
-            columns: their names; None for all.
-
-        Raises:
-            CorruptionError: if they cannot be read, or a partition has fewer rows.
-        """
-        groups: list[int] = []
-        cuts: list[tuple[int, int]] = []  # (offset, length) within the rows that are read
-        read = 0
-        for partition, start, stop in ranges:
-            seen = found = 0
-            for group in self._groups.get(partition, ()):
-                rows = self.rows[group]
-                low, high = max(start - seen, 0), min(stop - seen, rows)
-                if low < high:
-                    groups.append(group)
-                    cuts.append((read + low, high - low))
-                    read += rows
-                    found += high - low
-                seen += rows
-            if found != stop - start:
-                raise self._damaged(f"partition {partition} lacks rows {start}:{stop}")
-        table = self.read(groups, columns)
-        if sum(length for _, length in cuts) == read:
-            return table
-        return pa.concat_tables([table.slice(*cut) for cut in cuts])
-
-    @cached_property
-    def extents(self) -> dict[tuple[Any, ...], int]:
-        """The number of rows of each partition."""
-        return {key: sum(self.rows[g] for g in groups) for key, groups in self._groups.items()}
-
-    @cached_property
-    def _groups(self) -> dict[tuple[Any, ...], list[int]]:
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        for group, partition in enumerate(self.partitions):
-            groups.setdefault(partition, []).append(group)
-        return groups
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, pa.ArrowException) as error:
-            raise self._damaged(str(error).splitlines()[0]) from error
-
-    def _damaged(self, reason: str) -> CorruptionError:
-        return CorruptionError(
-            f"{self.path}: cannot be read ({reason}); run lcray verify, which says what to repair"
-        )
-
-
-def open_shard(out: Path, commit: Commit, table: str) -> ShardFile | None:
-    """The file of `table` in a commit, or None if the attempt wrote no rows of it.
-
-    Raises:
-        CorruptionError: if it cannot be read.
-    """
-    entry = commit.files.get(table)
-    return None if entry is None else ShardFile(span_folder(out, commit.span) / entry.name)

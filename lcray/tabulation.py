@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from lcray.allocation import OK, IntervalLC
+from lcray.arrow import make_table
 from lcray.layers import Layer
 from lcray.path import Segment
 from lcray.planning import Plan, SplitPlan
 from lcray.quadrature import get_rule
-from lcray.schema import make_table
 from lcray.shards import ShardWriter
 from lcray.summary import Counts, SignedHistograms, bin_edges
 

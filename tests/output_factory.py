@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from lcray.arrow import make_table
 from lcray.layers import Layer
 from lcray.planning import Plan, Settings, Span, SplitPlan
-from lcray.schema import make_table
 from lcray.shards import ShardWriter
 from lcray.summary import UNDERFLOW, bin_edges
 

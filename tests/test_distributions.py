@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lcray.distributions import (
-    WEIBULL,
     Axis,
     Bins,
     Family,
@@ -23,11 +22,10 @@ from lcray.distributions import (
     Slopes,
     fit_histogram,
     fit_samples,
-    fit_weibull,
-    fit_weibull_samples,
 )
 from lcray.errors import UsageError
 from lcray.summary import HIGHEST, LOWEST, UNDERFLOW, LogHistogram, bin_edges
+from lcray.weibull import WEIBULL, fit_weibull, fit_weibull_samples
 
 Floats = NDArray[np.float64]
 Histogram = tuple[Floats, Floats, Floats]

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from lcray import merging
-from lcray.distributions import fit_weibull
 from lcray.errors import CorruptionError, IncompleteError, OutputError
 from lcray.reduction import name_intervals, reduce, repack
 from lcray.schema import TABLES
 from lcray.summary import bin_edges
+from lcray.weibull import fit_weibull
 
 REDUCED = [t for t in factory.ALL if t != "borders"]
 

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lcray.arrow import make_table
 from lcray.errors import UsageError
-from lcray.schema import FORMAT_VERSION, TABLES, make_table, table_schema
+from lcray.schema import FORMAT_VERSION, TABLES, table_schema
 
 # The table of tables of the design: key, then the other columns.
 DESIGN = {

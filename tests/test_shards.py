@@ -20,16 +20,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from lcray import files
+from lcray.arrow import make_table
 from lcray.errors import CorruptionError, OutputError, UsageError
 from lcray.files import encode_json, read_json, seal, write_json_atomic
 from lcray.planning import Span
-from lcray.schema import TABLES, make_table
+from lcray.schema import TABLES
+from lcray.shard_files import ShardFile, open_shard
 from lcray.shards import (
-    ShardFile,
     ShardWriter,
     check_files,
     committed,
-    open_shard,
     read_commit,
     read_plan,
     remove_strays,
