@@ -131,15 +131,15 @@ def test_gap_and_error_fall_at_the_order_of_the_rule(name: str, rule: str, order
     assert math.log2(gaps[0] / gaps[1]) == pytest.approx(order, abs=0.1)
 
 
-def check_limit(case: Case) -> None:
+def check_limit(case: Case, panels: int) -> None:
     """With a dense rule only rounding is left of the gap, buffers included.
 
-    The path is a fortieth of the weights. Degree 5 on 16 panels: the error falls with the sixth
-    power of 1/640, far below the rounding of the two losses, 1e-15 of numbers of order one. Σ|LC|
+    The path is a fortieth of the weights. Degree 5 on n panels: the error falls with the sixth
+    power of 1/(40 n), far below the rounding of the two losses, 1e-15 of numbers of order one. Σ|LC|
     is about a tenth, so that 1e-12 of it leaves a factor of a hundred.
     """
     quarter = interpolated(*case.states, 4)[:2]
-    result = one(replace(case, states=quarter, groups=None), rule="gauss*16", batch_size=100)
+    result = one(replace(case, states=quarter, groups=None), rule=f"gauss*{panels}", batch_size=100)
     assert abs(gap(result)) <= 1e-12 * abs_sum(result)
 
 
@@ -147,14 +147,15 @@ def check_limit(case: Case) -> None:
 @given(case=cases(smooth=True, heavy=False))
 def test_smooth_losses_close_in_the_limit(case: Case) -> None:
     # Frozen parts do not move here: everything that moves is allocated.
-    check_limit(case)
+    check_limit(case, 16)
 
 
 @pytest.mark.slow
 @MANY
 @given(case=cases(smooth=True))
 def test_smooth_losses_close_in_the_limit_many(case: Case) -> None:
-    check_limit(case)
+    # LayerNorm of four numbers may be nearly singular along a path.
+    check_limit(case, 64)
 
 
 def test_without_rows_for_buffers_running_statistics_would_not_close() -> None:
@@ -394,6 +395,7 @@ def check_shared(case: Case, rule: str) -> None:
         (fresh,) = Bench(case, rule=rule).run(case.states[t : t + 2])
         assert (result.loss_start, result.loss_end) == (fresh.loss_start, fresh.loss_end)
         assert result.status == fresh.status == "ok"
+        assert (result.n_gradients, result.converged) == (fresh.n_gradients, fresh.converged)
         for name in ("lc", "layer_error", "first_order", "start_gradient", "group_lc"):
             one_side, other_side = getattr(result, name), getattr(fresh, name)
             assert (one_side is None) == (other_side is None), name

@@ -199,7 +199,7 @@ def test_intervals(output: Output) -> None:
             assert row["status"] == "nonfinite_checkpoint" and counts == (0, 0, 0)
             for name in ("lc", "gap", "loss_change", "first_order_lc", "converged"):
                 assert row[name] is None, name
-            assert row["loss_end"] is None
+            assert row["loss_start"] is None and row["loss_end"] is None
             continue
         scale = expected.scale
         change = expected.loss_end - expected.loss_start
