@@ -153,6 +153,21 @@ class TestSortingByGroup:
         assert not found.sorted_by_group
         assert torch.cat(found.labels).tolist() == [5, 5, 5, 6, 6, 6]
 
+    def test_batches_whose_items_look_even(self) -> None:
+        # Samples of 1 and 3 items make 4 of two samples, but of one sample they show.
+        rows = [[5], [5, 5, 6]]
+        found = prepare(
+            rows,
+            groups=lambda b: torch.tensor([i for row in b for i in row]),
+            collate=lambda rows: rows,
+            batch_size=2,
+        )
+        assert not found.sorted_by_group and found.groups == (5, 6)
+
+    def test_items_in_another_order_than_the_samples(self) -> None:
+        data = (torch.arange(3), torch.tensor([0, 1, 2]))
+        assert not prepare(data, groups=lambda b: b[1].flip(0)).sorted_by_group
+
     def test_no_groups_no_labels(self) -> None:
         found = prepare((torch.arange(4),))
         assert (found.labels, found.groups, found.sorted_by_group) == ((), (), False)

@@ -185,6 +185,13 @@ class TestSource:
         with pytest.raises(UsageError, match=r"needs a Task or 'package.module:attribute'"):
             locate(wrong)  # type: ignore[arg-type]
 
+    def test_a_module_is_found_by_its_name(self, tmp_path: Path, monkeypatch) -> None:
+        write(tmp_path / "lc_named.py", TASK)
+        monkeypatch.chdir(tmp_path)
+        source = locate("lc_named:task")
+        assert source.reference == "lc_named:task" and source.task is None
+        assert source.load() is load_task("lc_named:task")
+
     def test_a_file_loads_in_another_process_and_folder(self, tmp_path, monkeypatch) -> None:
         """The source travels: its text is all that the other process gets."""
         write(tmp_path / "code" / "lc_sibling.py", "NAME = 'from the sibling'")
