@@ -135,8 +135,8 @@ def check_limit(case: Case, panels: int) -> None:
     """With a dense rule only rounding is left of the gap, buffers included.
 
     The path is a fortieth of the weights. Degree 5 on n panels: the error falls with the sixth
-    power of 1/(40 n), far below the rounding of the two losses, 1e-15 of numbers of order one. Σ|LC|
-    is about a tenth, so that 1e-12 of it leaves a factor of a hundred.
+    power of 1/(40 n), far below the rounding of the two losses, 1e-15 of numbers of order one.
+    Σ|LC| is about a tenth, so that 1e-12 of it leaves a factor of a hundred.
     """
     quarter = interpolated(*case.states, 4)[:2]
     result = one(replace(case, states=quarter, groups=None), rule=f"gauss*{panels}", batch_size=100)
