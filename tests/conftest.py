@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import scenes
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lcray
 from lcray.checkpoints import Recorder
 from lcray.task import Task
 
@@ -43,6 +46,28 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Analyses take place in this process, without Ray."""
+    _work_inline(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `scenes.plain`: steps 0 to 12. Read only."""
+    return scenes.record(scenes.plain, tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.fixture(scope="session")
+def plain_out(plain_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed analysis of it, in spans of three intervals, without Ray. Read only."""
+    out = tmp_path_factory.mktemp("plain-out") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        _work_inline(patch)
+        lcray.analyze(plain_run, "scenes:plain", out, span_length=3, elements=True)
+    return out
+
+
+@pytest.fixture
 def tiny_model() -> Callable[[], nn.Module]:
     """Builds a tanh network of 4-5-3 units, 43 parameters."""
     return build_tiny
@@ -70,6 +95,12 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             optimizer.step()
             recorder.step()
     return run
+
+
+def _work_inline(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("lcray.analysis.connection", lambda resources: nullcontext())
+    patch.setattr("lcray.analysis.Pool", scenes.InlinePool)
+    patch.setattr("ray.get_gpu_ids", list)
 
 
 def build_tiny() -> nn.Module:

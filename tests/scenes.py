@@ -1,0 +1,279 @@
+"""Small tasks and recorded runs for the tests that go through workers, and how to compare outputs.
+
+The tasks stand at module level, so that workers import them by name as they would a user's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lcray import cluster
+from lcray.analysis import Progress
+from lcray.checkpoints import Recorder
+from lcray.cluster import Outcome
+from lcray.errors import LcrayError
+from lcray.planning import Plan, Settings, Span
+from lcray.reduction import Reduction, reduce
+from lcray.span import Description, Probe, SpanReport
+from lcray.task import Task, TaskSource
+
+HERE = Path(__file__).parent
+Pair = tuple[Tensor, Tensor]
+
+
+def build_plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def build_batchnorm() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+
+
+class Tied(nn.Module):
+    """Predicts the next token from the one before; the embedding is the output layer, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 5)
+        self.mix = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.mix(self.embedding(tokens))))
+        return logits
+
+
+def points() -> dict[str, Pair]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(23, 4, generator=generator)
+    y = (x @ torch.randn(4, 3, generator=generator)).argmax(1)
+    return {"train": (x[:17], y[:17]), "val": (x[17:], y[17:])}
+
+
+def sentences() -> dict[str, tuple[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return {"train": (torch.randint(7, (9, 6), generator=generator),)}
+
+
+def cross_entropy(model: nn.Module, batch: Pair) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def next_token(model: nn.Module, batch: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+    """Losses and weights per token; token 0 is padding."""
+    before, after = batch[0][:, :-1], batch[0][:, 1:].flatten()
+    losses = F.cross_entropy(model(before).flatten(0, 1), after, reduction="none")
+    return losses, (after != 0).float()
+
+
+def classes(batch: Pair) -> Tensor:
+    return batch[1]
+
+
+plain = Task(build_plain, points, cross_entropy, groups=classes)
+batchnorm = Task(build_batchnorm, points, cross_entropy, groups=classes)
+tied = Task(Tied, sentences, next_token)
+
+
+def needs_argument(size: int) -> Task:
+    return plain
+
+
+def reduced_loss(model: nn.Module, batch: Pair) -> Tensor:
+    return cross_entropy(model, batch).mean()
+
+
+def random_loss(model: nn.Module, batch: Pair) -> Tensor:
+    return cross_entropy(model, batch) * torch.rand(())
+
+
+reduced = Task(build_plain, points, reduced_loss)
+noisy = Task(build_plain, points, random_loss)
+empty = Task(build_plain, {"train": (torch.empty(0, 4), torch.empty(0))}, cross_entropy)
+
+
+def held_loss(folder: str, model: nn.Module, batch: Pair) -> Tensor:
+    """Takes hold of ``folder/hold`` if it is there, says who it is, and waits to be killed."""
+    try:
+        os.rename(f"{folder}/hold", f"{folder}/held-{os.getpid()}")
+    except FileNotFoundError:
+        return cross_entropy(model, batch)
+    time.sleep(60)
+    raise RuntimeError("nobody killed this worker")
+
+
+def deadly_loss(folder: str, model: nn.Module, batch: Pair) -> Tensor:
+    """Kills its worker while ``folder/kill`` is there; a line of ``folder/deaths`` for each."""
+    if os.path.exists(f"{folder}/kill"):
+        with open(f"{folder}/deaths", "a") as file:
+            print(os.getpid(), file=file)
+        os.kill(os.getpid(), 9)
+    return cross_entropy(model, batch)
+
+
+def slow_loss(seconds: float, model: nn.Module, batch: Pair) -> Tensor:
+    time.sleep(seconds)
+    return cross_entropy(model, batch)
+
+
+def deadly_model(folder: str, driver: int) -> nn.Module:
+    """Kills the process that builds it, unless that is the driver."""
+    if os.getpid() != driver:
+        with open(f"{folder}/deaths", "a") as file:
+            print(os.getpid(), file=file)
+        os.kill(os.getpid(), 9)
+    return build_plain()
+
+
+def with_loss(loss: Callable[..., Any], *arguments: Any) -> Task:
+    """The plain task with a loss of its own."""
+    return Task(build_plain, points, partial(loss, *arguments), groups=classes)
+
+
+def record(
+    task: Task,
+    run: Path,
+    *,
+    steps: int = 12,
+    seed: int = 1,
+    start: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Train a task's network by SGD with momentum on its first split; a checkpoint a step.
+
+    With `start`, go on from the checkpoint of that step (momentum begins anew).
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = task.model()
+    if start is not None:
+        from lcray.checkpoints import open_series
+
+        state = open_series(run, minimum=1).read(start)
+        model.load_state_dict(state.tensors, strict=False)
+    data = next(iter(task.splits().values() if callable(task.splits) else task.splits.values()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    model.to(dtype)
+    data = tuple(part.to(dtype) if part.is_floating_point() else part for part in data)
+    with Recorder(model, run, start=start) as recorder:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            found = task.loss(model, data)
+            (found[0] * found[1] if isinstance(found, tuple) else found).mean().backward()
+            optimizer.step()
+            recorder.step()
+    return run
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / f"step-{step:08d}.safetensors"
+
+
+def tables(out: Path) -> dict[str, bytes]:
+    """Every file of ``OUT/tables``, bit for bit."""
+    return {path.name: path.read_bytes() for path in sorted((out / "tables").iterdir())}
+
+
+def commits(out: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Time, inode and contents of every committed file, by its path in the output."""
+    folders = [path.parent for path in out.glob("shards/*/commit.json")]
+    files = [path for folder in folders for path in folder.iterdir()]
+    return {
+        str(path.relative_to(out)): (path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes())
+        for path in sorted(files)
+    }
+
+
+def spans_of(out: Path) -> list[str]:
+    """The names of the committed spans."""
+    return sorted(path.parent.name for path in out.glob("shards/*/commit.json"))
+
+
+class InlinePool:
+    """A `lcray.cluster.Pool` of one worker in this process: the same calls, no Ray."""
+
+    size = 2
+
+    def __init__(
+        self,
+        source: TaskSource,
+        run: str,
+        settings: Settings,
+        resources: cluster.Resources,
+        *,
+        steps: str | None,
+        threads: int,
+        limit: int,
+    ) -> None:
+        self._worker = cluster._Worker()
+        self._setup = cluster._Shipment.pack(source), run, settings, steps, threads
+        self._description: Description | None = None
+
+    def __enter__(self) -> InlinePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def describe(self) -> Description:
+        if self._description is None:
+            self._description = self._worker.set_up(*self._setup)
+        return self._description
+
+    def probe(self) -> Probe:
+        self.describe()
+        return self._worker.probe()
+
+    def run(
+        self,
+        plan: Plan,
+        spans: Sequence[Span],
+        out: Path,
+        on_done: Callable[[Span, SpanReport], None],
+    ) -> Outcome:
+        outcome = Outcome()
+        for number, span in enumerate(spans):
+            try:
+                report = self._worker.run_span(plan, span, str(out), f"inline-{number}")
+            except LcrayError as error:
+                outcome.failures[span] = str(error)
+            else:
+                outcome.reports[span] = report
+                on_done(span, report)
+        return outcome
+
+    def reduce(self, out: Path, *, allow_missing: bool = False) -> Reduction:
+        return reduce(out, allow_missing=allow_missing)
+
+
+class Told(list[Progress]):
+    """What was told of the progress, with something to do when `done` intervals are reached."""
+
+    def __init__(self, done: int = -1, then: Callable[[], Any] = lambda: None) -> None:
+        super().__init__()
+        self._done, self._then = done, then
+
+    def __call__(self, progress: Progress) -> None:
+        self.append(progress)
+        if progress.phase == "spans" and progress.done >= self._done >= 0:
+            self._done = -1
+            self._then()
+
+
+def python_environment() -> dict[str, str]:
+    """For child processes: this Python first, no colours, no Ray of the parent's."""
+    left_out = ("RAY_ADDRESS", "COLUMNS", "FORCE_COLOR", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    folder = str(Path(sys.executable).parent)
+    return kept | {"PATH": f"{folder}{os.pathsep}{kept['PATH']}", "OMP_NUM_THREADS": "1"}
