@@ -122,12 +122,13 @@ def demo(directory: Path, workers: int | None) -> None:
 @app.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--steps", help="Only checkpoints with a <= step <= b, as in 100:200.")
+@click.option("--layers", help="Only tensors whose names match, as in 'conv*'.")
 @_JSON
-def inspect(run: Path, steps: str | None, as_json: bool) -> None:
+def inspect(run: Path, steps: str | None, layers: str | None, as_json: bool) -> None:
     """Audit a run: gaps, duplicates, NaN, outliers, torn files, what is frozen."""
     from lcray import display
 
-    found = lcray.inspect(run, steps)
+    found = lcray.inspect(run, steps, layers)
     _show(asdict(found) | {"ok": found.ok}, lambda: display.audit_table(found), as_json)
     if not found.ok:
         sys.exit(1)

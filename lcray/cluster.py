@@ -180,7 +180,6 @@ class _Member:
     """A worker as the driver sees it."""
 
     actor: Any
-    description: Description | None = None
 
 
 @dataclass
@@ -225,6 +224,7 @@ class Pool:
         self._count = min(_worker_count(resources, self._options), max(1, limit))
         self._members: list[_Member] = []
         self._starting: dict[Reference, _Member] = {}
+        self._description: Description | None = None
         self._lost = 0
 
     @property
@@ -250,9 +250,8 @@ class Pool:
         while not self._members:
             ready, _ = ray.wait(list(self._starting), num_returns=1)
             self._welcome(ready[0])
-        description = self._members[0].description
-        assert description is not None
-        return description
+        assert self._description is not None
+        return self._description
 
     def probe(self) -> Probe:
         """Evaluate the splits at the first checkpoint, on one worker.
@@ -340,7 +339,7 @@ class Pool:
         """Take in a worker that has set up: it must have found what the others found."""
         member = self._starting.pop(reference)
         try:
-            member.description = _result(reference)
+            found: Description = _result(reference)
         except RayActorError as error:
             self._replace(member)
             if self._lost > ATTEMPTS * self._count:
@@ -349,8 +348,9 @@ class Pool:
                     "memory for model and data?"
                 ) from error
             return []
-        known = self._members[0].description if self._members else member.description
-        if known != member.description:
+        # The first one's, even where that worker is gone: others may have computed with the same.
+        self._description = self._description or found
+        if found != self._description:
             raise TaskError(
                 "task: workers differ in model, data or device; splits() and model() must give "
                 "the same everywhere (seed what is random)"

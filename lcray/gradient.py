@@ -81,6 +81,7 @@ class GradientEngine:
         sums = _Sums(self.flat, split, directions if split.labels and out is not None else ())
         if out is not None:
             out.zero_()
+            self.flat.grad.zero_()  # an evaluation that failed half-way may have left something
         with self._context(), torch.enable_grad():
             for index, batch in enumerate(split.batches):
                 losses, weights = self._item_losses(split, index, batch)

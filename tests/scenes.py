@@ -257,18 +257,23 @@ class InlinePool:
         return reduce(out, allow_missing=allow_missing)
 
 
-class Told(list[Progress]):
-    """What was told of the progress, with something to do when `done` intervals are reached."""
+class Told:
+    """Keeps what was told of the progress, and does something when `done` intervals are reached."""
 
     def __init__(self, done: int = -1, then: Callable[[], Any] = lambda: None) -> None:
-        super().__init__()
+        self.states: list[Progress] = []
         self._done, self._then = done, then
 
     def __call__(self, progress: Progress) -> None:
-        self.append(progress)
+        self.states.append(progress)
         if progress.phase == "spans" and progress.done >= self._done >= 0:
             self._done = -1
             self._then()
+
+    @property
+    def counts(self) -> list[int]:
+        """Of the committed intervals, as they went up."""
+        return [state.done for state in self.states if state.phase == "spans"]
 
 
 def python_environment() -> dict[str, str]:

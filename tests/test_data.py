@@ -129,6 +129,14 @@ class TestSortingByGroup:
         assert samples(found) == list(range(6))
         assert found.groups == (0, 1, 2)
 
+    def test_one_sample_in_the_middle_is_enough(self) -> None:
+        data = (torch.arange(5), torch.tensor([1, 0, 1, 0, 1]))
+        mixed = (torch.arange(5) == 2).long()
+        found = prepare(
+            (*data, mixed), groups=lambda b: torch.stack([b[1], b[1] + b[2]], 1).flatten()
+        )
+        assert not found.sorted_by_group and samples(found) == list(range(5))
+
     def test_items_that_do_not_come_sample_by_sample(self) -> None:
         # Position by position: the second item of sample 0 follows the first one of the last.
         data = (torch.arange(6), torch.tensor([0, 1, 0, 1, 0, 1]))

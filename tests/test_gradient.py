@@ -26,6 +26,9 @@ from strategies import (
 from torch import Tensor, nn
 
 from lcray.errors import TaskError
+from lcray.planning import Settings
+from lcray.task import Task
+from lcray.workbench import Workbench
 
 # Sums of at most some hundred float64 terms in another order, relative to the largest.
 ROUNDING = 1e-12
@@ -297,3 +300,48 @@ def test_an_mlp_of_a_dict_and_mixed_types_in_batches() -> None:
     expected, same = evaluate(Bench(rounded), case.states[0])
     assert abs(found.loss - expected.loss) <= ROUNDING
     assert (gradient - same).abs().max() <= ROUNDING
+
+
+class _FailsOnce(torch.autograd.Function):
+    """The identity; its first backward pass fails."""
+
+    failed = False
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        if not _FailsOnce.failed:
+            _FailsOnce.failed = True
+            raise RuntimeError("out of something")
+        return gradient
+
+
+def test_a_backward_pass_that_failed_half_way_leaves_nothing_behind() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.near, self.far = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.near(_FailsOnce.apply(self.far(x)))
+
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    task = Task(
+        Net, {"train": (x, y)}, lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none")
+    )
+    bench = Workbench(task, Settings(dtype="float64"))
+    out = bench.engine.new_vector()
+    with pytest.raises(RuntimeError, match="out of something"):
+        bench.engine.evaluate(bench.splits[0], out)
+    assert bool(bench.flat.grad.any())  # the failure did leave something: near's gradient
+    bench.engine.evaluate(bench.splits[0], out)
+    model = bench.flat.model
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss = F.cross_entropy(model(x.double()), y)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    assert torch.allclose(out, torch.cat([g.reshape(-1) for g in expected]), rtol=1e-12, atol=1e-15)

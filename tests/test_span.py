@@ -339,6 +339,30 @@ class TestDamage:
         assert files_in(tmp_path) == []
 
 
+class TestPlanAndTask:
+    """The plan was made by a probe elsewhere: a worker's task must be the same."""
+
+    def test_other_groups_than_in_the_plan(self, tiny_task, tiny_run, tmp_path) -> None:
+        plan = draft(workspace(tiny_task, tiny_run), 4)
+        other = workspace(replace(tiny_task, groups=lambda b: b[1] + 1), tiny_run)
+        with pytest.raises(TaskError, match=r"^task split 'train': other groups than in the plan"):
+            other.run(plan, plan.spans[0], tmp_path, "a")
+        assert files_in(tmp_path) == []
+
+    def test_other_items_than_in_the_plan(self, tiny_task, tiny_run, tmp_path) -> None:
+        task = replace(tiny_task, groups=None)
+        plan = draft(workspace(task, tiny_run), 4)
+
+        def fewer(net: nn.Module, batch: Any) -> Tensor:
+            return tiny_task.loss(net, batch)[1:]  # type: ignore[index]
+
+        other = workspace(replace(task, loss=fewer), tiny_run)
+        with pytest.raises(TaskError, match="16 items of weight 16") as caught:
+            other.run(plan, plan.spans[0], tmp_path, "a")
+        assert "number and weights must not change" in str(caught.value)
+        assert files_in(tmp_path) == []
+
+
 class TestProbe:
     def test_what_it_finds(self, tiny_task: Task, tiny_run: Path) -> None:
         work = workspace(tiny_task, tiny_run, batch_size=4)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from lcray.checkpoints.bits import count_unchanged, same_bits
 from lcray.checkpoints.series import CheckpointSeries, State, open_series
-from lcray.errors import CheckpointError
+from lcray.errors import CheckpointError, suggest
 
 OUTLIER_Z = 6.0
 OUTLIER_SPREAD = 0.15  # floor of the spread of log norms: below x 2.5 nothing is an outlier
@@ -86,7 +87,7 @@ class Audit:
         return not any(finding.severity == "error" for finding in self.findings)
 
 
-def inspect(run: str | Path, steps: str | None = None) -> Audit:
+def inspect(run: str | Path, steps: str | None = None, layers: str | None = None) -> Audit:
     """Read every checkpoint of a run once and report what an analysis would stumble over.
 
     Checkpoints that cannot be read are findings, and the rest goes on. Outliers are intervals
@@ -97,9 +98,10 @@ def inspect(run: str | Path, steps: str | None = None) -> Audit:
     Args:
         run: a local directory of checkpoints.
         steps: ``"a:b"``, as in `open_series`.
+        layers: a pattern such as ``"conv*"``: only tensors whose names match.
 
     Raises:
-        CheckpointError: no such run, or no checkpoints in it.
+        CheckpointError: no such run, no checkpoints in it, or no tensor that matches.
         UsageError: `steps` that is no range.
     """
     series = open_series(run, steps, minimum=1)
@@ -111,12 +113,24 @@ def inspect(run: str | Path, steps: str | None = None) -> Audit:
         except CheckpointError as error:
             pass_.add("error", "unreadable", step, None, str(error))
             continue
+        state = _narrowed(state, layers)
         pass_.visit(previous, state)
         previous = state
     findings = [*pass_.findings, *_gaps(series), *_outliers(pass_.norms)]
     findings += [*_nonfinite(pass_), *_hidden(pass_), *_frozen(pass_)]
     findings.sort(key=lambda found: math.inf if found.step is None else found.step)
     return _report(series, pass_, findings)
+
+
+def _narrowed(state: State, pattern: str | None) -> State:
+    if pattern is None:
+        return state
+    kept = {n: t for n, t in state.tensors.items() if fnmatch.fnmatchcase(n, pattern)}
+    if not kept:
+        raise CheckpointError(
+            f"step {state.step}: " + suggest(pattern, state.tensors, "layer pattern")
+        )
+    return replace(state, tensors=kept)
 
 
 def _report(series: CheckpointSeries, pass_: _Pass, findings: list[Finding]) -> Audit:

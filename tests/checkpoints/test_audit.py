@@ -228,3 +228,13 @@ def test_a_recorded_run_with_a_frozen_layer(tmp_path):
     report = inspect(tmp_path)
     assert report.frozen == ("3.weight", "3.bias")
     assert report.ok and not kinds(report, severity="error")
+
+
+def test_a_pattern_narrows_the_audit(tmp_path):
+    for step in range(3):
+        write(tmp_path, step, {"a": torch.full((2,), 1.0 + step), "b": torch.tensor([math.nan])})
+    assert kinds(inspect(tmp_path), severity="error") == [("nonfinite", 0, "b")]
+    narrowed = inspect(tmp_path, layers="a*")
+    assert (narrowed.n_tensors, narrowed.ok) == (1, True)
+    with pytest.raises(CheckpointError, match="unknown layer pattern 'c"):
+        inspect(tmp_path, layers="c*")
