@@ -1,0 +1,337 @@
+"""Workers on a real Ray: order, death, set-up; and what Ray an analysis works on."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import scenes
+
+import lcray
+from lcray import analysis, cluster
+from lcray.cluster import Outcome, Pool, Resources
+from lcray.errors import (
+    ClusterError,
+    IncompleteError,
+    TaskError,
+    UsageError,
+)
+from lcray.planning import Plan, Settings, Span
+from lcray.task import Task, TaskSource, locate
+
+pytestmark = pytest.mark.ray
+
+SETTINGS = Settings()
+
+
+def analyze(run: Path, task: Task | str, out: Path, workers: int, **options: Any) -> lcray.Results:
+    resources = Resources(workers=workers)
+    return lcray.analyze(run, task, out, resources=resources, **options)
+
+
+def shuffle_spans(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[list[Span]]:
+    """Pools hand the spans out in a random order; gives the orders that were used."""
+    original, orders = Pool.run, []
+
+    def shuffled(
+        self: Pool, plan: Plan, spans: Sequence[Span], out: Path, on_done: Callable[..., None]
+    ) -> Outcome:
+        orders.append(random.Random(seed).sample(list(spans), len(spans)))
+        return original(self, plan, orders[-1], out, on_done)
+
+    monkeypatch.setattr(Pool, "run", shuffled)
+    return orders
+
+
+NETS = [
+    pytest.param("batchnorm", "batch", id="batchnorm by batch"),
+    pytest.param("batchnorm", "running", id="batchnorm running", marks=pytest.mark.slow),
+    pytest.param("tied", "running", id="tied", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("net", "mode"), NETS)
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_and_order_do_not_change_a_bit(
+    net: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = f"scenes:{net}"
+    run = scenes.record(getattr(scenes, net), tmp_path / "run", steps=8)
+    options: dict[str, Any] = {"batch_norm": mode, "batch_size": 5, "elements": True}
+    one = analyze(run, task, tmp_path / "one", 1, span_length=1, **options)
+    orders = shuffle_spans(monkeypatch, seed=3)
+    analyze(run, task, tmp_path / "many", 3, plan=one.plan)
+    assert sorted(orders[0], key=lambda span: span.first) == list(one.plan.spans) != orders[0]
+    assert len(one.plan.spans) == 8
+    assert scenes.tables(tmp_path / "many") == scenes.tables(tmp_path / "one")
+    assert lcray.verify(tmp_path / "many").ok
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_killed_in_the_middle_of_a_span_is_replaced(
+    plain_run: Path, plain_out: Path, tmp_path: Path
+) -> None:
+    task = scenes.with_loss(scenes.held_loss, str(tmp_path))
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 45
+        while not killed and time.monotonic() < deadline:
+            for path in tmp_path.glob("held-*"):
+                killed.append(int(path.name.removeprefix("held-")))
+                os.kill(killed[0], signal.SIGKILL)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=kill)
+    told = scenes.Told(done=3, then=lambda: (tmp_path / "hold").touch())
+    thread.start()
+    analyze(plain_run, task, tmp_path / "out", 2, span_length=3, elements=True, on_progress=told)
+    thread.join()
+    assert len(killed) == 1
+    assert scenes.tables(tmp_path / "out") == scenes.tables(plain_out)
+    # The span that lost its worker was tried a second time.
+    tries = [path.stem.split("-")[1] for path in tmp_path.glob("out/shards/*/layers-*.parquet")]
+    assert sorted(tries) == ["1", "1", "1", "2"]
+    assert told.counts == [0, 3, 6, 9, 12]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_span_that_kills_its_workers_is_given_up_and_can_be_resumed(
+    plain_run: Path, plain_out: Path, tmp_path: Path
+) -> None:
+    task = scenes.with_loss(scenes.deadly_loss, str(tmp_path))
+    out, kill = tmp_path / "out", tmp_path / "kill"
+    told = scenes.Told(done=9, then=kill.touch)
+    options: dict[str, Any] = {"span_length": 3, "elements": True}
+    with pytest.raises(IncompleteError) as caught:
+        analyze(plain_run, task, out, 1, on_progress=told, **options)
+    assert "3 intervals are missing (steps 9-12): 9-12: its worker died" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    pids = (tmp_path / "deaths").read_text().split()
+    assert len(set(pids)) == len(pids) == cluster.ATTEMPTS
+    kept = scenes.commits(out)
+    assert scenes.spans_of(out) == ["00000000-00000003", "00000003-00000006", "00000006-00000009"]
+    kill.unlink()
+    analyze(plain_run, task, out, 1, **options)
+    assert kept.items() <= scenes.commits(out).items()
+    assert scenes.tables(out) == scenes.tables(plain_out)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_that_die_while_they_set_up_end_the_analysis(
+    plain_run: Path, tmp_path: Path
+) -> None:
+    model = partial(scenes.deadly_model, str(tmp_path), os.getpid())
+    task = Task(model, scenes.points, scenes.cross_entropy)
+    with pytest.raises(ClusterError, match=r"keep dying while they set up.*memory"):
+        analyze(plain_run, task, tmp_path / "out", 1)
+    pids = (tmp_path / "deaths").read_text().split()
+    assert cluster.ATTEMPTS < len(pids) <= cluster.ATTEMPTS + 1
+    assert not (tmp_path / "out" / "analysis.json").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_dies_while_it_probes_is_an_error(plain_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "kill").touch()
+    task = scenes.with_loss(scenes.deadly_loss, str(tmp_path))
+    with pytest.raises(ClusterError, match="died while probing"):
+        lcray.plan(plain_run, task, resources=Resources(workers=1))
+
+
+def counting_splits(folder: str) -> dict[str, scenes.Pair]:
+    """Other data in every process that asks."""
+    number = len(list(Path(folder).glob("asked-*")))
+    Path(folder, f"asked-{number}-{os.getpid()}").touch()
+    x, y = scenes.points()["train"]
+    return {"train": (x + number, y)}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_that_find_other_data_are_refused(plain_run: Path, tmp_path: Path) -> None:
+    splits = partial(counting_splits, str(tmp_path))
+    task = Task(scenes.build_plain, splits, partial(scenes.slow_loss, 0.2))
+    with pytest.raises(TaskError, match="workers differ in model, data or device"):
+        analyze(plain_run, task, tmp_path / "out", 2, span_length=1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_replacement_that_finds_other_data_is_refused(plain_run: Path, tmp_path: Path) -> None:
+    splits = partial(counting_splits, str(tmp_path))
+    loss = partial(scenes.deadly_loss, str(tmp_path))
+    task = Task(scenes.build_plain, splits, loss)
+    told = scenes.Told(done=6, then=(tmp_path / "kill").touch)
+    with pytest.raises(TaskError, match="workers differ in model, data or device"):
+        analyze(plain_run, task, tmp_path / "out", 1, span_length=3, on_progress=told)
+    assert len((tmp_path / "deaths").read_text().split()) == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_errors_of_a_worker_arrive_as_they_are(plain_run: Path, tmp_path: Path) -> None:
+    before = {actor["actor_id"] for actor in alive_actors()}
+    with pytest.raises(TaskError, match=r"losses.*\[17\]|one loss per|reduction"):
+        analyze(plain_run, "scenes:reduced", tmp_path / "out", 1)
+    with pytest.raises(TaskError, match="split 'train': is empty"):
+        lcray.plan(plain_run, "scenes:empty", resources=Resources(workers=1))
+    deadline = time.monotonic() + 20
+    while {actor["actor_id"] for actor in alive_actors()} - before:
+        assert time.monotonic() < deadline, "workers were left behind"
+        time.sleep(0.1)
+
+
+def alive_actors() -> list[dict[str, Any]]:
+    """The actors of the shared Ray that live, from its own books."""
+    from ray._private.state import actors
+
+    return [{"actor_id": name} for name, actor in actors().items() if actor["State"] != "DEAD"]
+
+
+class TestShipment:
+    def test_an_object_that_cannot_be_sent(self) -> None:
+        task = Task(scenes.build_plain, {"train": (threading.Lock(),)}, scenes.cross_entropy)
+        with pytest.raises(TaskError, match=r"cannot be sent to workers.*name it module:attribute"):
+            cluster._Shipment.pack(TaskSource("<Task object>", task))
+
+    def test_an_object_whose_code_is_not_there(self) -> None:
+        packed = cluster._Shipment((), b"cnowhere_at_all\nTask\n.")
+        with pytest.raises(TaskError, match=r"cannot be loaded on a worker.*nowhere_at_all"):
+            packed.unpack()
+
+    def test_folders_follow_once_and_only_where_they_exist(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here = str(tmp_path)
+        monkeypatch.setattr("sys.path", ["first", here, "/no/such/folder"])
+        packed = cluster._Shipment.pack(locate("scenes:plain"))
+        path = ["worker"]
+        monkeypatch.setattr("sys.path", path)
+        assert packed.unpack() == locate("scenes:plain")
+        packed.unpack()
+        assert path == ["worker", here]
+
+
+class TestResources:
+    @pytest.mark.parametrize(
+        ("resources", "message"),
+        [
+            (Resources(workers=0), "workers 0: must be at least 1"),
+            (Resources(cpus_per_worker=64), "no node has 64 CPUs and 0 GPUs"),
+            (Resources(gpus_per_worker=1), "no node has 1 CPUs and 1 GPUs; ask for less"),
+        ],
+    )
+    @pytest.mark.usefixtures("ray_cluster")
+    def test_what_cannot_be_had_is_refused(
+        self, plain_run: Path, resources: Resources, message: str
+    ) -> None:
+        with pytest.raises(UsageError, match=message):
+            lcray.plan(plain_run, "scenes:plain", resources=resources)
+
+    @pytest.mark.parametrize(
+        ("resources", "limit", "expected"),
+        [
+            (Resources(), 12, 4),  # one a CPU of the shared Ray
+            (Resources(cpus_per_worker=1.5), 12, 2),
+            (Resources(cpus_per_worker=3), 12, 1),
+            (Resources(workers=9), 12, 9),
+            (Resources(workers=9), 5, 5),  # no more than there is work for
+            (Resources(), 0, 1),
+        ],
+    )
+    @pytest.mark.usefixtures("ray_cluster")
+    def test_the_number_of_workers(
+        self, plain_run: Path, resources: Resources, limit: int, expected: int
+    ) -> None:
+        source = locate("scenes:plain")
+        options = {"steps": None, "threads": 1, "limit": limit}
+        pool = Pool(source, str(plain_run), SETTINGS, resources, **options)
+        assert pool.size == expected
+
+    @pytest.mark.parametrize(
+        ("gpus", "asked", "count", "each"), [(2, None, 2, 1.0), (1, 0.25, 4, 0.25), (2, 0, 8, 0)]
+    )
+    def test_gpus(
+        self,
+        gpus: int,
+        asked: float | None,
+        count: int,
+        each: float,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        has = {"CPU": 8.0, "GPU": float(gpus)}
+        monkeypatch.setattr(ray, "cluster_resources", lambda: has)
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": has}])
+        resources = Resources(gpus_per_worker=asked)
+        options = {"steps": None, "threads": 1, "limit": 99}
+        pool = Pool(locate("scenes:plain"), "", SETTINGS, resources, **options)
+        assert pool.size == count
+        assert pool._options["num_gpus"] == each
+
+
+class TestConnection:
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """Calls of ray.init (with its options) and ray.shutdown, which do nothing."""
+        found: list[Any] = []
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", lambda **options: found.append(options))
+        monkeypatch.setattr(ray, "shutdown", lambda: found.append("shutdown"))
+        return found
+
+    def test_its_own_ray_by_default(self, calls: list[Any]) -> None:
+        with pytest.raises(KeyError), cluster.connection(Resources()):
+            raise KeyError
+        options, end = calls
+        assert (options["address"], options["include_dashboard"], end) == (
+            "local",
+            False,
+            "shutdown",
+        )
+
+    def test_the_address_and_the_environment(
+        self, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("RAY_ADDRESS", "there:1")
+        with cluster.connection(Resources()), cluster.connection(Resources(address="here:2")):
+            pass
+        assert [call["address"] for call in calls[:2]] == ["there:1", "here:2"]
+        assert "object_store_memory" not in calls[0]  # refused by a cluster that exists
+
+    def test_a_ray_that_is_there_is_used_and_left(
+        self, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ray, "is_initialized", lambda: True)
+        with cluster.connection(Resources(address="elsewhere:1")):
+            pass
+        assert calls == []
+
+    def test_a_cluster_that_cannot_be_reached(
+        self, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(**options: Any) -> None:
+            raise ConnectionError("first\nno route")
+
+        monkeypatch.setattr(ray, "init", refuse)
+        with (
+            pytest.raises(ClusterError, match=r"Ray at 'x:1': cannot be .*Error: no route\)"),
+            cluster.connection(Resources(address="x:1")),
+        ):
+            pass
+        assert calls == []
+
+
+def test_the_worker_in_this_process_stands_for_the_pool() -> None:
+    """`scenes.InlinePool` may replace a `Pool` only as long as it offers what analyses use."""
+    used = {name for name in vars(Pool) if not name.startswith("_")}
+    assert used == {name for name in vars(scenes.InlinePool) if not name.startswith("_")}
+    assert analysis.Pool is Pool
