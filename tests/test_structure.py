@@ -54,9 +54,10 @@ ORDER = (
     "progress",
     "display",
     "cli",
+    "__main__",
 )
 #: The command line; everything else is a library and keeps quiet.
-SPEAKS = {"lcray.cli", "lcray.progress", "lcray.display"}
+SPEAKS = {"lcray.__main__", "lcray.cli", "lcray.display", "lcray.progress"}
 NO_PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 
 
