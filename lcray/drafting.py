@@ -134,7 +134,10 @@ def make_plan(
     detail = _matching(settings, layers)
     chosen = _tables(settings, layers, splits, len(spans))
     rows = max(1, len(detail) * n_intervals * len(splits))
-    _check_traces(settings, layers)
+    if "traces" in chosen:
+        _check_traces(settings, layers)
+    elif settings.trace:
+        raise UsageError(f"trace {settings.trace[0]!r}: the traces table is off; use --parameters")
     return Plan(
         settings=settings,
         layers=tuple(layers),
@@ -295,8 +298,8 @@ def _rows(plan: Plan) -> dict[str, int]:
     layers = {layer.name: layer for layer in plan.layers}
     detail = [layers[name] for name in plan.detail_layers]
     size = sum(layer.numel for layer in detail)
-    width = plan.steps[-1] - plan.steps[0]
-    windows = math.ceil(width / plan.window)
+    ends = plan.window_of(plan.steps[0]), plan.window_of(plan.steps[-2])
+    windows = (ends[1] - ends[0]) // plan.window + 1
     groups = sum(len(split.groups) for split in plan.splits)
     samples = sum(min(plan.trace_sample, layer.numel) for layer in detail)
     bins = sum(2 * min(_HISTOGRAM_BINS, layer.numel) for layer in detail)

@@ -111,7 +111,10 @@ class GradientEngine:
         weighted = losses if weights is None else torch.where(weights > 0, losses, 0) * weights
         parts = sums.parts(index, weighted)
         for number, (group, part) in enumerate(parts):
-            part.sum().backward(retain_graph=number + 1 < len(parts))
+            try:
+                part.sum().backward(retain_graph=number + 1 < len(parts))
+            except Exception as error:
+                raise _failed(_where(split, index), "its backward pass failed", error) from error
             out.add_(self.flat.grad)
             sums.add_dots(group, self.flat.grad)
             self.flat.grad.zero_()
@@ -119,12 +122,15 @@ class GradientEngine:
     def _item_losses(
         self, split: SplitData, index: int, batch: Any
     ) -> tuple[Tensor, Tensor | None]:
-        where = f"task loss on split {split.name!r}, batch {index}"
+        where = _where(split, index)
         try:
             result = self._loss(self.flat.model, batch)
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise TaskError(f"{where}: failed: {type(error).__name__}: {reason}") from error
+            raise _failed(where, "failed", error) from error
+        if isinstance(result, tuple) and len(result) != 2:
+            raise TaskError(
+                f"{where}: gave {len(result)} values; give losses, or losses and weights"
+            )
         losses, weights = result if isinstance(result, tuple) else (result, None)
         _check_losses(where, losses, split.batch_sizes[index])
         if weights is not None:
@@ -217,6 +223,15 @@ def layer_dots(flat: FlatModel, a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([torch.dot(a[where], b[where]) for where in flat.slices])
 
 
+def _where(split: SplitData, index: int) -> str:
+    return f"task loss on split {split.name!r}, batch {index}"
+
+
+def _failed(where: str, what: str, error: Exception) -> TaskError:
+    reason = " ".join(str(error).split())[:300]
+    return TaskError(f"{where}: {what}: {type(error).__name__}: {reason}")
+
+
 def _check_losses(where: str, losses: Any, batch_size: int) -> None:
     if not isinstance(losses, Tensor):
         raise TaskError(f"{where}: must give a tensor [n], gave a {type(losses).__name__}")
@@ -224,7 +239,7 @@ def _check_losses(where: str, losses: Any, batch_size: int) -> None:
     if reduced:
         raise TaskError(
             f"{where}: gave a single number for {batch_size} samples; give one loss per item "
-            "(reduction='none')"
+            "(reduction='none'; weight 0 for items that do not count)"
         )
     if losses.dim() != 1:
         raise TaskError(f"{where}: gave shape {list(losses.shape)}, must be [n]; flatten it")

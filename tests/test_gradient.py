@@ -335,7 +335,7 @@ def test_a_backward_pass_that_failed_half_way_leaves_nothing_behind() -> None:
     )
     bench = Workbench(task, Settings(dtype="float64"))
     out = bench.engine.new_vector()
-    with pytest.raises(RuntimeError, match="out of something"):
+    with pytest.raises(TaskError, match="backward pass failed: RuntimeError: out of something"):
         bench.engine.evaluate(bench.splits[0], out)
     assert bool(bench.flat.grad.any())  # the failure did leave something: near's gradient
     bench.engine.evaluate(bench.splits[0], out)

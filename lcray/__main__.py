@@ -1,0 +1,5 @@
+"""``python -m lcray``: the command line."""
+
+from lcray.cli import main
+
+main()
