@@ -129,7 +129,7 @@ class GradientEngine:
             raise _failed(where, "failed", error) from error
         if isinstance(result, tuple) and len(result) != 2:
             raise TaskError(
-                f"{where}: gave {len(result)} values; give losses, or losses and weights"
+                f"{where}: gave {len(result)} values, not losses, or losses and weights"
             )
         losses, weights = result if isinstance(result, tuple) else (result, None)
         _check_losses(where, losses, split.batch_sizes[index])
