@@ -22,7 +22,7 @@ from torch import Tensor
 from lcray.data import SplitData
 from lcray.errors import TaskError
 from lcray.flat import FlatModel
-from lcray.normalization import Normalization, has_normalization
+from lcray.normalization import Normalization, depends_on_batches
 from lcray.task import Task
 
 
@@ -58,8 +58,9 @@ class GradientEngine:
     def __init__(self, flat: FlatModel, task: Task, batch_norm: str) -> None:
         self.flat = flat
         self._loss = task.loss
-        self._normalize = has_normalization(flat.model)
-        self._mode = batch_norm
+        fixed = depends_on_batches(flat.model, batch_norm)
+        self._normalization = Normalization(batch_norm, fixed_batches=fixed)
+        self._first = True
 
     def new_vector(self) -> Tensor:
         """A float64 vector [P] of zeros on the device, for gradients and their sums."""
@@ -97,7 +98,10 @@ class GradientEngine:
         return sums.result()
 
     def _context(self) -> AbstractContextManager[Any]:
-        return Normalization(self._mode) if self._normalize else nullcontext()
+        """The mode of BatchNorm; the first evaluation tells whether the model has any."""
+        needed = self._first or self._normalization.used
+        self._first = False
+        return self._normalization if needed else nullcontext()
 
     def _add_gradients(
         self,
@@ -125,6 +129,8 @@ class GradientEngine:
         where = _where(split, index)
         try:
             result = self._loss(self.flat.model, batch)
+        except TaskError:
+            raise
         except Exception as error:
             raise _failed(where, "failed", error) from error
         if isinstance(result, tuple) and len(result) != 2:

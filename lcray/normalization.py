@@ -6,7 +6,8 @@
 
 since torch's own kernel refuses gradients for mean and var, which move along the path as well.
 ``batch``: the statistics of the evaluation batch, as [LCA] does. Running statistics are never
-updated in either. Models stay in evaluation mode, so that dropout is off.
+updated in either. Models stay in evaluation mode, so that dropout is off. InstanceNorm never looks
+at other samples: it keeps to its running statistics, where it has them, in both modes.
 """
 
 from __future__ import annotations
@@ -17,18 +18,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+
+from lcray.errors import TaskError
 
 MODES = ("running", "batch")
 
 
 class Normalization(TorchFunctionMode):
-    """While active, `torch.nn.functional.batch_norm` and `instance_norm` follow `mode`."""
+    """While active, `torch.nn.functional.batch_norm` and `instance_norm` follow `mode`.
 
-    def __init__(self, mode: str) -> None:
+    Attributes:
+        used: whether either was called yet; where it never is, the mode may be left out.
+
+    Args:
+        mode: ``running`` or ``batch``.
+        fixed_batches: whether batches are a part of the plan, so that their statistics may count.
+    """
+
+    def __init__(self, mode: str, *, fixed_batches: bool) -> None:
         super().__init__()
-        self._batch = mode == "batch"
+        self._batch, self._fixed = mode == "batch", fixed_batches
+        self.used = False
 
     def __torch_function__(
         self,
@@ -40,8 +52,10 @@ class Normalization(TorchFunctionMode):
         """Replace the two normalizations; leave everything else as it is."""
         kwargs = kwargs or {}
         if func is F.batch_norm:
+            self.used = True
             return self._batch_norm(*args, **kwargs)
         if func is F.instance_norm:
+            self.used = True
             return _instance_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -57,6 +71,11 @@ class Normalization(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         if self._batch or training or running_mean is None or running_var is None:
+            if not self._fixed:
+                raise TaskError(
+                    "model: normalises by batch statistics outside of torch's BatchNorm modules; "
+                    "analyze with batch_norm='batch' (--batch-norm batch)"
+                )
             return F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
         return _normalize(input, running_mean, running_var, weight, bias, eps)
 
@@ -87,17 +106,11 @@ def _normalize(
     return torch.addcmul(shift.view(shape), x, scale.view(shape))
 
 
-def has_normalization(model: nn.Module) -> bool:
-    """Whether `model` has layers that the two modes concern."""
-    return any(isinstance(module, _NormBase) for module in model.modules())
-
-
 def depends_on_batches(model: nn.Module, mode: str) -> bool:
     """Whether the loss of an item depends on the batch it is in, so that batches must be fixed.
 
     So it is under batch statistics, and always for BatchNorm layers that keep no running ones.
     """
-    batch_norms = [
-        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
-    return any(mode == "batch" or module.running_mean is None for module in batch_norms)
+    return mode == "batch" or any(
+        isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules()
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from strategies import Bench, Case, classify, convnet, random_states
 from torch import Tensor, nn
 
 from lcray.errors import TaskError
-from lcray.normalization import Normalization, depends_on_batches, has_normalization
+from lcray.normalization import Normalization, depends_on_batches
+from lcray.planning import Settings
+from lcray.task import Task
+from lcray.workbench import Workbench
 
 # The formula and torch's kernel round differently: a few units of 2^-53 of numbers of order ten.
 ROUNDING = 1e-13
@@ -41,7 +45,7 @@ def test_running_is_torch_in_evaluation_mode(name: str, affine: bool) -> None:
     layer, x = layer_and_input(name, affine=affine)
     expected = layer.eval()(x)
     before = copy.deepcopy(layer.state_dict())
-    with Normalization("running"):
+    with Normalization("running", fixed_batches=True):
         found = layer(x)
     assert (found - expected).abs().max() <= ROUNDING
     assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
@@ -53,7 +57,7 @@ def test_batch_is_torch_in_training_mode_without_its_updates(name: str) -> None:
     expected = copy.deepcopy(layer).train()(x)
     layer.eval()
     before = copy.deepcopy(layer.state_dict())
-    with Normalization("batch"):
+    with Normalization("batch", fixed_batches=True):
         found = layer(x)
     assert torch.equal(found, expected)
     assert not torch.allclose(found, layer(x))  # the two modes differ, or nothing was tested
@@ -64,7 +68,7 @@ def test_running_is_differentiable_in_the_statistics() -> None:
     layer, x = layer_and_input("2d")
     layer.eval()
     mean, var = layer.running_mean.requires_grad_(), layer.running_var.requires_grad_()
-    with Normalization("running"):
+    with Normalization("running", fixed_batches=True):
         loss = (layer(x) ** 3).sum()
     found = torch.autograd.grad(loss, [x.requires_grad_(), mean, var], allow_unused=True)[1:]
     # By hand: y = (x - m) r w + b with r = (v + eps)^(-1/2):
@@ -86,7 +90,7 @@ def test_a_layer_without_statistics_takes_the_batch_in_both_modes() -> None:
     x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = layer(x)
     for mode in ("running", "batch"):
-        with Normalization(mode):
+        with Normalization(mode, fixed_batches=True):
             assert torch.equal(layer(x), expected)
 
 
@@ -94,7 +98,7 @@ def test_functional_calls_in_training_mode_take_the_batch_and_update_nothing() -
     x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     expected = F.batch_norm(x, None, None, training=True)
-    with Normalization("running"):
+    with Normalization("running", fixed_batches=True):
         found = F.batch_norm(x, mean, var, training=True)
     assert torch.equal(found, expected)
     assert torch.equal(mean, torch.zeros(3, dtype=torch.float64))
@@ -110,7 +114,7 @@ def test_instance_norm_is_torch_in_evaluation_mode(tracked: bool) -> None:
         layer.running_var.copy_(torch.rand(3, generator=random) + 0.5)
     x = torch.randn(4, 3, 2, 5, generator=random, dtype=torch.float64)
     expected = layer(x)
-    with Normalization("running"):
+    with Normalization("running", fixed_batches=True):
         found = layer(x)
     assert (found - expected).abs().max() <= ROUNDING
 
@@ -119,17 +123,65 @@ def test_nothing_else_changes_and_the_mode_ends_with_its_block() -> None:
     layer, x = layer_and_input("2d")
     layer.eval()
     plain = layer(x)
-    with Normalization("batch"):
+    with Normalization("batch", fixed_batches=True):
         other = layer(x)
         assert torch.equal(torch.relu(x), x.clamp(min=0))
     assert not torch.equal(plain, other)
     assert torch.equal(layer(x), plain)
 
 
-def test_which_models_have_normalization() -> None:
-    assert has_normalization(nn.Sequential(nn.BatchNorm1d(2)))
-    assert has_normalization(nn.InstanceNorm1d(2, track_running_stats=True))
-    assert not has_normalization(nn.Sequential(nn.LayerNorm(2), nn.GroupNorm(1, 2)))
+def test_use_is_noticed() -> None:
+    for module, used in (
+        (nn.BatchNorm1d(2), True),
+        (nn.InstanceNorm1d(2, track_running_stats=True), True),
+        (nn.Sequential(nn.LayerNorm(2), nn.GroupNorm(1, 2)), False),
+    ):
+        with Normalization("running", fixed_batches=False) as mode:
+            module.eval()(torch.randn(3, 2, 2))
+        assert mode.used is used
+
+
+class FunctionalNorm(nn.Module):
+    """Normalises without a BatchNorm module, by the batch or by buffers of its own."""
+
+    def __init__(self, batch: bool) -> None:
+        super().__init__()
+        self.linear, self.batch = nn.Linear(3, 2), batch
+        self.register_buffer("mean", torch.randn(3))
+        self.register_buffer("var", torch.rand(3) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(F.batch_norm(x, self.mean, self.var, training=self.batch))
+
+
+def losses_of(model: Callable[[], nn.Module], **settings: Any) -> float:
+    random = torch.Generator().manual_seed(0)
+    x, y = torch.randn(7, 3, generator=random), torch.tensor([0, 1, 0, 1, 1, 0, 1])
+    task = Task(model, {"train": (x, y)}, by_item)
+    bench = Workbench(task, Settings(dtype="float64", batch_size=4, **settings))
+    out = bench.engine.new_vector()
+    first = bench.engine.evaluate(bench.splits[0], out).loss
+    assert bench.engine.evaluate(bench.splits[0], out).loss == first
+    return first
+
+
+def by_item(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def test_functional_statistics_follow_the_mode_too() -> None:
+    def build(batch: bool) -> Callable[[], nn.Module]:
+        def model() -> nn.Module:
+            torch.manual_seed(1)
+            return FunctionalNorm(batch)
+
+        return model
+
+    by_batch = losses_of(build(True), batch_norm="batch")
+    assert losses_of(build(False), batch_norm="batch") == by_batch
+    assert losses_of(build(False), batch_norm="running") != by_batch
+    with pytest.raises(TaskError, match="normalises by batch statistics outside"):
+        losses_of(build(True), batch_norm="running")
 
 
 @pytest.mark.parametrize(
@@ -137,8 +189,8 @@ def test_which_models_have_normalization() -> None:
     [
         (nn.BatchNorm1d(2), False, True),
         (nn.BatchNorm1d(2, track_running_stats=False), True, True),
-        (nn.InstanceNorm1d(2), False, False),
-        (nn.Linear(2, 2), False, False),
+        (nn.InstanceNorm1d(2), False, True),
+        (nn.Linear(2, 2), False, True),
     ],
 )
 def test_when_batches_are_part_of_the_loss(model: nn.Module, running: bool, batch: bool) -> None:
@@ -210,13 +262,37 @@ class Custom(nn.Module):
         return h + 0.1 * h**2
 
 
-def test_models_that_call_the_functional_form_on_moving_statistics_get_one_line() -> None:
+class WithModule(nn.Module):
+    """The same function, by torch's module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.fc(x))
+        return h + 0.1 * h**2
+
+
+def test_moving_statistics_of_the_functional_form_are_allocated_too() -> None:
     random = torch.Generator().manual_seed(1)
     data = (
         torch.randn(5, 3, generator=random, dtype=torch.float64),
         torch.randint(3, (5,), generator=random),
     )
-    case = Case("custom", Custom, data, classify, random_states(Custom, 1, 2))
-    with pytest.raises(TaskError, match=r"split 'train', batch 0.*running_mean") as caught:
-        Bench(case).run(case.states)
-    assert "\n" not in str(caught.value)
+    states = random_states(Custom, 1, 2)
+    renamed = tuple(
+        {n if n.startswith("fc") else f"norm.{n}": value for n, value in state.items()}
+        for state in states
+    )
+    benches = [
+        Bench(Case("custom", Custom, data, classify, states)),
+        Bench(Case("module", WithModule, data, classify, renamed)),
+    ]
+    found, expected = (
+        bench.by_layer(bench.run(bench_states)[0].lc)
+        for bench, bench_states in zip(benches, (states, renamed), strict=True)
+    )
+    for name, values in found.items():
+        assert torch.equal(values, expected[name if name.startswith("fc") else f"norm.{name}"])
+    assert found["running_mean"].any() and found["running_var"].any()
