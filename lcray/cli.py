@@ -102,21 +102,28 @@ def app() -> None:
 
 
 @app.command()
-@click.option("--dir", "directory", default="lcray-demo", type=click.Path(path_type=Path))
+@click.option(
+    "--dir",
+    "directory",
+    default="lcray-demo",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Where run and output go.",
+)
 @click.option("--workers", type=int, help="Workers; one a CPU core by default.")
 def demo(directory: Path, workers: int | None) -> None:
     """Train a small net on handwritten digits, analyze it, and show what there is."""
     from lcray import digits, display
     from lcray.progress import reporting
 
-    console = Console()
+    console = _console()
     console.print(f"Training a small LeNet on scikit-learn's digits, recording {directory / 'run'}")
     with reporting() as report:
         results = digits.demo(directory, workers=workers, on_progress=report)
     console.print(display.layer_table(results), "", display.summary(results), "")
     query = "SELECT layer, sum(lc) AS lc FROM layers WHERE split = 'train' GROUP BY layer"
-    console.print("LC < 0 helps: it lowered the loss. To go on:", highlight=False)
-    console.print(f'  lcray query {results.path} "{query}"', highlight=False, soft_wrap=True)
+    console.print("LC < 0 helps: it lowered the loss. To go on:")
+    console.print(f'  lcray query {results.path} "{query}"')
 
 
 @app.command()
@@ -180,7 +187,7 @@ def analyze(
             on_progress=report,
             **_given(options),
         )
-    data = json.loads(display.totals(results).to_json(orient="records"))
+    data = display.records(display.totals(results))
     _show({"out": str(out), "splits": data}, lambda: display.summary(results), as_json)
 
 
@@ -219,6 +226,7 @@ def verify(out: Path, as_json: bool) -> None:
     type=click.Choice(["table", "csv", "json"]),
     default="table",
     show_default=True,
+    help="How to print the answer; tables round and stop at 50 rows.",
 )
 def query(out: Path, sql: str, form: str) -> None:
     """Run one SELECT on the tables of OUT, read-only, in DuckDB."""
@@ -228,16 +236,22 @@ def query(out: Path, sql: str, form: str) -> None:
     if form == "csv":
         click.echo(frame.to_csv(index=False), nl=False)
     elif form == "json":
-        click.echo(frame.to_json(orient="records"))
+        click.echo(json.dumps(display.records(frame), default=str))
     else:
-        Console().print(display.frame_table(frame))
+        _console().print(display.frame_table(frame))
 
 
 def _show(data: dict[str, Any], render: Callable[[], Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(data, default=str))
     else:
-        Console(soft_wrap=True).print(render(), highlight=False, markup=False)
+        _console().print(render())
+
+
+def _console() -> Console:
+    """Shows text as it is, and folds no table that goes to a file or a pipe."""
+    width = None if sys.stdout.isatty() else 10_000
+    return Console(width=width, soft_wrap=True, highlight=False, markup=False)
 
 
 def main() -> None:

@@ -36,6 +36,18 @@ def _cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def records(frame: pd.DataFrame) -> list[dict[str, object]]:
+    """The rows for JSON, every digit kept; what is missing or not finite is None."""
+    rows = frame.astype(object).to_dict("records")
+    return [{str(name): _plain(value) for name, value in row.items()} for row in rows]
+
+
+def _plain(value: object) -> object:
+    if value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return value
+
+
 def layer_table(results: Results) -> Table:
     """LC by layer over the run, in the model's order, with the share of parameters that help."""
     frame = results.layers()
@@ -195,6 +207,7 @@ def size(n_bytes: int | None) -> str:
     if n_bytes is None:
         return "unknown"
     value, unit = float(n_bytes), 0
-    while value >= 1000 and unit < 4:
+    while round(value) >= 1000 and unit < 4:
         value, unit = value / 1000, unit + 1
-    return f"{value:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
+    digits = f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+    return f"{digits} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"

@@ -1,0 +1,131 @@
+"""``analysis.json``: it comes back as it was, and differences are found by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lcray
+from lcray.errors import OutputError, UsageError
+from lcray.layers import Layer
+from lcray.planning import Settings
+from lcray.record import (
+    Record,
+    carrier_versions,
+    check_plan_fits,
+    check_same_numbers,
+    check_same_settings,
+    make_fingerprint,
+    make_notes,
+    read_record,
+)
+from lcray.span import Description
+
+OUT = Path("OUT")
+
+
+@pytest.fixture
+def record(plain_out: Path) -> Record:
+    found = read_record(plain_out)
+    assert found is not None
+    return found
+
+
+def describe(record: Record, **changes: Any) -> Description:
+    made = Description(
+        layers=record.plan.layers,
+        split_hashes={"train": "aa", "val": "bb"},
+        source_hash="cc",
+        base_hash="",
+        first_hash="dd",
+        device_kind="cpu",
+        device="cpu",
+    )
+    return replace(made, **changes)
+
+
+def test_it_comes_back_as_it_was(record: Record, tmp_path: Path) -> None:
+    made = replace(record, notes=("a — note",), task="x:y")
+    made.write(tmp_path)
+    assert read_record(tmp_path) == made
+    assert [path.name for path in tmp_path.iterdir()] == ["analysis.json"]
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert read_record(tmp_path) is None
+    assert read_record(tmp_path / "none") is None
+
+
+def test_what_it_says(record: Record, plain_run: Path) -> None:
+    assert record.run == str(plain_run)
+    assert record.task == "scenes:plain"
+    assert set(record.fingerprint) == {
+        "task source", "data", "base model", "first checkpoint",
+        "device", "lcray", "torch", "numpy",
+    }  # fmt: skip
+    assert record.fingerprint["lcray"] == lcray.__version__
+    assert set(record.versions) == {"python", "ray", "pyarrow", "safetensors", "scipy"}
+    assert record.versions == carrier_versions()
+
+
+def test_settings_that_went_through_json_are_the_same(record: Record) -> None:
+    settings = Settings(splits=("train", "val"), trace=("0.weight:1",), rtol=1e-7)
+    data = json.loads(json.dumps(replace(record.plan, settings=settings).to_dict()))
+    there = replace(record, plan=type(record.plan).from_dict(data))
+    check_same_settings(OUT, there, settings)
+    with pytest.raises(OutputError, match=r"\(rtol: 1e-07 there, 0\.001 now; splits: "):
+        check_same_settings(OUT, there, replace(settings, rtol=1e-3, splits=("train",)))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"source_hash": "xx"}, "task source: 'cc' there, 'xx' now"),
+        ({"split_hashes": {"train": "aa", "val": "x"}}, "data: "),
+        ({"base_hash": "ee"}, "base model: '' there, 'ee' now"),
+        ({"first_hash": "f" * 64}, f"first checkpoint: 'dd' there, '{'f' * 15}… now"),
+        ({"device": "H200", "device_kind": "cuda"}, "device: 'cpu' there, 'H200' now"),
+    ],
+)
+def test_each_difference_is_named_alone(change: dict[str, Any], named: str, record: Record) -> None:
+    here = describe(record)
+    there = replace(record, fingerprint=make_fingerprint(here))
+    check_same_numbers(OUT, there, here, here.layers)
+    with pytest.raises(OutputError) as caught:
+        check_same_numbers(OUT, there, describe(record, **change), here.layers)
+    text = str(caught.value)
+    assert text.startswith(f"OUT: holds another analysis ({named}")
+    assert text.split(");")[0].count(" there, ") == 1
+
+
+def test_other_layers(record: Record) -> None:
+    here = describe(record)
+    there = replace(record, fingerprint=make_fingerprint(here))
+    with pytest.raises(OutputError, match=r"\(the model's layers\)"):
+        check_same_numbers(OUT, there, here, here.layers[:-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"layers": ()}, "layers"),
+        ({"split_hashes": {"val": "bb", "train": "aa"}}, "splits"),
+        ({"device_kind": "cuda"}, "device"),
+    ],
+)
+def test_a_plan_must_fit(change: dict[str, Any], named: str, record: Record) -> None:
+    check_plan_fits(record.plan, describe(record))
+    with pytest.raises(UsageError, match=f"^plan: made for other {named}; make a new plan"):
+        check_plan_fits(record.plan, describe(record, **change))
+
+
+def test_notes(record: Record) -> None:
+    layers: tuple[Layer, ...] = record.plan.layers
+    assert make_notes(describe(record)) == ()
+    (note,) = make_notes(describe(record, low_precision=(layers[1].name,)))
+    assert note.startswith(f"1 of {len(layers)} layers are stored in 16 bits or fewer")
+    assert note.endswith(f"({layers[1].name}, …)")
