@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import click
@@ -20,7 +22,6 @@ from lcray.planning import Settings
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
-_INTERRUPTED = 130
 
 
 def _option(name: str, text: str, **kwargs: Any) -> Callable[[Command], Command]:
@@ -114,11 +115,10 @@ def app() -> None:
 def demo(directory: Path, workers: int | None) -> None:
     """Train a small net on handwritten digits, analyze it, and show what there is."""
     from lcray import digits, display
-    from lcray.progress import reporting
 
     console = _console()
     console.print(f"Training a small LeNet on scikit-learn's digits, recording {directory / 'run'}")
-    with reporting() as report:
+    with _working() as report:
         results = digits.demo(directory, workers=workers, on_progress=report)
     console.print(display.layer_table(results), "", display.summary(results), "")
     query = "SELECT layer, sum(lc) AS lc FROM layers WHERE split = 'train' GROUP BY layer"
@@ -149,7 +149,8 @@ def plan(run: Path, task: str, save: Path | None, as_json: bool, **options: Any)
     """Say what an analysis of RUN would take: gradients, time, memory, disk."""
     from lcray import display
 
-    report = lcray.plan(run, task, resources=_resources(options), **_given(options))
+    with redirect_stdout(sys.stderr):
+        report = lcray.plan(run, task, resources=_resources(options), **_given(options))
     if save is not None:
         report.save(save)
     data = {
@@ -174,10 +175,9 @@ def analyze(
     has gained are added. Interrupting loses nothing that is committed.
     """
     from lcray import display
-    from lcray.progress import reporting
 
     resources = _resources(options)
-    with reporting() as report:
+    with _working() as report:
         results = lcray.analyze(
             run,
             task,
@@ -248,6 +248,15 @@ def _show(data: dict[str, Any], render: Callable[[], Any], as_json: bool) -> Non
         _console().print(render())
 
 
+@contextmanager
+def _working() -> Iterator[Callable[[Any], None]]:
+    """What shows progress; what Ray and the user's modules print meanwhile goes to stderr."""
+    from lcray.progress import reporting
+
+    with reporting() as report, redirect_stdout(sys.stderr):
+        yield report
+
+
 def _console() -> Console:
     """Shows text as it is, and folds no table that goes to a file or a pipe."""
     width = None if sys.stdout.isatty() else 10_000
@@ -256,8 +265,15 @@ def _console() -> Console:
 
 def main() -> None:
     """Run the command line; every error is one line on stderr."""
-    # The default ends the process without unwinding, which would leave workers behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # The default ends the process without unwinding, which would leave workers behind; and Ray
+    # makes an exit code of its own of SystemExit, but passes KeyboardInterrupt on.
+    received = [signal.SIGINT]
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         app(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -271,4 +287,4 @@ def main() -> None:
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except (KeyboardInterrupt, click.Abort):
         click.echo("lcray: interrupted; run the same command again to go on", err=True)
-        sys.exit(_INTERRUPTED)
+        sys.exit(128 + received[-1])

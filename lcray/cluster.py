@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
 import sys
+import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -69,16 +72,28 @@ def connection(resources: Resources) -> Iterator[None]:
     options["logging_level"] = logging.ERROR
     if address == "local":
         options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
+        _check_reachable(address)
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(
             f"Ray at {address!r}: cannot be reached ({_brief(error)}); is the cluster up?"
         ) from error
     try:
+        # Ray takes SIGTERM for itself, and would abort; a handler that was there comes back.
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise an OSError where nobody listens at ``host:port``: Ray would end the process."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -301,10 +302,13 @@ class TestConnection:
     def test_the_address_and_the_environment(
         self, calls: list[Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("RAY_ADDRESS", "there:1")
-        with cluster.connection(Resources()), cluster.connection(Resources(address="here:2")):
-            pass
-        assert [call["address"] for call in calls[:2]] == ["there:1", "here:2"]
+        with socket.create_server(("127.0.0.1", 0)) as there:
+            address = f"127.0.0.1:{there.getsockname()[1]}"
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            remote = Resources(address="ray://here:2")
+            with cluster.connection(Resources()), cluster.connection(remote):
+                pass
+        assert [call["address"] for call in calls[:2]] == [address, "ray://here:2"]
         assert "object_store_memory" not in calls[0]  # refused by a cluster that exists
 
     def test_a_ray_that_is_there_is_used_and_left(
@@ -323,11 +327,34 @@ class TestConnection:
 
         monkeypatch.setattr(ray, "init", refuse)
         with (
-            pytest.raises(ClusterError, match=r"Ray at 'x:1': cannot be .*Error: no route\)"),
-            cluster.connection(Resources(address="x:1")),
+            pytest.raises(ClusterError, match=r"Ray at 'auto': cannot be .*Error: no route\)"),
+            cluster.connection(Resources(address="auto")),
         ):
             pass
         assert calls == []
+
+    def test_nobody_listens(self, calls: list[Any]) -> None:
+        """Ray itself would end the process, after a minute."""
+        with (
+            pytest.raises(ClusterError, match=r"Ray at '127\.0\.0\.1:1': cannot be .*refused"),
+            cluster.connection(Resources(address="127.0.0.1:1")),
+        ):
+            pass
+        assert calls == []
+
+    def test_the_handler_of_sigterm_outlives_rays(
+        self, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def ours(*_: object) -> None: ...
+
+        take = partial(signal.signal, signal.SIGTERM, lambda *_: None)
+        monkeypatch.setattr(ray, "init", lambda **options: take())
+        before = signal.signal(signal.SIGTERM, ours)
+        try:
+            with cluster.connection(Resources()):
+                assert signal.getsignal(signal.SIGTERM) is ours
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def test_the_worker_in_this_process_stands_for_the_pool() -> None:
