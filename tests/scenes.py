@@ -6,6 +6,7 @@ The tasks stand at module level, so that workers import them by name as they wou
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -114,11 +115,9 @@ def held_loss(folder: str, model: nn.Module, batch: Pair) -> Tensor:
 
 
 def deadly_loss(folder: str, model: nn.Module, batch: Pair) -> Tensor:
-    """Kills its worker while ``folder/kill`` is there; a line of ``folder/deaths`` for each."""
+    """Kills its worker while ``folder/kill`` is there."""
     if os.path.exists(f"{folder}/kill"):
-        with open(f"{folder}/deaths", "a") as file:
-            print(os.getpid(), file=file)
-        os.kill(os.getpid(), 9)
+        die(folder)
     return cross_entropy(model, batch)
 
 
@@ -130,10 +129,17 @@ def slow_loss(seconds: float, model: nn.Module, batch: Pair) -> Tensor:
 def deadly_model(folder: str, driver: int) -> nn.Module:
     """Kills the process that builds it, unless that is the driver."""
     if os.getpid() != driver:
-        with open(f"{folder}/deaths", "a") as file:
-            print(os.getpid(), file=file)
-        os.kill(os.getpid(), 9)
+        die(folder)
     return build_plain()
+
+
+def die(folder: str) -> None:
+    """Kills this process and adds a line to ``folder/deaths``; ten times, so that nothing hangs."""
+    with open(f"{folder}/deaths", "a") as file:
+        print(os.getpid(), file=file)
+    with open(f"{folder}/deaths") as file:
+        if len(file.readlines()) <= 10:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def with_loss(loss: Callable[..., Any], *arguments: Any) -> Task:
