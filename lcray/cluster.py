@@ -240,7 +240,7 @@ class Pool:
         self._members: list[_Member] = []
         self._starting: dict[Reference, _Member] = {}
         self._description: Description | None = None
-        self._lost = 0
+        self._died_early = 0  # in a row, while they set up
 
     @property
     def size(self) -> int:
@@ -356,13 +356,15 @@ class Pool:
         try:
             found: Description = _result(reference)
         except RayActorError as error:
+            self._died_early += 1
             self._replace(member)
-            if self._lost > ATTEMPTS * self._count:
+            if self._died_early > ATTEMPTS * self._count:
                 raise ClusterError(
                     f"workers: keep dying while they set up ({_brief(error)}); is there enough "
                     "memory for model and data?"
                 ) from error
             return []
+        self._died_early = 0
         # The first one's, even where that worker is gone: others may have computed with the same.
         self._description = self._description or found
         if found != self._description:
@@ -374,7 +376,6 @@ class Pool:
         return [member]
 
     def _replace(self, member: _Member) -> None:
-        self._lost += 1
         if member in self._members:
             self._members.remove(member)
         ray.kill(member.actor)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import ray
 import scenes
+import torch
 
 import lcray
 from lcray import analysis, cluster
@@ -138,6 +139,32 @@ def test_workers_that_die_while_they_set_up_end_the_analysis(
     pids = (tmp_path / "deaths").read_text().split()
     assert cluster.ATTEMPTS < len(pids) <= cluster.ATTEMPTS + 1
     assert not (tmp_path / "out" / "analysis.json").exists()
+
+
+def model_that_dies_once(folder: str, driver: int, deaths: int) -> torch.nn.Module:
+    """Kills the worker that builds it after so many others have died, once."""
+    marker, lines = Path(folder, "died-in-set-up"), Path(folder, "deaths")
+    died = len(lines.read_text().split()) if lines.exists() else 0
+    if os.getpid() != driver and died == deaths and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return scenes.build_plain()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_set_up_that_dies_once_after_poisonous_spans_ends_nothing(
+    plain_run: Path, tmp_path: Path
+) -> None:
+    """Deaths in spans do not count against setting up: two spans cost six workers here."""
+    model = partial(model_that_dies_once, str(tmp_path), os.getpid(), 5)
+    loss = partial(scenes.deadly_loss, str(tmp_path))
+    task = Task(model, scenes.points, loss, groups=scenes.classes)
+    told = scenes.Told(done=6, then=(tmp_path / "kill").touch)
+    with pytest.raises(IncompleteError, match="6 intervals are missing"):
+        analyze(plain_run, task, tmp_path / "out", 1, span_length=3, on_progress=told)
+    assert (tmp_path / "died-in-set-up").exists()
+    assert len((tmp_path / "deaths").read_text().split()) == 2 * cluster.ATTEMPTS
 
 
 @pytest.mark.usefixtures("ray_cluster")
