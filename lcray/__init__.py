@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Recorder": "lcray.checkpoints",
     "Task": "lcray.task",
-    "Resources": "lcray.cluster",
+    "Resources": "lcray.resources",
     "Results": "lcray.results",
     "LcrayError": "lcray.errors",
     "allocate": "lcray.in_memory",
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from lcray.analysis import plan as plan
     from lcray.checkpoints import Recorder as Recorder
     from lcray.checkpoints import inspect as inspect
-    from lcray.cluster import Resources as Resources
     from lcray.digits import demo as demo
     from lcray.errors import LcrayError as LcrayError
     from lcray.in_memory import allocate as allocate
     from lcray.reduction import reduce as reduce
+    from lcray.resources import Resources as Resources
     from lcray.results import Results as Results
     from lcray.results import open_output as open  # noqa: F401
     from lcray.results import query as query

@@ -9,25 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from lcray.checkpoints import CheckpointSeries, open_series
-from lcray.cluster import Pool, Resources, connection
-from lcray.drafting import Estimate, estimate, extend_plan, make_plan, make_settings
+from lcray.cluster import Pool, connection
+from lcray.drafting import Estimate, check_plan, estimate, extend_plan, make_plan, make_settings
 from lcray.errors import CheckpointError, IncompleteError, OutputError, UsageError
-from lcray.files import read_json, write_json_atomic, writing
+from lcray.files import locked, read_json, write_json_atomic, writing
 from lcray.planning import Plan, Settings, Span
 from lcray.record import (
     Record,
     carrier_versions,
     check_plan_fits,
+    check_same_losses,
     check_same_numbers,
     check_same_settings,
     make_fingerprint,
     make_notes,
     read_record,
 )
+from lcray.resources import Resources
 from lcray.results import Results, open_output
 from lcray.schema import FORMAT_VERSION
 from lcray.shards import committed, remove_strays
-from lcray.span import Description, SpanReport
+from lcray.span import SpanReport
 from lcray.task import Task, locate
 
 PathLike = str | os.PathLike[str]
@@ -51,7 +53,7 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlanReport:
     """A plan, and what it will take.
 
@@ -64,6 +66,10 @@ class PlanReport:
     plan: Plan
     estimate: Estimate
     workers: int
+
+    def __repr__(self) -> str:
+        cost = self.estimate
+        return f"PlanReport({cost.n_intervals} intervals, {cost.n_gradients} gradients)"
 
     def save(self, path: PathLike) -> None:
         """Write the plan to a file, for ``analyze(plan=…)`` and ``analyze --plan``.
@@ -86,7 +92,9 @@ def load_plan(path: PathLike) -> Plan:
     try:
         if data["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {data['format_version']!r}")
-        return Plan.from_dict(data["plan"])
+        loaded = Plan.from_dict(data["plan"])
+        check_plan(loaded)
+        return loaded
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{path}: not a plan ({error}); make one with lcray plan --save"
@@ -165,22 +173,19 @@ def analyze(
         raise UsageError("a plan decides settings, steps and spans: leave the other options out")
     settings = given.settings if given else make_settings(options)
     path = Path(out)
-    record = read_record(path)
-    if record is not None:
-        check_same_settings(path, record, settings)
-    known = record.plan if record else given
-    job = _Job(run, task, resources, steps, span_length, settings, known)
+    read_record(path)  # refuses what is no output before anything is written to it
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    tell(Progress("start"))
-    with connection(job.resources), job.pool(settings) as pool:
-        record = job.record(pool, path, record, given, tell)
-        failures = _run_spans(pool, record.plan, path, tell)
-        if failures:
-            raise IncompleteError(_explain(path, failures))
-        remove_strays(path, record.plan.spans)
-        tell(Progress("reduce", record.plan.n_intervals, record.plan.n_intervals))
-        pool.reduce(path)
+    with locked(path):
+        record = read_record(path)
+        if record is not None:
+            check_same_settings(path, record, settings)
+        known = record.plan if record else given
+        job = _Job(run, task, resources, steps, span_length, settings, known)
+        tell(Progress("start"))
+        with connection(job.resources), job.pool(settings) as pool:
+            record = job.record(pool, path, record, given, tell)
+            _finish(pool, record.plan, path, tell)
     return open_output(path)
 
 
@@ -250,7 +255,9 @@ class _Job:
         """The record to work by, written to `out` before the first span."""
         description = pool.describe()
         if record is not None:
-            return self._continued(out, record, given, description)
+            check_same_numbers(out, record, description, description.layers)
+            check_same_losses(out, record, pool.losses())
+            return self._continued(out, record, given)
         if given is not None:
             check_plan_fits(given, description)
             self._check_steps(given)
@@ -264,15 +271,12 @@ class _Job:
             chosen,
             make_fingerprint(description),
             carrier_versions(),
-            make_notes(description),
+            make_notes(description, chosen.settings),
         )
         made.write(out)
         return made
 
-    def _continued(
-        self, out: Path, record: Record, given: Plan | None, description: Description
-    ) -> Record:
-        check_same_numbers(out, record, description, description.layers)
+    def _continued(self, out: Path, record: Record, given: Plan | None) -> Record:
         if given is not None and given.spans != record.plan.spans[: len(given.spans)]:
             raise OutputError(f"{out}: was made by another plan; choose another --out")
         self._check_steps(record.plan)
@@ -292,6 +296,16 @@ class _Job:
                 f"{self.run}: {len(gone)} planned checkpoints are missing, the first at step "
                 f"{min(gone)}; restore them, or analyze what there is into another output"
             )
+
+
+def _finish(pool: Pool, plan: Plan, out: Path, tell: OnProgress) -> None:
+    """Compute the spans that are not committed, and merge all into tables."""
+    failures = _run_spans(pool, plan, out, tell)
+    if failures:
+        raise IncompleteError(_explain(out, failures))
+    remove_strays(out, plan.spans)
+    tell(Progress("reduce", plan.n_intervals, plan.n_intervals))
+    pool.reduce(out)
 
 
 def _run_spans(pool: Pool, plan: Plan, out: Path, tell: OnProgress) -> dict[Span, str]:

@@ -33,7 +33,10 @@ def _option(name: str, text: str, **kwargs: Any) -> Callable[[Command], Command]
 
 
 _SETTINGS = (
-    _option("--rule", "left, midpoint, trapezoid, simpson (RK4), gauss-lobatto, gauss; rule*n."),
+    _option(
+        "--rule",
+        "left (first order), midpoint, trapezoid, simpson (RK4), gauss-lobatto, gauss; rule*n.",
+    ),
     _option("--refine", "Halve the panels of intervals that miss the tolerance.", is_flag=True),
     _option("--rtol", "Tolerance of the gap, relative to the loss change.", type=float),
     _option("--max-panels", "Cap of the refinement.", type=int),
@@ -90,7 +93,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(lcray.__version__, prog_name="lcray")
 def app() -> None:
-    r"""Loss change allocation over checkpoints: which parameters learned, when, by how much.
+    """Loss change allocation over checkpoints: which parameters learned, when, by how much.
 
     \b
     First steps:
@@ -99,7 +102,7 @@ def app() -> None:
       lcray plan RUN --task module:task                 how long will it take?
       lcray analyze RUN --task module:task --out OUT    loss change allocation, to Parquet
       lcray query OUT "SELECT * FROM layers"            ask DuckDB
-    """
+    """  # noqa: D301 - click takes the backspace for a paragraph to be left as it is
 
 
 @app.command()

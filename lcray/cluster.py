@@ -16,18 +16,19 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 import ray.cloudpickle
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from lcray.errors import ClusterError, LcrayError, TaskError, UsageError
 from lcray.planning import Plan, Settings, Span
-from lcray.reduction import Reduction, reduce
-from lcray.span import Description, Probe, SpanReport, Workspace
+from lcray.reduction import Reduction, merge
+from lcray.resources import Resources
+from lcray.span import Description, Outcome, Probe, SpanReport, Workspace
 from lcray.task import TaskSource
 
 T = TypeVar("T")
@@ -35,26 +36,6 @@ Reference = Any  # of a result on the cluster: ray.ObjectRef
 
 ATTEMPTS = 3  # a span: more would only repeat what fails
 _OBJECT_STORE = 128 * 2**20  # bytes; nothing but plans goes through it
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What an analysis may use.
-
-    Attributes:
-        workers: actors; None for one a GPU, or one a CPU core where there is no GPU.
-        gpus_per_worker: GPUs each (fractions share one); None for 1 where the cluster has GPUs.
-        cpus_per_worker: CPU cores each.
-        threads: intra-op threads each; None for 1, or what the plan in use says.
-        address: of the Ray cluster to use; None starts a Ray of its own on this machine, unless
-            the process is connected to one or was started by ``ray job submit``.
-    """
-
-    workers: int | None = None
-    gpus_per_worker: float | None = None
-    cpus_per_worker: float = 1.0
-    threads: int | None = None
-    address: str | None = None
 
 
 @contextmanager
@@ -155,13 +136,17 @@ class _Worker:
         """Evaluate the splits at the first checkpoint."""
         return _plainly(self._ready().probe)
 
+    def losses(self) -> dict[str, float]:
+        """The mean loss of each split at the first checkpoint."""
+        return _plainly(self._ready().losses)
+
     def run_span(self, plan: Plan, span: Span, out: str, attempt: str) -> SpanReport:
         """Compute and commit a span."""
         return _plainly(lambda: self._ready().run(plan, span, Path(out), attempt))
 
     def reduce(self, out: str, allow_missing: bool) -> Reduction:
         """Merge the shards of `out`, here rather than in the driver."""
-        return _plainly(lambda: reduce(out, allow_missing=allow_missing))
+        return _plainly(lambda: merge(out, allow_missing=allow_missing))
 
     def _ready(self) -> Workspace:
         if self._workspace is None:
@@ -190,24 +175,10 @@ def _result(reference: Reference) -> Any:
         raise ClusterError(f"worker: {_brief(cause)}") from error
 
 
-@dataclass
-class _Member:
+class _Member(NamedTuple):
     """A worker as the driver sees it."""
 
     actor: Any
-
-
-@dataclass
-class Outcome:
-    """What became of the spans of one call.
-
-    Attributes:
-        reports: of the spans that are committed.
-        failures: the reason by span, for those that are not.
-    """
-
-    reports: dict[Span, SpanReport] = field(default_factory=dict)
-    failures: dict[Span, str] = field(default_factory=dict)
 
 
 class Pool:
@@ -274,14 +245,26 @@ class Pool:
         Raises:
             TaskError: if the task breaks its contract.
         """
+        probe: Probe = self._ask("probe", "probing")
+        return probe
+
+    def losses(self) -> dict[str, float]:
+        """The mean loss of each split at the first checkpoint; cheaper than a probe.
+
+        Raises:
+            TaskError: if the task breaks its contract.
+        """
+        losses: dict[str, float] = self._ask("losses", "evaluating the first checkpoint")
+        return losses
+
+    def _ask(self, method: str, doing: str) -> Any:
         self.describe()
         try:
-            probe: Probe = _result(self._members[0].actor.probe.remote())
-        except RayActorError as error:
+            return _result(getattr(self._members[0].actor, method).remote())
+        except RayError as error:
             raise ClusterError(
-                f"worker: died while probing ({_brief(error)}); is there enough memory?"
+                f"worker: died while {doing} ({_brief(error)}); is there enough memory?"
             ) from error
-        return probe
 
     def run(
         self,
@@ -313,7 +296,7 @@ class Pool:
             member, span = busy.pop(ready[0])
             try:
                 report: SpanReport = _result(ready[0])
-            except RayActorError as error:
+            except RayError as error:
                 self._replace(member)
                 reason, final = f"its worker died ({_brief(error)})", False
             except LcrayError as error:
@@ -340,7 +323,7 @@ class Pool:
         try:
             call = self._members[0].actor.reduce.remote(str(out), allow_missing)
             found: Reduction = _result(call)
-        except RayActorError as error:
+        except RayError as error:
             raise ClusterError(
                 f"reducing {out}: the worker died ({_brief(error)}); run lcray reduce {out}"
             ) from error
@@ -355,7 +338,7 @@ class Pool:
         member = self._starting.pop(reference)
         try:
             found: Description = _result(reference)
-        except RayActorError as error:
+        except RayError as error:
             self._died_early += 1
             self._replace(member)
             if self._died_early > ATTEMPTS * self._count:
@@ -383,6 +366,10 @@ class Pool:
 
 
 def _actor_options(resources: Resources) -> dict[str, Any]:
+    for name in ("cpus_per_worker", "gpus_per_worker"):
+        value = getattr(resources, name)
+        if value is not None and not value >= 0:
+            raise UsageError(f"{name.replace('_', '-')} {value}: must not be negative")
     cluster = ray.cluster_resources()
     gpus = resources.gpus_per_worker
     if gpus is None:

@@ -7,9 +7,11 @@ of one group; or, where batches are part of the loss, a seeded permutation of th
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,9 +169,11 @@ def _labels(name: str, task: Task, batch: Any) -> Tensor:
         ) from error
     whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
     if not whole or labels.dim() != 1:
-        shape = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        given = type(labels).__name__
+        if isinstance(labels, Tensor):
+            given = f"{labels.dtype} {list(labels.shape)}"
         raise TaskError(
-            f"task groups: must give one integer per item, [n], gave {shape} on split {name!r}"
+            f"task groups: must give one integer per item, [n], gave {given} on split {name!r}"
         )
     return labels.detach().cpu().long()
 
@@ -177,16 +181,32 @@ def _labels(name: str, task: Task, batch: Any) -> Tensor:
 def _map(
     place: Callable[[Tensor], Tensor], batch: Any, other: Callable[[Any], Any] = lambda leaf: leaf
 ) -> Any:
-    """`batch` with `place` applied to its tensors, in dicts, lists and (named) tuples."""
+    """`batch` with `place` applied to its tensors, in mappings, sequences and dataclasses."""
     if isinstance(batch, Tensor):
         return place(batch)
     if isinstance(batch, Mapping):
-        return {key: _map(place, value, other) for key, value in batch.items()}
+        mapped = {key: _map(place, value, other) for key, value in batch.items()}
+        return mapped if type(batch) is dict else _like(batch, mapped)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        found = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            value = _map(place, getattr(batch, field.name), other)
+            object.__setattr__(found, field.name, value)  # frozen ones as well
+        return found
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_map(place, value, other) for value in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(_map(place, value, other) for value in batch)
     return other(batch)
+
+
+def _like(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Mapping[Any, Any]:
+    """`mapped` as a mapping of the kind of `batch`, where that can hold it (a `UserDict`, say)."""
+    if not isinstance(batch, MutableMapping):
+        return mapped
+    found = copy.copy(batch)
+    found.update(mapped)
+    return found
 
 
 def _digest(batches: Iterable[Any]) -> str:
@@ -202,6 +222,8 @@ def _digest(batches: Iterable[Any]) -> str:
     def add_plain(leaf: Any) -> None:
         if isinstance(leaf, str | bytes | int | float):
             digest.update(repr(leaf).encode())
+        elif isinstance(leaf, np.ndarray):
+            digest.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
 
     for batch in batches:
         _map(add, batch, add_plain)

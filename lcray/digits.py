@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lcray.analysis import OnProgress, analyze
 from lcray.checkpoints import Recorder
-from lcray.cluster import Resources
 from lcray.errors import OutputError, UsageError
+from lcray.resources import Resources
 from lcray.results import Results
 from lcray.task import Task
 

@@ -86,7 +86,14 @@ def closure_table(results: Results) -> Table:
     """Per split: the loss change, what was allocated, and by how much they differ."""
     table = Table(box=None, pad_edge=False, title_justify="left")
     table.title = f"Closure, rule {results.plan.settings.rule}"
-    columns = ("loss change", "Σ LC", "gap/change", "Σ|gap|/Σ|change|", "first order", "helping")
+    columns = (
+        "loss change",
+        "Σ LC",
+        "gap/change",
+        "Σ|gap|/Σ|change|",
+        "first order",
+        "share helping",
+    )
     table.add_column("split")
     for column in columns:
         table.add_column(column, justify="right")
@@ -143,7 +150,8 @@ def plan_table(report: PlanReport) -> Group:
         "splits": ", ".join(f"{s.name} ({s.n_samples:,} samples)" for s in plan.splits),
         "rule": plan.settings.rule + (" with refinement" if plan.settings.refine else ""),
         "gradients": f"{least}{cost.n_gradients:,} full-batch gradients",
-        "time": f"{least}{duration(cost.seconds)} on {report.workers} workers",
+        "time": f"{least}{duration(cost.seconds)} of gradients on {report.workers} workers, and "
+        "about 10 s to start them",
         "memory": f"{size(cost.memory_bytes)} a worker",
         "disk": size(cost.disk_bytes),
         "BatchNorm": plan.settings.batch_norm,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from lcray.checkpoints.naming import matches
 from lcray.errors import UsageError, suggest
 from lcray.layers import Layer
 from lcray.planning import Plan, Settings, Span, SplitPlan
@@ -158,6 +159,38 @@ def make_plan(
     )
 
 
+def check_plan(plan: Plan) -> None:
+    """Refuse a plan that `make_plan` would not have made, such as one that was edited by hand.
+
+    Raises:
+        UsageError: saying what is wrong with it.
+    """
+    check_settings(plan.settings)
+    names = [layer.name for layer in plan.layers]
+    steps = [span.steps for span in plan.spans]
+    counts = (plan.window, plan.trace_sample, plan.threads, *(s for part in steps for s in part))
+    problems = {
+        "numbers that are no integers": any(type(count) is not int for count in counts),
+        "no spans, layers or splits": not (plan.spans and plan.layers and plan.splits),
+        "spans without intervals": any(len(part) < 2 for part in steps),
+        "a window, sample or number of threads out of range": min(plan.window, plan.threads) < 1
+        or plan.trace_sample < 0,
+        "tables or layers that do not exist": not (
+            set(plan.tables) <= set(_ROW_BYTES)
+            and set(plan.unit_layers) | set(plan.detail_layers) <= set(names)
+        ),
+        "a layer or split twice": len({*names}) < len(names)
+        or len({split.name for split in plan.splits}) < len(plan.splits),
+        "an unknown device kind": plan.device_kind not in ("cpu", "cuda"),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise UsageError(f"plan: has {problem}; make a new one with lcray plan --save")
+    joined = all(a[-1] == b[0] for a, b in pairwise(steps))
+    if not joined or any(a >= b for part in steps for a, b in pairwise(part)):
+        raise UsageError("plan: its spans do not follow each other; make a new one")
+
+
 def extend_plan(plan: Plan, steps: Sequence[int]) -> Plan:
     """`plan` with spans for the steps that follow its last one; the spans it has stay."""
     last = plan.steps[-1]
@@ -196,7 +229,7 @@ def _matching(settings: Settings, layers: Sequence[Layer]) -> tuple[str, ...]:
 
 
 def _wanted(settings: Settings, name: str) -> bool:
-    return settings.layers is None or fnmatch.fnmatchcase(name, settings.layers)
+    return settings.layers is None or matches(name, settings.layers)
 
 
 def _tables(

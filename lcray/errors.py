@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class LcrayError(Exception):
@@ -55,3 +57,12 @@ def suggest(name: str, valid: Iterable[str], what: str) -> str:
     nearest = f" did you mean {close[0]!r}?" if close else ""
     shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     return f"unknown {what} {name!r}:{nearest} valid: {shown}"
+
+
+def brief(error: BaseException) -> str:
+    """An error of the user's code in one line: kind, message, and the user's line behind it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    foreign = ("site-packages", "<frozen", str(Path(__file__).parent))
+    own = [frame for frame in frames if not any(part in frame.filename for part in foreign)]
+    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"

@@ -7,6 +7,7 @@ and only then given its name, and what names other files carries their checksums
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 from lcray.errors import CorruptionError, OutputError
 from lcray.schema import TableSchema
 
+LOCK = ".lock"  # the name of the file in an output
 _JSON_LIMIT = 1 << 28  # bytes; analysis.json holds one checksum a checkpoint
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 
@@ -56,6 +58,28 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({reason}); make room or give access, then run the same "
             "command again: what is committed is kept"
         ) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other process that asks for it out of `folder`, while the block lasts.
+
+    The operating system lets go when the process ends, however it ends.
+
+    Raises:
+        OutputError: if another process is at work there, or the lock cannot be written.
+    """
+    path = folder / LOCK
+    with writing(path):
+        file = open(path, "a")  # noqa: SIM115 - errors of the block are not errors of the lock
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{folder}: another lcray process is at work on it; wait until it has ended"
+            ) from error
+        yield
 
 
 def encode_json(data: Mapping[str, Any]) -> bytes:

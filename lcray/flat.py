@@ -39,10 +39,10 @@ class FlatModel:
         self, model: nn.Module, device: torch.device, dtype: torch.dtype, *, partial: bool = False
     ) -> None:
         describe_layers(model)  # refuses what the conversion would hide
-        for buffer in model.buffers():  # Module.to makes a copy of a shared one for each name
-            kind = dtype if buffer.is_floating_point() else buffer.dtype
-            buffer.data = buffer.data.to(device=device, dtype=kind)
-        self.model = model.to(device=device, dtype=dtype).eval()
+        # One by one: Module.to copies a shared buffer for each name, and makes complex ones real.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.to(device=device, dtype=_compute_dtype(tensor, dtype))
+        self.model = model.eval()
         self.layers, self._tensors = describe_layers(self.model)
         if not any(layer.trainable for layer in self.layers):
             raise TaskError("model: no parameter requires a gradient, so there is nothing to learn")
@@ -54,6 +54,9 @@ class FlatModel:
         self.base = self.theta.cpu().clone() if partial else None
         names = {name for layer in self.layers for name in (layer.name, *layer.aliases)}
         self._constants = {k: v for k, v in self._tensors.items() if k not in names}
+        self._initial = {name: value.cpu().clone() for name, value in self._constants.items()}
+        places = _places(self.model)
+        self._places = {k: places.get(id(self._tensors[k]), []) for k in names}
 
     def _tie(self, layer: Layer, where: slice) -> None:
         tensor = self._tensors[layer.name]
@@ -112,13 +115,50 @@ class FlatModel:
         constants = {name: tensors[name] for name in self._constants if name in tensors}
         for name, value in constants.items():
             _check_shape(name, value, tuple(self._constants[name].shape), step)
-        return vector, constants
+        return vector, {**self._initial, **constants}  # all, so that no earlier point shows through
 
     def set_constants(self, constants: Mapping[str, Tensor]) -> None:
         """Set the tensors that do not move, such as counters, to a checkpoint's values."""
         with torch.no_grad():
             for name, value in constants.items():
                 self._constants[name].copy_(value)
+
+    def check_tied(self) -> None:
+        """Check that the model's tensors and gradients still are views of the flat vectors.
+
+        Raises:
+            TaskError: if the loss has replaced one, so that it would no longer follow the path.
+        """
+        start, size = self.grad.data_ptr(), self.grad.element_size()
+        for layer, where in zip(self.layers, self.slices, strict=True):
+            tensor = self._tensors[layer.name]
+            if any(held.get(key) is not tensor for held, key in self._places[layer.name]):
+                raise TaskError(
+                    f"model layer {layer.name!r}: was replaced while the loss was computed; in "
+                    "evaluation mode a forward pass must not assign parameters or buffers"
+                )
+            moved = tensor.grad is None or tensor.grad.data_ptr() != start + size * where.start
+            if tensor.requires_grad and layer.numel and moved:
+                raise TaskError(
+                    f"model layer {layer.name!r}: its gradient was replaced while the loss was "
+                    "computed; the loss must not call zero_grad"
+                )
+
+
+def _compute_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    if tensor.is_complex():
+        return torch.promote_types(dtype, torch.complex32)
+    return dtype if tensor.is_floating_point() else tensor.dtype
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[Mapping[str, Tensor | None], str]]]:
+    """Where modules keep a tensor, by its id: the module's dictionary and the key in that."""
+    places: dict[int, list[tuple[Mapping[str, Tensor | None], str]]] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for key, tensor in held.items():
+                places.setdefault(id(tensor), []).append((held, key))
+    return places
 
 
 def _slices(layers: tuple[Layer, ...]) -> tuple[slice, ...]:

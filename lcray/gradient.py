@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lcray.data import SplitData
-from lcray.errors import TaskError
+from lcray.errors import TaskError, brief
 from lcray.flat import FlatModel
 from lcray.normalization import Normalization, depends_on_batches
 from lcray.task import Task
@@ -93,6 +93,7 @@ class GradientEngine:
             raise TaskError(
                 f"task loss: the weights of split {split.name!r} add up to {sums.weight}"
             )
+        self.flat.check_tied()
         if out is not None:
             out.div_(sums.weight)
         return sums.result()
@@ -141,7 +142,8 @@ class GradientEngine:
         _check_losses(where, losses, split.batch_sizes[index])
         if weights is not None:
             _check_weights(where, losses, weights)
-            weights = weights.detach().to(losses.dtype)
+            # At least float32: 16 bits would round the weights themselves.
+            weights = weights.detach().to(torch.promote_types(losses.dtype, torch.float32))
         if split.labels and len(split.labels[index]) != len(losses):
             raise TaskError(
                 f"{where}: {len(losses)} losses but {len(split.labels[index])} group labels; "
@@ -234,8 +236,7 @@ def _where(split: SplitData, index: int) -> str:
 
 
 def _failed(where: str, what: str, error: Exception) -> TaskError:
-    reason = " ".join(str(error).split())[:300]
-    return TaskError(f"{where}: {what}: {type(error).__name__}: {reason}")
+    return TaskError(f"{where}: {what}: {brief(error)}")
 
 
 def _check_losses(where: str, losses: Any, batch_size: int) -> None:

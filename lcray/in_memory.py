@@ -13,7 +13,7 @@ from torch import Tensor
 from lcray.allocation import Accuracy, IntervalLC, SplitAllocator
 from lcray.checkpoints.naming import canonical_names
 from lcray.drafting import make_settings
-from lcray.errors import CheckpointError
+from lcray.errors import CheckpointError, UsageError
 from lcray.layers import Layer
 from lcray.path import Point, Segment
 from lcray.planning import Settings
@@ -22,7 +22,7 @@ from lcray.task import Task, locate
 from lcray.workbench import Workbench
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Allocation:
     """LC of one split between two states; all in units of the loss.
 
@@ -45,6 +45,9 @@ class Allocation:
     layer_error: dict[str, float]
     converged: bool
     panels: int
+
+    def __repr__(self) -> str:
+        return f"Allocation({self.split!r}, loss_change={self.loss_change:g}, lc={self.lc:g})"
 
     @property
     def loss_change(self) -> float:
@@ -104,6 +107,7 @@ def allocate(
         UsageError: for an option that does not exist or cannot be used.
     """
     settings = make_settings(options)
+    _check_states(before, after)
     bench = Workbench(locate(task).load(), settings, device=device)
     states = [_point(bench, state, step) for step, state in enumerate((before, after))]
     segment = Segment(*states)
@@ -111,6 +115,19 @@ def allocate(
         split.name: _allocate(bench, settings, index, segment)
         for index, split in enumerate(bench.splits)
     }
+
+
+def _check_states(before: Any, after: Any) -> None:
+    for name, state in (("before", before), ("after", after)):
+        if not isinstance(state, Mapping):
+            raise UsageError(f"{name}: needs a state dict, not a {type(state).__name__}")
+    tensors = [after[name] for name in before if name in after and before[name].numel()]
+    same = [before[name] for name in before if name in after and before[name].numel()]
+    if same and all(a.data_ptr() == b.data_ptr() for a, b in zip(same, tensors, strict=True)):
+        raise UsageError(
+            "before and after are the same memory: a state dict follows its model; copy it first: "
+            "{name: value.clone() for name, value in model.state_dict().items()}"
+        )
 
 
 def _point(bench: Workbench, state: Mapping[str, Tensor], step: int) -> Point:

@@ -81,7 +81,7 @@ def describe_layers(model: nn.Module) -> tuple[tuple[Layer, ...], dict[str, Tens
         _check_tensor(names[keys[0]], tensor)
         if not tensor.is_floating_point():
             continue
-        owner = owners[keys[0]]
+        owner = owners.get(keys[0], model)
         layers.append(
             Layer(
                 name=names[keys[0]],

@@ -26,7 +26,7 @@ _PHASES = {
     "spans": "intervals",
     "reduce": "merging tables",
 }
-_SECONDS_A_LINE = 30.0
+_SECONDS_A_LINE = 10.0
 
 
 @contextmanager

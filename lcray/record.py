@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import lcray
 from lcray.errors import CorruptionError, OutputError, UsageError
-from lcray.files import read_json, write_json_atomic
+from lcray.files import LOCK, read_json, write_json_atomic
 from lcray.layers import Layer
 from lcray.planning import Plan, Settings
 from lcray.schema import FORMAT_VERSION
@@ -69,7 +70,7 @@ def read_record(out: Path) -> Record | None:
     if not path.exists():
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out}: is a file; choose another --out")
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and any(entry.name != LOCK for entry in out.iterdir()):
             raise OutputError(f"{out}: not empty, and no output of lcray; choose another --out")
         return None
     data = read_json(path)
@@ -105,15 +106,21 @@ def make_fingerprint(description: Description) -> dict[str, Any]:
     }
 
 
-def make_notes(description: Description) -> tuple[str, ...]:
+def make_notes(description: Description, settings: Settings) -> tuple[str, ...]:
     """What to keep in mind about numbers from such a run."""
-    few = description.low_precision
-    if not few:
-        return ()
-    return (
-        f"{len(few)} of {len(description.layers)} layers are stored in 16 bits or fewer: updates "
-        f"too small for them show as no movement, and get no LC ({few[0]}, …)",
-    )
+    few, many = description.low_precision, description.double_precision
+    notes = []
+    if few:
+        notes.append(
+            f"{len(few)} of {len(description.layers)} layers are stored in 16 bits or fewer: "
+            f"updates too small for them show as no movement, and get no LC ({few[0]}, …)"
+        )
+    if many and settings.dtype == "float32":
+        notes.append(
+            f"{len(many)} of {len(description.layers)} layers are stored in float64 but analyzed "
+            f"in float32, which rounds small updates away; use --dtype float64 ({many[0]}, …)"
+        )
+    return tuple(notes)
 
 
 def carrier_versions() -> dict[str, str]:
@@ -145,6 +152,20 @@ def check_same_numbers(
     if layers != record.plan.layers:
         found.append("the model's layers")
     _refuse(out, found)
+
+
+def check_same_losses(out: Path, record: Record, losses: Mapping[str, float]) -> None:
+    """Refuse a loss that has changed unseen by the fingerprint: in a value it closes over, say.
+
+    Raises:
+        OutputError: naming the split.
+    """
+    exact = record.plan.settings.deterministic
+    for split in record.plan.splits:
+        there, here = split.first_loss, losses[split.name]
+        same = there == here if exact else math.isclose(there or 0.0, here, rel_tol=1e-5)
+        if not same and (there is not None or math.isfinite(here)):
+            _refuse(out, [f"loss of {split.name!r} at the first step: {there} there, {here} now"])
 
 
 def check_plan_fits(plan: Plan, description: Description) -> None:

@@ -7,6 +7,7 @@ New tables are staged beside the old ones and renamed together once all are whol
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import uuid
@@ -22,7 +23,7 @@ import pyarrow as pa
 from lcray import merging
 from lcray.arrow import make_table
 from lcray.errors import CorruptionError, IncompleteError
-from lcray.files import FileEntry, TableFile, seal, sync_folder, writing
+from lcray.files import FileEntry, TableFile, locked, seal, sync_folder, writing
 from lcray.merging import Arrays, Source, merge_bins
 from lcray.planning import Plan
 from lcray.schema import FORMAT_VERSION, WHOLE_RUN, table_schema
@@ -59,6 +60,13 @@ def reduce(out: str | os.PathLike[str], *, allow_missing: bool = False) -> Reduc
         OutputError: if `out` is no output, or the tables cannot be written; tables that exist
             stay as they are then.
     """
+    read_plan(Path(out))  # no lock file in what is no output
+    with locked(Path(out)):
+        return merge(out, allow_missing=allow_missing)
+
+
+def merge(out: str | os.PathLike[str], *, allow_missing: bool = False) -> Reduction:
+    """`reduce`, for a caller that holds the lock of `out` or whose driver does."""
     folder = Path(out) / "tables"
     plan = read_plan(Path(out))
     commits = tuple(committed(Path(out), plan.spans).values())
@@ -67,8 +75,10 @@ def reduce(out: str | os.PathLike[str], *, allow_missing: bool = False) -> Reduc
         raise IncompleteError(
             f"{out}: {len(missing)} of {plan.n_intervals} intervals are missing: steps "
             f"{name_intervals(missing)}; run the analysis again to finish them"
-            + (", or allow missing intervals" if commits else "")
+            + (", or merge what there is with --allow-missing" if commits else "")
         )
+    for problem in disagreements(Path(out), commits):
+        raise CorruptionError(problem)
     for commit in commits:
         problems = check_files(Path(out), commit)
         if problems:
@@ -81,6 +91,18 @@ def missing_intervals(plan: Plan, commits: Iterable[Commit]) -> tuple[tuple[int,
     """The intervals of the plan that no commit covers, in order."""
     present = {commit.span for commit in commits}
     return tuple(i for span in plan.spans if span not in present for i in span.intervals)
+
+
+def disagreements(out: Path, commits: Iterable[Commit]) -> Iterator[str]:
+    """Neighbouring spans that read different checkpoints of the step they share, one line each."""
+    for left, right in itertools.pairwise(commits):
+        step = left.span.last
+        digests = [c.checkpoints.get(step) for c in (left, right)]
+        if step == right.span.first and None not in digests and digests[0] != digests[1]:
+            yield (
+                f"{out}: spans {left.span.name} and {right.span.name} read different checkpoints "
+                f"of step {step}; analyze the run into a new output"
+            )
 
 
 def name_intervals(intervals: Iterable[tuple[int, int]]) -> str:

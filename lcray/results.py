@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
+import glob
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lcray.checkpoints.naming import matches
 from lcray.errors import CorruptionError, OutputError, UsageError, suggest
 from lcray.files import FileEntry, read_json, read_sealed
 from lcray.planning import Plan
@@ -64,7 +65,9 @@ def read_manifest(out: Path) -> Manifest:
     """
     path = out / "tables" / MANIFEST
     if not path.exists():
-        raise OutputError(f"{out}: not reduced yet; run lcray reduce {out}")
+        raise OutputError(
+            f"{out}: has no tables yet; run the analysis again to finish it, or lcray reduce {out}"
+        )
     data = read_sealed(path)
     if data.get("format_version") != FORMAT_VERSION:
         raise OutputError(
@@ -93,12 +96,17 @@ def open_output(out: str | os.PathLike[str]) -> Results:
     return Results(path, read_plan(path), tuple(read_manifest(path).tables))
 
 
+def sql_path(path: Path) -> str:
+    """The path as DuckDB takes it between quotes: as it is, and not as a pattern."""
+    return glob.escape(str(path.resolve())).replace("'", "''")
+
+
 def query(out: str | os.PathLike[str], sql: str) -> pd.DataFrame:
     """What one SELECT gives on the tables in `out`; raises as `open_output` and `Results.sql`."""
     return open_output(out).sql(sql)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results:
     """The tables of an output.
 
@@ -212,7 +220,8 @@ class Results:
         Raises:
             UsageError: if it is not one valid SELECT.
         """
-        return self._frame(self.sql_arrow(query))
+        found = self.sql_arrow(query)
+        return self._frame(found.rename_columns(_distinct(found.column_names)))
 
     def sql_arrow(self, query: str) -> pa.Table:
         """As `sql`, as an Arrow table."""
@@ -225,13 +234,24 @@ class Results:
                 return connection.sql(statements[0]).to_arrow_table()
             except duckdb.Error as error:
                 message = " ".join(str(error).split("\n\n")[0].split())
-                raise UsageError(f"SQL: {message}") from error
+                raise UsageError(f"SQL: {self._hint(query) or message}") from error
+
+    def _hint(self, query: str) -> str | None:
+        """What to do where a query asks for a table that this output does not have."""
+        for name in TABLES:
+            if name not in self.tables and re.search(rf"\b{name}\b", query, re.IGNORECASE):
+                how = _OPTIONS.get(name, "see lcray analyze --help")
+                return f"there is no table {name!r} in {self.path}: {how}"
+        return None
+
+    def __repr__(self) -> str:
+        return f"Results({str(self.path)!r}, tables: {', '.join(self.tables)})"
 
     def _confine(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Makes views of the tables, then closes the way to everything else."""
         for table in self.tables:
             path = self._file(table)
-            quoted = str(path.resolve()).replace("'", "''")
+            quoted = sql_path(path)
             try:
                 connection.execute(f"CREATE VIEW {table} AS FROM read_parquet('{quoted}')")
             except duckdb.Error as error:
@@ -275,7 +295,7 @@ class Results:
         if "layer" not in TABLES[name].key:
             raise UsageError(f"table {name!r} has no layers: leave the pattern out")
         names = [layer.name for layer in self.plan.layers]
-        matching = [layer for layer in names if fnmatch.fnmatchcase(layer, pattern)]
+        matching = [layer for layer in names if matches(layer, pattern)]
         if not matching:
             raise UsageError(suggest(pattern, names, "layer"))
         return pc.field("layer").cast(pa.string()).isin(matching)
@@ -298,3 +318,13 @@ class Results:
             elif table.column(field.name).null_count and pa.types.is_boolean(field.type):
                 frame[field.name] = frame[field.name].astype("boolean")
         return frame
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """The names, those that recur (after a join) numbered."""
+    seen: dict[str, int] = {}
+    distinct = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        distinct.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return distinct

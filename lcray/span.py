@@ -12,7 +12,7 @@ import resource
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ class Description:
         device_kind: ``cpu`` or ``cuda``.
         device: the device in words.
         low_precision: layers that the first checkpoint stores in 16 bits or fewer.
+        double_precision: layers that it stores in 64 bits.
     """
 
     layers: tuple[Layer, ...]
@@ -55,6 +56,7 @@ class Description:
     device_kind: str
     device: str
     low_precision: tuple[str, ...] = ()
+    double_precision: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,19 @@ class SpanReport:
     committed: bool
     n_gradients: int
     seconds: float
+
+
+@dataclass
+class Outcome:
+    """What became of the spans of one call.
+
+    Attributes:
+        reports: of the spans that are committed.
+        failures: the reason by span, for those that are not.
+    """
+
+    reports: dict[Span, SpanReport] = field(default_factory=dict)
+    failures: dict[Span, str] = field(default_factory=dict)
 
 
 class Workspace:
@@ -136,12 +151,13 @@ class Workspace:
             first_hash=self._first.sha256,
             device_kind=self.bench.device.type,
             device=torch.cuda.get_device_name() if self.bench.device.type == "cuda" else "cpu",
-            low_precision=tuple(
-                name
-                for name, dtype in self._dtypes.items()
-                if dtype.is_floating_point and dtype.itemsize < 4
-            ),
+            low_precision=self._stored_in(1, 2),
+            double_precision=self._stored_in(8),
         )
+
+    def _stored_in(self, *sizes: int) -> tuple[str, ...]:
+        found = self._dtypes.items()
+        return tuple(n for n, d in found if d.is_floating_point and d.itemsize in sizes)
 
     def probe(self) -> Probe:
         """Evaluate every split twice at the first checkpoint.
@@ -164,6 +180,13 @@ class Workspace:
             _check_repeatable(split, first, second, same, exact=self.settings.deterministic)
             plans.append(_split_plan(split, first))
         return Probe(tuple(plans), seconds, _peak_bytes(), self._first.nbytes, self._read_seconds)
+
+    def losses(self) -> dict[str, float]:
+        """The mean loss of each split at the first checkpoint, without gradients."""
+        point = self._point(self._first)
+        Segment(point, point).set_point(self.flat, 0.0)
+        engine = self.bench.engine
+        return {split.name: engine.evaluate(split, None).loss for split in self.bench.splits}
 
     def run(self, plan: Plan, span: Span, out: Path, attempt: str) -> SpanReport:
         """Compute a span, write its shards and commit them.

@@ -43,7 +43,8 @@ class SplitTables:
         self._plan, self._split, self._writer = plan, split, writer
         stops = np.cumsum([0, *(layer.numel for layer in plan.layers)])
         self._slices = [slice(int(a), int(b)) for a, b in pairwise(stops)]
-        self._detail = {n for n, la in enumerate(plan.layers) if la.name in plan.detail_layers}
+        self._numbers = {layer.name: n for n, layer in enumerate(plan.layers)}
+        self._detail = {self._numbers[name] for name in plan.detail_layers}
         self._rows: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
         self._histograms: dict[tuple[int, int], SignedHistograms] = defaultdict(SignedHistograms)
         self._signs = _Signs(int(stops[-1]), get_rule(plan.settings.rule).has_left)
@@ -148,7 +149,8 @@ class SplitTables:
             values = lc[where].view(layer.shape)
             if layer.unit_axis is not None:
                 values = values.movedim(layer.unit_axis, 0)
-            units = values.reshape(layer.n_units, -1).sum(1).numpy()
+            width = layer.numel // max(1, layer.n_units)  # a layer may be empty
+            units = values.reshape(layer.n_units, width).sum(1).numpy()
             rows = self._rows["units"]
             rows["layer"].append(np.full(len(units), self._number(layer), np.int32))
             rows["unit"].append(np.arange(len(units)))
@@ -261,11 +263,12 @@ class SplitTables:
         return numbers, [layer.name for layer in self._plan.layers]
 
     def _number(self, layer: Layer) -> int:
-        return self._plan.layers.index(layer)
+        return self._numbers[layer.name]
 
     def _of(self, names: tuple[str, ...]) -> list[tuple[Layer, slice]]:
-        pairs = zip(self._plan.layers, self._slices, strict=True)
-        return [(layer, where) for layer, where in pairs if layer.name in names]
+        """The named layers and where they are; names come in the plan's order."""
+        numbers = [self._numbers[name] for name in names]
+        return [(self._plan.layers[n], self._slices[n]) for n in numbers]
 
 
 class _Signs:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from lcray.errors import TaskError, UsageError, suggest
+from lcray.errors import LcrayError, TaskError, UsageError, brief, suggest
 
 #: The data of a split: a map-style data set, or tensors (or arrays) that share their first axis.
 Data = Dataset[Any] | tuple[Any, ...]
@@ -142,8 +142,13 @@ def _import_module(name: str) -> ModuleType:
         sys.path.insert(0, folder)
     try:
         return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        hint = ""
+        if error.name == name.partition(".")[0]:
+            hint = "; run from its folder, or name it path/file.py:attribute"
+        raise TaskError(f"task module {name!r}: cannot be imported: {error}{hint}") from error
     except (Exception, SystemExit) as error:  # a script without a main guard may exit
-        raise TaskError(f"task module {name!r}: cannot be imported: {_brief(error)}") from error
+        raise TaskError(f"task module {name!r}: cannot be imported: {brief(error)}") from error
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -167,7 +172,7 @@ def _import_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise TaskError(f"task file {path}: cannot be imported: {_brief(error)}") from error
+        raise TaskError(f"task file {path}: cannot be imported: {brief(error)}") from error
     return module
 
 
@@ -187,7 +192,7 @@ def _call_factory(reference: str, factory: Any) -> Task:
     try:
         task = factory()
     except Exception as error:
-        raise TaskError(f"task {reference!r}: failed: {_brief(error)}") from error
+        raise TaskError(f"task {reference!r}: failed: {brief(error)}") from error
     if not isinstance(task, Task):
         raise TaskError(f"task {reference!r}: gave a {type(task).__name__}, must be a lcray.Task")
     return task
@@ -269,7 +274,7 @@ def call_model(task: Task) -> nn.Module:
     try:
         model = task.model()
     except Exception as error:
-        raise TaskError(f"task model: failed: {_brief(error)}") from error
+        raise TaskError(f"task model: failed: {brief(error)}") from error
     if not isinstance(model, nn.Module):
         raise TaskError(f"task model: gave a {type(model).__name__}, must be a torch.nn.Module")
     return model
@@ -284,8 +289,10 @@ def split_data(task: Task, names: Sequence[str] | None = None) -> dict[str, Data
     """
     try:
         data = task.splits() if callable(task.splits) else task.splits
+    except LcrayError:
+        raise
     except Exception as error:
-        raise TaskError(f"task splits: failed: {_brief(error)}") from error
+        raise TaskError(f"task splits: failed: {brief(error)}") from error
     if not isinstance(data, Mapping) or not data:
         raise TaskError("task splits: must map names to data, with at least one split")
     for name in names or ():
@@ -321,7 +328,3 @@ def _length(part: Any) -> int | None:
         return len(part)
     except (TypeError, NotImplementedError):  # no __len__, or a tensor without axes
         return None
-
-
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

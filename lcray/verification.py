@@ -9,7 +9,6 @@ the total (batches that mix groups) agree to 1e-4 (float32) or 1e-9 (float64) of
 
 from __future__ import annotations
 
-import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -26,8 +25,14 @@ from numpy.typing import NDArray
 from lcray.errors import LcrayError
 from lcray.invariants import Invariant, coverage, invariants, relations
 from lcray.planning import Plan
-from lcray.reduction import missing_intervals, name_intervals, plan_digest, tables_of
-from lcray.results import Manifest, read_manifest
+from lcray.reduction import (
+    disagreements,
+    missing_intervals,
+    name_intervals,
+    plan_digest,
+    tables_of,
+)
+from lcray.results import Manifest, read_manifest, sql_path
 from lcray.schema import TABLES
 from lcray.shards import Commit, check_files, file_problems, read_commit, read_plan
 
@@ -125,19 +130,8 @@ def _verify_shards(out: Path, plan: Plan, report: _Report) -> list[Commit]:
             f"{name_intervals(missing)}; run the analysis again to finish them"
         )
     report.checks.append("neighbouring spans read the same checkpoint")
-    report.problems += _disagreements(out, commits)
+    report.problems += disagreements(out, commits)
     return commits
-
-
-def _disagreements(out: Path, commits: list[Commit]) -> Iterator[str]:
-    for left, right in itertools.pairwise(commits):
-        step = left.span.last
-        digests = [c.checkpoints.get(step) for c in (left, right)]
-        if step == right.span.first and None not in digests and digests[0] != digests[1]:
-            yield (
-                f"{out}: spans {left.span.name} and {right.span.name} read different checkpoints "
-                f"of step {step}; analyze the run into a new output"
-            )
 
 
 def _stale(out: Path, plan: Plan, commits: list[Commit], manifest: Manifest) -> Iterator[str]:
@@ -213,7 +207,7 @@ def _verify_rows(
         database.execute("SET preserve_insertion_order=false")
         database.execute(f"SET temp_directory='{folder}'")
         for table in sound:
-            path = str((out / "tables" / f"{table}.parquet").resolve()).replace("'", "''")
+            path = sql_path(out / "tables" / f"{table}.parquet")
             database.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{path}')")
         for name, relation in relations(plan, set(manifest.spans)).items():
             database.register(f"_{name}", relation)

@@ -24,7 +24,7 @@ from lcray.checkpoints import Recorder
 from lcray.cluster import Outcome
 from lcray.errors import LcrayError
 from lcray.planning import Plan, Settings, Span
-from lcray.reduction import Reduction, reduce
+from lcray.reduction import Reduction, merge
 from lcray.span import Description, Probe, SpanReport
 from lcray.task import Task, TaskSource
 
@@ -241,6 +241,10 @@ class InlinePool:
         self.describe()
         return self._worker.probe()
 
+    def losses(self) -> dict[str, float]:
+        self.describe()
+        return self._worker.losses()
+
     def run(
         self,
         plan: Plan,
@@ -260,7 +264,7 @@ class InlinePool:
         return outcome
 
     def reduce(self, out: Path, *, allow_missing: bool = False) -> Reduction:
-        return reduce(out, allow_missing=allow_missing)
+        return merge(out, allow_missing=allow_missing)
 
 
 class Told:

@@ -48,6 +48,7 @@ ORDER = (
     "invariants",
     "verification",
     "record",
+    "resources",
     "cluster",
     "analysis",
     "digits",

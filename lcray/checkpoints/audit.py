@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import statistics
 from collections import Counter
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from lcray.checkpoints import naming
 from lcray.checkpoints.bits import count_unchanged, same_bits
 from lcray.checkpoints.series import CheckpointSeries, State, open_series
 from lcray.errors import CheckpointError, suggest
@@ -125,7 +125,7 @@ def inspect(run: str | Path, steps: str | None = None, layers: str | None = None
 def _narrowed(state: State, pattern: str | None) -> State:
     if pattern is None:
         return state
-    kept = {n: t for n, t in state.tensors.items() if fnmatch.fnmatchcase(n, pattern)}
+    kept = {n: t for n, t in state.tensors.items() if naming.matches(n, pattern)}
     if not kept:
         raise CheckpointError(
             f"step {state.step}: " + suggest(pattern, state.tensors, "layer pattern")

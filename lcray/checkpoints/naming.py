@@ -5,6 +5,7 @@ Pure functions on strings; nothing here touches the file system.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterable
 
@@ -75,6 +76,11 @@ def parse_step(name: str) -> int | None:
         f"{name}: cannot tell which of {', '.join(integers)} is the step; "
         f"rename it, e.g. to step-{integers[-1]}.safetensors"
     )
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether `name` is `pattern`, or matches it as a shell's file name would (``conv*``)."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def canonical_names(keys: Iterable[str]) -> dict[str, str]:

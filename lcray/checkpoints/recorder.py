@@ -132,19 +132,24 @@ class Recorder:
         self._check()
 
     def close(self) -> None:
-        """Write what is queued, mark the run as ended and free the directory.
+        """Record the last step if `every` left it out, write what is queued, and end the run.
 
         Further calls do nothing, and neither does the copy in a forked process.
 
         Raises:
             RecorderError: a checkpoint could not be written.
         """
+        self._close(complete=True)
+
+    def _close(self, *, complete: bool) -> None:
         if not self._finalizer.alive or self._directory.is_forked:
             return
         if self._hook is not None:
             self._hook.remove()
         self._finalizer.detach()
         try:
+            if complete and self._step % self._every:
+                self._record()
             self._writer.close()
             ended = {**self._content, "ended": True, "last_step": self._step}
             _write(self._directory, runfile.NAME, runfile.encode(ended))
@@ -161,7 +166,7 @@ class Recorder:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self.close()
+            self._close(complete=error is None)  # an error may have come in the middle of a step
         except RecorderError as failure:
             if error is None:
                 raise
@@ -179,8 +184,10 @@ class Recorder:
     def _advance(self) -> None:
         self._check()
         self._step += 1
-        if self._step % self._every:
-            return
+        if self._step % self._every == 0:
+            self._record()
+
+    def _record(self) -> None:
         slot = self._writer.acquire()
         try:
             snapshot(self._layout, self._model, slot)

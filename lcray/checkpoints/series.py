@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,6 +140,8 @@ def list_checkpoints(root: Path) -> tuple[Checkpoint, ...]:
                 f"{root}: {found[step].files[0].relative_to(root)} and "
                 f"{files[0].relative_to(root)} are both step {step}; move one of them away"
             )
+        if step >= 2**63:
+            raise CheckpointError(f"{root}: {entry.name} is step {step}; steps end at 2**63")
         found[step] = Checkpoint(step, files, sum(_size(file) for file in files))
     return tuple(found[step] for step in sorted(found))
 
@@ -257,8 +260,9 @@ def _why_empty(root: Path) -> str:
             target = path.with_suffix(naming.SAFETENSORS)
             return (
                 f"{root}: holds pickled checkpoints, which are never opened; convert each: "
-                'python -c "import torch, safetensors.torch as s; '
-                f"s.save_file(torch.load('{path}', weights_only=True), '{target}')\""
+                'python -c "import sys, torch, safetensors.torch as s; '
+                's.save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" '
+                f"{shlex.quote(str(path))} {shlex.quote(str(target))}"
             )
     if any(naming.is_weights(path.name) for path, is_dir in entries if not is_dir):
         return (

@@ -58,7 +58,12 @@ class BackgroundWriter:
                     self._made += 1
                     break
                 self._changed.wait(1.0)  # wakes now and then to see whether the thread lives
-        return self._make()
+        try:
+            return self._make()
+        except BaseException:
+            with self._changed:
+                self._made -= 1
+            raise
 
     def release(self, slot: Slot) -> None:
         """Hand back a slot that is not submitted."""

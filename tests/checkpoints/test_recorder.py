@@ -270,9 +270,9 @@ def test_every_k_and_the_optimizer_hook(tmp_path):
         update(model, optimizer, step)
     assert rec.last_step == 7
     rec.close()
-    assert sorted(stored(tmp_path)) == [0, 3, 6]
+    assert sorted(stored(tmp_path)) == [0, 3, 6, 7]  # the last one is not lost
     update(model, optimizer, 8)  # the hook is gone: no error, no file
-    assert sorted(stored(tmp_path)) == [0, 3, 6]
+    assert sorted(stored(tmp_path)) == [0, 3, 6, 7]  # the last one is not lost
 
 
 def test_accumulation_records_optimizer_steps(tmp_path):

@@ -159,7 +159,7 @@ def test_pickles_are_never_opened_and_the_error_converts_them(tmp_path, name):
     with pytest.raises(CheckpointError, match="never opened") as caught:
         open_series(tmp_path)
     command = str(caught.value).split("convert each: ")[1]
-    assert f"'{path}'" in command
+    assert str(path) in command
     if name == "step-1.pt":
         assert os.system(command) == 0  # the advice works as it stands
         state = open_series(tmp_path, minimum=1).read(1)
