@@ -173,15 +173,16 @@ def analyze(
         raise UsageError("a plan decides settings, steps and spans: leave the other options out")
     settings = given.settings if given else make_settings(options)
     path = Path(out)
-    read_record(path)  # refuses what is no output before anything is written to it
+    record = read_record(path)
+    if record is not None:
+        check_same_settings(path, record, settings)
+    known = record.plan if record else given
+    job = _Job(run, task, resources, steps, span_length, settings, known)
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        record = read_record(path)
-        if record is not None:
-            check_same_settings(path, record, settings)
-        known = record.plan if record else given
-        job = _Job(run, task, resources, steps, span_length, settings, known)
+        if read_record(path) != record:
+            raise OutputError(f"{path}: has just changed; run the same command again")
         tell(Progress("start"))
         with connection(job.resources), job.pool(settings) as pool:
             record = job.record(pool, path, record, given, tell)

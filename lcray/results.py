@@ -251,13 +251,14 @@ class Results:
         """Makes views of the tables, then closes the way to everything else."""
         for table in self.tables:
             path = self._file(table)
-            quoted = sql_path(path)
             try:
-                connection.execute(f"CREATE VIEW {table} AS FROM read_parquet('{quoted}')")
+                connection.execute(f"CREATE VIEW {table} AS FROM read_parquet('{sql_path(path)}')")
             except duckdb.Error as error:
                 raise self._unreadable(path, error) from error
-        folder = str((self.path / "tables").resolve()).replace("'", "''")
-        connection.execute(f"SET allowed_directories=['{folder}/']")
+        folder = self.path / "tables"
+        literal = str(folder.resolve()).replace("'", "''")
+        # DuckDB checks the view's pattern as well as the file that it stands for.
+        connection.execute(f"SET allowed_directories=['{literal}/', '{sql_path(folder)}/']")
         connection.execute("SET enable_external_access=false")
         connection.execute("SET lock_configuration=true")
 

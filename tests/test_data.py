@@ -193,10 +193,10 @@ class TestGroupLabels:
     @pytest.mark.parametrize(
         ("groups", "shown"),
         [
-            (lambda b: b[1].float(), "gave [4]"),
-            (lambda b: b[1].float() * 1j, "gave [4]"),
-            (lambda b: b[1][:, None], "gave [4, 1]"),
-            (lambda b: b[1].sum(), "gave []"),
+            (lambda b: b[1].float(), "gave torch.float32 [4]"),
+            (lambda b: b[1].float() * 1j, "gave torch.complex64 [4]"),
+            (lambda b: b[1][:, None], "gave torch.int64 [4, 1]"),
+            (lambda b: b[1].sum(), "gave torch.int64 []"),
             (lambda b: b[1].tolist(), "gave list"),
             (lambda b: None, "gave NoneType"),
         ],

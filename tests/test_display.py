@@ -150,7 +150,7 @@ def test_a_plan(plan: Plan) -> None:
     assert "intervals  12 in 4 spans of up to 3" in report(plan)
     assert "56 full-batch gradients" in rows["gradients"]
     assert "at least" not in rows["gradients"]
-    assert rows["time"] == "time 90 s on 3 workers"
+    assert rows["time"] == "time 90 s of gradients on 3 workers, and about 10 s to start them"
     assert rows["memory"] == "memory 500 MB a worker"
     assert rows["disk"] == "disk 2 MB"
     assert rows["layers"] == "layers 1,096"

@@ -125,7 +125,8 @@ def test_a_plan_must_fit(change: dict[str, Any], named: str, record: Record) -> 
 
 def test_notes(record: Record) -> None:
     layers: tuple[Layer, ...] = record.plan.layers
-    assert make_notes(describe(record)) == ()
-    (note,) = make_notes(describe(record, low_precision=(layers[1].name,)))
+    plain = record.plan.settings
+    assert make_notes(describe(record), plain) == ()
+    (note,) = make_notes(describe(record, low_precision=(layers[1].name,)), plain)
     assert note.startswith(f"1 of {len(layers)} layers are stored in 16 bits or fewer")
     assert note.endswith(f"({layers[1].name}, …)")

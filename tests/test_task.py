@@ -126,7 +126,7 @@ class TestLoading:
     def test_a_factory_that_raises_or_gives_something_else(self, tmp_path: Path) -> None:
         source = "def bad():\n    raise ValueError('two\\nlines')\ndef other():\n    return 3\n"
         file = write(tmp_path / "lc_bad.py", source)
-        assert refusal(f"{file}:bad").endswith("failed: ValueError: two lines")
+        assert refusal(f"{file}:bad").endswith("failed: ValueError: two lines (lc_bad.py:2)")
         assert refusal(f"{file}:other").endswith("gave a int, must be a lcray.Task")
 
     def test_something_else_than_a_task(self, tmp_path: Path) -> None:
@@ -136,7 +136,8 @@ class TestLoading:
     def test_an_error_inside_names_file_and_reason(self, tmp_path: Path) -> None:
         file = write(tmp_path / "lc_broken.py", "x = 1\nraise RuntimeError('no\\ndata')")
         message = refusal(f"{file}:task")
-        assert message == f"task file {file}: cannot be imported: RuntimeError: no data"
+        reason = "RuntimeError: no data (lc_broken.py:2)"
+        assert message == f"task file {file}: cannot be imported: {reason}"
         assert "lc_broken" not in sys.modules, "a half-made module must not be found again"
 
     @pytest.mark.parametrize("source", ["import sys; sys.exit(0)", "raise SystemExit('usage')"])
@@ -338,7 +339,9 @@ class TestModel:
         def build() -> nn.Module:
             raise OSError("no\nweights")
 
-        assert self.refusal(build) == "task model: failed: OSError: no weights"
+        line = build.__code__.co_firstlineno + 1
+        expected = f"task model: failed: OSError: no weights (test_task.py:{line})"
+        assert self.refusal(build) == expected
 
     def test_required_arguments(self) -> None:
         def function(a, b, /, c, d=1, *args, e, f=2, **kwargs) -> None: ...
@@ -395,7 +398,9 @@ class TestSplits:
         def load() -> dict:
             raise FileNotFoundError("no\nfile")
 
-        with pytest.raises(TaskError, match=r"^task splits: failed: FileNotFoundError: no file$"):
+        with pytest.raises(
+            TaskError, match=r"^task splits: failed: FileNotFoundError: no file \(test"
+        ):
             split_data(make(splits=load))
 
     @pytest.mark.parametrize(

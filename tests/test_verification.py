@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lcray import invariants, verification
+from lcray.errors import CorruptionError
 from lcray.files import TableFile, encode_json, read_sealed, seal
 from lcray.reduction import reduce
 from lcray.schema import TABLES
@@ -74,7 +75,10 @@ def test_an_output_that_is_not_reduced_yet(tmp_path: Path) -> None:
     assert len(result.problems) == 3
     assert "layers-a0.parquet: 0 bytes, should be" in result.problems[0]
     assert "1 of 6 intervals are missing: steps 6-8" in result.problems[1]
-    assert f"not reduced yet; run lcray reduce {tmp_path}" in result.problems[2]
+    assert (
+        f"has no tables yet; run the analysis again to finish it, or lcray reduce {tmp_path}"
+        in result.problems[2]
+    )
 
 
 def test_no_output(tmp_path: Path) -> None:
@@ -149,8 +153,9 @@ def test_spans_that_read_different_checkpoints(tmp_path: Path) -> None:
     for span in world.plan.spans:
         digests = {8: "f" * 64} if span.last == 8 else {}
         factory.write_span(tmp_path, world, span, digests=digests)
-    reduce(tmp_path)
-    (problem,) = verify(tmp_path).problems
+    with pytest.raises(CorruptionError, match="different checkpoints of step 8"):
+        reduce(tmp_path)
+    problem = verify(tmp_path).problems[0]
     assert "00000006-00000008 and 00000008-00000012 read different checkpoints of step 8" in problem
 
 

@@ -183,13 +183,17 @@ class TestLossContract:
                 raise KeyError("a\nb")
             return net(batch[0])
 
-        assert refusal(loss) == "task loss on split 'train', batch 1: failed: KeyError: 'a\\nb'"
+        line = loss.__code__.co_firstlineno + 2
+        expected = f"failed: KeyError: 'a\\nb' (test_workbench.py:{line})"
+        assert refusal(loss) == f"task loss on split 'train', batch 1: {expected}"
 
     def test_an_error_of_several_lines_becomes_one(self) -> None:
         def loss(net: nn.Module, batch: Any) -> Tensor:
             raise ValueError("shapes\n  [2]\n  [3]")
 
-        assert refusal(loss) == self.WHERE + "failed: ValueError: shapes [2] [3]"
+        line = loss.__code__.co_firstlineno + 1
+        expected = f"failed: ValueError: shapes [2] [3] (test_workbench.py:{line})"
+        assert refusal(loss) == self.WHERE + expected
 
 
 class TestGroups:
