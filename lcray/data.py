@@ -205,7 +205,8 @@ def _like(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Mapping[Any, Any]
     if not isinstance(batch, MutableMapping):
         return mapped
     found = copy.copy(batch)
-    found.update(mapped)
+    for key, value in mapped.items():  # some know no update()
+        found[key] = value
     return found
 
 
@@ -222,7 +223,9 @@ def _digest(batches: Iterable[Any]) -> str:
     def add_plain(leaf: Any) -> None:
         if isinstance(leaf, str | bytes | int | float):
             digest.update(repr(leaf).encode())
-        elif isinstance(leaf, np.ndarray):
+        elif isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.hasobject:
+            _map(add, leaf.tolist(), add_plain)  # its bytes are addresses
+        elif isinstance(leaf, np.ndarray | np.generic):
             digest.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
 
     for batch in batches:

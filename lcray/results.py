@@ -234,7 +234,9 @@ class Results:
                 return connection.sql(statements[0]).to_arrow_table()
             except duckdb.Error as error:
                 message = " ".join(str(error).split("\n\n")[0].split())
-                raise UsageError(f"SQL: {self._hint(query) or message}") from error
+                absent = isinstance(error, duckdb.CatalogException)
+                hint = self._hint(query) if absent else None
+                raise UsageError(f"SQL: {hint or message}") from error
 
     def _hint(self, query: str) -> str | None:
         """What to do where a query asks for a table that this output does not have."""
@@ -323,9 +325,12 @@ class Results:
 
 def _distinct(names: list[str]) -> list[str]:
     """The names, those that recur (after a join) numbered."""
-    seen: dict[str, int] = {}
+    taken, seen = set(names), set[str]()
     distinct = []
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        distinct.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+        new, number = name, 2
+        while new in seen or (new != name and new in taken):
+            new, number = f"{name}_{number}", number + 1
+        seen.add(new)
+        distinct.append(new)
     return distinct

@@ -578,3 +578,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("a file system can be mounted by root only")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.usefixtures("inline")
+def test_the_repr_of_a_plan_is_one_short_line(plain_run: Path) -> None:
+    text = repr(lcray.plan(plain_run, "scenes:plain"))
+    assert text.startswith("PlanReport(12 intervals, ")
+    assert "\n" not in text and len(text) < 80

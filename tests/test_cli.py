@@ -792,3 +792,13 @@ def no_modules_left() -> Iterator[None]:
         if name.endswith("_of_mine") or name.startswith("_lcray_task_"):
             del sys.modules[name]
     sys.path[:] = path
+
+
+def test_the_first_steps_stand_apart(command: Lcray) -> None:
+    shown = command("--help").out
+    assert "\\b" not in shown and "\b" not in shown
+    lines = [line.split() for line in shown.splitlines()]
+    start = next(n for n, words in enumerate(lines) if words[:2] == ["First", "steps:"])
+    verbs = [words[1] for words in lines[start + 1 :][:8] if words[:1] == ["lcray"]]
+    assert verbs[-3:] == ["plan", "analyze", "query"]
+    assert lines[start] == ["First", "steps:"]

@@ -28,6 +28,7 @@ from lcray.errors import (
     UsageError,
 )
 from lcray.planning import Plan, Settings, Span
+from lcray.span import SpanReport
 from lcray.task import Task, TaskSource, locate
 
 pytestmark = pytest.mark.ray
@@ -389,3 +390,37 @@ def test_the_worker_in_this_process_stands_for_the_pool() -> None:
     used = {name for name in vars(Pool) if not name.startswith("_")}
     assert used == {name for name in vars(scenes.InlinePool) if not name.startswith("_")}
     assert analysis.Pool is Pool
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("option", ["cpus_per_worker", "gpus_per_worker"])
+def test_negative_resources_are_refused(option: str, plain_run: Path, tmp_path: Path) -> None:
+    resources = Resources(workers=1, **{option: -1.0})
+    with pytest.raises(UsageError, match=f"^{option.replace('_', '-')} -1.0: must not be negative"):
+        lcray.analyze(plain_run, "scenes:plain", tmp_path / "out", resources=resources)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_ray_ends_for_its_memory_is_a_lost_worker(
+    plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray says so by an error that is not one of a dead actor."""
+    original, reports = cluster._result, []
+
+    def result(reference: Any) -> Any:
+        found = original(reference)
+        if isinstance(found, SpanReport):
+            reports.append(found)
+            if len(reports) in (1, 3, 4):  # the first of two spans, each time
+                raise ray.exceptions.OutOfMemoryError("the node ran low on memory")
+        return found
+
+    monkeypatch.setattr(cluster, "_result", result)
+    told = scenes.Told()
+    with pytest.raises(IncompleteError) as caught:
+        out = tmp_path / "out"
+        analyze(plain_run, "scenes:plain", out, 1, span_length=6, on_progress=told)
+    assert "0-6: its worker died (OutOfMemoryError: the node ran low" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(reports) == cluster.ATTEMPTS + 1
+    assert told.counts == [0, 6]

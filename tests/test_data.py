@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import UserDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -375,3 +376,74 @@ class TestDigest:
         data = (torch.arange(4.0),)
         plain = prepare(data).sha256
         assert prepare(data, place=lambda t: t.double()).sha256 == plain
+
+
+@dataclass
+class PlainRecord:
+    x: Tensor
+    note: str = "n"
+
+
+@dataclass(frozen=True)
+class FrozenRecord:
+    x: Tensor
+    note: str = "n"
+
+
+def to_user_dict(x: Tensor) -> Any:
+    return UserDict(x=x, note="n")
+
+
+def to_encoding(x: Tensor) -> Any:
+    return pytest.importorskip("transformers").BatchEncoding({"x": x, "note": "n"})
+
+
+def to_model_output(x: Tensor) -> Any:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    return BaseModelOutput(last_hidden_state=x)
+
+
+def read_x(batch: Any) -> Tensor:
+    if isinstance(batch, PlainRecord | FrozenRecord):
+        return batch.x
+    return batch["last_hidden_state" if "last_hidden_state" in batch else "x"]
+
+
+class TestKindsOfBatches:
+    @pytest.mark.parametrize(
+        "make", [PlainRecord, FrozenRecord, to_user_dict, to_encoding, to_model_output]
+    )
+    def test_tensors_are_placed_and_count_in_the_hash(self, make: Callable[[Tensor], Any]) -> None:
+        made: list[Any] = []
+
+        def collate(rows: list[float]) -> Any:
+            made.append(make(torch.tensor(rows)))
+            return made[-1]
+
+        found = prepare([0.5, 1.5, 2.5], collate=collate, place=lambda t: t.double())
+        (batch,) = found.batches
+        assert type(batch) is type(made[-1])
+        assert read_x(batch).dtype == torch.float64
+        assert read_x(batch).tolist() == [0.5, 1.5, 2.5]
+        assert read_x(made[-1]).dtype == torch.float32, "the task's own is left alone"
+        again = prepare([0.5, 1.5, 2.5], collate=collate)
+        other = prepare([0.5, 1.5, 2.75], collate=collate)
+        assert found.sha256 == again.sha256 != other.sha256
+
+    @pytest.mark.parametrize(
+        "leaf",
+        [
+            lambda rows: np.array(rows),
+            lambda rows: np.float32(sum(rows)),
+            lambda rows: np.array([f"word {row}" * 9 for row in rows], dtype=object),
+        ],
+    )
+    def test_arrays_count_in_the_hash(self, leaf: Callable[[list[float]], Any]) -> None:
+        def collate(rows: list[float]) -> Any:
+            return {"x": torch.zeros(len(rows)), "array": leaf(rows)}
+
+        hashes = [
+            prepare(rows, collate=collate).sha256 for rows in ([1.0, 2.0], [1.0, 2.0], [1.0, 3.0])
+        ]
+        assert hashes[0] == hashes[1] != hashes[2]

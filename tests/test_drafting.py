@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lcray.analysis import load_plan
 from lcray.drafting import estimate, extend_plan, make_plan, make_settings
 from lcray.errors import UsageError
 from lcray.layers import Layer
 from lcray.planning import Plan, Settings, SplitPlan
+from lcray.schema import FORMAT_VERSION
 
 LAYERS = (
     Layer("conv1.weight", "conv1", "parameter", (4, 3), 0, True),
@@ -314,3 +319,70 @@ class TestEstimate:
         plain = estimate(draft(), 1).disk_bytes
         with_elements = estimate(draft(settings=Settings(elements=True)), 1).disk_bytes
         assert with_elements - plain == 10 * 27 * 8
+
+
+def save(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A plan of three spans in a file, edited by hand."""
+    made = draft(range(7), Settings(window=2, elements=True), span_length=2)
+    data = made.to_dict()
+    change(data)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"format_version": FORMAT_VERSION, "plan": data}))
+    return path
+
+
+def spans(*steps: list[Any]) -> Callable[[dict[str, Any]], Any]:
+    def change(data: dict[str, Any]) -> None:
+        form = data["spans"][0]
+        data["spans"] = [{"steps": part} if isinstance(form, dict) else part for part in steps]
+
+    return change
+
+
+def put(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda data: data.__setitem__(name, value)
+
+
+def put_setting(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda data: data["settings"].__setitem__(name, value)
+
+
+EDITS = {
+    "window 0": put("window", 0),
+    "window -3": put("window", -3),
+    "window 1.5": put("window", 1.5),
+    "no spans": spans(),
+    "a span of one step": spans([0]),
+    "half steps": spans([0, 0.5, 1]),
+    "backwards": spans([3, 2, 1]),
+    "twice": spans([0, 1, 1, 2]),
+    "overlapping": spans([0, 1, 2], [1, 2, 3]),
+    "a gap": spans([0, 1, 2], [3, 4]),
+    "trace_sample": put("trace_sample", -1),
+    "threads": put("threads", 0),
+    "a table": put("tables", ["intervals", "layers", "nonsense"]),
+    "a layer of units": put("unit_layers", ["nonsense"]),
+    "a layer of details": put("detail_layers", ["nonsense"]),
+    "no layers": put("layers", []),
+    "no splits": put("splits", []),
+    "a split twice": lambda data: data["splits"].append(data["splits"][0]),
+    "a layer twice": lambda data: data["layers"].append(data["layers"][0]),
+    "device": put("device_kind", "tpu"),
+    "dtype": put_setting("dtype", "float16"),
+    "batch size": put_setting("batch_size", -1),
+    "rule": put_setting("rule", "simpsom"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_plans_that_were_edited_into_nonsense(tmp_path: Path, edit: str) -> None:
+    assert load_plan(save(tmp_path, lambda data: None)).steps == tuple(range(7))
+    with pytest.raises(UsageError) as caught:
+        load_plan(save(tmp_path, EDITS[edit]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pattern_may_be_a_name_with_a_bracket() -> None:
+    layers = (layer(4, name="a[0].w"), layer(4, name="a1.w"))
+    made = draft(settings=Settings(layers="a[0].w"), layers=layers)
+    assert made.detail_layers == ("a[0].w",)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from lcray.errors import (
     RecorderError,
     TaskError,
     UsageError,
+    brief,
     suggest,
 )
 
@@ -58,3 +61,30 @@ def test_long_lists_are_cut_after_twelve_and_say_so() -> None:
 
 def test_names_may_come_from_an_iterator() -> None:
     assert suggest("vall", iter(["train", "val"]), "split").endswith("valid: train, val")
+
+
+def test_an_error_is_told_with_the_users_line(tmp_path: Path) -> None:
+    """Between the user's line and the error lie frames of lcray's and of torch's."""
+    source = "import torch\n\ndef fail():\n    return torch.nn.Linear(2, 3)(torch.ones(1, 4))\n"
+    path = tmp_path / "users_file.py"
+    path.write_text(source)
+    space: dict[str, Any] = {}
+    exec(compile(source, str(path), "exec"), space)
+    with pytest.raises(RuntimeError) as caught:
+        space["fail"]()
+    assert brief(caught.value).startswith("RuntimeError: mat1 and mat2")
+    assert brief(caught.value).endswith(" (users_file.py:4)")
+    assert "\n" not in brief(caught.value)
+
+
+def test_lines_of_the_package_are_not_the_users(tmp_path: Path) -> None:
+    inside = Path(errors.__file__).parent / "task.py"
+    library = tmp_path / "site-packages" / "lib" / "code.py"
+    call = compile("inner()", str(tmp_path / "mine.py"), "exec")
+    for foreign in (inside, library):
+        space = {"__name__": "x"}
+        exec(compile("def inner():\n    raise ValueError('a\\n b')", str(foreign), "exec"), space)
+        with pytest.raises(ValueError, match="a") as caught:
+            exec(call, space)
+        assert brief(caught.value) == "ValueError: a b (mine.py:1)"
+    assert brief(ValueError("never raised")) == "ValueError: never raised"

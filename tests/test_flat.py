@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lcray.errors import CheckpointError, TaskError
 from lcray.flat import FlatModel
+from lcray.in_memory import Allocation, allocate
+from lcray.task import Task
 
 CPU = torch.device("cpu")
 
@@ -228,3 +236,140 @@ class TestPartial:
         assert "not in the task's model" in refusal(
             make_flat(partial=True), {"lora.a": torch.ones(1)}
         )
+
+
+class Rotary(nn.Module):
+    """Pairs of features turned by fixed angles, as rotary position embeddings do it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        angles = torch.tensor([0.3, 1.1])
+        self.register_buffer("freqs", torch.polar(torch.ones(2), angles), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(self.inner(x).unflatten(-1, (2, 2)))
+        return torch.view_as_real(pairs * self.freqs).flatten(-2)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.float64, 1e-6)])
+def test_complex_buffers_stay_complex(dtype: torch.dtype, close: float) -> None:
+    flat = make_flat(Rotary(), dtype=dtype)
+    weight = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4)
+    bias = torch.tensor([0.5, -0.25, 1.0, 2.0], dtype=torch.float64)
+    vector, constants = flat.flatten({"inner.weight": weight, "inner.bias": bias}, 0)
+    flat.theta.copy_(vector)
+    flat.set_constants(constants)
+    x = torch.tensor([[1.0, 2.0, -1.0, 0.5]], dtype=torch.float64)
+    found = flat.model(x.to(dtype))
+    assert found.dtype == dtype
+    a, b, c, d = (x @ weight.T + bias)[0].tolist()
+    expected = [
+        a * math.cos(0.3) - b * math.sin(0.3),
+        a * math.sin(0.3) + b * math.cos(0.3),
+        c * math.cos(1.1) - d * math.sin(1.1),
+        c * math.sin(1.1) + d * math.cos(1.1),
+    ]
+    assert found[0].tolist() == pytest.approx(expected, rel=close)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 1)])
+def test_a_missing_counter_is_the_models_own_whatever_came_before(order: tuple[int, ...]) -> None:
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 1, bias=False)
+            self.register_buffer("count", torch.tensor(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.count
+
+    stored = [{"weight": torch.ones(1, 2), "count": torch.tensor(n)} for n in (2, 3, 7)]
+    del stored[1]["count"]
+    flat = make_flat(Scaled())
+    for number in order:
+        vector, constants = flat.flatten(stored[number], number)
+        flat.theta.copy_(vector)
+        flat.set_constants(constants)
+        assert float(flat.model(torch.ones(1, 2))) == 2.0 * (2, 5, 7)[number]
+
+
+class Rebinding(nn.Module):
+    """Assigns what it holds anew in each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2))
+        self.register_buffer("c", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.c = self.c.clone()
+        return (x * self.w + self.c).sum(-1)
+
+
+def output(net: nn.Module, batch: tuple[Tensor]) -> Tensor:
+    found = net(batch[0])
+    return (found[0] if isinstance(found, tuple) else found).flatten(1).square().sum(1)
+
+
+def zeroing(net: nn.Module, batch: tuple[Tensor]) -> Tensor:
+    net.zero_grad()
+    return output(net, batch)
+
+
+def moved(model: nn.Module, by: float) -> dict[str, Tensor]:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    moving = {name for name, _ in model.named_parameters()}
+    return {n: v + by * torch.cos(v) if n in moving else v for n, v in state.items()}
+
+
+def allocation(make: Callable[[], nn.Module], loss: Callable[..., Tensor] = output) -> Allocation:
+    """From the model's own state to one nearby, on five vectors of two numbers."""
+    torch.manual_seed(0)
+    model = make()
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
+    task = Task(lambda: copy.deepcopy(model), {"train": (x,)}, loss)
+    (found,) = allocate(task, moved(model, 0.0), moved(model, 0.05), dtype="float64").values()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "message"),
+    [
+        (Rebinding, lambda net, batch: net(batch[0]), "model layer 'c': was replaced"),
+        (lambda: nn.Linear(2, 2), zeroing, "model layer 'weight': its gradient was replaced"),
+    ],
+)
+def test_what_leaves_the_vectors_is_refused(make: Any, loss: Any, message: str) -> None:
+    with pytest.raises(TaskError, match=f"^{message}") as caught:
+        allocation(make, loss)
+    assert "\n" not in str(caught.value)
+
+
+def shared() -> nn.Module:
+    part = nn.Linear(2, 2)
+    return nn.Sequential(part, nn.Tanh(), part)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(2, 3)),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(2, 3)),
+    "LSTM": lambda: nn.LSTM(2, 3),
+    "shared": shared,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_compute_their_weights_stay_tied(name: str) -> None:
+    found = allocation(MODELS[name])
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(1)).double()
+    losses = []
+    for by in (0.0, 0.05):
+        twin = copy.deepcopy(model)
+        twin.load_state_dict(moved(model, by))
+        losses.append(float(output(twin.double().eval(), (x,)).mean()))
+    change = losses[1] - losses[0]
+    assert abs(change) > 1e-4
+    assert found.loss_change == pytest.approx(change, rel=1e-9)
+    assert found.lc == pytest.approx(change, rel=1e-3)

@@ -345,3 +345,21 @@ def test_a_backward_pass_that_failed_half_way_leaves_nothing_behind() -> None:
     loss = F.cross_entropy(model(x.double()), y)
     expected = torch.autograd.grad(loss, list(model.parameters()))
     assert torch.allclose(out, torch.cat([g.reshape(-1) for g in expected]), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bit_losses_are_not_rounded(dtype: torch.dtype) -> None:
+    """257 has nine significant bits, bfloat16 eight; 2049 has twelve, float16 eleven."""
+
+    def loss(net: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        return net(batch[0]).flatten().to(dtype), batch[1]
+
+    x, odd = torch.tensor([[1.0], [3.0]]), 257.0 if dtype is torch.bfloat16 else 2049.0
+    data = x, torch.tensor([1.0, odd])
+    work = Workbench(Task(lambda: nn.Linear(1, 1, bias=False), {"train": data}, loss), Settings())
+    work.flat.theta.fill_(1.0)
+    out = work.engine.new_vector()
+    found = work.engine.evaluate(work.splits[0], out)
+    assert found.total_weight == 1 + odd
+    assert found.loss == pytest.approx((1 + 3 * odd) / (1 + odd), rel=1e-6)
+    assert float(out[0]) == pytest.approx((1 + 3 * odd) / (1 + odd), rel=4e-3)  # a 16-bit pass

@@ -251,3 +251,36 @@ def test_options_that_cannot_be_used_are_refused(options: dict[str, Any], words:
     with pytest.raises(UsageError, match=words) as caught:
         run(mlp(11, "tanh"), **options)
     assert "\n" not in str(caught.value)
+
+
+def test_states_that_share_their_memory_are_refused() -> None:
+    model = nn.Linear(2, 1)
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    task = Task(lambda: nn.Linear(2, 1), {"train": (x,)}, lambda net, b: net(b[0]).square()[:, 0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.state_dict()
+    copied = {name: value.clone() for name, value in before.items()}
+    model(x).square().mean().backward()
+    optimizer.step()
+    with pytest.raises(UsageError, match=r"are the same memory.*copy it first") as caught:
+        allocate(task, before, model.state_dict())
+    assert "\n" not in str(caught.value)
+    (found,) = allocate(task, copied, model.state_dict()).values()
+    assert found.loss_change < 0
+    for states, name in (((model, copied), "before"), ((copied, model), "after")):
+        with pytest.raises(UsageError, match=f"^{name}: needs a state dict, not a Linear$"):
+            allocate(task, *states)
+
+
+def test_states_may_share_what_did_not_move() -> None:
+    case = mlp(3, "tanh")
+    before, after = case.states[:2]
+    kept = next(iter(before))
+    found = run(replace(case, states=(before, {**after, kept: before[kept]})))
+    assert not found.elements[kept].any() and found.lc != 0
+
+
+def test_the_repr_is_one_short_line() -> None:
+    text = repr(run(mlp(0, "tanh")))
+    assert "\n" not in text and len(text) < 120
+    assert text.startswith("Allocation('train', loss_change=")

@@ -43,6 +43,19 @@ def test_recipes_give_rows(demo_out: Path) -> None:
         assert len(shown) or hurting, block
 
 
+@pytest.mark.ray
+def test_the_transcript_is_what_the_demo_finds(demo_out: Path) -> None:
+    """Within what another machine's rounding does to a hundred steps of training."""
+    shown = re.search(r"<!-- demo -->\n```text\n(.*?)```", README, re.DOTALL)
+    assert shown is not None
+    rows = {line.split()[0]: line.split()[1:] for line in shown[1].splitlines() if line.strip()}
+    layers = lcray.open(demo_out).layers()
+    train = layers[layers["split"] == "train"].groupby("layer", observed=True)["lc"].sum()
+    for name, lc in train.items():
+        assert float(rows[str(name)][1]) == pytest.approx(lc, abs=0.02)
+    assert float(rows["train"][1]) == pytest.approx(train.sum(), abs=0.02)
+
+
 def test_tables_are_named() -> None:
     section = README.split("## Tables")[1].split("\n## ")[0]
     named = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scenes
+import torch
 
 import lcray
 from lcray.errors import OutputError, UsageError
@@ -130,3 +132,33 @@ def test_notes(record: Record) -> None:
     (note,) = make_notes(describe(record, low_precision=(layers[1].name,)), plain)
     assert note.startswith(f"1 of {len(layers)} layers are stored in 16 bits or fewer")
     assert note.endswith(f"({layers[1].name}, …)")
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_loss_that_closes_over_another_value_is_refused(plain_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    lcray.analyze(plain_run, scenes.with_loss(scaled_loss, 1.0), out, span_length=6)
+    before = scenes.tables(out)
+    lcray.analyze(plain_run, scenes.with_loss(scaled_loss, 1.0), out, span_length=6)
+    with pytest.raises(OutputError, match=r"\(loss of 'train' at the first step: .* there, "):
+        lcray.analyze(plain_run, scenes.with_loss(scaled_loss, 1.5), out, span_length=6)
+    assert scenes.tables(out) == before
+
+
+def scaled_loss(factor: float, model: Any, batch: scenes.Pair) -> Any:
+    return factor * scenes.cross_entropy(model, batch)
+
+
+@pytest.mark.usefixtures("inline")
+def test_float64_checkpoints_in_float32_are_noted(tmp_path: Path) -> None:
+    run = scenes.record(scenes.plain, tmp_path / "run", steps=2, dtype=torch.float64)
+    notes = []
+    for dtype in ("float32", "float64"):
+        lcray.analyze(run, "scenes:plain", tmp_path / dtype, dtype=dtype)
+        found = read_record(tmp_path / dtype)
+        assert found is not None
+        notes.append(found.notes)
+    ((note,), none) = notes
+    assert "stored in float64 but analyzed in float32" in note and "--dtype float64" in note
+    assert note.startswith("4 of 4 layers")
+    assert none == ()

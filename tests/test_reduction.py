@@ -340,3 +340,19 @@ def test_a_plan_without_the_tables_of_elements(tmp_path: Path) -> None:
     rows = reduce(out).rows
     assert (rows["parameters"], rows["elements"], rows["traces"]) == (0, 0, 0)
     assert read(out, "parameters").schema.equals(TABLES["parameters"].schema)
+
+
+def test_spans_that_read_different_checkpoints_are_not_merged(tmp_path: Path) -> None:
+    world = factory.make_world()
+    factory.write_analysis(tmp_path, world)
+    for span in world.plan.spans:
+        digests = {8: "f" * 64} if span.last == 8 else {}
+        factory.write_span(tmp_path, world, span, digests=digests)
+    for allow_missing in (False, True):
+        with pytest.raises(CorruptionError) as caught:
+            reduce(tmp_path, allow_missing=allow_missing)
+        assert str(caught.value) == (
+            f"{tmp_path}: spans 00000006-00000008 and 00000008-00000012 read different "
+            "checkpoints of step 8; analyze the run into a new output"
+        )
+    assert not (tmp_path / "tables").exists()

@@ -11,8 +11,10 @@ import pytest
 
 from lcray.errors import CorruptionError, OutputError, UsageError
 from lcray.files import encode_json, read_sealed, seal
+from lcray.layers import Layer
 from lcray.reduction import reduce
 from lcray.results import Results, open_output
+from lcray.verification import verify
 
 WORLD = factory.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
 TABLES = [t for t in factory.ALL if t != "borders"]
@@ -273,3 +275,58 @@ def test_a_manifest_is_read_strictly(
     path.write_bytes(encode_json(seal(read_sealed(path) | change)))
     with pytest.raises(error, match=message):
         open_output(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "near"), [("g[1]", "g1"), ("o*", "oo"), ("o?", "oo")])
+def test_a_path_is_no_pattern(tmp_path: Path, name: str, near: str) -> None:
+    mine, other = factory.make_world(seed=1), factory.make_world(seed=2)
+    for folder, world in ((name, mine), (near, other)):
+        reduce(factory.write_output(tmp_path / folder, world))
+    found = open_output(tmp_path / name).sql("SELECT lc FROM layers")["lc"].tolist()
+    expected = [row["lc"] for row in factory.whole(mine, "layers")]
+    assert found == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert verify(tmp_path / name).problems == ()
+
+
+def test_names_that_recur_are_numbered(results: Results) -> None:
+    join = "FROM intervals a JOIN intervals b USING (split, start_step)"
+    frame = results.sql(f"SELECT a.lc, b.lc {join}")
+    assert list(frame) == ["lc", "lc_2"]
+    assert len(frame) == len(results.intervals())
+    assert frame["lc"].equals(frame["lc_2"])
+    frame = results.sql("SELECT 1 AS x, 2 AS x, 3 AS x_2, 4 AS x")
+    assert len(set(frame)) == 4
+    assert frame.iloc[0].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("elements", "--elements"), ("traces", "--parameters")]
+)
+def test_sql_on_a_table_that_was_not_written_names_the_option(
+    tmp_path: Path, name: str, option: str
+) -> None:
+    tables = tuple(t for t in factory.ALL if t != name)
+    reduce(factory.write_output(tmp_path, factory.make_world(tables=tables, spans=((0, 2),))))
+    results = open_output(tmp_path)
+    with pytest.raises(UsageError, match=f"^SQL: there is no table '{name}'.*{option}"):
+        results.sql(f"SELECT * FROM {name}")
+    with pytest.raises(UsageError, match="nonsense"):  # the name alone is no table
+        results.sql(f"SELECT nonsense AS {name} FROM layers")
+
+
+def test_a_layer_with_a_bracket_is_found_by_its_name(tmp_path: Path) -> None:
+    layers = (
+        Layer("a[0].w", "a[0]", "parameter", (2,), 0, True),
+        Layer("a0.w", "a0", "parameter", (2,), 0, True),
+    )
+    world = factory.make_world(layers=layers, spans=((0, 2),))
+    reduce(factory.write_output(tmp_path, world))
+    results = open_output(tmp_path)
+    assert set(results.layers(layers="a[0].w")["layer"]) == {"a[0].w", "a0.w"}
+    assert set(results.layers(layers="a[[]0].w")["layer"]) == {"a[0].w"}
+
+
+def test_the_repr_is_one_short_line(results: Results) -> None:
+    text = repr(results)
+    assert "\n" not in text and len(text) < 400
+    assert text.startswith("Results(") and "intervals" in text

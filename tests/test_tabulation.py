@@ -11,11 +11,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import scenes
 import torch
 from strategies import ConvNet, State, classify, labels, random_states
 from torch import Tensor, nn
 from twin import Interval, Twin
 
+import lcray
 from lcray.checkpoints import Recorder
 from lcray.drafting import make_plan, make_settings
 from lcray.planning import Plan
@@ -505,3 +507,39 @@ def test_refined_intervals_say_so(tmp_path: Path) -> None:
         assert row["panels"] == 8 or row["converged"]
         if row["converged"]:
             assert abs(row["gap"]) <= bound
+
+
+class Hollow(nn.Module):
+    """A linear map beside parameters without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.none = nn.Parameter(torch.empty(0))
+        self.rows = nn.Parameter(torch.empty(0, 3))
+        self.inner = nn.Linear(4, 3)
+        self.columns = nn.Parameter(torch.empty(3, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        nothing = self.none.sum() + self.rows.sum() + self.columns.sum()
+        return self.inner(x) + nothing
+
+
+@pytest.mark.usefixtures("inline")
+def test_layers_without_elements_have_rows_of_zero(tmp_path: Path) -> None:
+    task = Task(Hollow, scenes.points, scenes.cross_entropy, scenes.classes)
+    run = scenes.record(task, tmp_path / "run", steps=4)
+    results = lcray.analyze(run, task, tmp_path / "out", span_length=2, elements=True)
+    result = lcray.verify(tmp_path / "out")
+    assert result.ok, result.problems
+    layers = results.layers()
+    empty = layers[layers["layer"].isin(["none", "rows", "columns"])]
+    assert len(empty) == 3 * len(layers[layers["layer"] == "inner.weight"])
+    assert (empty["lc"] == 0).all()
+    units = results.units()
+    assert set(units[units["layer"] == "columns"]["unit"]) == {0, 1, 2}
+    assert not set(units["layer"]) & {"none", "rows"}
+    assert set(results.elements()["layer"]) == {"inner.weight", "inner.bias"}
+    frame = results.intervals()
+    total = layers.groupby(["split", "start_step"], observed=True)["lc"].sum()
+    expected = frame.set_index(["split", "start_step"])["lc"]
+    assert ((total - expected).abs() < 1e-12).all()

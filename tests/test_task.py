@@ -445,3 +445,19 @@ class TestSplits:
     )
     def test_what_is_welcome_comes_back_as_it_is(self, data: object) -> None:
         assert split_data(make(splits={"train": data}))["train"] is data
+
+
+def test_a_module_that_is_not_found_comes_with_a_hint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hint = "; run from its folder, or name it path/file.py:attribute"
+    for name in ("lc_no_such_module", "lc_no_such_package.part"):
+        with pytest.raises(TaskError) as caught:
+            load_task(f"{name}:task")
+        assert str(caught.value).endswith(f"No module named {name.partition('.')[0]!r}{hint}")
+    # Where it is found, but lacks something that it imports, the hint would mislead.
+    write(tmp_path / "lc_needs_more.py", "import lc_no_such_dependency")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TaskError) as caught:
+        load_task("lc_needs_more:task")
+    assert str(caught.value).endswith("No module named 'lc_no_such_dependency'")

@@ -238,3 +238,10 @@ def test_a_pattern_narrows_the_audit(tmp_path):
     assert (narrowed.n_tensors, narrowed.ok) == (1, True)
     with pytest.raises(CheckpointError, match="unknown layer pattern 'c"):
         inspect(tmp_path, layers="c*")
+
+
+def test_a_layer_with_a_bracket_is_found_by_its_name(tmp_path):
+    for step in range(2):
+        write(tmp_path, step, {"a[0].w": torch.full((2,), float(step)), "b": torch.ones(2)})
+    narrowed = inspect(tmp_path, layers="a[0].w")
+    assert [layer.name for layer in narrowed.layers] == ["a[0].w"]

@@ -93,3 +93,18 @@ def test_canonical_names_are_a_fixed_point_and_agree_with_any_wrapping(keys):
     assert list(naming.canonical_names(values).values()) == values
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         assert list(naming.canonical_names(prefix + key for key in keys).values()) == values
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "wanted"),
+    [
+        ("a[0].w", "a[0].w", True),
+        ("a0.w", "a[0].w", True),
+        ("a1.w", "a[0].w", False),
+        ("conv1.w", "conv*", True),
+        ("Conv1.w", "conv*", False),
+        ("a*", "a*", True),
+    ],
+)
+def test_a_name_matches_itself_and_patterns(name, pattern, wanted):
+    assert naming.matches(name, pattern) is wanted

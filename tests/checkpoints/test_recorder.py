@@ -830,3 +830,40 @@ def test_bad_arguments(tmp_path, arguments):
     with pytest.raises(UsageError, match=next(iter(arguments))):
         Recorder(net(), tmp_path / "run", **arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_close_records_the_last_step_that_every_left_out(tmp_path):
+    model = net()
+    optimizer = sgd(model)
+    with Recorder(model, tmp_path, every=5) as rec:
+        for step in range(1, 8):
+            update(model, optimizer, step)
+            rec.step()
+        expected = clones(model)
+    found = stored(tmp_path)
+    assert sorted(found) == [0, 5, 7]
+    assert_same(found[7], expected)
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert (content["ended"], content["last_step"]) == (True, 7)
+    with Recorder(model, tmp_path, every=5, start=7) as rec:
+        for step in range(8, 11):
+            update(model, optimizer, step)
+            rec.step()
+    found = stored(tmp_path)
+    assert sorted(found) == [0, 5, 7, 10]
+    assert_same(found[10], clones(model))
+    with Recorder(model, tmp_path, every=5, start=10):
+        pass  # nothing was left out
+    assert sorted(stored(tmp_path)) == [0, 5, 7, 10]
+
+
+def test_an_error_in_the_block_records_no_half_made_step(tmp_path):
+    model = net()
+    with pytest.raises(ZeroDivisionError), Recorder(model, tmp_path, every=5) as rec:
+        for _ in range(7):
+            rec.step()
+        raise ZeroDivisionError
+    assert sorted(stored(tmp_path)) == [0, 5]
+    with Recorder(model, tmp_path, every=5, start=5) as rec:
+        rec.step()
+    assert sorted(stored(tmp_path)) == [0, 5, 6]

@@ -6,6 +6,8 @@ import math
 import os
 import pickle
 import struct
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -418,3 +420,37 @@ def test_transformers_sharded_model_with_tied_embeddings(tmp_path):
         stored = series.read(step).tensors
         assert expected[step].keys() - stored.keys() == {"lm_head.weight"}  # tied: stored once
         assert all(same_bits(stored[name], expected[step][name]) for name in stored)
+
+
+def test_a_step_that_no_table_can_hold(tmp_path):
+    put(tmp_path / "step-1.safetensors")
+    put(tmp_path / f"step-{2**63 - 1}.safetensors")
+    assert open_series(tmp_path).steps == (1, 2**63 - 1)
+    put(tmp_path / f"step-{10**19}.safetensors")
+    with pytest.raises(CheckpointError, match=rf"step {10**19}; steps end at 2\*\*63"):
+        open_series(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "folder", ["with space", "it's", 'a "quote"', "$(touch executed)", "`touch executed`"]
+)
+def test_the_command_that_converts_pickles_works_for_any_name(tmp_path, monkeypatch, folder):
+    path = tmp_path / folder / "step-1.pt"
+    path.parent.mkdir()
+    torch.save({"a": torch.arange(3.0)}, path)
+    with pytest.raises(CheckpointError, match="never opened") as caught:
+        open_series(path.parent)
+    command = str(caught.value).split("convert each: ")[1]
+    monkeypatch.chdir(tmp_path)
+    words = subprocess.run(
+        ["bash", "-c", "python() { printf '%s\\0' \"$@\"; }; " + command],
+        capture_output=True,
+        check=True,
+    ).stdout.split(b"\0")
+    assert not (tmp_path / "executed").exists()
+    assert words[3:5] == [os.fsencode(path), os.fsencode(path.with_suffix(".safetensors"))]
+    # The same words, run by this Python instead of starting another one for each name.
+    monkeypatch.setattr(sys, "argv", ["-c", *map(os.fsdecode, words[3:5])])
+    exec(words[2].decode() if words[1] == b"-c" else words[1].decode())
+    state = open_series(path.parent, minimum=1).read(1)
+    assert torch.equal(state.tensors["a"], torch.arange(3.0))
