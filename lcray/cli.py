@@ -210,10 +210,15 @@ def reduce(out: Path, allow_missing: bool) -> None:
 
 @app.command()
 @_OUT
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path),
+    help="Read this run again too: are its checkpoints those that OUT was computed from?",
+)
 @_JSON
-def verify(out: Path, as_json: bool) -> None:
+def verify(out: Path, run: Path | None, as_json: bool) -> None:
     """Check every checksum, coverage and additivity invariant of OUT."""
-    found = lcray.verify(out)
+    found = lcray.verify(out, run=run)
     good = f"{out}: {len(found.checks)} checks, no problems"
     _show(asdict(found) | {"ok": found.ok}, lambda: "\n".join(found.problems) or good, as_json)
     if not found.ok:

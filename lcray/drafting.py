@@ -315,7 +315,9 @@ def estimate(
     rows = _rows(plan)
     disk = sum(count * _ROW_BYTES[name] for name, count in rows.items())
     size = sum(layer.numel for layer in plan.layers)
-    extra = size * 8 * (12 + 6 * len(plan.splits))
+    longest = max(len(span.intervals) for span in plan.spans) / plan.n_intervals
+    held = sum(rows.get(name, 0) for name in ("units", "groups", "traces"))  # until the span ends
+    extra = size * 8 * (12 + 6 * len(plan.splits)) + int(held * longest * 24)
     return Estimate(
         n_intervals=plan.n_intervals,
         n_gradients=passes * len(plan.splits),

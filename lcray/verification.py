@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lcray.errors import LcrayError
+from lcray.checkpoints import open_series
+from lcray.errors import CheckpointError, LcrayError
 from lcray.invariants import Invariant, coverage, invariants, relations
 from lcray.planning import Plan
 from lcray.reduction import (
@@ -58,16 +59,27 @@ class Verification:
         return not self.problems
 
 
-def verify(out: str | os.PathLike[str]) -> Verification:
+def verify(
+    out: str | os.PathLike[str], *, run: str | os.PathLike[str] | None = None
+) -> Verification:
     """Checks an output: files, coverage, keys and invariants; never stops at the first problem.
 
     Nothing is raised for a damaged output, and nothing is written to it. Shards are checked even
     if the output is not reduced yet.
+
+    Args:
+        out: the output directory.
+        run: the directory of checkpoints; if given, all of them are read again, and must be those
+            that the output was computed from.
     """
     report = _Report()
     with report.check("analysis.json"):
         plan = read_plan(Path(out))
-        _verify(Path(out), plan, report)
+        commits = _verify_shards(Path(out), plan, report)
+        if run is not None:
+            with report.check("checkpoints of the run"):
+                report.problems += _changed(os.fspath(run), commits)
+        _verify_tables(Path(out), plan, commits, report)
     return Verification(tuple(report.problems), tuple(report.checks))
 
 
@@ -92,8 +104,19 @@ class _Report:
         return False
 
 
-def _verify(out: Path, plan: Plan, report: _Report) -> None:
-    commits = _verify_shards(out, plan, report)
+def _changed(run: str, commits: list[Commit]) -> Iterator[str]:
+    """Checkpoints that are no longer what the spans read, or cannot be read."""
+    read = {step: digest for commit in commits for step, digest in commit.checkpoints.items()}
+    series = open_series(run)
+    for step, digest in sorted(read.items()):
+        try:
+            if series.read(step).sha256 != digest:
+                yield f"{run}: step {step} has changed since it was analyzed; use a new output"
+        except CheckpointError as error:
+            yield str(error)
+
+
+def _verify_tables(out: Path, plan: Plan, commits: list[Commit], report: _Report) -> None:
     manifest = None
     with report.check("manifest of the tables"):
         manifest = read_manifest(out)

@@ -585,3 +585,21 @@ def test_the_repr_of_a_plan_is_one_short_line(plain_run: Path) -> None:
     text = repr(lcray.plan(plain_run, "scenes:plain"))
     assert text.startswith("PlanReport(12 intervals, ")
     assert "\n" not in text and len(text) < 80
+
+
+@pytest.mark.usefixtures("inline")
+def test_verify_tells_whether_the_run_is_the_same(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    lcray.analyze(run, "scenes:plain", out, **OPTIONS)
+    assert lcray.verify(out, run=run).ok
+    path = scenes.checkpoint(run, 5)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert lcray.verify(out).ok  # the output itself is sound
+    assert lcray.verify(out, run=run).problems == (
+        f"{run}: step 5 has changed since it was analyzed; use a new output",
+    )
+    scenes.checkpoint(run, 7).unlink()
+    changed, gone = lcray.verify(out, run=run).problems
+    assert "step 5" in changed and "no checkpoint of step 7" in gone
