@@ -242,6 +242,8 @@ def test_a_pattern_narrows_the_audit(tmp_path):
 
 def test_a_layer_with_a_bracket_is_found_by_its_name(tmp_path):
     for step in range(2):
-        write(tmp_path, step, {"a[0].w": torch.full((2,), float(step)), "b": torch.ones(2)})
+        tensors = {"a[0].w": torch.tensor([math.nan]), "a1.w": torch.full((2,), float(step))}
+        write(tmp_path, step, tensors)
     narrowed = inspect(tmp_path, layers="a[0].w")
-    assert [layer.name for layer in narrowed.layers] == ["a[0].w"]
+    assert narrowed.n_tensors == 1
+    assert kinds(narrowed, severity="error") == [("nonfinite", 0, "a[0].w")]
