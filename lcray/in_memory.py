@@ -121,6 +121,9 @@ def _check_states(before: Any, after: Any) -> None:
     for name, state in (("before", before), ("after", after)):
         if not isinstance(state, Mapping):
             raise UsageError(f"{name}: needs a state dict, not a {type(state).__name__}")
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                raise UsageError(f"{name}: {key!r} is a {type(value).__name__}, must be a tensor")
     tensors = [after[name] for name in before if name in after and before[name].numel()]
     same = [before[name] for name in before if name in after and before[name].numel()]
     if same and all(a.data_ptr() == b.data_ptr() for a, b in zip(same, tensors, strict=True)):

@@ -270,6 +270,8 @@ def test_states_that_share_their_memory_are_refused() -> None:
     for states, name in (((model, copied), "before"), ((copied, model), "after")):
         with pytest.raises(UsageError, match=f"^{name}: needs a state dict, not a Linear$"):
             allocate(task, *states)
+    with pytest.raises(UsageError, match=r"^after: 'bias' is a float, must be a tensor$"):
+        allocate(task, copied, {**copied, "bias": 1.0})
 
 
 def test_states_may_share_what_did_not_move() -> None:
