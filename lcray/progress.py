@@ -74,6 +74,7 @@ def _lines() -> Callable[[State], None]:
             return
         last_phase, last_time = state.phase, now
         count = f" {state.done}/{state.total}" if state.phase == "spans" else ""
-        print(f"lcray: {_PHASES[state.phase]}{count}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"lcray: {_PHASES[state.phase]}{count}\n")
+        sys.stderr.flush()
 
     return report
