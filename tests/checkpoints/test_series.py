@@ -154,7 +154,10 @@ def test_one_checkpoint_is_no_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["step-1.pt", "step-1.ckpt", "checkpoint-1/pytorch_model.bin"])
-def test_pickles_are_never_opened_and_the_error_converts_them(tmp_path, name):
+def test_pickles_are_never_opened_and_the_error_converts_them(tmp_path, name, monkeypatch):
+    # What `python` means here is the interpreter of these tests.
+    folder = os.path.dirname(sys.executable)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     torch.save({"a": torch.arange(3.0)}, path)
