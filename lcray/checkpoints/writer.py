@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -90,6 +92,7 @@ class BackgroundWriter:
         self.check()
 
     def _run(self) -> None:
+        _yield_to_training()
         while True:
             with self._changed:
                 while not self._queue and not self._closing:
@@ -103,3 +106,9 @@ class BackgroundWriter:
             except BaseException as error:  # whatever it is, the training thread must hear of it
                 self._failure = (step, error)
             self.release(slot)
+
+
+def _yield_to_training() -> None:
+    """Give this thread the lowest priority: writing can wait, training for a core cannot."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

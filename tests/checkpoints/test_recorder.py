@@ -867,3 +867,15 @@ def test_an_error_in_the_block_records_no_half_made_step(tmp_path):
     with Recorder(model, tmp_path, every=5, start=5) as rec:
         rec.step()
     assert sorted(stored(tmp_path)) == [0, 5, 6]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have priorities on Linux")
+def test_only_the_writer_thread_steps_back(tmp_path):
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    with Recorder(net(), tmp_path) as recorder:
+        writer = recorder._writer._thread
+        deadline = time.monotonic() + 10
+        while os.getpriority(os.PRIO_PROCESS, writer.native_id) != 19:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert os.getpriority(os.PRIO_PROCESS, 0) == before
