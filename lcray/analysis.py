@@ -172,6 +172,8 @@ def analyze(
     if given is not None and (options or steps or span_length):
         raise UsageError("a plan decides settings, steps and spans: leave the other options out")
     settings = given.settings if given else make_settings(options)
+    if given is not None:
+        steps = f"{given.steps[0]}:"  # the first checkpoint is the plan's, as when it was made
     path = Path(out)
     record = read_record(path)
     if record is not None:

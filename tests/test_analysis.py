@@ -603,3 +603,15 @@ def test_verify_tells_whether_the_run_is_the_same(run: Path, tmp_path: Path) -> 
     scenes.checkpoint(run, 7).unlink()
     changed, gone = lcray.verify(out, run=run).problems
     assert "step 5" in changed and "no checkpoint of step 7" in gone
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_plan_of_a_part_of_the_run_can_be_resumed(run: Path, tmp_path: Path) -> None:
+    """What the plan says of the first checkpoint is of the plan's first, not of the run's."""
+    out, saved = tmp_path / "out", tmp_path / "plan.json"
+    lcray.plan(run, "scenes:plain", steps="6:", span_length=3).save(saved)
+    first = lcray.analyze(run, "scenes:plain", out, plan=saved)
+    assert first.intervals()["start_step"].min() == 6
+    kept = scenes.tables(out)
+    lcray.analyze(run, "scenes:plain", out, plan=saved)
+    assert scenes.tables(out) == kept

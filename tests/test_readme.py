@@ -74,4 +74,4 @@ def test_commands_and_options_exist() -> None:
 
 def test_python_blocks_parse() -> None:
     for block in python_blocks(README):
-        ast.parse(block)
+        assert ast.parse(block).body
