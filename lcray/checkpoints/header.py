@@ -11,11 +11,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+CANONICAL_KEY = "lcray_names"  # in the metadata: the names are already without wrapper prefixes
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -72,6 +75,7 @@ def check_length(prefix: bytes, size: int) -> int:
     return length
 
 
+@lru_cache(maxsize=4)  # the files of a run have the same header
 def parse(text: bytes, data_size: int) -> Header:
     """The header in `text`, checked against the `data_size` bytes that follow it.
 
@@ -94,7 +98,7 @@ def parse(text: bytes, data_size: int) -> Header:
         raise ValueError("__metadata__ is not an object of strings")
     entries = {name: _entry(name, value) for name, value in raw.items()}
     _check_cover(entries, data_size)
-    return Header(entries, metadata)
+    return Header(MappingProxyType(entries), MappingProxyType(metadata))
 
 
 def build(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
@@ -122,13 +126,20 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _overflows(shape: list[int]) -> bool:
+    """Whether strides of such a shape do not fit into 64 bits, even if an axis of 0 empties it."""
+    return math.prod(max(n, 1) for n in shape) >= 2**63
+
+
 def _entry(name: str, value: object) -> Entry:
     if not isinstance(value, dict):
         raise ValueError(f"tensor {name!r} is not described by an object")
+    if not name.isascii() and any("\ud800" <= c <= "\udfff" for c in name):
+        raise ValueError(f"tensor {name!r} has a name that is not Unicode")
     code, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(code, str) or code not in DTYPES:
         raise ValueError(f"tensor {name!r} has the unknown dtype {code!r}")
-    if not isinstance(shape, list) or not all(_whole(n) for n in shape):
+    if not isinstance(shape, list) or not all(_whole(n) for n in shape) or _overflows(shape):
         raise ValueError(f"tensor {name!r} has the impossible shape {shape!r}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_whole(n) for n in offsets):
         raise ValueError(f"tensor {name!r} has the impossible byte range {offsets!r}")

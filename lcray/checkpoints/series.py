@@ -1,24 +1,23 @@
-"""A run on disk: its checkpoints in numeric order, and reading one of them.
-
-Nothing is ever unpickled, and a file is read as a whole, sequentially, without memory mapping:
-the same access pattern is right for local disks and for storage across a network.
-"""
+"""A run on disk: its checkpoints in numeric order."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shlex
-import stat
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
-import safetensors.torch
-import torch
+from torch import Tensor
 
-from lcray.checkpoints import header, naming
+from lcray.checkpoints import naming
+from lcray.checkpoints.header import CANONICAL_KEY as CANONICAL_KEY
+from lcray.checkpoints.reading import Checkpoint as Checkpoint
+from lcray.checkpoints.reading import State as State
+from lcray.checkpoints.reading import read_checkpoint as read_checkpoint
 from lcray.errors import CheckpointError, UsageError
 
 # Within one checkpoint folder, in the order in which `from_pretrained` looks for them.
@@ -27,36 +26,6 @@ _MODEL_FILES = (
     "model" + naming.INDEX,
     "adapter_model" + naming.SAFETENSORS,
 )
-CANONICAL_KEY = "lcray_names"  # header metadata: the names are already without wrapper prefixes
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One checkpoint: its step, its file (or the index followed by its shards), and their size.
-
-    `nbytes` is what the directory listing said; `State.nbytes` is what was read.
-    """
-
-    step: int
-    files: tuple[Path, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class State:
-    """The tensors of one checkpoint.
-
-    Attributes:
-        step: the step it was taken at.
-        tensors: canonical name to CPU tensor, in its stored dtype and in writable memory.
-        sha256: hexadecimal digest of the bytes of the files, in the order read.
-        nbytes: bytes read.
-    """
-
-    step: int
-    tensors: dict[str, torch.Tensor]
-    sha256: str
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -66,28 +35,37 @@ class CheckpointSeries:
     root: Path
     checkpoints: tuple[Checkpoint, ...]
 
-    @property
+    @cached_property
     def steps(self) -> tuple[int, ...]:
         """The steps, ascending."""
-        return tuple(checkpoint.step for checkpoint in self.checkpoints)
+        return tuple(self._by_step)
+
+    @cached_property
+    def _by_step(self) -> dict[int, Checkpoint]:
+        return {checkpoint.step: checkpoint for checkpoint in self.checkpoints}
 
     def checkpoint(self, step: int) -> Checkpoint:
         """The checkpoint of `step`; raises CheckpointError where there is none."""
-        for checkpoint in self.checkpoints:
-            if checkpoint.step == step:
-                return checkpoint
-        raise CheckpointError(
-            f"{self.root}: no checkpoint of step {step}; "
-            f"there are {len(self.checkpoints)}, from {self.steps[:1]} to {self.steps[-1:]}"
-        )
+        found = self._by_step.get(step)
+        if found is None:
+            raise CheckpointError(
+                f"{self.root}: no checkpoint of step {step}; "
+                f"there are {len(self.checkpoints)}, from {self.steps[:1]} to {self.steps[-1:]}"
+            )
+        return found
 
-    def read(self, step: int) -> State:
-        """Read the checkpoint of `step` as a whole.
+    def read(self, step: int, into: Mapping[str, Tensor] | None = None) -> State:
+        """Read the checkpoint of `step` as a whole, in one pass.
+
+        Args:
+            step: which one.
+            into: memory to read into, by canonical name; see `read_checkpoint`.
 
         Raises:
-            CheckpointError: no such step, or a file that is missing, torn or malformed.
+            CheckpointError: no such step, or a file that is missing, torn or malformed, or that
+                changes in length while it is read; what `into` holds is then undefined.
         """
-        return read_checkpoint(self.checkpoint(step))
+        return read_checkpoint(self.checkpoint(step), into)
 
 
 def open_series(run: str | Path, steps: str | None = None, *, minimum: int = 2) -> CheckpointSeries:
@@ -130,9 +108,11 @@ def list_checkpoints(root: Path) -> tuple[Checkpoint, ...]:
         CheckpointError: no such directory, or two checkpoints of one step.
     """
     found: dict[int, Checkpoint] = {}
-    for entry, is_dir in _entries(root):
-        files = _in_folder(entry) if is_dir else _flat(entry)
-        step = naming.parse_step(entry.name) if files else None
+    entries = _entries(root)
+    names = [name for name, _ in entries]
+    for name, is_dir in entries:
+        files = _in_folder(root / name) if is_dir else _flat(root, name, names)
+        step = naming.parse_step(name) if files else None
         if step is None:
             continue
         if step in found:
@@ -141,43 +121,9 @@ def list_checkpoints(root: Path) -> tuple[Checkpoint, ...]:
                 f"{files[0].relative_to(root)} are both step {step}; move one of them away"
             )
         if step >= 2**63:
-            raise CheckpointError(f"{root}: {entry.name} is step {step}; steps end at 2**63")
+            raise CheckpointError(f"{root}: {name} is step {step}; steps end at 2**63")
         found[step] = Checkpoint(step, files, sum(_size(file) for file in files))
     return tuple(found[step] for step in sorted(found))
-
-
-def read_checkpoint(checkpoint: Checkpoint) -> State:
-    """Read one checkpoint: its file, or its index and the shards that this names.
-
-    Raises:
-        CheckpointError: a file that is missing, torn or malformed.
-    """
-    first = checkpoint.files[0]
-    try:
-        if first.name.endswith(naming.INDEX):
-            blobs, tensors, canonical = _read_sharded(first)
-        else:
-            blob, tensors, canonical = _read_file(first)
-            blobs = [blob]
-        names = {key: key for key in tensors} if canonical else naming.canonical_names(tensors)
-    except (ValueError, CheckpointError) as error:
-        raise _unreadable(checkpoint, str(error)) from error
-    except OSError as error:
-        raise _unreadable(checkpoint, error.strerror or str(error)) from error
-    except MemoryError as error:
-        raise _unreadable(checkpoint, "it does not fit into memory") from error
-    digest = hashlib.sha256()
-    for blob in blobs:
-        digest.update(blob)
-    renamed = {names[key]: tensor for key, tensor in tensors.items()}
-    return State(checkpoint.step, renamed, digest.hexdigest(), sum(map(len, blobs)))
-
-
-def _unreadable(checkpoint: Checkpoint, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"step {checkpoint.step}, {checkpoint.files[0]}: cannot be read: {why}; "
-        "save it again, or move it away or leave it out with --steps"
-    )
 
 
 def _parse_range(steps: str | None) -> Callable[[int], bool]:
@@ -191,15 +137,11 @@ def _parse_range(steps: str | None) -> Callable[[int], bool]:
     return lambda step: low <= step and (high is None or step <= high)
 
 
-def _entries(root: Path) -> list[tuple[Path, bool]]:
+def _entries(root: Path) -> list[tuple[str, bool]]:
     """The entries of a directory that may be checkpoints, by name, and whether each is a folder."""
     try:
         with os.scandir(root) as scan:
-            found = [
-                (Path(entry.path), entry.is_dir())
-                for entry in scan
-                if not naming.is_ignored(entry.name)
-            ]
+            found = [(e.name, e.is_dir()) for e in scan if not naming.is_ignored(e.name)]
     except FileNotFoundError as error:
         raise CheckpointError(f"{root}: no such run; give the directory of checkpoints") from error
     except NotADirectoryError as error:
@@ -209,10 +151,8 @@ def _entries(root: Path) -> list[tuple[Path, bool]]:
     return sorted(found)
 
 
-def _flat(path: Path) -> tuple[Path, ...]:
-    if not naming.is_weights(path.name):
-        return ()
-    return _with_shards(path)
+def _flat(folder: Path, name: str, names: Sequence[str]) -> tuple[Path, ...]:
+    return _with_shards(folder, name, names) if naming.is_weights(name) else ()
 
 
 def _in_folder(folder: Path) -> tuple[Path, ...]:
@@ -221,42 +161,43 @@ def _in_folder(folder: Path) -> tuple[Path, ...]:
         return ()
     if folder.name.endswith(naming.SAFETENSORS):
         return (folder,)  # listed, so that reading it reports what is wrong
-    names = [path.name for path, is_dir in _entries(folder) if not is_dir]
+    names = [name for name, is_dir in _entries(folder) if not is_dir]
     for name in _MODEL_FILES:
         if name in names:
-            return _with_shards(folder / name)
+            return _with_shards(folder, name, names)
     others = [name for name in names if naming.is_weights(name)]
     if len(others) > 1:
         raise CheckpointError(
             f"{folder}: cannot tell which of {', '.join(others)} is the model; "
             "name it model.safetensors"
         )
-    return _with_shards(folder / others[0]) if others else ()
+    return _with_shards(folder, others[0], names) if others else ()
 
 
-def _with_shards(path: Path) -> tuple[Path, ...]:
-    if not path.name.endswith(naming.INDEX):
-        return (path,)
-    names = sorted(
-        p.name for p, _ in _entries(path.parent) if naming.is_shard_of(p.name, path.name)
-    )
-    return (path, *(path.parent / name for name in names))
+def _with_shards(folder: Path, name: str, names: Sequence[str]) -> tuple[Path, ...]:
+    """A file, and the shards that belong to it if it is an index; `names` are sorted."""
+    if not name.endswith(naming.INDEX):
+        return (folder / name,)
+    base = naming.stem(name) + "-"
+    following = (names[i] for i in range(bisect_left(names, base), len(names)))
+    near = takewhile(lambda n: n.startswith(base), following)
+    return (folder / name, *(folder / n for n in near if naming.is_shard_of(n, name)))
 
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except OSError:  # a dangling link: reading it reports what is wrong
         return 0
 
 
 def _why_empty(root: Path) -> str:
     entries = _entries(root)
-    nested = [
-        (p, False) for folder, is_dir in entries if is_dir for p, d in _entries(folder) if not d
-    ]
-    for path, is_dir in entries + nested:
-        if not is_dir and path.suffix in naming.PICKLED:
+    files = [root / name for name, is_dir in entries if not is_dir]
+    folders = [root / name for name, is_dir in entries if is_dir]
+    nested = [f / name for f in folders for name, is_dir in _entries(f) if not is_dir]
+    for path in files + nested:
+        if path.suffix in naming.PICKLED:
             target = path.with_suffix(naming.SAFETENSORS)
             return (
                 f"{root}: holds pickled checkpoints, which are never opened; convert each: "
@@ -264,76 +205,9 @@ def _why_empty(root: Path) -> str:
                 's.save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" '
                 f"{shlex.quote(str(path))} {shlex.quote(str(target))}"
             )
-    if any(naming.is_weights(path.name) for path, is_dir in entries if not is_dir):
+    if any(naming.is_weights(path.name) for path in files):
         return (
             f"{root}: no file name holds a step; a run is a directory of checkpoints named "
             "like step-10.safetensors or checkpoint-10/model.safetensors"
         )
     return f"{root}: no checkpoints; record some with lcray.Recorder(model, directory)"
-
-
-def _read_whole(path: Path) -> bytes:
-    # Checked first: opening a named pipe would wait for ever.
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"{path.name} is not a regular file")
-    return path.read_bytes()
-
-
-def _read_file(path: Path) -> tuple[bytes, dict[str, torch.Tensor], bool]:
-    """One safetensors file: its bytes, its tensors, and whether its names are canonical."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"{path.name} is not a regular file")
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        length = header.check_length(prefix, size)
-        checked = header.parse(file.read(length), size - 8 - length)
-        file.seek(0)
-        data = file.read()
-    if len(data) != size:
-        raise ValueError("it changed while it was read")
-    try:
-        tensors = safetensors.torch.load(data)
-    except Exception as error:  # the loader raises whatever its parts raise
-        raise ValueError(f"safetensors refuses it ({error})") from error
-    # The loader's order is a hash map's; the header's is the same every time.
-    tensors = {name: tensors[name] for name in checked.entries}
-    return data, tensors, checked.metadata.get(CANONICAL_KEY) == "canonical"
-
-
-def _read_sharded(index: Path) -> tuple[list[bytes], dict[str, torch.Tensor], bool]:
-    text = _read_whole(index)
-    weight_map = _weight_map(text)
-    blobs, tensors = [text], dict[str, torch.Tensor]()
-    for name in sorted(set(weight_map.values())):
-        try:
-            blob, shard, _ = _read_file(index.parent / name)
-        except FileNotFoundError as error:
-            raise ValueError(f"the shard {name} is missing") from error
-        except ValueError as error:
-            raise ValueError(f"in the shard {name}: {error}") from error
-        wanted = {key for key, file in weight_map.items() if file == name}
-        if wanted != set(shard):
-            key = sorted(wanted ^ set(shard))[0]
-            raise ValueError(f"the index and the shard {name} disagree about tensor {key!r}")
-        blobs.append(blob)
-        tensors.update(shard)
-    return blobs, {key: tensors[key] for key in weight_map}, False
-
-
-def _weight_map(text: bytes) -> dict[str, str]:
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("the index is not JSON") from error
-    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError("the index has no weight_map")
-    for key, name in weight_map.items():
-        if (
-            not isinstance(name, str)
-            or not name.endswith(naming.SAFETENSORS)
-            or (name != os.path.basename(name) or "\\" in name or "\0" in name)
-        ):
-            raise ValueError(f"the index puts tensor {key!r} into {name!r}, not a file beside it")
-    return weight_map
