@@ -376,8 +376,11 @@ def test_a_directory_is_listed_once_however_many_indexes_it_holds(tmp_path, monk
     (tmp_path / "step-1-notes.safetensors.txt").write_bytes(b"")
     calls, scandir = [], os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: calls.append(path) or scandir(path))
+    tried, is_shard_of = [], naming.is_shard_of
+    monkeypatch.setattr(naming, "is_shard_of", lambda *a: tried.append(a) or is_shard_of(*a))
     series = open_series(tmp_path)
     assert calls == [tmp_path]
+    assert len(tried) == 5 * 2 + 2  # not every name for every index
     assert series.steps == (1, 2, 10, 11, 100)
     for step, checkpoint in zip(series.steps, series.checkpoints, strict=True):
         assert [file.name for file in checkpoint.files] == [
