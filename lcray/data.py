@@ -1,29 +1,36 @@
-"""Batches of a split: fixed by the plan, made once, kept on the device.
+"""The data of a split, cut into batches that the plan fixes.
 
 Every sample is in exactly one batch, and the sizes of the batches of a block differ by at most
 one. A block is the whole split in its natural order; or, where groups cost nothing, the samples
 of one group; or, where batches are part of the loss, a seeded permutation of the split.
+
+A split is read and hashed once, when it is opened; it can then be cut to any batch size.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
+from lcray.batches import Batches
 from lcray.errors import TaskError
+from lcray.nested import Digest, count_bytes, map_tensors
+from lcray.samples import FEW, Index, Samples, open_samples
 from lcray.task import Data, Task
 
 MAX_GROUPS = 10_000
+
+CHUNK = 256  # samples that are read at a time when a split is opened
+
+Place = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,129 +40,275 @@ class SplitData:
     Attributes:
         name: of the split.
         n_samples: samples in all.
-        batches: on the device, floats in the compute dtype.
+        batches: on the device, or streamed to it; floats in the compute dtype. Tensors that are
+            as needed already are not copied: the batches are views of the user's.
         batch_sizes: samples a batch.
-        labels: the group label per item of each batch, [n]; empty without groups.
+        labels: the group label per item of each batch, [n], on the host; empty without groups.
+        numbers: the same as positions in `groups`, [n], on the device; ``len(groups)`` stands for
+            items of no group, whose label is negative.
+        present: the numbers that occur in each batch, ascending.
         groups: the labels that occur, ascending.
         sorted_by_group: whether each batch holds one group.
-        sha256: of the data in the order of the batches.
+        sha256: of the samples in their natural order, however they are cut.
     """
 
     name: str
     n_samples: int
-    batches: tuple[Any, ...]
+    batches: Batches
     batch_sizes: tuple[int, ...]
     labels: tuple[Tensor, ...]
+    numbers: tuple[Tensor, ...]
+    present: tuple[tuple[int, ...], ...]
     groups: tuple[int, ...]
     sorted_by_group: bool
     sha256: str
 
 
-def prepare_split(
-    name: str,
-    data: Data,
-    task: Task,
-    *,
-    batch_size: int,
-    fixed_seed: int | None,
-    place: Callable[[Tensor], Tensor],
-) -> SplitData:
-    """Cut a split into batches.
+@dataclass(frozen=True)
+class SplitSource:
+    """The data of one split, read once and ready to be cut; `open_split` makes it.
+
+    Attributes:
+        name: of the split.
+        n_samples: samples in all.
+        groups: the group labels that occur, ascending.
+        sorted_by_group: whether batches will hold one group each.
+        sha256: of the samples in their natural order.
+    """
+
+    name: str
+    n_samples: int
+    groups: tuple[int, ...]
+    sorted_by_group: bool
+    sha256: str
+    _task: Task = field(repr=False)
+    _samples: Samples = field(repr=False)
+    _blocks: tuple[Index, ...] = field(repr=False)
+    _constants: tuple[int, ...] | None = field(repr=False)  # the label of each block's items
+
+    def cut(self, batch_size: int, *, place: Place, resident_bytes: int | None = None) -> SplitData:
+        """Cut the split into batches, without hashing it again.
+
+        Labels per item are always kept. They are found now, for which every batch is read, unless
+        the samples are sorted by group and have one item each.
+
+        Args:
+            batch_size: the most samples a batch holds.
+            place: moves a tensor to the device and dtype of the computation.
+            resident_bytes: the most bytes that the placed batches may take together. Where they
+                take more, they are streamed; None keeps them whatever they take.
+
+        Raises:
+            TaskError: if samples cannot be made into batches or have labels that cannot be used.
+        """
+        cuts = self._cuts(batch_size)
+        read = partial(self._read, cuts)
+        device = place(torch.zeros(0)).device
+        labels: list[Tensor] | None = [] if self._needs_labels else None
+        placed, nbytes = self._place(cuts, read, place, resident_bytes, labels)
+        if labels is None:
+            labels, groups, is_sorted = self._constant_labels(batch_size), self.groups, True
+        else:
+            groups = _groups_of(self.name, _distinct(labels))
+            is_sorted = self.sorted_by_group and all(len(t.unique()) == 1 for t in labels)
+        numbers = [_numbers(label, groups) for label in labels]
+        return SplitData(
+            name=self.name,
+            n_samples=self.n_samples,
+            batches=Batches(len(cuts), read, place, device, placed=placed, nbytes=nbytes),
+            batch_sizes=tuple(len(cut) for cut in cuts),
+            labels=tuple(labels),
+            numbers=tuple(number.to(device) for number in numbers),
+            present=tuple(tuple(number.unique().tolist()) for number in numbers),
+            groups=groups,
+            sorted_by_group=bool(labels) and is_sorted,
+            sha256=self.sha256,
+        )
+
+    def excerpt(self, batch_size: int, count: int, *, place: Place) -> SplitData:
+        """The largest `count` batches of a cut, resident and without groups, to try a size on.
+
+        Only these are read.
+
+        Raises:
+            TaskError: if samples cannot be made into batches.
+        """
+        cuts = sorted(self._cuts(batch_size), key=len, reverse=True)[:count]
+        read = partial(self._read, cuts)
+        placed = [map_tensors(place, read(number)) for number in range(len(cuts))]
+        device, nbytes = place(torch.zeros(0)).device, count_bytes(placed)
+        return SplitData(
+            name=self.name,
+            n_samples=sum(len(cut) for cut in cuts),
+            batches=Batches(len(cuts), read, place, device, placed=placed, nbytes=nbytes),
+            batch_sizes=tuple(len(cut) for cut in cuts),
+            labels=(),
+            numbers=(),
+            present=(),
+            groups=(),
+            sorted_by_group=False,
+            sha256=self.sha256,
+        )
+
+    def _cuts(self, batch_size: int) -> list[Index]:
+        return [cut for block in self._blocks for cut in _cut(block, batch_size)]
+
+    def _read(self, cuts: Sequence[Index], number: int) -> Any:
+        where = f"task split {self.name!r}, batch {number}"
+        return self._samples.batch(cuts[number], where)
+
+    @property
+    def _needs_labels(self) -> bool:
+        return self._task.groups is not None and self._constants is None
+
+    def _constant_labels(self, batch_size: int) -> list[Tensor]:
+        if self._constants is None:
+            return []
+        return [
+            torch.full((len(cut),), label)
+            for block, label in zip(self._blocks, self._constants, strict=True)
+            for cut in _cut(block, batch_size)
+        ]
+
+    def _place(
+        self,
+        cuts: Sequence[Index],
+        read: Callable[[int], Any],
+        place: Place,
+        most: int | None,
+        labels: list[Tensor] | None,
+    ) -> tuple[list[Any] | None, int]:
+        """The placed batches, or None where they do not fit, and the bytes of all of them.
+
+        Adds the labels of each batch to `labels`, if wanted.
+        """
+        placed: list[Any] | None = []
+        taken = done = nbytes = 0
+        for number, cut in enumerate(cuts):
+            if placed is None and labels is None:
+                break
+            batch = read(number)
+            if labels is not None:
+                labels.append(_labels(self.name, self._task, batch))
+            if placed is None:
+                continue
+            placed.append(map_tensors(place, batch))
+            taken, done = taken + count_bytes(placed[-1]), done + len(cut)
+            nbytes = -(-taken * self.n_samples // done)
+            if most is not None and nbytes > most:
+                placed = None
+        return placed, nbytes
+
+
+def open_split(
+    name: str, data: Data, task: Task, *, fixed_seed: int | None, chunk: int = CHUNK
+) -> SplitSource:
+    """Read a split once: hash it, and find its groups and the order of its samples.
 
     Args:
         name: of the split.
         data: its samples.
         task: for its collate function and its groups.
-        batch_size: the most samples a batch holds.
         fixed_seed: the seed of the permutation where batches are part of the loss, else None.
-        place: moves a tensor to the device and dtype of the computation.
+        chunk: samples that are read at a time.
 
     Raises:
-        TaskError: if samples cannot be made into batches, differ when read twice, or have group
-            labels that cannot be used.
+        TaskError: if samples cannot be read or made into batches, differ when read twice, or have
+            group labels that cannot be used.
     """
-    n = len(data[0]) if isinstance(data, tuple) else len(data)  # type: ignore[arg-type]
-    fetch = _fetcher(name, data, task)
-    order = np.arange(n)
-    sample_labels = None
+    samples = open_samples(name, data, task)
+    n = len(samples)
+    digest = Digest()
+    survey = _Survey(sort=fixed_seed is None)
+    for size, make in samples.scan(digest, chunk):
+        if task.groups is not None:
+            survey.add(_labels(name, task, make()).numpy(), size)
+    groups = _groups_of(name, survey.known)
+    blocks: tuple[Index, ...] = (range(n),)
+    constants = None
     if fixed_seed is not None:
-        order = np.random.default_rng([fixed_seed, zlib.crc32(name.encode())]).permutation(n)
-    elif task.groups is not None:
-        sample_labels = _sample_labels(name, fetch, task, n, batch_size)
-    if sample_labels is None:
-        blocks = [order]
-    else:
-        blocks = [np.flatnonzero(sample_labels == label) for label in np.unique(sample_labels)]
-    cuts = [cut for block in blocks for cut in _cut(block, batch_size)]
-    raw = [fetch(cut) for cut in cuts]
-    if _digest([raw[0]]) != _digest([fetch(cuts[0])]):
-        raise TaskError(
-            f"task split {name!r}: its samples differ when read twice; switch augmentation off"
-        )
-    labels = [] if task.groups is None else [_labels(name, task, batch) for batch in raw]
-    known = torch.cat(labels).unique().tolist() if labels else []
-    if len(known) > MAX_GROUPS:
-        raise TaskError(f"task groups: {len(known)} groups in split {name!r}; at most {MAX_GROUPS}")
-    return SplitData(
+        rng = np.random.default_rng([fixed_seed, zlib.crc32(name.encode())])
+        blocks = (rng.permutation(n),)
+    by_sample = survey.labels()
+    if by_sample is not None and not _confirmed(name, task, samples, by_sample):
+        by_sample = None
+    if by_sample is not None:
+        found = np.unique(by_sample).tolist()
+        blocks = tuple(_as_range(np.flatnonzero(by_sample == label)) for label in found)
+        constants = tuple(found) if survey.one_item else None
+    return SplitSource(
         name=name,
         n_samples=n,
-        batches=tuple(_map(place, batch) for batch in raw),
-        batch_sizes=tuple(len(cut) for cut in cuts),
-        labels=tuple(label.to(place(torch.zeros(0)).device) for label in labels),
-        groups=tuple(label for label in known if label >= 0),
-        sorted_by_group=sample_labels is not None and all(len(t.unique()) == 1 for t in labels),
-        sha256=_digest(raw),
+        groups=groups,
+        sorted_by_group=by_sample is not None,
+        sha256=digest.hexdigest(),
+        _task=task,
+        _samples=samples,
+        _blocks=blocks,
+        _constants=constants,
     )
 
 
-def _cut(block: np.ndarray[Any, Any], size: int) -> Iterable[np.ndarray[Any, Any]]:
-    return np.array_split(block, -(-len(block) // size))
+def prepare_split(
+    name: str, data: Data, task: Task, *, batch_size: int, fixed_seed: int | None, place: Place
+) -> SplitData:
+    """Open a split and cut it into resident batches; see `open_split` and `SplitSource.cut`."""
+    return open_split(name, data, task, fixed_seed=fixed_seed).cut(batch_size, place=place)
 
 
-def _fetcher(name: str, data: Data, task: Task) -> Callable[[np.ndarray[Any, Any]], Any]:
-    if isinstance(data, tuple):
-        try:
-            tensors = [torch.as_tensor(part) for part in data]
-        except Exception as error:
-            raise TaskError(
-                f"task split {name!r}: must hold tensors or arrays of numbers: "
-                f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            ) from error
-        make = getattr(data, "_make", tuple)  # a named tuple stays one
-        return lambda index: make(tensor[torch.from_numpy(index)] for tensor in tensors)
-    collate = task.collate or default_collate
+class _Survey:
+    """What the labels of all chunks tell: those that occur, and those of samples of one group.
 
-    def fetch(index: np.ndarray[Any, Any]) -> Any:
-        try:
-            return collate([data[int(i)] for i in index])
-        except Exception as error:
-            raise TaskError(
-                f"task split {name!r}: samples {index[0]}…{index[-1]} cannot be made into a batch: "
-                f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            ) from error
+    Attributes:
+        known: the labels that occur, ascending.
+        one_item: whether every sample has one item.
+    """
 
-    return fetch
+    def __init__(self, *, sort: bool) -> None:
+        self.known = np.empty(0, np.int64)
+        self.one_item = True
+        self._found: list[np.ndarray[Any, Any]] | None = [] if sort else None
+
+    def add(self, labels: np.ndarray[Any, Any], size: int) -> None:
+        """Add the labels of a chunk of `size` samples, item by item."""
+        self.known = np.union1d(self.known, labels)
+        self.one_item &= len(labels) == size
+        if self._found is None:
+            return
+        rows = labels.reshape(size, -1) if len(labels) % size == 0 else labels[:0, None]
+        if rows.size and (rows == rows[:, :1]).all():
+            self._found.append(rows[:, 0].copy())
+        else:
+            self._found = None
+
+    def labels(self) -> np.ndarray[Any, Any] | None:
+        """The group of each sample where all items of a sample share theirs, else None."""
+        return np.concatenate(self._found) if self._found else None
 
 
-def _sample_labels(
-    name: str, fetch: Callable[..., Any], task: Task, n: int, batch_size: int
-) -> np.ndarray[Any, Any] | None:
-    """The group of each sample where all items of a sample share theirs, else None."""
-    found = []
-    for cut in _cut(np.arange(n), batch_size):
-        labels = _labels(name, task, fetch(cut)).numpy()
-        if len(labels) % len(cut):
-            return None
-        rows = labels.reshape(len(cut), -1)
-        if not rows.size or (rows != rows[:, :1]).any():
-            return None
-        found.append(rows[:, 0])
-    sample = np.concatenate(found)
-    # A batch of one sample confirms that items come sample by sample.
-    for i in {0, n - 1}:
-        if (_labels(name, task, fetch(np.array([i]))).numpy() != sample[i]).any():
-            return None
-    return sample
+def _confirmed(name: str, task: Task, samples: Samples, labels: np.ndarray[Any, Any]) -> bool:
+    """Whether batches of one sample confirm that items come sample by sample."""
+    n = len(labels)
+    for i in {*range(min(n, FEW)), n - 1}:
+        own = _labels(name, task, samples.batch(range(i, i + 1), f"task split {name!r}"))
+        if not len(own) or (own.numpy() != labels[i]).any():
+            return False
+    return True
+
+
+def _cut(block: Index, size: int) -> Iterator[Index]:
+    """`block` in as few parts as possible that hold at most `size` and differ by at most one."""
+    parts = -(-len(block) // size)
+    small, larger = divmod(len(block), parts)
+    for start, stop in pairwise(i * small + min(i, larger) for i in range(parts + 1)):
+        yield _as_range(block[start:stop])
+
+
+def _as_range(index: Index) -> Index:
+    """`index` as a range where its numbers follow each other."""
+    if isinstance(index, range) or (np.diff(index) != 1).any():
+        return index
+    return range(int(index[0]), int(index[-1]) + 1)
 
 
 def _labels(name: str, task: Task, batch: Any) -> Tensor:
@@ -178,56 +331,18 @@ def _labels(name: str, task: Task, batch: Any) -> Tensor:
     return labels.detach().cpu().long()
 
 
-def _map(
-    place: Callable[[Tensor], Tensor], batch: Any, other: Callable[[Any], Any] = lambda leaf: leaf
-) -> Any:
-    """`batch` with `place` applied to its tensors, in mappings, sequences and dataclasses."""
-    if isinstance(batch, Tensor):
-        return place(batch)
-    if isinstance(batch, Mapping):
-        mapped = {key: _map(place, value, other) for key, value in batch.items()}
-        return mapped if type(batch) is dict else _like(batch, mapped)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        found = copy.copy(batch)
-        for field in dataclasses.fields(batch):
-            value = _map(place, getattr(batch, field.name), other)
-            object.__setattr__(found, field.name, value)  # frozen ones as well
-        return found
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_map(place, value, other) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_map(place, value, other) for value in batch)
-    return other(batch)
+def _distinct(labels: Sequence[Tensor]) -> np.ndarray[Any, Any]:
+    return torch.cat(list(labels)).unique().numpy() if labels else np.empty(0, np.int64)
 
 
-def _like(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Mapping[Any, Any]:
-    """`mapped` as a mapping of the kind of `batch`, where that can hold it (a `UserDict`, say)."""
-    if not isinstance(batch, MutableMapping):
-        return mapped
-    found = copy.copy(batch)
-    for key, value in mapped.items():  # some know no update()
-        found[key] = value
-    return found
+def _numbers(labels: Tensor, groups: tuple[int, ...]) -> Tensor:
+    """Positions of `labels` in `groups`; its length for negative ones."""
+    places = torch.searchsorted(torch.tensor(groups, dtype=torch.int64), labels)
+    return torch.where(labels >= 0, places, len(groups))
 
 
-def _digest(batches: Iterable[Any]) -> str:
-    """SHA-256 of the tensors in `batches`, with their shapes and dtypes, and of their text."""
-    digest = hashlib.sha256()
-
-    def add(tensor: Tensor) -> Tensor:
-        digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-        return tensor
-
-    def add_plain(leaf: Any) -> None:
-        if isinstance(leaf, str | bytes | int | float):
-            digest.update(repr(leaf).encode())
-        elif isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.hasobject:
-            _map(add, leaf.tolist(), add_plain)  # its bytes are addresses
-        elif isinstance(leaf, np.ndarray | np.generic):
-            digest.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
-
-    for batch in batches:
-        _map(add, batch, add_plain)
-    return digest.hexdigest()
+def _groups_of(name: str, known: np.ndarray[Any, Any]) -> tuple[int, ...]:
+    """The groups among the labels that occur; negative ones are none."""
+    if len(known) > MAX_GROUPS:
+        raise TaskError(f"task groups: {len(known)} groups in split {name!r}; at most {MAX_GROUPS}")
+    return tuple(label for label in known.tolist() if label >= 0)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from lcray import data as data_module
-from lcray.data import SplitData, prepare_split
+from lcray import samples as samples_module
+from lcray.data import SplitData, SplitSource, open_split, prepare_split
 from lcray.errors import TaskError
+from lcray.nested import Digest
 from lcray.task import Task
 
 
@@ -33,6 +35,22 @@ def prepare(
     return prepare_split(
         name, data, task, batch_size=batch_size, fixed_seed=fixed_seed, place=place
     )
+
+
+def source_of(
+    data: Any,
+    *,
+    groups: Callable | None = None,
+    collate: Callable | None = None,
+    fixed_seed: int | None = None,
+    **settings: Any,
+) -> SplitSource:
+    task = Task(lambda: nn.Linear(1, 1), {"train": data}, lambda net, b: b, groups, collate)
+    return open_split("train", data, task, fixed_seed=fixed_seed, **settings)
+
+
+def same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def refusal(data: Any, **settings: Any) -> str:
@@ -176,6 +194,8 @@ class TestSortingByGroup:
     def test_items_in_another_order_than_the_samples(self) -> None:
         data = (torch.arange(3), torch.tensor([0, 1, 2]))
         assert not prepare(data, groups=lambda b: b[1].flip(0)).sorted_by_group
+        ends_alike = (torch.arange(4), torch.tensor([0, 1, 2, 0]))
+        assert not source_of(ends_alike, groups=lambda b: b[1].flip(0)).sorted_by_group
 
     def test_no_groups_no_labels(self) -> None:
         found = prepare((torch.arange(4),))
@@ -292,7 +312,7 @@ class TestKindsOfData:
         data = Squares(lambda i, j: torch.ones(i + 1))
         message = refusal(data)
         assert message.startswith(
-            "task split 'train': samples 0…2 cannot be made into a batch: RuntimeError: "
+            "task split 'train': samples 0…4 cannot be made into a batch: RuntimeError: "
         )
 
     def test_a_data_set_that_raises(self) -> None:
@@ -301,8 +321,8 @@ class TestKindsOfData:
                 raise OSError("disk\ngone")
             return i
 
-        assert "samples 3…4 cannot be made into a batch: OSError: disk gone" in refusal(
-            Squares(make)
+        assert refusal(Squares(make)).startswith(
+            "task split 'train': sample 4 cannot be read: OSError: disk gone (test_data.py:"
         )
 
     def test_every_tensor_is_placed_and_nothing_else(self) -> None:
@@ -314,7 +334,7 @@ class TestKindsOfData:
             return tensor.double()
 
         batch = prepare(data, batch_size=5, place=place, collate=lambda rows: rows).batches[0]
-        assert len(seen) == 2 * 5
+        assert len([tensor for tensor in seen if tensor.numel()]) == 2 * 5
         assert batch[0]["i"].dtype == torch.float64
         assert batch[0]["more"][0].number.dtype == torch.float64
         assert batch[0]["more"][0].square == 2.0
@@ -376,6 +396,20 @@ class TestDigest:
         data = (torch.arange(4.0),)
         plain = prepare(data).sha256
         assert prepare(data, place=lambda t: t.double()).sha256 == plain
+
+    @pytest.mark.parametrize("kind", [tuple, lambda columns: list(zip(*columns, strict=True))])
+    def test_cutting_and_sorting_play_no_part(self, kind: Callable) -> None:
+        data = kind([torch.arange(40.0), torch.arange(40) % 3])
+        settings: list[dict[str, Any]] = [
+            {"batch_size": 1},
+            {"batch_size": 40},
+            {"fixed_seed": 3},
+            {"groups": lambda b: b[1]},
+        ]
+        plain = prepare(data).sha256
+        assert {prepare(data, **options).sha256 for options in settings} == {plain}
+        for chunk in (1, 7, 39, 1000):
+            assert source_of(data, chunk=chunk).sha256 == plain
 
 
 @dataclass
@@ -447,3 +481,289 @@ class TestKindsOfBatches:
             prepare(rows, collate=collate).sha256 for rows in ([1.0, 2.0], [1.0, 2.0], [1.0, 3.0])
         ]
         assert hashes[0] == hashes[1] != hashes[2]
+
+
+class Ragged(Dataset):
+    """Sample i holds i % 4 + 1 words."""
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> Any:
+        if index >= 11:
+            raise IndexError(index)
+        return {"words": torch.arange(index % 4 + 1) + index, "label": index % 2}
+
+
+def padded(rows: list[Any]) -> Any:
+    words = nn.utils.rnn.pad_sequence([row["words"] for row in rows], True, -1)
+    return {"words": words, "label": torch.tensor([row["label"] for row in rows])}
+
+
+def by_word(batch: Any) -> Tensor:
+    return torch.where(batch["words"] < 0, -100, batch["words"] % 3).flatten()
+
+
+def columns() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(11, 3, generator=generator), torch.arange(11) * 7 % 3
+
+
+CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "tensors": (columns, {}),
+    "sorted": (columns, {"groups": lambda b: b[1]}),
+    "sorted, two items": (columns, {"groups": lambda b: b[1].repeat_interleave(2)}),
+    "unsorted": (columns, {"groups": lambda b: torch.stack([b[1], b[1] + 1], 1).flatten()}),
+    "permuted": (columns, {"fixed_seed": 5}),
+    "permuted with groups": (columns, {"fixed_seed": 5, "groups": lambda b: b[1]}),
+    "data set of tensors": (lambda: TensorDataset(*columns()), {"groups": lambda b: b[1]}),
+    "dictionaries and words": (
+        lambda: [{"x": x, "y": y, "word": f"w{y}"} for x, y in zip(*columns(), strict=True)],
+        {"groups": lambda b: b["y"]},
+    ),
+    "collated by the task": (
+        lambda: list(range(11)),
+        {"collate": lambda rows: Pair(torch.tensor(rows), torch.tensor(rows) ** 2.0)},
+    ),
+    "ragged": (Ragged, {"collate": padded}),
+    "ragged, sorted": (Ragged, {"collate": padded, "groups": lambda b: b["label"]}),
+    "ragged, words": (Ragged, {"collate": padded, "groups": by_word}),
+    "ragged, permuted": (Ragged, {"collate": padded, "groups": by_word, "fixed_seed": 1}),
+}
+
+
+def content(found: SplitData) -> tuple[Any, ...]:
+    """Everything but where the batches are, in a form that compares exactly."""
+    sums = []
+    for batch in found.batches:
+        digest = Digest()
+        digest.add(batch)
+        sums.append((digest.hexdigest(), type(batch)))
+    return (
+        sums,
+        found.batch_sizes,
+        [label.tolist() for label in found.labels],
+        [number.tolist() for number in found.numbers],
+        found.present,
+        (found.name, found.n_samples, found.groups, found.sorted_by_group, found.sha256),
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+class TestPlaces:
+    """Where batches are, and how often a split was cut before, changes nothing."""
+
+    def source(self, case: str) -> SplitSource:
+        make, settings = CASES[case]
+        return source_of(make(), **settings)
+
+    def test_resident_and_streamed_are_the_same(self, case: str) -> None:
+        source = self.source(case)
+        for place in (same, lambda t: t.double() if t.is_floating_point() else t):
+            resident = source.cut(4, place=place)
+            streamed = source.cut(4, place=place, resident_bytes=0)
+            assert resident.batches.resident and not streamed.batches.resident
+            assert content(resident) == content(streamed)
+            assert content(streamed) == content(streamed), "twice"
+
+    def test_cut_again_is_a_fresh_cut(self, case: str) -> None:
+        source = self.source(case)
+        source.cut(4, place=same)
+        source.cut(2, place=same, resident_bytes=0)
+        for size in (3, 11, 1, 4):
+            again = source.cut(size, place=same)
+            assert content(again) == content(self.source(case).cut(size, place=same))
+            assert max(again.batch_sizes) <= size
+
+    def test_numbers_are_the_places_of_the_labels(self, case: str) -> None:
+        found = self.source(case).cut(4, place=same)
+        if not found.labels:
+            assert (found.numbers, found.present) == ((), ())
+        for labels, numbers, present in zip(
+            found.labels, found.numbers, found.present, strict=True
+        ):
+            known = [*found.groups, None]
+            assert [known[k] for k in numbers.tolist()] == [
+                label if label >= 0 else None for label in labels.tolist()
+            ]
+            assert list(present) == sorted(set(numbers.tolist()))
+
+    def test_labels_are_those_of_the_batches(self, case: str) -> None:
+        groups = CASES[case][1].get("groups")
+        found = self.source(case).cut(4, place=same)
+        if groups is not None:
+            assert [label.tolist() for label in found.labels] == [
+                groups(batch).tolist() for batch in found.batches
+            ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_excerpt_is_the_largest_batches_of_a_cut(case: str) -> None:
+    make, settings = CASES[case]
+    source = source_of(make(), **settings)
+    whole = source.cut(4, place=same)
+    for count in (1, 2, 100):
+        found = source.excerpt(4, count, place=same)
+        sizes = whole.batch_sizes
+        chosen = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))[:count]
+        assert found.batch_sizes == tuple(sizes[i] for i in chosen)
+        assert found.n_samples == sum(found.batch_sizes) and found.batches.resident
+        for i, batch in zip(chosen, found.batches, strict=True):
+            one, other = Digest(), Digest()
+            one.add(batch)
+            other.add(whole.batches[i])
+            assert one.hexdigest() == other.hexdigest()
+        assert (found.groups, found.labels, found.numbers, found.present) == ((), (), (), ())
+
+
+class Counting(Squares):
+    """Counts how often each sample is read."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__(lambda i, j: (torch.tensor(i), torch.tensor(i % 3)), n)
+        self.reads = [0] * n
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads[index] += 1
+        return super().__getitem__(index)
+
+
+class TestReading:
+    """A data set that decodes pictures is slow: how often is each sample read?"""
+
+    def test_once_when_opened_but_for_the_first_and_last(self) -> None:
+        for groups in (None, lambda b: b[1], lambda b: b[1].repeat_interleave(2)):
+            data = Counting(100)
+            source_of(data, groups=groups, chunk=20)
+            assert set(data.reads[20:-1]) == {1}
+
+    def test_once_when_cut_and_once_an_evaluation_when_streamed(self) -> None:
+        data = Counting(100)
+        source = source_of(data, groups=lambda b: b[1], chunk=20)
+        data.reads = [0] * 100
+        found = source.cut(7, place=same)
+        list(found.batches), list(found.batches)
+        assert set(data.reads) == {1}
+        data.reads = [0] * 100
+        assert sum(source.excerpt(7, 2, place=same).batch_sizes) == sum(data.reads)
+        data.reads = [0] * 100
+        found = source.cut(7, place=same, resident_bytes=0)
+        assert sum(data.reads) == found.batch_sizes[0], "the first batch shows the size"
+        list(found.batches), list(found.batches)
+        assert sum(data.reads) == found.batch_sizes[0] + 2 * 100
+
+    def test_large_samples_are_read_few_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sizes = []
+
+        def collate(rows: list[Tensor]) -> Tensor:
+            sizes.append(len(rows))
+            return torch.stack(rows)
+
+        data = [torch.ones(1000) for _ in range(60)]
+        monkeypatch.setattr(samples_module, "_HELD", 20 * 4000)
+        found = source_of(data, collate=collate, groups=lambda b: b[:, 0].long())
+        assert max(sizes) == 20 and found.sorted_by_group
+
+
+class TestFitting:
+    DATA = (torch.zeros(10, 3), torch.zeros(10, dtype=torch.int64))  # 12 + 8 bytes a sample
+
+    @pytest.mark.parametrize(
+        ("place", "size"), [(same, 200), (lambda t: t.double(), 320), (lambda t: t.half(), 80)]
+    )
+    def test_the_size_of_tensors_is_exact(self, place: Callable, size: int) -> None:
+        source = source_of(self.DATA)
+        for most, resident in ((None, True), (size, True), (size - 1, False), (0, False)):
+            batches = source.cut(4, place=place, resident_bytes=most).batches
+            assert (batches.resident, batches.nbytes, len(batches)) == (resident, size, 3)
+
+    def test_later_batches_that_are_larger_count(self) -> None:
+        # Batches of 2 samples: 2 × 1 float, then 2 × 9 floats; a guess from the first is 16.
+        data = [torch.ones(length) for length in (1, 1, 9, 9)]
+        pad = source_of(data, collate=lambda rows: nn.utils.rnn.pad_sequence(rows, True))
+        assert pad.cut(2, place=same).batches.nbytes == 80
+        assert pad.cut(2, place=same, resident_bytes=80).batches.resident
+        assert not pad.cut(2, place=same, resident_bytes=79).batches.resident
+        assert not pad.cut(2, place=same, resident_bytes=15).batches.resident
+
+
+class TestViews:
+    """Data that are as needed already are not copied."""
+
+    def test_tensors_in_their_order(self) -> None:
+        x, y = torch.randn(10, 3), np.arange(10)
+        found = prepare((x, y), batch_size=4, place=lambda t: t.to("cpu", t.dtype))
+        start = 0
+        for batch, size in zip(found.batches, found.batch_sizes, strict=True):
+            assert batch[0].data_ptr() == x[start:].data_ptr()
+            assert batch[1].data_ptr() == y[start:].ctypes.data
+            assert batch[0].is_contiguous()
+            start += size
+
+    def test_data_that_are_sorted_by_group_already(self) -> None:
+        x, y = torch.randn(10, 3), torch.tensor([0] * 4 + [1] * 6)
+        found = prepare((x, y), groups=lambda b: b[1], batch_size=3)
+        assert found.sorted_by_group
+        storage = x.untyped_storage().data_ptr()
+        assert {b[0].untyped_storage().data_ptr() for b in found.batches} == {storage}
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"fixed_seed": 1}, {"groups": lambda b: b[1]}, {"place": lambda t: t.double()}],
+    )
+    def test_the_rest_has_memory_of_its_own(self, settings: dict[str, Any]) -> None:
+        x, y = torch.randn(10, 3), torch.arange(10) % 2
+        found = prepare((x, y), **settings)
+        storages = {batch[0].untyped_storage().data_ptr() for batch in found.batches}
+        assert len(storages) == len(found.batches)
+        assert x.untyped_storage().data_ptr() not in storages
+        for batch in found.batches:
+            assert batch[0].is_contiguous()
+            size = batch[0].numel() * batch[0].element_size()
+            assert batch[0].untyped_storage().nbytes() == size
+
+    def test_a_file_mapped_into_memory(self, tmp_path: Any) -> None:
+        np.save(tmp_path / "x.npy", np.arange(12.0).reshape(6, 2))
+        x = np.load(tmp_path / "x.npy", mmap_mode="r")
+        found = prepare((x,), batch_size=4)
+        assert found.batches[1][0].data_ptr() == x[3:].ctypes.data
+        assert found.sha256 == prepare((torch.arange(12.0).double().view(6, 2),)).sha256
+
+
+class TestFailingLater:
+    """Samples that can be read when the split is opened, and not any more."""
+
+    def test_a_stream_names_split_and_batch(self) -> None:
+        broken = []
+
+        def make(i: int, j: int) -> int:
+            if i in broken:
+                raise OSError("disk\ngone")
+            return i
+
+        source = source_of(Squares(make, 9))
+        found = source.cut(3, place=same, resident_bytes=0)
+        broken.append(7)
+        seen = []
+        with pytest.raises(TaskError) as caught:
+            for batch in found.batches:
+                seen.append(batch.tolist())
+        assert seen == [[0, 1, 2], [3, 4, 5]]
+        shown = "task split 'train', batch 2: sample 7 cannot be read: OSError: disk gone"
+        assert str(caught.value).startswith(shown)
+        with pytest.raises(TaskError, match="'train', batch 2: sample 7 cannot"):
+            source.cut(3, place=same)
+
+    def test_labels_that_only_some_batches_have(self) -> None:
+        # Padding has group 9: chunks of one length have none, batches across them do.
+        data = [torch.zeros(2, dtype=torch.int64)] * 2 + [torch.zeros(1, dtype=torch.int64)] * 2
+        source = source_of(
+            data,
+            collate=lambda rows: nn.utils.rnn.pad_sequence(rows, True, 9),
+            groups=lambda b: b.flatten(),
+            chunk=2,
+        )
+        found = source.cut(3, place=same)
+        assert found.groups == tuple(torch.cat(found.labels).unique().tolist())
+        assert source.cut(4, place=same).groups == (0, 9)
+        assert source.cut(4, place=same).present == ((0, 1),)

@@ -1,0 +1,110 @@
+"""The batches of a split: resident on the device, or streamed to it one evaluation after another.
+
+Both give the same batches, bit for bit. A stream reads ahead in a thread of its own, so that
+reading, collating and pinning hide behind the gradients.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcray.nested import map_tensors
+
+AHEAD = 2  # batches that a stream may read before they are asked for
+
+THREAD = "lcray-batches"
+
+
+class Batches:
+    """The batches of a split, in order; they can be iterated any number of times.
+
+    Attributes:
+        resident: whether all of them are on the device already.
+        nbytes: bytes of all batches once placed; from the sizes of those seen where not resident.
+
+    Args:
+        n: how many there are.
+        read: gives a batch by its number, as the task makes it; it may be called in a thread.
+        place: moves a tensor to the device and dtype of the computation.
+        device: where `place` moves tensors.
+        placed: the batches, placed; None to stream them.
+        nbytes: bytes of all batches once placed.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        read: Callable[[int], Any],
+        place: Callable[[Tensor], Tensor],
+        device: torch.device,
+        *,
+        placed: Sequence[Any] | None,
+        nbytes: int,
+    ) -> None:
+        self._n, self._device, self._place = n, device, place
+        self._read: Callable[[int], Any] | None = read if placed is None else None  # may own data
+        self._placed = None if placed is None else tuple(placed)
+        self.resident = placed is not None
+        self.nbytes = nbytes
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: int) -> Any:
+        """One batch, placed; read anew where they are streamed.
+
+        Raises:
+            IndexError: if there is no such batch.
+            TaskError: if it cannot be read.
+        """
+        if self._placed is not None:
+            return self._placed[index]
+        number = range(self._n)[index]
+        return self._put(self._fetch(number))
+
+    def __iter__(self) -> Iterator[Any]:
+        """All batches in order.
+
+        Raises:
+            TaskError: if one cannot be read.
+        """
+        return self._stream() if self._placed is None else iter(self._placed)
+
+    def _stream(self) -> Iterator[Any]:
+        pool = ThreadPoolExecutor(1, THREAD, initializer=self._enter_thread)
+        try:
+            ahead = deque(pool.submit(self._fetch, i) for i in range(min(AHEAD, self._n)))
+            for number in range(AHEAD, self._n + AHEAD):
+                batch = self._put(ahead.popleft().result())
+                if number < self._n:
+                    ahead.append(pool.submit(self._fetch, number))
+                yield batch
+        finally:  # also where the loop is left early
+            pool.shutdown(cancel_futures=True)
+
+    def _enter_thread(self) -> None:
+        if self._device.type == "cuda":  # else pinning would start a context on the first device
+            torch.cuda.set_device(self._device)
+
+    def _fetch(self, number: int) -> Any:
+        assert self._read is not None
+        batch = self._read(number)
+        return map_tensors(_pin, batch) if self._device.type == "cuda" else batch
+
+    def _put(self, batch: Any) -> Any:
+        return map_tensors(self._place_soon, batch)
+
+    def _place_soon(self, tensor: Tensor) -> Tensor:
+        if self._device.type == "cuda":  # from pinned memory, without waiting
+            tensor = tensor.to(self._device, non_blocking=True)
+        return self._place(tensor)
+
+
+def _pin(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor

@@ -1,0 +1,81 @@
+"""How much memory a process can still get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+_MOUNT = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+
+#: Files of a control group, version 2 and 1: limit, use, and the key of the page cache in
+#: ``memory.stat`` that the kernel gives up before it refuses memory.
+_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory of `device` that this process can still get, in bytes.
+
+    On CUDA what is free and what torch holds without using it; elsewhere the smaller of what the
+    machine has left and what the process's control groups leave.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    machine = int(psutil.virtual_memory().available)
+    room = cgroup_room()
+    return machine if room is None else min(machine, room)
+
+
+def cgroup_room(membership: Path = _MEMBERSHIP, mount: Path = _MOUNT) -> int | None:
+    """Bytes that the control groups of the process leave it; None where none has a limit.
+
+    A limit holds for a group and all below it, so the least room on the way up counts. A container
+    may see its own group as the mount itself, under a path that only the host knows.
+
+    Args:
+        membership: lists the groups of the process, a line ``number:controllers:path`` each.
+        mount: where control groups are mounted.
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    rooms: list[int] = []
+    for line in lines:
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            rooms += _rooms(mount, path, _VERSION_2)
+        elif "memory" in controllers.split(","):
+            rooms += _rooms(mount / "memory", path, _VERSION_1)
+    return min(rooms, default=None)
+
+
+def _rooms(mount: Path, path: str, files: tuple[str, str, str]) -> Iterator[int]:
+    parts = [part for part in path.split("/") if part]
+    limit_file, use_file, cache_key = files
+    for depth in range(len(parts) + 1):
+        group = mount.joinpath(*parts[:depth])
+        limit, use = _number(group / limit_file), _number(group / use_file)
+        if limit is not None and use is not None:
+            yield max(0, limit - max(0, use - _cache(group, cache_key)))
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # no such group here, or no limit: "max"
+        return None
+
+
+def _cache(group: Path, key: str) -> int:
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.split()[:1] == [key])
+    except (OSError, ValueError, IndexError, StopIteration):
+        return 0

@@ -1,0 +1,164 @@
+"""The samples of a split, read by their numbers, whatever holds them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset, default_collate
+
+from lcray.errors import TaskError, brief
+from lcray.nested import Digest, count_bytes
+from lcray.task import Data, Task
+
+#: Numbers of samples; a range where they follow each other.
+Index = range | np.ndarray[Any, Any]
+
+_HELD = 1 << 26  # bytes of samples that a scan holds at a time, beside the first few
+
+FEW = 16  # samples that are tried in a batch of another size than the rest
+
+
+class Samples(Protocol):
+    """The samples of a split."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Index, where: str) -> Any:
+        """The batch of the samples `index`; errors name `where`."""
+
+    def scan(self, digest: Digest, chunk: int) -> Iterator[tuple[int, Callable[[], Any]]]:
+        """Read every sample once, in order, and add it to `digest`.
+
+        Gives how many samples were read, at most `chunk` at a time, and a function that makes a
+        batch of them.
+        """
+
+
+def open_samples(name: str, data: Data, task: Task) -> Samples:
+    """The samples of `data`, the split called `name`.
+
+    Raises:
+        TaskError: if a tuple holds something else than tensors.
+    """
+    if isinstance(data, tuple):
+        make = getattr(data, "_make", tuple)  # a named tuple stays one
+        return TensorSamples(_as_tensors(name, data), make)
+    if type(data) is TensorDataset and task.collate is None:
+        return TensorSamples(data.tensors, list)  # what its samples make when collated
+    return CollatedSamples(name, data, task.collate or default_collate)
+
+
+class TensorSamples:
+    """Tensors that share their first axis; batches are views of them where that is possible."""
+
+    def __init__(
+        self, tensors: Sequence[Tensor], make: Callable[[Iterator[Tensor]], Sequence[Tensor]]
+    ) -> None:
+        self._tensors, self._make = tuple(tensors), make
+
+    def __len__(self) -> int:
+        return len(self._tensors[0])
+
+    def batch(self, index: Index, where: str) -> Sequence[Tensor]:
+        """Rows of the tensors."""
+        rows: slice | Tensor
+        if isinstance(index, range):  # views
+            rows = slice(index.start, index.stop)
+        else:
+            rows = torch.from_numpy(index)
+        return self._make(tensor[rows] for tensor in self._tensors)
+
+    def scan(self, digest: Digest, chunk: int) -> Iterator[tuple[int, Callable[[], Any]]]:
+        """Add the tensors whole; the batches are views."""
+        digest.add(self._tensors)
+        for index in _chunks(len(self), chunk):
+            yield len(index), partial(self.batch, index, "")
+
+
+class CollatedSamples:
+    """A map-style data set and the function that makes a batch of its samples."""
+
+    def __init__(self, name: str, data: Any, collate: Callable[[list[Any]], Any]) -> None:
+        self._name, self._data, self._collate = name, data, collate
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def batch(self, index: Index, where: str) -> Any:
+        """The samples, collated.
+
+        Raises:
+            TaskError: if they cannot be read or made into a batch.
+        """
+        return self._make([self._read(int(i), where) for i in index], index, where)
+
+    def scan(self, digest: Digest, chunk: int) -> Iterator[tuple[int, Callable[[], Any]]]:
+        """Add the samples one by one, as they are before they are collated.
+
+        The first few count as collated as well: a collate function may be what turns names of
+        files, or words, into numbers.
+
+        Raises:
+            TaskError: if samples cannot be read or made into a batch, or differ when read twice.
+        """
+        where, n = f"task split {self._name!r}", len(self)
+        chunk = max(1, min(chunk, _HELD // max(1, count_bytes(self._read(0, where)))))
+        self._check_repeatable(range(min(n, chunk)), where)
+        digest.add(n)
+        for index in _chunks(n, chunk):
+            rows = [self._read(i, where) for i in index]
+            for i, row in zip(index, rows, strict=True):
+                self._add(digest, i, row, where)
+            yield len(index), partial(self._make, rows, index, where)
+        digest.add(self.batch(range(min(n, FEW)), where))
+
+    def _add(self, digest: Digest, number: int, row: Any, where: str) -> None:
+        known = digest.opaque
+        digest.add(row)
+        if digest.opaque > known:  # an object of the user's own: only its batch can be read
+            # Of a sample read anew: collating may change it.
+            digest.add(self.batch(range(number, number + 1), where))
+
+    def _check_repeatable(self, index: range, where: str) -> None:
+        first, second = Digest(), Digest()
+        first.add(self.batch(index, where))
+        second.add(self.batch(index, where))
+        if first.hexdigest() != second.hexdigest():
+            raise TaskError(f"{where}: its samples differ when read twice; switch augmentation off")
+
+    def _read(self, number: int, where: str) -> Any:
+        try:
+            return self._data[number]
+        except Exception as error:
+            raise TaskError(f"{where}: sample {number} cannot be read: {brief(error)}") from error
+
+    def _make(self, rows: list[Any], index: Index, where: str) -> Any:
+        try:
+            return self._collate(rows)
+        except Exception as error:
+            raise TaskError(
+                f"{where}: samples {index[0]}…{index[-1]} cannot be made into a batch: "
+                f"{brief(error)}"
+            ) from error
+
+
+def _as_tensors(name: str, data: tuple[Any, ...]) -> list[Tensor]:
+    try:
+        with warnings.catch_warnings():
+            # Files mapped into memory may be read-only; so are batches.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return [torch.as_tensor(part) for part in data]
+    except Exception as error:
+        raise TaskError(
+            f"task split {name!r}: must hold tensors or arrays of numbers: {brief(error)}"
+        ) from error
+
+
+def _chunks(n: int, chunk: int) -> Iterator[range]:
+    return (range(start, min(n, start + chunk)) for start in range(0, n, chunk))
