@@ -5,14 +5,14 @@ Legend: P the number of elements of all layers, parameters and float buffers ali
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lcray.errors import CheckpointError, TaskError
 from lcray.layers import Layer, describe_layers
+from lcray.layout import BLOCK, Layout
 
 
 class FlatModel:
@@ -21,7 +21,7 @@ class FlatModel:
     Attributes:
         model: the model, in evaluation mode.
         layers: its layers; layer l occupies ``slices[l]`` of every flat vector.
-        slices: one slice a layer.
+        layout: the order of the elements in memory.
         theta: the current point, [P], in the compute dtype; the model's tensors are views of it.
         grad: the gradient that backward passes accumulate into, [P], likewise.
 
@@ -46,11 +46,11 @@ class FlatModel:
         self.layers, self._tensors = describe_layers(self.model)
         if not any(layer.trainable for layer in self.layers):
             raise TaskError("model: no parameter requires a gradient, so there is nothing to learn")
-        self.slices = _slices(self.layers)
-        self.theta = torch.zeros(self.slices[-1].stop, device=device, dtype=dtype)
+        self.layout = Layout(self.layers)
+        self.theta = torch.zeros(self.layout.size, device=device, dtype=dtype)
         self.grad = torch.zeros_like(self.theta)
-        for layer, where in zip(self.layers, self.slices, strict=True):
-            self._tie(layer, where)
+        for number in range(len(self.layers)):
+            self._tie(number)
         self.base = self.theta.cpu().clone() if partial else None
         names = {name for layer in self.layers for name in (layer.name, *layer.aliases)}
         self._constants = {k: v for k, v in self._tensors.items() if k not in names}
@@ -58,13 +58,43 @@ class FlatModel:
         places = _places(self.model)
         self._places = {k: places.get(id(self._tensors[k]), []) for k in names}
 
-    def _tie(self, layer: Layer, where: slice) -> None:
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Where each layer is in every flat vector."""
+        return self.layout.slices
+
+    def blocks(self) -> Iterator[slice]:
+        """Slices that cover a flat vector, of a size that suits the device."""
+        return self.layout.blocks(BLOCK if self.theta.device.type == "cpu" else BLOCK << 6)
+
+    def set_memory_format(self, memory_format: str) -> None:
+        """Put the elements into another order, those of the current point included.
+
+        Args:
+            memory_format: ``contiguous`` or ``channels_last``.
+        """
+        old, self.layout = self.layout, Layout(self.layers, memory_format)
+        vectors = [self.theta] if self.base is None else [self.theta, self.base]
+        for vector in vectors:
+            before = vector.clone()
+            for number in range(len(self.layers)):
+                self.layout.shaped(vector, number).copy_(old.shaped(before, number))
+        self.grad.zero_()
+        for number in range(len(self.layers)):
+            self._view(number)
+
+    def _tie(self, number: int) -> None:
+        values = self._tensors[self.layers[number].name].detach()
+        self.layout.shaped(self.theta, number).copy_(values)
+        self._view(number)
+
+    def _view(self, number: int) -> None:
+        layer = self.layers[number]
         tensor = self._tensors[layer.name]
-        view = self.theta[where].view(layer.shape)
-        view.copy_(tensor.detach())
-        tensor.data = view
+        tensor.grad = None  # one of another layout could not stay meanwhile
+        tensor.data = self.layout.shaped(self.theta, number)
         if layer.trainable:
-            tensor.grad = self.grad[where].view(layer.shape)
+            tensor.grad = self.layout.shaped(self.grad, number)
 
     def differentiate_buffers(self, moving: frozenset[int]) -> None:
         """Let gradients reach the float buffers that move along the path, and no others.
@@ -79,12 +109,32 @@ class FlatModel:
                 buffer.requires_grad_(wanted)
                 buffer.grad = self.grad[where].view(layer.shape) if wanted else None
 
-    def flatten(self, tensors: Mapping[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def new_point(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Memory for a checkpoint: a vector [P] on the CPU, and its part of each layer, by name."""
+        pinned = self.theta.device.type == "cuda"
+        vector = torch.empty(len(self.theta), dtype=self.theta.dtype, pin_memory=pinned)
+        if self.base is not None:
+            vector.copy_(self.base)
+        parts = {
+            layer.name: self.layout.shaped(vector, number)
+            for number, layer in enumerate(self.layers)
+        }
+        return vector, parts
+
+    def flatten(
+        self,
+        tensors: Mapping[str, Tensor],
+        step: int,
+        vector: Tensor | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """A checkpoint as one vector, and the integer tensors that go with it.
 
         Args:
             tensors: the stored tensors by canonical name.
             step: the checkpoint's, for messages.
+            vector: from `new_point`; tensors that are parts of it are in place already.
+            dtypes: what each tensor was stored as, where that is not its own.
 
         Returns:
             The point [P] in the compute dtype, on the CPU, and the tensors that do not move.
@@ -99,14 +149,14 @@ class FlatModel:
                 f"checkpoint at step {step}: tensor {unknown[0]!r} is not in the task's model "
                 f"({len(unknown)} such); does the task build the model of this run?"
             )
-        if self.base is not None:
-            vector = self.base.clone()
-        else:
-            vector = torch.empty(len(self.theta), dtype=self.theta.dtype)
-        for layer, where in zip(self.layers, self.slices, strict=True):
-            stored = _stored(layer, tensors, step)
+        if vector is None:
+            vector, _ = self.new_point()
+        for number, layer in enumerate(self.layers):
+            stored = _stored(layer, tensors, dtypes or {}, step)
             if stored is not None:
-                vector[where].copy_(stored.reshape(-1))
+                part = self.layout.shaped(vector, number)
+                if stored.data_ptr() != part.data_ptr():
+                    part.copy_(stored)
             elif self.base is None:
                 raise CheckpointError(
                     f"checkpoint at step {step}: tensor {layer.name!r} of the task's model is "
@@ -161,22 +211,18 @@ def _places(model: nn.Module) -> dict[int, list[tuple[Mapping[str, Tensor | None
     return places
 
 
-def _slices(layers: tuple[Layer, ...]) -> tuple[slice, ...]:
-    stops = [0]
-    for layer in layers:
-        stops.append(stops[-1] + layer.numel)
-    return tuple(slice(a, b) for a, b in pairwise(stops))
-
-
-def _stored(layer: Layer, tensors: Mapping[str, Tensor], step: int) -> Tensor | None:
+def _stored(
+    layer: Layer, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], step: int
+) -> Tensor | None:
     """The stored tensor of a layer, under any of its names; None if there is none."""
     names = [name for name in (layer.name, *layer.aliases) if name in tensors]
     for name in names:
         stored, where = tensors[name], f"checkpoint at step {step}: tensor {name!r}"
         _check_shape(name, stored, layer.shape, step)
-        if not stored.is_floating_point():
-            raise CheckpointError(f"{where} is stored as {stored.dtype}, the model's is a float")
-        if name != names[0] and not _same_values(stored, tensors[names[0]]):
+        dtype = dtypes.get(name, stored.dtype)
+        if not dtype.is_floating_point:
+            raise CheckpointError(f"{where} is stored as {dtype}, the model's is a float")
+        if name != names[0] and not _same_values(stored.to(tensors[names[0]]), tensors[names[0]]):
             raise CheckpointError(
                 f"{where} differs from {names[0]!r}, which the task's model ties to it; does the "
                 "task build the model of this run?"

@@ -23,6 +23,7 @@ from lcray.data import SplitData
 from lcray.errors import TaskError, brief
 from lcray.flat import FlatModel
 from lcray.normalization import Normalization, depends_on_batches
+from lcray.path import Segment
 from lcray.task import Task
 
 
@@ -67,36 +68,42 @@ class GradientEngine:
         return torch.zeros_like(self.flat.theta, dtype=torch.float64)
 
     def evaluate(
-        self, split: SplitData, out: Tensor | None, directions: Sequence[Tensor] = ()
+        self,
+        split: SplitData,
+        out: Tensor | None,
+        directions: Sequence[Segment] = (),
+        *,
+        share: float | None = None,
     ) -> Evaluation:
         """Loss, and gradient where asked for, of `split` at the current point.
 
         Args:
             split: the batches.
             out: where the gradient goes, [P] float64; None evaluates the loss alone.
-            directions: vectors [P] float64 for the groups' directional derivatives.
+            directions: paths along which to take the groups' directional derivatives.
+            share: add this times Σ w ∂ℓ/∂θ to `out`, instead of replacing what is there by the
+                gradient of the mean.
 
         Raises:
             TaskError: if the task's loss fails or breaks the contract.
         """
         sums = _Sums(self.flat, split, directions if split.labels and out is not None else ())
+        replaces, share = share is None, 1.0 if share is None else share
         if out is not None:
-            out.zero_()
+            if replaces:
+                out.zero_()
             self.flat.grad.zero_()  # an evaluation that failed half-way may have left something
         with self._context(), torch.enable_grad():
             for index, batch in enumerate(split.batches):
                 losses, weights = self._item_losses(split, index, batch)
                 sums.add_losses(index, losses, weights)
                 if out is not None:
-                    self._add_gradients(split, index, losses, weights, out, sums)
-        if not sums.weight > 0:
-            raise TaskError(
-                f"task loss: the weights of split {split.name!r} add up to {sums.weight}"
-            )
+                    self._add_gradients(split, index, losses, weights, out, share, sums)
         self.flat.check_tied()
-        if out is not None:
-            out.div_(sums.weight)
-        return sums.result()
+        found = sums.result()
+        if replaces and out is not None:
+            out.div_(found.total_weight)
+        return found
 
     def _context(self) -> AbstractContextManager[Any]:
         """The mode of BatchNorm; the first evaluation tells whether the model has any."""
@@ -111,6 +118,7 @@ class GradientEngine:
         losses: Tensor,
         weights: Tensor | None,
         out: Tensor,
+        share: float,
         sums: _Sums,
     ) -> None:
         weighted = losses if weights is None else torch.where(weights > 0, losses, 0) * weights
@@ -120,7 +128,7 @@ class GradientEngine:
                 part.sum().backward(retain_graph=number + 1 < len(parts))
             except Exception as error:
                 raise _failed(_where(split, index), "its backward pass failed", error) from error
-            out.add_(self.flat.grad)
+            out.add_(self.flat.grad, alpha=share)
             sums.add_dots(group, self.flat.grad)
             self.flat.grad.zero_()
 
@@ -153,21 +161,20 @@ class GradientEngine:
 
 
 class _Sums:
-    """Sums over the batches of one evaluation, all float64."""
+    """Sums over the batches of one evaluation, all float64.
 
-    def __init__(self, flat: FlatModel, split: SplitData, directions: Sequence[Tensor]) -> None:
+    What a batch gives stays on the device until the end: fetching it would make the device wait.
+    """
+
+    def __init__(self, flat: FlatModel, split: SplitData, directions: Sequence[Segment]) -> None:
         self._flat, self._split, self._directions = flat, split, directions
-        self._numbers = {label: g for g, label in enumerate(split.groups)}
         shape = (len(directions), len(split.groups), len(flat.layers))
         self._dots = torch.zeros(shape, dtype=torch.float64, device=flat.theta.device)
-        self._group_weights = [0.0] * len(split.groups)
-        self._losses: list[float] = []
-        self._weights: list[float] = []
+        self._losses: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._lowest: list[Tensor] = []  # weights, where there are any
+        self._group_weights: list[Tensor] = []
         self._n_items = 0
-
-    @property
-    def weight(self) -> float:
-        return math.fsum(self._weights)
 
     def add_losses(self, index: int, losses: Tensor, weights: Tensor | None) -> None:
         exact = losses.detach().double()
@@ -176,59 +183,89 @@ class _Sums:
         else:
             mass = weights.double()
             exact = torch.where(mass > 0, exact, 0.0) * mass
-        self._losses.append(float(exact.sum()))
-        self._weights.append(float(mass.sum()))
+            if mass.numel():
+                self._lowest.append(mass.min())
+        self._losses.append(exact.sum())
+        self._weights.append(mass.sum())
         self._n_items += len(losses)
         if self._split.labels:
-            self._add_group_weights(self._split.labels[index], mass)
+            self._add_group_weights(self._split.numbers[index], mass)
 
-    def _add_group_weights(self, labels: Tensor, mass: Tensor) -> None:
-        if bool(((labels < 0) & (mass > 0)).any()):
-            raise TaskError(
-                f"task groups: negative label in split {self._split.name!r} for an item with "
-                "weight; labels must be >= 0 where the weight is positive"
-            )
-        for label in torch.unique(labels).tolist():
-            if label >= 0:
-                self._group_weights[self._numbers[label]] += float(mass[labels == label].sum())
+    def _add_group_weights(self, numbers: Tensor, mass: Tensor) -> None:
+        # One place more, at the end, for items of no group: label < 0.
+        found = torch.zeros(len(self._split.groups) + 1, dtype=torch.float64, device=mass.device)
+        self._group_weights.append(found.index_add_(0, numbers, mass))
 
     def parts(self, index: int, weighted: Tensor) -> list[tuple[int | None, Tensor]]:
         """What to differentiate in turn: everything at once, or one group after another."""
         if not self._directions:
             return [(None, weighted)]
-        labels = self._split.labels[index]
-        present = torch.unique(labels).tolist()
+        present = self._split.present[index]
+        none = len(self._split.groups)
         if len(present) == 1:
-            return [(self._numbers.get(present[0]), weighted)]
-        return [(self._numbers[k], weighted[labels == k]) for k in present if k >= 0]
+            return [(present[0] if present[0] < none else None, weighted)]
+        numbers = self._split.numbers[index]
+        return [(k, weighted[numbers == k]) for k in present if k < none]
 
     def add_dots(self, group: int | None, gradient: Tensor) -> None:
         if group is None or not self._directions:
             return
-        exact = gradient.double()
         for dots, direction in zip(self._dots, self._directions, strict=True):
-            dots[group] += layer_dots(self._flat, exact, direction)
+            dots[group] += layer_dots(self._flat, gradient, direction)
 
     def result(self) -> Evaluation:
+        losses, weights, lowest = (
+            torch.stack(found).tolist() if found else []
+            for found in (self._losses, self._weights, self._lowest)
+        )
+        weight = math.fsum(weights) if all(map(math.isfinite, weights)) else math.nan
+        if not math.isfinite(weight) or any(not low >= 0 for low in lowest):
+            raise TaskError(
+                f"task loss on split {self._split.name!r}: weights must be finite and not negative"
+            )
+        if not weight > 0:
+            raise TaskError(
+                f"task loss: the weights of split {self._split.name!r} add up to {weight}"
+            )
+        # A plain sum first: fsum refuses sums that overflow or mix infinities.
+        total = sum(losses)
+        total = math.fsum(losses) if math.isfinite(total) else total
+        masses = self._masses()
         dots = None
         if self._directions:
-            mass = torch.tensor(self._group_weights, dtype=torch.float64, device=self._dots.device)
-            dots = self._dots / torch.where(mass > 0, mass, 1.0)[None, :, None]
-        # A plain sum first: fsum refuses sums that overflow or mix infinities.
-        total = sum(self._losses)
-        total = math.fsum(self._losses) if math.isfinite(total) else total
+            scale = torch.tensor([m if m > 0 else 1.0 for m in masses], dtype=torch.float64)
+            dots = self._dots / scale.to(self._dots.device)[None, :, None]
         return Evaluation(
-            loss=total / self.weight,
-            total_weight=self.weight,
+            loss=total / weight,
+            total_weight=weight,
             n_items=self._n_items,
-            group_weights=tuple(self._group_weights),
+            group_weights=masses,
             group_dots=dots,
         )
 
+    def _masses(self) -> tuple[float, ...]:
+        if not self._group_weights:
+            return (0.0,) * len(self._split.groups)
+        *masses, stray = torch.stack(self._group_weights).sum(0).tolist()
+        if stray > 0:
+            raise TaskError(
+                f"task groups: negative label in split {self._split.name!r} for an item with "
+                "weight; labels must be >= 0 where the weight is positive"
+            )
+        return tuple(masses)
 
-def layer_dots(flat: FlatModel, a: Tensor, b: Tensor) -> Tensor:
-    """Σ a·b over each layer, [L] float64, of two float64 vectors [P]."""
-    return torch.stack([torch.dot(a[where], b[where]) for where in flat.slices])
+
+def layer_dots(flat: FlatModel, gradient: Tensor, segment: Segment) -> Tensor:
+    """Σ g·Δ over each layer, [L] float64, a block at a time; `gradient` is [P]."""
+    parts: dict[int, list[Tensor]] = {}
+    size = next(flat.blocks()).stop if flat.layout.size else 1
+    for block, pieces in flat.layout.pieces(size):
+        product = segment.difference(block) * gradient[block]
+        for number, where in pieces:
+            parts.setdefault(number, []).append(product[where].sum())
+    nothing = torch.zeros((), dtype=torch.float64, device=gradient.device)
+    sums = [sum(parts.get(number, ()), nothing) for number in range(len(flat.layers))]
+    return torch.stack(sums)
 
 
 def _where(split: SplitData, index: int) -> str:
@@ -262,5 +299,3 @@ def _check_weights(where: str, losses: Tensor, weights: Any) -> None:
     if not isinstance(weights, Tensor) or weights.shape != losses.shape:
         shape = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise TaskError(f"{where}: weights {shape} do not match the losses {list(losses.shape)}")
-    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
-        raise TaskError(f"{where}: weights must be finite and not negative")

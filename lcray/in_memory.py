@@ -146,7 +146,7 @@ def _allocate(bench: Workbench, settings: Settings, index: int, segment: Segment
     first = bench.engine.evaluate(split, None).loss
     accuracy = Accuracy.of(settings, first)
     allocator = SplitAllocator(bench.engine, split, get_rule(settings.rule), accuracy)
-    result = allocator.advance(segment, None)
+    result = allocator.advance(segment)
     if result.lc is None:
         raise CheckpointError(f"split {split.name!r}: no LC between the states: {result.status}")
     lc = result.lc.cpu()
@@ -156,8 +156,8 @@ def _allocate(bench: Workbench, settings: Settings, index: int, segment: Segment
         loss_start=result.loss_start,
         loss_end=result.loss_end,
         elements={
-            layer.name: lc[where].view(layer.shape)
-            for layer, where in zip(layers, bench.flat.slices, strict=True)
+            layer.name: bench.flat.layout.shaped(lc, number).contiguous()
+            for number, layer in enumerate(layers)
         },
         groups=_groups(split.groups, layers, result),
         layer_error=_by_layer(layers, result.layer_error),

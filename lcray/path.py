@@ -1,6 +1,9 @@
 """The straight path between two neighbouring checkpoints.
 
 θ(s) = θ_a + s·Δ,  s in [0, 1],  Δ = θ_b − θ_a;   θ(1) is θ_b as it was stored.
+
+Δ is float64, twice the size of a checkpoint, and is wanted a few times an interval. It is computed
+a block at a time, in the cache, and kept only where that is small.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from torch import Tensor
 
 from lcray.flat import FlatModel
 
+_KEEP = 1 << 20  # elements: below, Δ is kept whole (8 MiB)
+_ALL = slice(None)
+
 
 @dataclass(frozen=True)
 class Point:
@@ -21,7 +27,7 @@ class Point:
 
     Attributes:
         step: its step.
-        vector: the float tensors, [P] in the compute dtype.
+        vector: the float tensors, [P] in the compute dtype, in the order in memory.
         constants: the tensors that do not move.
     """
 
@@ -37,29 +43,50 @@ class Segment:
     start: Point
     end: Point
 
+    def difference(self, where: slice = _ALL) -> Tensor:
+        """Δ of the elements `where`, float64; exactly 0 where both ends are equal.
+
+        It is not the caller's to change.
+        """
+        if len(self.start.vector) <= _KEEP:
+            return self._kept[where]
+        return self._between(where)
+
     @cached_property
-    def delta(self) -> Tensor:
-        """Δ, [P] float64; exactly 0 where the two are equal, infinities included."""
-        a, b = self.start.vector, self.end.vector
-        return (b.double() - a.double()).masked_fill_(a == b, 0.0)
+    def _kept(self) -> Tensor:
+        return self._between(_ALL)
+
+    def _between(self, where: slice) -> Tensor:
+        a, b = self.start.vector[where], self.end.vector[where]
+        # Equal infinities do not move.
+        return (b.double() - a).masked_fill_(a == b, 0.0)
 
     @cached_property
     def is_finite(self) -> bool:
         """Whether the path is; a NaN in either checkpoint breaks it."""
-        return bool(torch.isfinite(self.delta).all())
+        size = len(self.start.vector)
+        starts = range(0, size, _KEEP)
+        return all(bool(self.difference(slice(a, a + _KEEP)).isfinite().all()) for a in starts)
 
     def moving_buffers(self, flat: FlatModel) -> frozenset[int]:
         """Indices of the float buffers that move."""
-        return frozenset(
-            number
-            for number, (layer, where) in enumerate(zip(flat.layers, flat.slices, strict=True))
-            if layer.kind == "buffer" and bool(torch.any(self.delta[where] != 0))
-        )
+        if "_moving" not in self.__dict__:
+            layers = zip(flat.layers, flat.slices, strict=True)
+            found = frozenset(
+                number
+                for number, (layer, where) in enumerate(layers)
+                if layer.kind == "buffer" and bool(torch.any(self.difference(where) != 0))
+            )
+            self.__dict__["_moving"] = found
+        moving: frozenset[int] = self.__dict__["_moving"]
+        return moving
 
     def set_point(self, flat: FlatModel, s: float) -> None:
         """Move the model to θ(s); interior points are rounded once, from float64."""
-        point = self.end if s == 1.0 else self.start
-        flat.theta.copy_(point.vector)
         if 0.0 < s < 1.0:
-            flat.theta.add_(self.delta, alpha=s)
-        flat.set_constants(point.constants)
+            for where in flat.blocks():
+                start = self.start.vector[where].double()
+                flat.theta[where] = torch.add(start, self.difference(where), alpha=s)
+        else:
+            flat.theta.copy_((self.end if s == 1.0 else self.start).vector)
+        flat.set_constants((self.end if s == 1.0 else self.start).constants)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lcray.errors import UsageError, suggest
 
@@ -32,6 +32,10 @@ class QuadratureRule:
         embedded: K weights of a lower rule on the same nodes, or None.
         panels: the number of equal panels the rule consists of.
         refinable: whether uniform halving reuses every node (Simpson's family).
+        probe_every: where positive, the embedded rule may stand alone in an interval, as long as
+            its gap and a probe by the whole rule at every so many intervals allow.
+        embedded_name: what the embedded rule is called where it stands alone.
+        whole_name: what this rule is called then; its name otherwise.
 
     Raises:
         UsageError: if nodes and weights are not a rule of this degree.
@@ -44,6 +48,9 @@ class QuadratureRule:
     embedded: tuple[float, ...] | None = None
     panels: int = 1
     refinable: bool = False
+    probe_every: int = 0
+    embedded_name: str = ""
+    whole_name: str = ""
 
     def __post_init__(self) -> None:
         _check_nodes(self)
@@ -62,6 +69,11 @@ class QuadratureRule:
         return self.nodes[-1] == 1.0
 
     @property
+    def shown_name(self) -> str:
+        """What intervals say that took the whole rule."""
+        return self.whole_name or self.name
+
+    @property
     def n_gradients(self) -> int:
         """Gradients an interval, a left endpoint shared with the interval before not counted."""
         return len(self.nodes) - (self.has_left and self.has_right)
@@ -77,9 +89,10 @@ class QuadratureRule:
         ones, else the composite of the embedded rule.
 
         Raises:
-            UsageError: if `panels` is not a positive integer, or the rule is a composite already.
+            UsageError: if `panels` is not a positive integer, or the rule is a composite already or
+                chooses panels itself.
         """
-        if panels < 1 or self.panels != 1:
+        if panels < 1 or self.panels != 1 or self.probe_every:
             raise UsageError(f"rule {self.name!r}: cannot be split into {panels} panels")
         if panels == 1:
             return self
@@ -145,19 +158,31 @@ GAUSS = QuadratureRule(
 
 #: The named rules. ``left`` is the first-order variant of [LCA]; ``simpson`` is RK4, the default.
 RULES = {r.name: r for r in (LEFT, MIDPOINT, TRAPEZOID, SIMPSON, GAUSS_LOBATTO, GAUSS)}
+#: Simpson's rule, or the trapezoid on the same endpoints where that is good enough, in blocks of
+#: eight intervals that a probe opens.
+AUTO = replace(
+    SIMPSON, name="auto", probe_every=8, embedded_name=TRAPEZOID.name, whole_name=SIMPSON.name
+)
+#: Rules that choose for themselves, interval by interval.
+ADAPTIVE = {AUTO.name: AUTO}
 _ALIASES = {"first-order": "left", "rk4": "simpson"}
 
 
 def get_rule(name: str) -> QuadratureRule:
     """The rule called `name`, with ``name*n`` for its composite on n panels.
 
+    ``auto`` is Simpson's rule with leave to use the trapezoid instead (see `probe_every`).
+
     Raises:
         UsageError: if there is no such rule; the message names the nearest one.
     """
     base, _, panels = name.partition("*")
     base = _ALIASES.get(base, base)
-    if base not in RULES:
-        raise UsageError(suggest(name, [*RULES, *_ALIASES], "rule"))
+    known = {**RULES, **ADAPTIVE}
+    if base not in known:
+        raise UsageError(suggest(name, [*known, *_ALIASES], "rule"))
     if panels and not panels.isdecimal():
         raise UsageError(f"rule {name!r}: panels must be a positive integer, as in 'simpson*2'")
-    return RULES[base].composite(int(panels) if panels else 1)
+    if panels and known[base].probe_every:
+        raise UsageError(f"rule {name!r}: {base} chooses the panels itself; leave {panels!r} out")
+    return known[base].composite(int(panels)) if panels else known[base]

@@ -8,28 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import math
-import resource
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from lcray.allocation import Accuracy, SplitAllocator
-from lcray.checkpoints import State, open_series
+from lcray.allocation import Accuracy, Scratch, SplitAllocator
+from lcray.checkpoints import open_series
 from lcray.data import SplitData
-from lcray.errors import CheckpointError, TaskError
+from lcray.errors import TaskError
 from lcray.gradient import Evaluation
 from lcray.layers import Layer
-from lcray.path import Point, Segment
+from lcray.path import Segment
 from lcray.planning import Plan, Settings, Span, SplitPlan
 from lcray.quadrature import get_rule
+from lcray.rowgroups import ElementsWriter
 from lcray.shards import ShardWriter
 from lcray.tabulation import SplitTables
 from lcray.task import Task, source_hash
+from lcray.tuning import Tuning, tune
+from lcray.walk import Walk
 from lcray.workbench import Workbench
+
+_STATE_BYTES = 27  # an element, that each split beyond the first adds to a pass, in float32
+_SHARED_BYTES = 1 << 26  # above, reading the checkpoints again is the smaller cost
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Description:
 
     Attributes:
         layers: of the model.
-        split_hashes: SHA-256 of each split's data, in the order of its batches.
+        split_hashes: SHA-256 of each split's data, however it is cut into batches.
         source_hash: of the task's and the model's source.
         base_hash: of the model's own values where checkpoints are partial, else empty.
         first_hash: of the first checkpoint's bytes.
@@ -46,6 +50,7 @@ class Description:
         device: the device in words.
         low_precision: layers that the first checkpoint stores in 16 bits or fewer.
         double_precision: layers that it stores in 64 bits.
+        fixed_batches: whether batches are part of the loss, so that their size is never tuned.
     """
 
     layers: tuple[Layer, ...]
@@ -57,6 +62,7 @@ class Description:
     device: str
     low_precision: tuple[str, ...] = ()
     double_precision: tuple[str, ...] = ()
+    fixed_batches: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,19 @@ class Probe:
     Attributes:
         splits: with sizes, weights and first losses.
         seconds: of one full-batch gradient, by split.
-        peak_bytes: the largest memory the worker has had.
+        tuning: the batch size and memory format to plan with, and what they were chosen by.
+        resident: whether the data of a split stay on the device, by split; else they are streamed.
+        worker_bytes: memory of the worker with its data and the activations of a batch, but
+            without what it needs for each element of the model.
         checkpoint_bytes: of the first checkpoint.
         read_seconds: to read it.
     """
 
     splits: tuple[SplitPlan, ...]
     seconds: dict[str, float]
-    peak_bytes: int
+    tuning: Tuning
+    resident: dict[str, bool]
+    worker_bytes: int
     checkpoint_bytes: int
     read_seconds: float
 
@@ -116,6 +127,8 @@ class Workspace:
         steps: the range of steps to analyze, ``a:b``.
         device: where to compute.
         threads: intra-op threads; None leaves torch as it is.
+        memory: bytes that this process may take; None for a share of what is free.
+        sharers: processes that what is free is divided by.
 
     Raises:
         TaskError: if model or data break the contract.
@@ -131,21 +144,25 @@ class Workspace:
         steps: str | None = None,
         device: str = "cpu",
         threads: int | None = 1,
+        memory: int | None = None,
+        sharers: int = 1,
     ) -> None:
         self.series = open_series(run, steps)
-        self.bench = Workbench(task, settings, device=device, threads=threads)
+        self.bench = Workbench(
+            task, settings, device=device, threads=threads, memory=memory, sharers=sharers
+        )
         self.settings, self.task, self.flat = settings, task, self.bench.flat
         start = time.perf_counter()
-        self._first = self.series.read(self.series.steps[0])
+        self._first = replace(self.series.read(self.series.steps[0]), tensors={})
         self._read_seconds = time.perf_counter() - start
-        self._dtypes = {name: tensor.dtype for name, tensor in self._first.tensors.items()}
+        self._dtypes = self._first.dtypes
 
     def describe(self) -> Description:
         """What decides the numbers beside the settings."""
         base = self.flat.base
         return Description(
             layers=self.flat.layers,
-            split_hashes={split.name: split.sha256 for split in self.bench.splits},
+            split_hashes=self.bench.hashes,
             source_hash=source_hash(self.task, self.flat.model),
             base_hash="" if base is None else hashlib.sha256(base.numpy().data).hexdigest(),
             first_hash=self._first.sha256,
@@ -153,6 +170,7 @@ class Workspace:
             device=torch.cuda.get_device_name() if self.bench.device.type == "cuda" else "cpu",
             low_precision=self._stored_in(1, 2),
             double_precision=self._stored_in(8),
+            fixed_batches=self.bench.fixed_batches,
         )
 
     def _stored_in(self, *sizes: int) -> tuple[str, ...]:
@@ -160,14 +178,15 @@ class Workspace:
         return tuple(n for n, d in found if d.is_floating_point and d.itemsize in sizes)
 
     def probe(self) -> Probe:
-        """Evaluate every split twice at the first checkpoint.
+        """Choose what the settings leave open; evaluate every split twice at the first checkpoint.
 
         Raises:
             TaskError: if the loss is not a function of the weights, or breaks the contract.
         """
-        point = self._point(self._first)
-        segment = Segment(point, point)
-        segment.set_point(self.flat, 0.0)
+        self._go_to_first()
+        tuning = tune(self.bench)
+        self.bench.adopt(tuning.batch_size, tuning.memory_format)
+        self._go_to_first()
         out = self.bench.engine.new_vector()
         plans, seconds = [], {}
         for split in self.bench.splits:
@@ -179,12 +198,34 @@ class Workspace:
             same = torch.equal(gradient, out) or not bool(torch.isfinite(out).all())
             _check_repeatable(split, first, second, same, exact=self.settings.deterministic)
             plans.append(_split_plan(split, first))
-        return Probe(tuple(plans), seconds, _peak_bytes(), self._first.nbytes, self._read_seconds)
+        return Probe(
+            splits=tuple(plans),
+            seconds=seconds,
+            tuning=tuning,
+            resident={split.name: split.batches.resident for split in self.bench.splits},
+            worker_bytes=self._worker_bytes(tuning),
+            checkpoint_bytes=self._first.nbytes,
+            read_seconds=self._read_seconds,
+        )
 
-    def losses(self) -> dict[str, float]:
-        """The mean loss of each split at the first checkpoint, without gradients."""
-        point = self._point(self._first)
+    def _worker_bytes(self, tuning: Tuning) -> int:
+        data = sum(s.batches.nbytes for s in self.bench.splits if s.batches.resident)
+        widest = max(max(split.batch_sizes) for split in self.bench.splits)
+        return self.bench.base_bytes + data + math.ceil(tuning.sample_bytes * widest)
+
+    def _go_to_first(self) -> None:
+        known = {self._first.step: self._first.sha256}
+        with Walk(self.series, self.flat, self._dtypes, known) as walk:
+            point = walk.read(self._first.step)
         Segment(point, point).set_point(self.flat, 0.0)
+
+    def losses(self, plan: Plan) -> dict[str, float]:
+        """The mean loss of each split at the first checkpoint, in the batches of `plan`.
+
+        Without gradients.
+        """
+        self.bench.adopt(plan.batch_size, plan.memory_format)
+        self._go_to_first()
         engine = self.bench.engine
         return {split.name: engine.evaluate(split, None).loss for split in self.bench.splits}
 
@@ -196,26 +237,19 @@ class Workspace:
                 nothing is committed then.
         """
         start = time.perf_counter()
-        rule = get_rule(self.settings.rule)
-        allocators, hashes, n_gradients = {}, {}, 0
+        self.bench.adopt(plan.batch_size, plan.memory_format)
         for split, planned in zip(self.bench.splits, plan.splits, strict=True):
-            accuracy = Accuracy.of(self.settings, planned.first_loss)
-            expected = (planned.n_items, planned.total_weight)
             if (split.name, split.groups) != (planned.name, planned.groups):
                 raise TaskError(f"task split {split.name!r}: other groups than in the plan")
-            allocators[split.name] = SplitAllocator(
-                self.bench.engine, split, rule, accuracy, expected
-            )
-        with ShardWriter(out, span, attempt) as writer:
-            tables = {s.name: SplitTables(plan, s, writer) for s in plan.splits}
-            for segment, following, read in self._segments(span):
-                hashes.update(read)
-                for name, allocator in allocators.items():
-                    result = allocator.advance(segment, following)
-                    tables[name].add(result, segment)
-                    n_gradients += result.n_gradients
-            for table in tables.values():
-                table.write()
+        hashes: dict[int, str] = {}
+        n_gradients = 0
+        with ShardWriter(out, span, attempt) as writer, ElementsWriter(writer) as elements:
+
+            def tables_of(split: SplitPlan) -> SplitTables:
+                return SplitTables(plan, split, writer, elements)
+
+            for names in self._passes(plan):
+                n_gradients += self._pass(plan, span, names, hashes, tables_of)
             seconds = time.perf_counter() - start
             info = {
                 "seconds": seconds,
@@ -225,41 +259,44 @@ class Workspace:
             committed = writer.commit(checkpoints=hashes, info=info)
         return SpanReport(committed, n_gradients, seconds)
 
-    def _segments(self, span: Span) -> Iterator[tuple[Segment, Segment | None, dict[int, str]]]:
-        """Each segment with the one after it and the hashes read so far, one read ahead."""
-        hashes: dict[int, str] = {}
+    def _passes(self, plan: Plan) -> list[list[str]]:
+        """The splits that share a pass over the checkpoints: all, unless their state is large."""
+        names = [split.name for split in plan.splits]
+        more = _STATE_BYTES * self.flat.layout.size * (len(names) - 1)
+        return [names] if more <= _SHARED_BYTES else [[name] for name in names]
 
-        def take(future: Future[State]) -> Point:
-            state = future.result()
-            hashes[state.step] = state.sha256
-            return self._point(state)
-
-        with ThreadPoolExecutor(1, "lcray-reader") as reader:
-            futures = [reader.submit(self.series.read, step) for step in span.steps[:3]]
-            waiting = iter(span.steps[3:])
-            segment = Segment(take(futures.pop(0)), take(futures.pop(0)))
-            while True:
-                following = None
-                if futures:
-                    following = Segment(segment.end, take(futures.pop(0)))
-                    ahead = next(waiting, None)
-                    if ahead is not None:
-                        futures.append(reader.submit(self.series.read, ahead))
-                yield segment, following, dict(hashes)
-                if following is None:
-                    return
-                segment = following
-
-    def _point(self, state: State) -> Point:
-        for name, tensor in state.tensors.items():
-            expected = self._dtypes.get(name, tensor.dtype)
-            if tensor.dtype != expected:
-                raise CheckpointError(
-                    f"checkpoint at step {state.step}: tensor {name!r} is {tensor.dtype}, but "
-                    f"{expected} at step {self.series.steps[0]}; narrow the run with --steps"
-                )
-        vector, constants = self.flat.flatten(state.tensors, state.step)
-        return Point(state.step, vector.to(self.bench.device), constants)
+    def _pass(
+        self,
+        plan: Plan,
+        span: Span,
+        names: list[str],
+        hashes: dict[int, str],
+        tables_of: Callable[[SplitPlan], SplitTables],
+    ) -> int:
+        """Go along the span once, for some splits; returns the number of gradients."""
+        rule, scratch = get_rule(self.settings.rule), Scratch(self.bench.engine)
+        n_gradients = 0
+        with Walk(self.series, self.flat, self._dtypes, hashes) as walk:
+            allocators: list[SplitAllocator] = []
+            tables: list[SplitTables] = []
+            for split, planned in zip(self.bench.splits, plan.splits, strict=True):
+                if split.name in names:
+                    accuracy = Accuracy.of(self.settings, planned.first_loss)
+                    expected = (planned.n_items, planned.total_weight)
+                    allocators.append(
+                        SplitAllocator(self.bench.engine, split, rule, accuracy, expected, scratch)
+                    )
+                    tables.append(tables_of(planned))
+            for segment, following in walk.segments(span):
+                for allocator, table in zip(allocators, tables, strict=True):
+                    result = allocator.advance(segment, following)
+                    table.add(result, segment)
+                    n_gradients += result.n_gradients
+                del segment, following, result  # the walk needs the room
+            del allocators, allocator, scratch  # and so does the writing
+            for table in tables:
+                table.write(walk.again)
+        return n_gradients
 
 
 def _split_plan(split: SplitData, found: Evaluation) -> SplitPlan:
@@ -292,8 +329,3 @@ def _check_repeatable(
             f"task loss on split {split.name!r}: {first.loss!r} at first, then {second.loss!r} at "
             "the same weights; switch sampling, dropout by hand and augmentation off"
         )
-
-
-def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return max(peak, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)

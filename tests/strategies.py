@@ -84,7 +84,7 @@ class Bench:
         allocator = self.allocator(**options)
         results = []
         for segment, following in zip(segments, [*segments[1:], None], strict=True):
-            result = allocator.advance(segment, following)
+            result = allocator.advance(segment, lambda following=following: following)
             start = result.start_gradient
             results.append(replace(result, start_gradient=None if start is None else start.clone()))
             lc = result.lc

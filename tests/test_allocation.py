@@ -337,7 +337,7 @@ def test_float32_differs_from_float64_by_its_rounding(case: Case) -> None:
     assert abs(single.loss_start - double.loss_start) < 1e-6 * double.loss_start
     # Δ is that of the stored numbers in both.
     a, b = Bench(case, dtype="float32"), Bench(case)
-    assert torch.equal(a.segments(states)[0].delta, b.segments(states)[0].delta)
+    assert torch.equal(a.segments(states)[0].difference(), b.segments(states)[0].difference())
 
 
 def test_interior_points_are_rounded_once_and_the_end_is_the_stored_one() -> None:
@@ -470,7 +470,7 @@ def test_several_splits_in_any_order_are_independent() -> None:
         for t, segment in enumerate(segments):
             following = segments[t + 1] if t + 1 < len(segments) else None
             for index in order:
-                result = allocators[index].advance(segment, following)
+                result = allocators[index].advance(segment, lambda after=following: after)
                 expected = (alone, alone_other)[index][t]
                 assert result.lc is not None and expected.lc is not None
                 assert torch.equal(result.lc, expected.lc)

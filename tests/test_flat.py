@@ -373,3 +373,87 @@ def test_models_that_compute_their_weights_stay_tied(name: str) -> None:
     assert abs(change) > 1e-4
     assert found.loss_change == pytest.approx(change, rel=1e-9)
     assert found.lc == pytest.approx(change, rel=1e-3)
+
+
+# --- memory formats -------------------------------------------------------------------------
+
+
+class Images(nn.Module):
+    """A convolution with several channels, a bias, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 2)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(x)).amax((2, 3)))
+
+
+def images_checkpoint() -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(3)
+    shapes = {"conv.weight": (4, 3, 2, 2), "conv.bias": (4,)}
+    shapes |= {"head.weight": (2, 4), "head.bias": (2,)}
+    return {k: torch.randn(v, generator=random) for k, v in shapes.items()}
+
+
+@pytest.mark.parametrize("through_parts", [False, True])
+def test_channels_last_moves_elements_and_nothing_else(through_parts: bool) -> None:
+    x = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    stored = images_checkpoint()
+    gradients = {}
+    for memory_format in ("contiguous", "channels_last"):
+        flat = make_flat(Images())
+        flat.set_memory_format(memory_format)
+        vector, parts = flat.new_point()
+        if through_parts:
+            for name, part in parts.items():
+                part.copy_(stored[name])
+            vector, _ = flat.flatten(parts, 0, vector, {k: v.dtype for k, v in stored.items()})
+        else:
+            vector, _ = flat.flatten(stored, 0)
+        flat.theta.copy_(vector)
+        for name, tensor in flat.model.named_parameters():
+            assert torch.equal(tensor, stored[name])
+        last = flat.model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+        assert last == (memory_format == "channels_last")
+        flat.grad.zero_()
+        flat.model(x).square().sum().backward()
+        flat.check_tied()
+        gradients[memory_format] = {
+            layer.name: flat.layout.shaped(flat.grad, number).clone()
+            for number, layer in enumerate(flat.layers)
+        }
+        by_autograd = {name: tensor.grad for name, tensor in flat.model.named_parameters()}
+        for name, gradient in gradients[memory_format].items():
+            assert torch.equal(gradient, by_autograd[name]) and bool(gradient.any())
+    for name, gradient in gradients["contiguous"].items():
+        assert torch.allclose(gradient, gradients["channels_last"][name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_point_and_the_base_move_with_the_format() -> None:
+    flat = make_flat(Images(), partial=True)
+    before = {name: tensor.clone() for name, tensor in flat.model.named_parameters()}
+    for memory_format in ("channels_last", "contiguous", "channels_last"):
+        flat.set_memory_format(memory_format)
+        for name, tensor in flat.model.named_parameters():
+            assert torch.equal(tensor, before[name])
+        # A checkpoint that has only the bias: the weight is the base's.
+        bias = torch.arange(4.0)
+        vector, _ = flat.flatten({"conv.bias": bias}, 0)
+        flat.theta.copy_(vector)
+        assert torch.equal(flat.model.conv.weight, before["conv.weight"])
+        assert torch.equal(flat.model.conv.bias, bias)
+        flat.theta.copy_(flat.flatten(before, 0)[0])
+
+
+def test_what_is_in_place_is_not_copied_and_its_stored_type_is_checked() -> None:
+    flat = make_flat()
+    vector, parts = flat.new_point()
+    for name, part in parts.items():
+        part.copy_(checkpoint()[name])
+    found, constants = flat.flatten({**parts, "count": torch.tensor([4, 5])}, 70, vector)
+    assert found is vector and vector.tolist() == list(range(18))
+    assert constants["count"].tolist() == [4, 5]
+    with pytest.raises(CheckpointError, match="is stored as torch.int64, the model's is a float"):
+        flat.flatten({**parts, "count": torch.tensor([4, 5])}, 70, vector, {"shift": torch.int64})

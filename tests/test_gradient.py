@@ -26,6 +26,7 @@ from strategies import (
 from torch import Tensor, nn
 
 from lcray.errors import TaskError
+from lcray.path import Point, Segment
 from lcray.planning import Settings
 from lcray.task import Task
 from lcray.workbench import Workbench
@@ -153,10 +154,11 @@ def test_group_dots_are_directional_derivatives_of_the_groups_losses(
 ) -> None:
     bench = Bench(case, batch_size=batch_size)
     random = torch.Generator().manual_seed(0)
-    directions = [
-        torch.randn(len(bench.flat.theta), generator=random, dtype=torch.float64) for _ in range(2)
-    ]
-    found, gradient = evaluate(bench, case.states[0], directions)
+    size = len(bench.flat.theta)
+    directions = [torch.randn(size, generator=random, dtype=torch.float64) for _ in range(2)]
+    origin = Point(0, torch.zeros(size, dtype=torch.float64), {})
+    segments = [Segment(origin, Point(1, direction, {})) for direction in directions]
+    found, gradient = evaluate(bench, case.states[0], segments)
     plain, same = evaluate(bench, case.states[0])
     # The extra passes of groups only reorder the sum.
     assert (gradient - same).abs().max() <= ROUNDING and found.loss == plain.loss

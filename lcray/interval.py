@@ -1,0 +1,361 @@
+"""One interval to loss change allocation: LC_i = Δ_i · ∫₀¹ g_i(θ(s)) ds, by quadrature.
+
+Legend: P elements, L layers, G groups, K nodes, n panels.
+
+Refinement halves uniformly. With T_n the trapezoid and M_n the midpoint sum on n panels,
+T_2n = (T_n + M_n)/2 and Simpson on n panels is S_n = (T_n + 2 M_n)/3, so two running sums hold
+every gradient. LC is never rescaled to close: the gap is a measurement.
+
+Memory: gradients are summed in one float64 vector. What must outlive that, which is the gradients
+at both ends and M_1 or T_n, rests in the compute dtype, a vector each. So an interval takes 20
+bytes an element in float32, whatever the rule and however far it is refined.
+
+Source: [LCA] Lan, Liu, Zhou, Yosinski, NeurIPS 2019 (arXiv 1909.01440), eq. 1 and section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lcray.gradient import GradientEngine, layer_dots
+from lcray.path import Segment
+from lcray.planning import Settings
+from lcray.quadrature import QuadratureRule, get_rule
+
+OK = "ok"
+NONFINITE_CHECKPOINT = "nonfinite_checkpoint"
+NONFINITE_LOSS = "nonfinite_loss"
+NONFINITE_GRADIENT = "nonfinite_gradient"
+
+_LAYERS = 10  # times the bound of the gap: how far the layers' sums may be from the coarser rule's
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """When an interval has converged, and how far to refine it.
+
+    Attributes:
+        rtol: of |loss change|.
+        atol: in units of the loss.
+        max_panels: the cap of the halving; 1 does not refine.
+    """
+
+    rtol: float = 1e-3
+    atol: float = 0.0
+    max_panels: int = 1
+
+    @classmethod
+    def of(cls, settings: Settings, first_loss: float | None) -> Accuracy:
+        """What `settings` ask for; atol is 1e-6 of the first loss, 1e-12 in float64."""
+        atol = (1e-6 if settings.dtype == "float32" else 1e-12) * abs(first_loss or 0.0)
+        refines = settings.refine or get_rule(settings.rule).probe_every > 0
+        return cls(settings.rtol, atol, settings.max_panels if refines else 1)
+
+    def bound(self, loss_change: float) -> float:
+        """The largest |gap| that counts as converged."""
+        return max(self.rtol * abs(loss_change), self.atol)
+
+
+@dataclass(frozen=True)
+class IntervalLC:
+    """Loss change allocation of one split over one interval.
+
+    Attributes:
+        start_step: of the interval.
+        end_step: of the interval.
+        status: ``ok``, or why there is no LC.
+        loss_start: mean loss at the start; NaN where it was not evaluated.
+        loss_end: mean loss at the end.
+        rule: the name of the rule that was used.
+        lc: LC by element, [P] float64; None unless the status is ok. Like `start_gradient`, valid
+            until the next interval of any split that shares the scratch vectors.
+        layer_error: |Σ_i (rule_i − embedded_i)| by layer, [L]; None without an embedded rule.
+        first_order: Δ·g(0) by layer, [L]; None where the rule has no node at 0.
+        start_gradient: g(0), [P] in the compute dtype; None likewise.
+        group_lc: LC of each group's own mean loss by layer, [G, L]; None without groups.
+        panels: of the rule in the end.
+        n_gradients: without the left endpoint that is shared.
+        converged: whether the tolerance was met.
+    """
+
+    start_step: int
+    end_step: int
+    status: str
+    loss_start: float
+    loss_end: float
+    rule: str
+    lc: Tensor | None = None
+    layer_error: Tensor | None = None
+    first_order: Tensor | None = None
+    start_gradient: Tensor | None = None
+    group_lc: Tensor | None = None
+    panels: int = 1
+    n_gradients: int = 0
+    converged: bool = False
+
+
+@dataclass(frozen=True)
+class Node:
+    """Loss and gradient at an end of the path.
+
+    Attributes:
+        loss: the mean loss.
+        gradient: [P] in the compute dtype; None where no rule needs it.
+        incoming: group dots along the interval that ends here, [G, L]; None without groups.
+        outgoing: along the one that starts here.
+    """
+
+    loss: float
+    gradient: Tensor | None
+    incoming: Tensor | None = None
+    outgoing: Tensor | None = None
+
+
+class Scratch:
+    """The vectors [P] that the splits of a pass share.
+
+    Attributes:
+        total: sums of gradients, float64; LC in the end.
+        middle: what the interior nodes come to, or T_n, in the compute dtype.
+        right: the gradient at the right end, likewise.
+    """
+
+    def __init__(self, engine: GradientEngine) -> None:
+        self.total = engine.new_vector()
+        self.middle = torch.zeros_like(engine.flat.theta)
+        self.right = torch.zeros_like(engine.flat.theta)
+
+
+class Interval:
+    """The work on one interval of one split.
+
+    Args:
+        rule: the quadrature rule.
+        accuracy: the tolerance and the cap of the refinement.
+        engine: for its model.
+        scratch: where to work.
+        segment: the path.
+        left: loss and gradient at its start.
+        at_end: evaluates loss and gradient at its end.
+        inside: adds the gradient at θ(s), times a factor, to ``scratch.total``; gives its group
+            dots.
+    """
+
+    def __init__(
+        self,
+        rule: QuadratureRule,
+        accuracy: Accuracy,
+        engine: GradientEngine,
+        scratch: Scratch,
+        segment: Segment,
+        left: Node,
+        at_end: Callable[[], Node],
+        inside: Callable[[float, float], Tensor | None],
+    ) -> None:
+        self._rule, self._accuracy, self._flat = rule, accuracy, engine.flat
+        self._scratch, self._segment, self._left = scratch, segment, left
+        self._at_end, self._inside = at_end, inside
+        self.agrees = False  # whether the layers' sums are close to those of the embedded rule
+
+    @cached_property
+    def right(self) -> Node:
+        """Loss and gradient at the end; evaluated when it is wanted first."""
+        return self._at_end()
+
+    @cached_property
+    def _left_dots(self) -> Tensor:
+        assert self._left.gradient is not None
+        return self._dots(self._left.gradient)
+
+    @cached_property
+    def _right_dots(self) -> Tensor:
+        assert self.right.gradient is not None
+        return self._dots(self.right.gradient)
+
+    def fixed(self) -> IntervalLC:
+        """The rule as it is. Its end comes last: the checkpoint after that may be on its way."""
+        rule, scratch = self._rule, self._scratch
+        embedded = rule.embedded or (0.0,) * len(rule.weights)
+        nodes = list(zip(rule.nodes, rule.weights, embedded, strict=True))
+        layers = coarse = scratch.total.new_zeros(len(self._flat.layers))
+        inside = math.fsum(weight for s, weight, _ in nodes if 0.0 < s < 1.0)
+        one_by_one = any(lower for s, _, lower in nodes if 0.0 < s < 1.0)
+        groups, terms = None, []
+        scratch.total.zero_()
+        for s, weight, lower in nodes:
+            if 0.0 < s < 1.0:
+                groups = _plus(groups, weight, self._inside(s, weight / inside))
+                if one_by_one:
+                    found = inside * self._dots(scratch.total)
+                    coarse = coarse + (found - layers) * (lower / weight)
+                    layers = found
+                terms = [(scratch.middle, inside)]
+        if terms:
+            scratch.middle.copy_(scratch.total)
+            layers = inside * self._dots(scratch.middle)
+        if not self._losses_are_finite:
+            return self.without(NONFINITE_LOSS)
+        for s, weight, lower in nodes:
+            if s in (0.0, 1.0):
+                gradient, dots, by_group = self._end(s)
+                terms.append((gradient, weight))
+                layers, coarse = layers + weight * dots, coarse + lower * dots
+                groups = _plus(groups, weight, by_group)
+        error = None if rule.embedded is None else (layers - coarse).abs()
+        converged = abs(self._gap(layers)) <= self._bound
+        return self._result(terms, layers, error, groups, rule.panels, rule.n_gradients, converged)
+
+    def adapted(self, trusted: bool = False) -> IntervalLC:
+        """Simpson's rule, its panels halved until it has converged or the cap is reached.
+
+        Args:
+            trusted: whether the embedded rule, the trapezoid, may stand alone if its gap allows.
+        """
+        middle = None
+        if not self._rule.probe_every:
+            middle, middle_groups = self._midpoints(1)
+        if not self._losses_are_finite:
+            return self.without(NONFINITE_LOSS)
+        (left, a, left_groups), (right, b, right_groups) = self._end(0.0), self._end(1.0)
+        trapezoid, groups = (a + b) / 2, _plus(_plus(None, 0.5, left_groups), 0.5, right_groups)
+        if trusted and abs(self._gap(trapezoid)) <= self._bound:
+            terms = [(left, 0.5), (right, 0.5)]
+            return self._result(
+                terms, trapezoid, (trapezoid - a).abs(), groups, 1, 1, True, whole=False
+            )
+        if middle is None:
+            middle, middle_groups = self._midpoints(1)
+        return self._halved(trapezoid, groups, middle, middle_groups)
+
+    def _halved(
+        self,
+        trapezoid: Tensor,
+        groups: Tensor | None,
+        middle: Tensor,
+        middle_groups: Tensor | None,
+    ) -> IntervalLC:
+        """From T_1 and M_1 by layer on; ``scratch.middle`` holds M_1."""
+        scratch, bound, panels = self._scratch, self._bound, 1
+        (left, _, _), (right, _, _) = self._end(0.0), self._end(1.0)
+        terms = [(left, 1 / 6), (right, 1 / 6), (scratch.middle, 2 / 3)]
+        layers = (trapezoid + 2 * middle) / 3
+        error = (layers - trapezoid).abs()
+        self.agrees = float(error.sum()) <= _LAYERS * bound
+        converged = abs(self._gap(layers)) <= bound
+        while not converged and 2 * panels <= self._accuracy.max_panels:
+            panels *= 2
+            ends = [(left, 0.25), (right, 0.25)] if panels == 2 else [(scratch.total, 0.5)]
+            self._combine([(scratch.middle, 0.5), *ends], scratch.middle)  # T_n
+            groups = _plus(_plus(None, 0.5, groups), 0.5, middle_groups)
+            trapezoid = self._dots(scratch.middle)
+            middle, middle_groups = self._midpoints(panels)
+            terms = [(scratch.middle, 1 / 3), (scratch.total, 2 / 3)]
+            coarse, layers = layers, (trapezoid + 2 * middle) / 3
+            error = (layers - coarse).abs()
+            if not math.isfinite(float(error.sum())):
+                break
+            close = float(error.sum()) <= _LAYERS * bound
+            converged = close and abs(self._gap(layers)) <= bound
+        groups = _plus(_plus(None, 1 / 3, groups), 2 / 3, middle_groups)
+        return self._result(terms, layers, error, groups, panels, 2 * panels, converged)
+
+    def _midpoints(self, panels: int) -> tuple[Tensor, Tensor | None]:
+        """M_n by layer [L] and group [G, L]; the vector is in ``total``, M_1 in ``middle`` too."""
+        scratch, groups = self._scratch, None
+        scratch.total.zero_()
+        for panel in range(panels):
+            found = self._inside((panel + 0.5) / panels, 1 / panels)
+            groups = _plus(groups, 1 / panels, found)
+        if panels > 1:
+            return self._dots(scratch.total), groups
+        scratch.middle.copy_(scratch.total)
+        return self._dots(scratch.middle), groups
+
+    def without(self, status: str) -> IntervalLC:
+        """No LC, and why."""
+        steps = self._segment.start.step, self._segment.end.step
+        return IntervalLC(*steps, status, self._left.loss, self.right.loss, self._rule.shown_name)
+
+    @property
+    def _losses_are_finite(self) -> bool:
+        return math.isfinite(self._left.loss) and math.isfinite(self.right.loss)
+
+    @property
+    def _change(self) -> float:
+        return self.right.loss - self._left.loss
+
+    @property
+    def _bound(self) -> float:
+        return self._accuracy.bound(self._change)
+
+    def _end(self, s: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradient [P], its product with Δ by layer [L], and by group [G, L], at s = 0 or 1."""
+        if s == 0.0:
+            gradient, dots, groups = self._left.gradient, self._left_dots, self._left.outgoing
+        else:
+            gradient, dots, groups = self.right.gradient, self._right_dots, self.right.incoming
+        assert gradient is not None
+        return gradient, dots, groups
+
+    def _dots(self, gradient: Tensor) -> Tensor:
+        return layer_dots(self._flat, gradient, self._segment)
+
+    def _gap(self, layers: Tensor) -> float:
+        return math.fsum(layers.tolist()) - self._change
+
+    def _combine(
+        self, terms: Sequence[tuple[Tensor, float]], out: Tensor, along: Segment | None = None
+    ) -> None:
+        """Σ weight · vector into `out`, times Δ if `along` a path; summed in float64."""
+        for where in self._flat.blocks():
+            (first, weight), *rest = terms
+            total = first[where].double() * weight
+            for vector, weight in rest:
+                total.add_(vector[where], alpha=weight)
+            out[where] = total if along is None else total.mul_(along.difference(where))
+
+    def _result(
+        self,
+        terms: Sequence[tuple[Tensor, float]],
+        layers: Tensor,
+        error: Tensor | None,
+        groups: Tensor | None,
+        panels: int,
+        n_gradients: int,
+        converged: bool,
+        *,
+        whole: bool = True,
+    ) -> IntervalLC:
+        if not bool(torch.isfinite(layers).all()):
+            return self.without(NONFINITE_GRADIENT)
+        total, start = self._scratch.total, self._left.gradient
+        self._combine(terms, total, self._segment)
+        return IntervalLC(
+            start_step=self._segment.start.step,
+            end_step=self._segment.end.step,
+            status=OK,
+            loss_start=self._left.loss,
+            loss_end=self.right.loss,
+            rule=self._rule.shown_name if whole else self._rule.embedded_name,
+            lc=total,
+            layer_error=error,
+            first_order=None if start is None else self._left_dots,
+            start_gradient=start,
+            group_lc=groups,
+            panels=panels,
+            n_gradients=n_gradients,
+            converged=converged,
+        )
+
+
+def _plus(total: Tensor | None, weight: float, part: Tensor | None) -> Tensor | None:
+    """`total` + `weight`·`part`, where None is nothing."""
+    if part is None:
+        return total
+    return weight * part if total is None else total + weight * part

@@ -1,0 +1,149 @@
+"""A walk along the checkpoints of a span: read ahead in a thread, straight into flat vectors."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from lcray.checkpoints import CheckpointSeries, State
+from lcray.errors import CheckpointError
+from lcray.flat import FlatModel
+from lcray.path import Point, Segment
+from lcray.planning import Span
+
+_SMALL = 1 << 24  # bytes of a vector: up to that, two are read ahead, else one
+_KEEP = 1 << 24  # bytes of all vectors of a span: up to that, none is read twice
+Following = Callable[[], Segment | None]
+
+
+class Walk:
+    """Reads the checkpoints of a span in order; a context manager.
+
+    Beside the two ends of the interval at hand, only the checkpoint after them is in memory; for
+    small models one more, or all of the span.
+
+    Attributes:
+        hashes: the sha256 of every checkpoint that was read, by step.
+
+    Args:
+        series: the run.
+        flat: the model.
+        dtypes: what every checkpoint must store each tensor as.
+        hashes: of checkpoints that were read before, which must not have changed; added to.
+    """
+
+    def __init__(
+        self,
+        series: CheckpointSeries,
+        flat: FlatModel,
+        dtypes: Mapping[str, torch.dtype],
+        hashes: dict[int, str] | None = None,
+    ) -> None:
+        self.hashes = {} if hashes is None else hashes
+        self._series, self._flat, self._dtypes = series, flat, dtypes
+        self._depth = 2 if flat.theta.nbytes <= _SMALL else 1
+        self._reader = ThreadPoolExecutor(1, "lcray-reader")
+        self._kept: dict[int, Tensor] = {}
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._reader.shutdown(cancel_futures=True)
+
+    def segments(self, span: Span) -> Iterator[tuple[Segment, Following]]:
+        """Each segment, and a function that waits for the one after it.
+
+        Raises:
+            CheckpointError: for a checkpoint that cannot be read, or does not fit the model.
+        """
+        waiting, ahead = iter(span.steps), deque[Future[Point]]()
+        keeps = self._flat.theta.nbytes * len(span.steps) <= _KEEP
+
+        def fill() -> None:
+            while len(ahead) < self._depth and (step := next(waiting, None)) is not None:
+                ahead.append(self._reader.submit(self.read, step))
+
+        def take() -> Point | None:
+            if not ahead:
+                fill()
+            if not ahead:
+                return None
+            point = ahead.popleft().result()
+            if keeps:
+                self._kept[point.step] = point.vector
+            return Point(point.step, self._placed(point.vector), point.constants)
+
+        first, second = take(), take()
+        assert first is not None and second is not None, "an interval has two ends"
+        segment: Segment | None = Segment(first, second)
+        del first, second
+        while segment is not None:
+            fill()  # only now: the checkpoint that has just been left makes room
+            following = _Once(take, segment.end)
+            yield segment, following
+            segment = following()
+
+    def again(self, step: int) -> Tensor:
+        """The vector [P] of a checkpoint of the span, on the CPU; not the caller's to change.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        kept = self._kept.get(step)
+        return self.read(step).vector if kept is None else kept
+
+    def read(self, step: int) -> Point:
+        """A checkpoint, on the CPU.
+
+        Raises:
+            CheckpointError: if it cannot be read, does not fit the model, or has changed.
+        """
+        vector, parts = self._flat.new_point()
+        state = self._series.read(step, into=parts)
+        if self.hashes.setdefault(step, state.sha256) != state.sha256:
+            raise CheckpointError(
+                f"checkpoint at step {step}: has changed since it was read first; keep the run as "
+                "it is until the analysis is done"
+            )
+        self._check_dtypes(state)
+        vector, constants = self._flat.flatten(state.tensors, step, vector, state.dtypes)
+        return Point(step, vector, constants)
+
+    def _placed(self, vector: Tensor) -> Tensor:
+        return vector.to(self._flat.theta.device, non_blocking=True)
+
+    def _check_dtypes(self, state: State) -> None:
+        for name, dtype in state.dtypes.items():
+            expected = self._dtypes.get(name, dtype)
+            if dtype != expected:
+                raise CheckpointError(
+                    f"checkpoint at step {state.step}: tensor {name!r} is {dtype}, but {expected} "
+                    "at the run's first step; narrow the run with --steps"
+                )
+
+
+class _Once:
+    """The segment that begins at `start`, made when it is asked for first."""
+
+    def __init__(self, take: Callable[[], Point | None], start: Point) -> None:
+        self._take, self._start = take, start
+        self._segment: Segment | None = None
+        self._asked = False
+
+    def __call__(self) -> Segment | None:
+        if not self._asked:
+            end = self._take()
+            self._segment = None if end is None else Segment(self._start, end)
+            self._asked = True
+        return self._segment
