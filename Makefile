@@ -30,7 +30,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/python tests/benchmarks/recorder.py
+	$(BIN)/python -m tests.benchmarks
 
 setup: $(VENV)/.dev
 

@@ -1,22 +1,19 @@
 """What recording every step costs: LeNet on MNIST, batch 256, SGD with momentum, dropout.
 
-Run: ``python tests/benchmarks/recorder.py [--data DIR] [--threads 1 2] [--dir DIR]``; prints one
-JSON row a figure. Two models train in turns, blocks of steps with and without a recorder, so that
-a slow spell of the machine hits both; a round's overhead is the quotient of its two blocks.
-`recorder_cpu_overhead` compares processor time of the whole process, the writer's thread included:
-with one thread it is the figure to trust on a machine that others use as well (waiting threads of a
-larger team spin, and count).
+Two models train in turns, blocks of steps with and without a recorder, so that a slow spell of the
+machine hits both; a round's overhead is the quotient of its two blocks. `recorder_cpu_overhead`
+compares processor time of the whole process, the writer's thread included: with one thread it is
+the figure to trust on a machine that others use as well (waiting threads of a larger team spin, and
+count).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +21,9 @@ import torch
 from torch import nn
 
 from lcray.checkpoints import Recorder
+
+from .player import Player
+from .suite import Bench, Row
 
 BATCH = 256
 
@@ -76,7 +76,9 @@ def timed(step: Callable[[], object], n: int) -> tuple[float, float]:
     return (time.perf_counter() - begin) / n, (time.process_time() - cpu) / n
 
 
-def compare(x: torch.Tensor, y: torch.Tensor, folder: Path, rounds: int, steps: int) -> dict:
+def compare(
+    x: torch.Tensor, y: torch.Tensor, folder: Path, rounds: int, steps: int
+) -> dict[str, float]:
     """Medians over interleaved rounds: seconds a step without, with, and inside `Recorder.step`."""
     _, plain = trainer(x, y)
     model, step = trainer(x, y)
@@ -105,27 +107,26 @@ def compare(x: torch.Tensor, y: torch.Tensor, folder: Path, rounds: int, steps: 
     }
 
 
-def main() -> None:
-    """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=os.environ.get("LCRAY_DATA"))
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=10, help="steps in a block")
-    parser.add_argument("--dir", type=Path, help="where the runs go (default: a temporary one)")
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error("give --data, or set LCRAY_DATA, to the folder that holds mnist_10k.npz")
-    x, y = load(Path(arguments.data))
-    for threads in arguments.threads:
+class Trainer:
+    """A player that trains with and without a recorder."""
+
+    def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
-            figures = compare(x, y, Path(folder) / "run", arguments.rounds, arguments.steps)
+        self._data = load(Path(os.environ["LCRAY_DATA"]))
+
+    def compare(self, rounds: int, steps: int) -> dict[str, float]:
+        with tempfile.TemporaryDirectory(prefix="lcray-bench-") as folder:
+            return compare(*self._data, Path(folder) / "run", rounds, steps)
+
+
+def measure(bench: Bench) -> Iterator[Row]:
+    """The figures with one thread and with two."""
+    for threads in bench.pick((1, 2), (1,)):
+        with Player("tests.benchmarks.recorder:Trainer", threads=threads) as trainer:
+            figures = trainer.ask("compare", rounds=bench.pick(20, 2), steps=bench.pick(10, 2))
         for metric, value in figures.items():
             unit = "ratio" if metric.endswith("overhead") else "s"
-            case = f"mnist-lenet batch={BATCH} threads={threads}"
-            print(json.dumps({"case": case, "metric": metric, "value": value, "unit": unit}))
+            yield Row(f"mnist-lenet training threads={threads}", metric, value, unit)
 
 
-if __name__ == "__main__":
-    main()
+CASES = {"recorder": measure}

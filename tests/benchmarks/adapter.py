@@ -1,0 +1,125 @@
+"""The inside of lcray as the benchmarks use it: everything that its changes can break is here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lcray.drafting import make_plan, make_settings
+from lcray.errors import UsageError
+from lcray.files import write_json_atomic
+from lcray.gradient import GradientEngine
+from lcray.planning import Plan
+from lcray.process import tune_process, worker_environment
+from lcray.quadrature import get_rule
+from lcray.schema import FORMAT_VERSION
+from lcray.span import SpanReport, Workspace
+from lcray.task import Task, load_task
+
+__all__ = [
+    "Plan",
+    "Stopwatch",
+    "count_gradients",
+    "draft",
+    "has_rule",
+    "open_workspace",
+    "run_span",
+    "time_evaluations",
+    "tune",
+    "worker_environment",
+    "write_plan",
+]
+
+
+def tune() -> None:
+    """Set this process up as a worker does."""
+    tune_process("cpu")
+
+
+def open_workspace(
+    task: str | Task,
+    run: str | Path,
+    options: Mapping[str, Any],
+    steps: str | None = None,
+    threads: int = 1,
+    sharers: int = 1,
+) -> Workspace:
+    """A task's model and data, as one of `sharers` workers on a machine holds them."""
+    found = load_task(task) if isinstance(task, str) else task
+    settings = make_settings(options)
+    return Workspace(found, str(run), settings, steps=steps, threads=threads, sharers=sharers)
+
+
+def has_rule(name: str) -> bool:
+    """Whether an analysis may be asked for this rule."""
+    try:
+        make_settings({"rule": name})
+    except UsageError:
+        return False
+    return True
+
+
+def draft(workspace: Workspace, span_length: int, threads: int = 1) -> Plan:
+    """The plan that an analysis would make."""
+    description, probe = workspace.describe(), workspace.probe()
+    return make_plan(
+        workspace.series.steps,
+        workspace.settings,
+        description.layers,
+        probe.splits,
+        span_length=span_length,
+        threads=threads,
+        device_kind=description.device_kind,
+        batch_size=probe.tuning.batch_size,
+        memory_format=probe.tuning.memory_format,
+    )
+
+
+def run_span(workspace: Workspace, plan: Plan, index: int, out: Path) -> SpanReport:
+    """Compute a span and commit it into `out`."""
+    return workspace.run(plan, plan.spans[index], out, "bench")
+
+
+def count_gradients(plan: Plan, report: SpanReport) -> int:
+    """All gradients of a span, its left end's included."""
+    return report.n_gradients + len(plan.splits) * get_rule(plan.settings.rule).has_left
+
+
+def write_plan(plan: Plan, out: Path) -> None:
+    """Make `out` an output that can be reduced once its spans are committed."""
+    out.mkdir(parents=True)
+    write_json_atomic(
+        out / "analysis.json", {"format_version": FORMAT_VERSION, "plan": plan.to_dict()}
+    )
+
+
+class Stopwatch:
+    """Seconds spent inside the functions that it has wrapped, calls in calls counted once."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds = 0.0
+        self._clock, self._depth, self._begin = clock, 0, 0.0
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._depth == 0:
+                self._begin = self._clock()
+            self._depth += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if self._depth == 0:
+                    self.seconds += self._clock() - self._begin
+
+        return timed
+
+
+def time_evaluations() -> Stopwatch:
+    """A stopwatch on every evaluation of losses and gradients in this process."""
+    watch = Stopwatch()
+    for name in [name for name in vars(GradientEngine) if name.startswith("evaluate")]:
+        setattr(GradientEngine, name, watch.wrap(getattr(GradientEngine, name)))
+    return watch
