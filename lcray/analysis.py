@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lcray.checkpoints import CheckpointSeries, open_series
 from lcray.cluster import Pool, connection
-from lcray.drafting import Estimate, check_plan, estimate, extend_plan, make_plan, make_settings
+from lcray.costs import Estimate, estimate
+from lcray.drafting import check_plan, extend_plan, make_plan, make_settings
 from lcray.errors import CheckpointError, IncompleteError, OutputError, UsageError
 from lcray.files import locked, read_json, write_json_atomic, writing
 from lcray.planning import Plan, Settings, Span
@@ -61,11 +62,16 @@ class PlanReport:
         plan: the plan.
         estimate: time, memory and disk, from a short probe.
         workers: the number it was made for.
+        resident: whether a worker keeps the data of a split in memory, by split; else it streams
+            them, to the same results.
+        notes: what to keep in mind about the numbers, one line each.
     """
 
     plan: Plan
     estimate: Estimate
     workers: int
+    resident: dict[str, bool] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         cost = self.estimate
@@ -243,9 +249,12 @@ class _Job:
             span_length=self.span_length,
             threads=self.threads,
             device_kind=description.device_kind,
+            batch_size=probe.tuning.batch_size,
+            memory_format=probe.tuning.memory_format,
         )
-        cost = estimate(drafted, pool.size, seconds=probe.seconds, peak_bytes=probe.peak_bytes)
-        return PlanReport(drafted, cost, pool.size)
+        cost = estimate(drafted, pool.size, seconds=probe.seconds, worker_bytes=probe.worker_bytes)
+        notes = make_notes(description, drafted.settings)
+        return PlanReport(drafted, cost, pool.size, probe.resident, notes)
 
     def record(
         self,
@@ -259,7 +268,7 @@ class _Job:
         description = pool.describe()
         if record is not None:
             check_same_numbers(out, record, description, description.layers)
-            check_same_losses(out, record, pool.losses())
+            check_same_losses(out, record, pool.losses(record.plan))
             return self._continued(out, record, given)
         if given is not None:
             check_plan_fits(given, description)

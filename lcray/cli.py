@@ -35,7 +35,9 @@ def _option(name: str, text: str, **kwargs: Any) -> Callable[[Command], Command]
 _SETTINGS = (
     _option(
         "--rule",
-        "left (first order), midpoint, trapezoid, simpson (RK4), gauss-lobatto, gauss; rule*n.",
+        "left (first order), midpoint, trapezoid, simpson (RK4), gauss-lobatto, gauss; rule*n; or "
+        "auto: trapezoid where the gap and regular midpoint probes allow, else simpson, halved "
+        "where needed, within --rtol.",
     ),
     _option("--refine", "Halve the panels of intervals that miss the tolerance.", is_flag=True),
     _option("--rtol", "Tolerance of the gap, relative to the loss change.", type=float),
@@ -44,7 +46,8 @@ _SETTINGS = (
     _option("--layers", "Only these layers in the detailed tables, as in 'conv*'."),
     _option("--batch-norm", "running: the checkpoint's statistics; batch: the batch's own."),
     _option("--dtype", "float32 or float64."),
-    _option("--batch-size", "Samples a batch.", type=int),
+    _option("--batch-size", "Samples a batch  [default: chosen by a short probe].", type=int),
+    _option("--memory-format", "contiguous, channels_last, or auto: the faster one."),
     _option("--batch-seed", "Seed of the batches where they are part of the loss.", type=int),
     _option("--partial", "Checkpoints may lack tensors (adapters).", is_flag=True),
     _option("--window", "Width of the windows of histograms and fits, in steps.", type=int),
@@ -66,6 +69,9 @@ _RUN = (
         "--cpus-per-worker", type=float, default=1.0, show_default=True, help="CPUs each."
     ),
     click.option("--threads", type=int, help="Threads a worker  [default: 1]."),
+    click.option(
+        "--memory", type=float, help="GiB a worker  [default: its share of what is free]."
+    ),
     click.option("--address", help="Ray cluster to use; its own local Ray by default."),
 )
 _OUT = click.argument("out", type=click.Path(path_type=Path))
@@ -82,7 +88,7 @@ def _with(*options: Callable[[Command], Command]) -> Callable[[Command], Command
 
 
 def _resources(options: dict[str, Any]) -> Any:
-    names = ("workers", "gpus_per_worker", "cpus_per_worker", "threads", "address")
+    names = ("workers", "gpus_per_worker", "cpus_per_worker", "threads", "memory", "address")
     return lcray.Resources(**{name: options.pop(name) for name in names})
 
 
@@ -159,6 +165,8 @@ def plan(run: Path, task: str, save: Path | None, as_json: bool, **options: Any)
     data = {
         "estimate": asdict(report.estimate),
         "workers": report.workers,
+        "resident": report.resident,
+        "notes": report.notes,
         "plan": report.plan.to_dict(),
     }
     _show(data, lambda: display.plan_table(report), as_json)

@@ -22,12 +22,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import ray
 import ray.cloudpickle
+import torch
 from ray.exceptions import RayError, RayTaskError
 
-from lcray.errors import ClusterError, LcrayError, TaskError, UsageError
+from lcray.errors import ClusterError, LcrayError, TaskError
 from lcray.planning import Plan, Settings, Span
+from lcray.process import environment, tune_process, worker_environment
 from lcray.reduction import Reduction, merge
-from lcray.resources import Resources
+from lcray.resources import Placement, Resources, place_workers
 from lcray.span import Description, Outcome, Probe, SpanReport, Workspace
 from lcray.task import TaskSource
 
@@ -54,9 +56,13 @@ def connection(resources: Resources) -> Iterator[None]:
     if address == "local":
         options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
     handler = signal.getsignal(signal.SIGTERM)
+    on_gpus = resources.gpus_per_worker != 0 and torch.cuda.device_count() > 0
+    variables = worker_environment("cuda" if on_gpus else "cpu", resources.threads or 1)
     try:
         _check_reachable(address)
-        ray.init(**options)
+        # In a runtime environment of the actors they would cost Ray a start of processes anew.
+        with environment(variables if address == "local" else {}):
+            ray.init(**options)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(
             f"Ray at {address!r}: cannot be reached ({_brief(error)}); is the cluster up?"
@@ -115,18 +121,32 @@ class _Worker:
     """The actor: a workspace, and the calls that the driver makes on it."""
 
     def __init__(self) -> None:
+        self._device = "cuda" if ray.get_gpu_ids() else "cpu"
+        tune_process(self._device)
         self._workspace: Workspace | None = None
 
     def set_up(
-        self, shipped: _Shipment, run: str, settings: Settings, steps: str | None, threads: int
+        self,
+        shipped: _Shipment,
+        run: str,
+        settings: Settings,
+        steps: str | None,
+        threads: int,
+        placement: Placement,
     ) -> Description:
         """Build model and data."""
 
         def work() -> Description:
-            device = "cuda" if ray.get_gpu_ids() else "cpu"
             task = shipped.unpack().load()
             self._workspace = Workspace(
-                task, run, settings, steps=steps, device=device, threads=threads
+                task,
+                run,
+                settings,
+                steps=steps,
+                device=self._device,
+                threads=threads,
+                memory=placement.memory,
+                sharers=placement.sharers,
             )
             return self._workspace.describe()
 
@@ -136,9 +156,9 @@ class _Worker:
         """Evaluate the splits at the first checkpoint."""
         return _plainly(self._ready().probe)
 
-    def losses(self) -> dict[str, float]:
+    def losses(self, plan: Plan) -> dict[str, float]:
         """The mean loss of each split at the first checkpoint."""
-        return _plainly(self._ready().losses)
+        return _plainly(lambda: self._ready().losses(plan))
 
     def run_span(self, plan: Plan, span: Span, out: str, attempt: str) -> SpanReport:
         """Compute and commit a span."""
@@ -205,9 +225,12 @@ class Pool:
         threads: int,
         limit: int,
     ) -> None:
-        self._setup = (_Shipment.pack(source), run, settings, steps, threads)
-        self._options = _actor_options(resources)
-        self._count = min(_worker_count(resources, self._options), max(1, limit))
+        shipped = _Shipment.pack(source)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        placed = place_workers(resources, nodes, limit)
+        self._options = {"num_cpus": placed.cpus, "num_gpus": placed.gpus, "max_restarts": 0}
+        self._count = placed.workers
+        self._setup = (shipped, run, settings, steps, threads, placed)
         self._members: list[_Member] = []
         self._starting: dict[Reference, _Member] = {}
         self._description: Description | None = None
@@ -248,19 +271,19 @@ class Pool:
         probe: Probe = self._ask("probe", "probing")
         return probe
 
-    def losses(self) -> dict[str, float]:
+    def losses(self, plan: Plan) -> dict[str, float]:
         """The mean loss of each split at the first checkpoint; cheaper than a probe.
 
         Raises:
             TaskError: if the task breaks its contract.
         """
-        losses: dict[str, float] = self._ask("losses", "evaluating the first checkpoint")
+        losses: dict[str, float] = self._ask("losses", "evaluating the first checkpoint", plan)
         return losses
 
-    def _ask(self, method: str, doing: str) -> Any:
+    def _ask(self, method: str, doing: str, *arguments: Any) -> Any:
         self.describe()
         try:
-            return _result(getattr(self._members[0].actor, method).remote())
+            return _result(getattr(self._members[0].actor, method).remote(*arguments))
         except RayError as error:
             raise ClusterError(
                 f"worker: died while {doing} ({_brief(error)}); is there enough memory?"
@@ -363,36 +386,6 @@ class Pool:
             self._members.remove(member)
         ray.kill(member.actor)
         self._start()
-
-
-def _actor_options(resources: Resources) -> dict[str, Any]:
-    for name in ("cpus_per_worker", "gpus_per_worker"):
-        value = getattr(resources, name)
-        if value is not None and not value >= 0:
-            raise UsageError(f"{name.replace('_', '-')} {value}: must not be negative")
-    cluster = ray.cluster_resources()
-    gpus = resources.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if cluster.get("GPU", 0) else 0.0
-    needs = {"CPU": resources.cpus_per_worker, "GPU": gpus}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(all(node.get(k, 0) >= v for k, v in needs.items() if v) for node in nodes):
-        raise UsageError(
-            f"workers: no node has {needs['CPU']:g} CPUs and {needs['GPU']:g} GPUs; ask for less"
-        )
-    return {"num_cpus": resources.cpus_per_worker, "num_gpus": gpus, "max_restarts": 0}
-
-
-def _worker_count(resources: Resources, options: dict[str, Any]) -> int:
-    if resources.workers is not None:
-        if resources.workers < 1:
-            raise UsageError(f"workers {resources.workers}: must be at least 1")
-        return resources.workers
-    cluster = ray.cluster_resources()
-    room = [cluster.get("CPU", 1) / max(options["num_cpus"], 1e-9)]
-    if options["num_gpus"]:
-        room.append(cluster.get("GPU", 0) / options["num_gpus"])
-    return max(1, int(min(room)))
 
 
 def _brief(error: BaseException | None) -> str:

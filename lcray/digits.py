@@ -21,6 +21,7 @@ from lcray.task import Task
 
 BATCH, LEARNING_RATE, MOMENTUM = 128, 0.03, 0.9
 MEAN, STANDARD_DEVIATION = 0.305, 0.376  # of all pixels, scaled to [0, 1]
+EVALUATION_BATCH = 256
 N_TEST = 360  # of 1,797 digits; 1,437 are for training
 
 Batch = tuple[Tensor, Tensor]  # images [n, 1, 8, 8], normalised; classes [n]
@@ -127,7 +128,12 @@ def demo(
         if directory.exists() and any(directory.iterdir()):
             raise OutputError(f"{directory}: not empty; choose another --dir")
         train_demo(run)
-    resources = Resources(workers=workers)
     return analyze(
-        run, "lcray.digits:task", directory / "out", resources=resources, on_progress=on_progress
+        run,
+        "lcray.digits:task",
+        directory / "out",
+        resources=Resources(workers=workers),
+        on_progress=on_progress,
+        batch_size=EVALUATION_BATCH,  # not probed for, so that everybody sees the same numbers
+        memory_format="contiguous",
     )

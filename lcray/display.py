@@ -142,7 +142,7 @@ def _statuses(rows: pd.DataFrame) -> str:
 def plan_table(report: PlanReport) -> Group:
     """What `report` plans, and what it will take."""
     plan, cost = report.plan, report.estimate
-    least = "at least " if plan.settings.refine else ""
+    least = "at least " if cost.is_least else ""
     table = Table(box=None, show_header=False, pad_edge=False)
     rows = {
         "intervals": f"{cost.n_intervals:,} in {len(plan.spans)} spans of up to "
@@ -155,8 +155,14 @@ def plan_table(report: PlanReport) -> Group:
         "memory": f"{size(cost.memory_bytes)} a worker",
         "disk": size(cost.disk_bytes),
         "BatchNorm": plan.settings.batch_norm,
-        "dtype": f"{plan.settings.dtype}, batches of {plan.settings.batch_size}",
-        "device": plan.device_kind
+        "dtype": plan.settings.dtype,
+        "batches": f"up to {_chosen(plan.batch_size, plan.settings.batch_size)} samples, "
+        f"{_chosen(plan.memory_format, plan.settings.memory_format)}",
+        "data": ", ".join(
+            f"{name} {'resident' if stays else 'streamed'}"
+            for name, stays in report.resident.items()
+        ),
+        "device": f"{plan.device_kind}, {_count(plan.threads, 'thread')} a worker"
         + ("" if plan.settings.deterministic else ", deterministic algorithms off"),
         "windows": f"{plan.window} steps wide",
     }
@@ -168,8 +174,17 @@ def plan_table(report: PlanReport) -> Group:
     return Group(table, "", sizes, *_plan_notes(report))
 
 
+def _chosen(value: object, asked: object) -> str:
+    return f"{value} (automatic)" if asked in (None, "auto") else str(value)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _plan_notes(report: PlanReport) -> Iterable[str]:
     plan = report.plan
+    yield from report.notes
     for split in plan.splits:
         if split.groups and not split.sorted_by_group:
             yield (

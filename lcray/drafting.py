@@ -1,19 +1,29 @@
-"""Makes plans: checks settings, cuts spans, chooses windows and tables, estimates costs. Pure."""
+"""Makes plans: checks settings, cuts spans, chooses windows and tables. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import cache
 from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from lcray.checkpoints.naming import matches
+from lcray.costs import ROW_BYTES
 from lcray.errors import UsageError, suggest
 from lcray.layers import Layer
-from lcray.planning import Plan, Settings, Span, SplitPlan
+from lcray.layout import MEMORY_FORMATS
+from lcray.planning import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_MEMORY_FORMAT,
+    Plan,
+    Settings,
+    Span,
+    SplitPlan,
+    memory_format_of,
+)
 from lcray.quadrature import get_rule
 
 _MAX_ELEMENT_ROWS = 1_000_000_000  # of `parameters` shards: P × spans
@@ -22,20 +32,9 @@ _MAX_UNITS = 10_000
 _TRACE_SAMPLE = 256
 _WINDOWS = 10
 _SPANS_A_WORKER = 4
-_SPAN_LENGTH = (8, 512)  # short spans pay one more gradient each; long ones lose more in a crash
-# Bytes a row of shards and tables together, measured on the MNIST-LeNet example.
-_ROW_BYTES = {
-    "intervals": 250,
-    "layers": 180,
-    "units": 20,
-    "groups": 22,
-    "histograms": 22,
-    "parameters": 42,
-    "traces": 44,
-    "elements": 8,
-    "borders": 2,
-}
-_HISTOGRAM_BINS = 250  # non-empty bins of a layer, sign and window
+# Short spans pay one more gradient each, long ones lose more in a crash; up to 255 intervals are
+# counted in 8 bits an element.
+_SPAN_LENGTH = (8, 255)
 
 
 def make_settings(options: Mapping[str, Any]) -> Settings:
@@ -71,7 +70,11 @@ def check_settings(settings: Settings) -> None:
     rule = get_rule(settings.rule)
     if settings.refine and not (rule.refinable and rule.panels == 1):
         raise UsageError(f"rule {settings.rule!r}: cannot be refined; use simpson, or no --refine")
-    choices = {"batch_norm": ("running", "batch"), "dtype": ("float32", "float64")}
+    choices = {
+        "batch_norm": ("running", "batch"),
+        "dtype": ("float32", "float64"),
+        "memory_format": ("auto", *MEMORY_FORMATS),
+    }
     for name, valid in choices.items():
         if getattr(settings, name) not in valid:
             raise UsageError(suggest(getattr(settings, name), valid, name.replace("_", "-")))
@@ -110,6 +113,8 @@ def make_plan(
     span_length: int | None = None,
     threads: int = 1,
     device_kind: str = "cpu",
+    batch_size: int | None = None,
+    memory_format: str | None = None,
 ) -> Plan:
     """Plan an analysis.
 
@@ -122,6 +127,8 @@ def make_plan(
         span_length: intervals a span, instead.
         threads: intra-op threads a worker.
         device_kind: ``cpu`` or ``cuda``.
+        batch_size: as a probe chose it, where the settings leave it open.
+        memory_format: likewise.
 
     Raises:
         UsageError: for settings that cannot be used, or name layers that do not exist.
@@ -130,7 +137,8 @@ def make_plan(
     n_intervals = len(steps) - 1
     if n_intervals < 1:
         raise UsageError(f"{len(steps)} checkpoints: an interval needs two")
-    length = span_length or _span_length(n_intervals, workers)
+    every = get_rule(settings.rule).probe_every
+    length = span_length or _span_length(n_intervals, workers, every)
     spans = _cut(steps, length)
     detail = _matching(settings, layers)
     chosen = _tables(settings, layers, splits, len(spans))
@@ -156,6 +164,8 @@ def make_plan(
         trace_sample=min(_TRACE_SAMPLE, _MAX_TRACE_ROWS // rows),
         threads=threads,
         device_kind=device_kind,
+        batch_size=settings.batch_size or batch_size or DEFAULT_BATCH_SIZE,
+        memory_format=memory_format_of(settings) or memory_format or DEFAULT_MEMORY_FORMAT,
     )
 
 
@@ -168,15 +178,21 @@ def check_plan(plan: Plan) -> None:
     check_settings(plan.settings)
     names = [layer.name for layer in plan.layers]
     steps = [span.steps for span in plan.spans]
-    counts = (plan.window, plan.trace_sample, plan.threads, *(s for part in steps for s in part))
+    sizes = (plan.window, plan.trace_sample, plan.threads, plan.batch_size)
+    counts = (*sizes, *(step for part in steps for step in part))
     problems = {
         "numbers that are no integers": any(type(count) is not int for count in counts),
         "no spans, layers or splits": not (plan.spans and plan.layers and plan.splits),
         "spans without intervals": any(len(part) < 2 for part in steps),
-        "a window, sample or number of threads out of range": min(plan.window, plan.threads) < 1
-        or plan.trace_sample < 0,
+        "a window, sample, batch size or number of threads out of range": plan.trace_sample < 0
+        or min(plan.window, plan.threads, plan.batch_size) < 1,
+        "another batch size or memory format than its settings": (
+            plan.settings.batch_size not in (None, plan.batch_size)
+            or memory_format_of(plan.settings) not in (None, plan.memory_format)
+        ),
+        "an unknown memory format": plan.memory_format not in MEMORY_FORMATS,
         "tables or layers that do not exist": not (
-            set(plan.tables) <= set(_ROW_BYTES)
+            set(plan.tables) <= set(ROW_BYTES)
             and set(plan.unit_layers) | set(plan.detail_layers) <= set(names)
         ),
         "a layer or split twice": len({*names}) < len(names)
@@ -201,9 +217,11 @@ def extend_plan(plan: Plan, steps: Sequence[int]) -> Plan:
     return replace(plan, spans=plan.spans + _cut(later, length))
 
 
-def _span_length(n_intervals: int, workers: int) -> int:
+def _span_length(n_intervals: int, workers: int, every: int) -> int:
+    """Intervals a span: several spans a worker, and whole blocks of `every` intervals."""
     low, high = _SPAN_LENGTH
-    return min(high, max(low, math.ceil(n_intervals / (_SPANS_A_WORKER * workers))))
+    length = min(high, max(low, math.ceil(n_intervals / (_SPANS_A_WORKER * workers))))
+    return length if not every else min(-(-length // every), high // every) * every
 
 
 def _cut(steps: Sequence[int], length: int) -> tuple[Span, ...]:
@@ -262,92 +280,3 @@ def _check_traces(settings: Settings, layers: Sequence[Layer]) -> None:
             raise UsageError(suggest(name, sizes, "layer"))
         if int(index) >= sizes[name]:
             raise UsageError(f"trace {item!r}: the layer has {sizes[name]} elements, from 0")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What an analysis will take.
-
-    Attributes:
-        n_intervals: to integrate.
-        n_gradients: full-batch gradients, over all splits; a lower bound under refinement.
-        seconds: wall time of the gradients over all workers, likewise; None without a probe.
-        disk_bytes: shards and tables together.
-        rows: of each table.
-        memory_bytes: of one worker; None without a probe.
-    """
-
-    n_intervals: int
-    n_gradients: int
-    seconds: float | None
-    disk_bytes: int
-    rows: dict[str, int]
-    memory_bytes: int | None
-
-
-def estimate(
-    plan: Plan,
-    workers: int,
-    *,
-    seconds: Mapping[str, float] | None = None,
-    peak_bytes: int | None = None,
-) -> Estimate:
-    """Estimate time, memory and disk of `plan`.
-
-    Args:
-        plan: the plan.
-        workers: that share the spans.
-        seconds: of one gradient, by split, as a probe measured them.
-        peak_bytes: of a worker in the probe.
-    """
-    rule = get_rule(plan.settings.rule)
-    shared = len(plan.spans) if rule.has_left and rule.has_right else 0
-    passes = plan.n_intervals * rule.n_gradients + shared
-    passes_by_group = {
-        split.name: passes * (1 if split.sorted_by_group else max(1, len(split.groups)))
-        for split in plan.splits
-    }
-    time = None
-    if seconds is not None:
-        # Idle workers at the end: the longest share counts.
-        share = math.ceil(len(plan.spans) / workers) / len(plan.spans)
-        time = share * sum(passes_by_group[name] * seconds[name] for name in passes_by_group)
-    rows = _rows(plan)
-    disk = sum(count * _ROW_BYTES[name] for name, count in rows.items())
-    size = sum(layer.numel for layer in plan.layers)
-    longest = max(len(span.intervals) for span in plan.spans) / plan.n_intervals
-    held = sum(rows.get(name, 0) for name in ("units", "groups", "traces"))  # until the span ends
-    extra = size * 8 * (12 + 6 * len(plan.splits)) + int(held * longest * 24)
-    return Estimate(
-        n_intervals=plan.n_intervals,
-        n_gradients=passes * len(plan.splits),
-        seconds=time,
-        disk_bytes=disk,
-        rows={name: count for name, count in rows.items() if name != "borders"},
-        memory_bytes=None if peak_bytes is None else peak_bytes + extra,
-    )
-
-
-def _rows(plan: Plan) -> dict[str, int]:
-    splits, intervals = len(plan.splits), plan.n_intervals
-    layers = {layer.name: layer for layer in plan.layers}
-    detail = [layers[name] for name in plan.detail_layers]
-    size = sum(layer.numel for layer in detail)
-    ends = plan.window_of(plan.steps[0]), plan.window_of(plan.steps[-2])
-    windows = (ends[1] - ends[0]) // plan.window + 1
-    groups = sum(len(split.groups) for split in plan.splits)
-    samples = sum(min(plan.trace_sample, layer.numel) for layer in detail)
-    bins = sum(2 * min(_HISTOGRAM_BINS, layer.numel) for layer in detail)
-    rows = {
-        "intervals": splits * intervals,
-        "layers": splits * intervals * len(plan.layers),
-        "units": splits * intervals * sum(layers[name].n_units for name in plan.unit_layers),
-        "groups": groups * intervals * len(plan.layers),
-        "histograms": splits * windows * bins,
-        "parameters": splits * size,
-        "traces": splits * intervals * samples,
-        "elements": splits * intervals * size,
-    }
-    chosen = {name: rows[name] for name in plan.tables}
-    chosen["borders"] = splits * size * len(plan.spans)
-    return chosen

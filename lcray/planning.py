@@ -12,6 +12,14 @@ from typing import Any
 
 from lcray.layers import Layer
 
+#: Samples a batch where nothing was asked for and no probe may choose.
+DEFAULT_BATCH_SIZE = 256
+DEFAULT_MEMORY_FORMAT = "contiguous"
+# Bytes a worker needs for each element of the model, in float32: for one split, and for each
+# further one that shares a pass over the checkpoints.
+_VECTOR_BYTES, _STATE_BYTES = 63, 27
+_SHARED_BYTES = 1 << 26  # above, reading the checkpoints again is the smaller cost
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -26,7 +34,10 @@ class Settings:
         layers: a pattern (``conv*``) for the layers that get rows in the tables below `layers`.
         batch_norm: ``running`` (the checkpoint's statistics) or ``batch`` (the batch's own).
         dtype: of the forward and backward pass, ``float32`` or ``float64``.
-        batch_size: samples a batch.
+        batch_size: samples a batch; None has a probe choose, or is 256 where batches are part of
+            the loss.
+        memory_format: ``contiguous``, ``channels_last`` (convolutions compute on images with the
+            channels innermost) or ``auto``, which has a probe choose.
         batch_seed: seed of the permutation that cuts the batches where they are part of the loss.
         partial: checkpoints may lack tensors, which then keep the values of the task's model.
         window: width of the base windows in steps; None chooses about ten a run.
@@ -46,7 +57,8 @@ class Settings:
     layers: str | None = None
     batch_norm: str = "running"
     dtype: str = "float32"
-    batch_size: int = 256
+    batch_size: int | None = None
+    memory_format: str = "auto"
     batch_seed: int = 0
     partial: bool = False
     window: int | None = None
@@ -133,7 +145,8 @@ class Plan:
         trace_sample: elements sampled per layer for `traces`.
         threads: intra-op threads a worker.
         device_kind: ``cpu`` or ``cuda``.
-        memory_format: of the activations.
+        batch_size: the most samples a batch holds: what the settings say, or a probe chose.
+        memory_format: ``contiguous`` or ``channels_last``, likewise.
     """
 
     settings: Settings
@@ -147,7 +160,8 @@ class Plan:
     trace_sample: int
     threads: int = 1
     device_kind: str = "cpu"
-    memory_format: str = "contiguous"
+    batch_size: int = DEFAULT_BATCH_SIZE
+    memory_format: str = DEFAULT_MEMORY_FORMAT
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -194,9 +208,32 @@ _PLAIN = (
     "trace_sample",
     "threads",
     "device_kind",
+    "batch_size",
     "memory_format",
 )
 
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+
+
+def shares_pass(size: int, n_splits: int) -> bool:
+    """Whether the splits of a model of `size` elements share a pass over the checkpoints."""
+    return _STATE_BYTES * size * (n_splits - 1) <= _SHARED_BYTES
+
+
+def vector_bytes(size: int, n_splits: int, dtype: str) -> int:
+    """Memory that a worker needs for vectors of the model's size, whatever the rule.
+
+    Args:
+        size: elements of all layers.
+        n_splits: splits that are analyzed.
+        dtype: ``float32`` or ``float64``.
+    """
+    shared = n_splits - 1 if shares_pass(size, n_splits) else 0
+    return size * (_VECTOR_BYTES + _STATE_BYTES * shared) * (2 if dtype == "float64" else 1)
+
+
+def memory_format_of(settings: Settings) -> str | None:
+    """The memory format that was asked for; None for any."""
+    return None if settings.memory_format == "auto" else settings.memory_format

@@ -14,7 +14,7 @@ import lcray
 from lcray.errors import CorruptionError, OutputError, UsageError
 from lcray.files import LOCK, read_json, write_json_atomic
 from lcray.layers import Layer
-from lcray.planning import Plan, Settings
+from lcray.planning import DEFAULT_BATCH_SIZE, Plan, Settings
 from lcray.schema import FORMAT_VERSION
 from lcray.span import Description
 
@@ -110,6 +110,11 @@ def make_notes(description: Description, settings: Settings) -> tuple[str, ...]:
     """What to keep in mind about numbers from such a run."""
     few, many = description.low_precision, description.double_precision
     notes = []
+    if description.fixed_batches and settings.batch_size is None:
+        notes.append(
+            f"batches of up to {DEFAULT_BATCH_SIZE} samples: BatchNorm takes their statistics, so "
+            "their size decides the numbers and is not tuned; --batch-size sets it"
+        )
     if few:
         notes.append(
             f"{len(few)} of {len(description.layers)} layers are stored in 16 bits or fewer: "

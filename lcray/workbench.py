@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from dataclasses import replace
 
+import psutil
 import torch
+from torch import Tensor
 
-from lcray.data import SplitData, prepare_split
+from lcray.batches import Batches
+from lcray.data import SplitData, SplitSource, open_split
 from lcray.errors import UsageError
 from lcray.flat import FlatModel
 from lcray.gradient import GradientEngine
+from lcray.memory import available_bytes
 from lcray.normalization import depends_on_batches
-from lcray.planning import Settings
+from lcray.planning import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_MEMORY_FORMAT,
+    Settings,
+    memory_format_of,
+    vector_bytes,
+)
 from lcray.task import Task, call_model, split_data
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_SHARE = 0.8  # of the memory that is free; the rest is for what cannot be foreseen
 
 
 class Workbench:
@@ -23,15 +34,24 @@ class Workbench:
 
     Attributes:
         device: where it computes.
+        settings: of the analysis.
         flat: the model.
         engine: evaluates losses and gradients.
-        splits: the data, in the task's order.
+        hashes: SHA-256 of each split's data, in the task's order.
+        fixed_batches: whether batches are part of the loss, so that their size must not be tuned.
+        batch_size: the most samples a batch holds.
+        memory_format: of the model and its data, ``contiguous`` or ``channels_last``.
+        base_bytes: memory of the process with model and task, before batches are made.
+        room: bytes for batches and activations, half for each.
 
     Args:
         task: the task.
         settings: of the analysis.
         device: where to compute.
         threads: intra-op threads; None leaves torch as it is.
+        memory: bytes that this process may take, of the GPU's memory if it is on one; None for a
+            share of what is free.
+        sharers: processes that what is free is divided by.
 
     Raises:
         TaskError: if model or data break the contract.
@@ -39,31 +59,122 @@ class Workbench:
     """
 
     def __init__(
-        self, task: Task, settings: Settings, *, device: str = "cpu", threads: int | None = None
+        self,
+        task: Task,
+        settings: Settings,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        memory: int | None = None,
+        sharers: int = 1,
     ) -> None:
         _configure_torch(threads, settings.deterministic, device)
         self.device = _open_device(device)
+        self.settings, self._task = settings, task
         self._dtype = DTYPES[settings.dtype]
         model = call_model(task)
         self.flat = FlatModel(model, self.device, self._dtype, partial=settings.partial)
         self.engine = GradientEngine(self.flat, task, settings.batch_norm)
-        self.splits = tuple(self._prepare(task, settings))
+        self.fixed_batches = depends_on_batches(model, settings.batch_norm)
+        self._sources: tuple[SplitSource, ...] | None = self._open()
+        self.hashes = {source.name: source.sha256 for source in self._sources}
+        self._adopted = False
+        self._splits: tuple[SplitData, ...] | None = None
+        self.base_bytes = _taken_bytes(self.device)
+        self.room = self._measure_room(memory, sharers)
+        self.batch_size = settings.batch_size or DEFAULT_BATCH_SIZE
+        self.memory_format = DEFAULT_MEMORY_FORMAT
+        self.set_memory_format(memory_format_of(settings) or DEFAULT_MEMORY_FORMAT)
 
-    def _prepare(self, task: Task, settings: Settings) -> Iterator[SplitData]:
-        fixed = depends_on_batches(self.flat.model, settings.batch_norm)
-        for name, data in split_data(task, settings.splits).items():
-            yield prepare_split(
-                name,
-                data,
-                task,
-                batch_size=settings.batch_size,
-                fixed_seed=settings.batch_seed if fixed else None,
-                place=self._place,
-            )
+    @property
+    def sources(self) -> tuple[SplitSource, ...]:
+        """The data as they were opened, in the task's order."""
+        if self._sources is None:
+            self._sources = self._open()
+        return self._sources
 
-    def _place(self, tensor: torch.Tensor) -> torch.Tensor:
-        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.to(device=self.device, dtype=dtype)
+    @property
+    def splits(self) -> tuple[SplitData, ...]:
+        """The data in batches, in the task's order: resident where they fit, else streamed."""
+        if self._splits is None:
+            self._splits = self._cut()
+            if self._adopted and all(split.batches.resident for split in self._splits):
+                self._sources = None  # copies of what batches hold now
+        return self._splits
+
+    def adopt(self, batch_size: int, memory_format: str) -> None:
+        """Take what a plan says; data and model are laid out anew only where that differs.
+
+        Raises:
+            TaskError: if samples cannot be made into batches of this size.
+        """
+        if batch_size != self.batch_size:
+            self.batch_size, self._splits = batch_size, None
+        self._adopted = True
+        self.set_memory_format(memory_format)
+
+    def set_memory_format(self, memory_format: str) -> None:
+        """Lay out model and data in `memory_format`."""
+        if memory_format != self.memory_format:
+            self._splits = None
+            self.flat.set_memory_format(memory_format)
+            self.memory_format = memory_format
+
+    def excerpt(self, number: int, batch_size: int, count: int = 1) -> SplitData:
+        """The largest `count` batches of a split cut to `batch_size`, without groups."""
+        # Labels would be found by reading every batch.
+        whole = replace(
+            self.sources[number],
+            groups=(),
+            _task=replace(self._task, groups=None),
+            _constants=None,
+        ).cut(batch_size, place=self._place, resident_bytes=0)
+        sizes = whole.batch_sizes
+        chosen = sorted(range(len(sizes)), key=lambda i: -sizes[i])[:count]
+        placed = [whole.batches[i] for i in chosen]
+        batches = Batches(
+            len(placed), placed.__getitem__, self._place, self.device, placed=placed, nbytes=0
+        )
+        sizes = tuple(sizes[i] for i in chosen)
+        return replace(whole, n_samples=sum(sizes), batches=batches, batch_sizes=sizes)
+
+    def _open(self) -> tuple[SplitSource, ...]:
+        seed = self.settings.batch_seed if self.fixed_batches else None
+        data = split_data(self._task, self.settings.splits)
+        return tuple(open_split(k, v, self._task, fixed_seed=seed) for k, v in data.items())
+
+    def _cut(self) -> tuple[SplitData, ...]:
+        splits, left = [], self.room // 2  # the other half is for activations
+        for source in self.sources:
+            split = source.cut(self.batch_size, place=self._place, resident_bytes=left)
+            left -= split.batches.nbytes if split.batches.resident else 0
+            splits.append(split)
+        return tuple(splits)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(device=self.device)
+        tensor = tensor.to(device=self.device, dtype=self._dtype)
+        if self.memory_format == "channels_last" and tensor.dim() in _CHANNELS_LAST:
+            tensor = tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.dim()])
+        return tensor
+
+    def _measure_room(self, memory: int | None, sharers: int) -> int:
+        if memory is None:
+            room = int(_SHARE * available_bytes(self.device) / sharers)
+        else:
+            room = memory - self.base_bytes
+        vectors = vector_bytes(self.flat.layout.size, len(self.hashes), self.settings.dtype)
+        return max(0, room - vectors)
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _taken_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
 
 
 def _open_device(device: str) -> torch.device:

@@ -25,6 +25,7 @@ from lcray.cluster import Outcome
 from lcray.errors import LcrayError
 from lcray.planning import Plan, Settings, Span
 from lcray.reduction import Reduction, merge
+from lcray.resources import place_workers
 from lcray.span import Description, Probe, SpanReport
 from lcray.task import Task, TaskSource
 
@@ -223,7 +224,8 @@ class InlinePool:
         limit: int,
     ) -> None:
         self._worker = cluster._Worker()
-        self._setup = cluster._Shipment.pack(source), run, settings, steps, threads
+        placement = place_workers(resources, [{"CPU": 2.0}], limit)
+        self._setup = cluster._Shipment.pack(source), run, settings, steps, threads, placement
         self._description: Description | None = None
 
     def __enter__(self) -> InlinePool:
@@ -241,9 +243,9 @@ class InlinePool:
         self.describe()
         return self._worker.probe()
 
-    def losses(self) -> dict[str, float]:
+    def losses(self, plan: Plan) -> dict[str, float]:
         self.describe()
-        return self._worker.losses()
+        return self._worker.losses(plan)
 
     def run(
         self,

@@ -34,6 +34,8 @@ from lcray.errors import (
     UsageError,
 )
 from lcray.task import Task
+from lcray.tuning import Tuning, tune
+from lcray.workbench import Workbench
 
 OPTIONS: dict[str, Any] = {"span_length": 3, "elements": True}
 
@@ -216,6 +218,125 @@ class TestExtension:
         )
 
 
+def parquet(out: Path) -> dict[str, bytes]:
+    """The tables alone: their manifest knows the settings as well."""
+    return {k: v for k, v in scenes.tables(out).items() if k != "manifest.json"}
+
+
+def never(bench: Workbench) -> Tuning:
+    raise AssertionError("tuned")
+
+
+@pytest.mark.usefixtures("inline")
+class TestTuning:
+    """The probe chooses once; its choice is recorded, and followed ever after."""
+
+    @pytest.fixture
+    def chosen(self, monkeypatch: pytest.MonkeyPatch) -> Tuning:
+        tuning = Tuning(5, "channels_last", sample_bytes=1e6)
+        monkeypatch.setattr("lcray.span.tune", lambda bench: tuning)
+        return tuning
+
+    def test_the_choice_is_recorded_beside_what_was_asked_for(
+        self, chosen: Tuning, run: Path, tmp_path: Path
+    ) -> None:
+        plan = lcray.analyze(run, "scenes:plain", tmp_path / "new", **OPTIONS).plan
+        assert (plan.settings.batch_size, plan.settings.memory_format) == (None, "auto")
+        assert (plan.batch_size, plan.memory_format) == (5, "channels_last")
+        # 17 samples of three groups, in batches of up to 5 each.
+        counts = torch.unique(scenes.points()["train"][1], return_counts=True)[1].tolist()
+        assert plan.splits[0].n_batches == sum(-(-count // 5) for count in counts)
+        asked = {"batch_size": 5, "memory_format": "channels_last"}
+        lcray.analyze(run, "scenes:plain", tmp_path / "asked", **OPTIONS, **asked)
+        assert parquet(tmp_path / "new") == parquet(tmp_path / "asked")
+
+    def test_who_resumes_follows_it(
+        self, chosen: Tuning, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "new"
+        lcray.analyze(run, "scenes:plain", out, **OPTIONS)
+        before = scenes.tables(out)
+        shutil.rmtree(out / "shards" / scenes.spans_of(out)[1])
+        monkeypatch.setattr("lcray.span.tune", never)
+        found = lcray.analyze(run, "scenes:plain", out, **OPTIONS)
+        assert scenes.tables(out) == before
+        assert (found.plan.batch_size, found.plan.memory_format) == (5, "channels_last")
+
+    def test_the_loss_on_resumption_is_of_the_same_batches(
+        self, chosen: Tuning, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lcray.analyze(run, "scenes:plain", tmp_path / "new", **OPTIONS)
+        adopted: list[tuple[int, str]] = []
+        original = Workbench.adopt
+
+        def adopt(self: Workbench, batch_size: int, memory_format: str) -> None:
+            adopted.append((batch_size, memory_format))
+            original(self, batch_size, memory_format)
+
+        monkeypatch.setattr(Workbench, "adopt", adopt)
+        lcray.analyze(run, "scenes:plain", tmp_path / "new", **OPTIONS)
+        assert adopted == [(5, "channels_last")]
+
+    def test_a_plan_that_was_given_is_followed(
+        self, run: Path, plain_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plan = replace(lcray.open(plain_out).plan, batch_size=4)
+        monkeypatch.setattr("lcray.span.tune", never)
+        found = lcray.analyze(run, "scenes:plain", tmp_path / "new", plan=plan)
+        assert found.plan.batch_size == 4
+        monkeypatch.setattr("lcray.span.tune", tune)
+        lcray.analyze(run, "scenes:plain", tmp_path / "asked", batch_size=4, **OPTIONS)
+        assert parquet(tmp_path / "new") == parquet(tmp_path / "asked") != parquet(plain_out)
+
+    def test_what_a_worker_takes_is_estimated_for_its_batches(
+        self, chosen: Tuning, run: Path
+    ) -> None:
+        found = lcray.plan(run, "scenes:plain", **OPTIONS).estimate.memory_bytes
+        chosen_larger = replace(chosen, sample_bytes=3e6)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lcray.span.tune", lambda bench: chosen_larger)
+            more = lcray.plan(run, "scenes:plain", **OPTIONS).estimate.memory_bytes
+        assert found is not None and more is not None
+        # Batches of up to 5 samples; the process itself may have grown a little meanwhile.
+        assert more - found == pytest.approx(5 * 2e6, abs=5e6)
+
+    def test_batch_statistics_are_never_tuned(self, tmp_path: Path) -> None:
+        run = scenes.record(scenes.batchnorm, tmp_path / "run", steps=2)
+        report = lcray.plan(run, "scenes:batchnorm", batch_norm="batch")
+        assert report.plan.batch_size == 256
+        assert any("is not tuned; --batch-size sets it" in note for note in report.notes)
+        assert lcray.plan(run, "scenes:batchnorm").notes == ()
+        out = tmp_path / "out"
+        assert lcray.analyze(run, "scenes:batchnorm", out, batch_norm="batch").notes == report.notes
+
+
+@pytest.mark.usefixtures("inline")
+class TestMemory:
+    TIGHT = Resources(memory=0.001)  # GiB: less than Python takes
+
+    def test_streamed_data_give_the_same_tables(
+        self, run: Path, plain_out: Path, tmp_path: Path
+    ) -> None:
+        options = {**OPTIONS, "batch_size": 4}
+        plans = [
+            lcray.plan(run, "scenes:plain", resources=resources, **options)
+            for resources in (self.TIGHT, Resources())
+        ]
+        assert [plan.resident for plan in plans] == [
+            {"train": False, "val": False},
+            {"train": True, "val": True},
+        ]
+        assert plans[0].plan == plans[1].plan
+        lcray.analyze(run, "scenes:plain", tmp_path / "tight", resources=self.TIGHT, **options)
+        lcray.analyze(run, "scenes:plain", tmp_path / "wide", **options)
+        assert scenes.tables(tmp_path / "tight") == scenes.tables(tmp_path / "wide")
+
+    def test_batches_are_as_small_as_they_must_be(self, run: Path) -> None:
+        tight = lcray.plan(run, "scenes:plain", resources=self.TIGHT).plan
+        assert tight.batch_size == 1
+        assert lcray.plan(run, "scenes:plain").plan.batch_size == 256
+
+
 def other_loss(model: torch.nn.Module, batch: scenes.Pair) -> torch.Tensor:
     return scenes.cross_entropy(model, batch) * 2
 
@@ -240,7 +361,7 @@ class TestAnotherAnalysis:
         ("options", "difference"),
         [
             ({"rule": "midpoint"}, "rule: 'simpson' there, 'midpoint' now"),
-            ({"batch_size": 5}, r"batch_size: \d+ there, 5 now"),
+            ({"batch_size": 5}, "batch_size: None there, 5 now"),
             ({"dtype": "float64"}, "dtype: 'float32' there, 'float64' now"),
             ({"splits": ["val"]}, "splits: None there, \\('val',\\) now"),
             ({"elements": False}, "elements: True there, False now"),

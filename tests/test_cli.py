@@ -131,6 +131,8 @@ REFUSALS: list[tuple[list[str], int, str]] = [
     (["--rule", "left", "--refine"], 2, "rule 'left': cannot be refined"),
     (["--trace", "0.weight:99"], 2, "trace '0.weight:99': the layer has 20 elements"),
     (["--batch-size", "0"], 2, "batch-size 0: must be at least 1"),
+    (["--memory-format", "chanels_last"], 2, "did you mean 'channels_last'?"),
+    (["--memory", "0"], 2, "memory 0: must be positive, in GiB"),
     (["--steps", "5"], 2, "steps '5'"),
     (["--steps", "4:4"], 1, "one checkpoint|needs two|1 checkpoint"),
     (["--task", "scenes"], 2, "task 'scenes': must have the form package.module:attribute"),

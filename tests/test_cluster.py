@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lcray.errors import (
     UsageError,
 )
 from lcray.planning import Plan, Settings, Span
+from lcray.resources import place_workers
 from lcray.span import SpanReport
 from lcray.task import Task, TaskSource, locate
 
@@ -339,6 +341,27 @@ class TestConnection:
         assert [call["address"] for call in calls[:2]] == [address, "ray://here:2"]
         assert "object_store_memory" not in calls[0]  # refused by a cluster that exists
 
+    def test_workers_of_its_own_ray_get_an_environment(
+        self, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[dict[str, str]] = []
+        monkeypatch.setattr(ray, "init", lambda **options: seen.append(dict(os.environ)))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=0")
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        for resources in (Resources(threads=3), Resources(threads=3, address="ray://here:2")):
+            with cluster.connection(resources):
+                assert os.environ["OMP_NUM_THREADS"] == "1"
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        for resources in (Resources(), Resources(gpus_per_worker=0)):
+            with cluster.connection(resources):
+                pass
+        assert [found["GLIBC_TUNABLES"].endswith("hugetlb=1") for found in seen] == [
+            True, False, False, True,
+        ]  # fmt: skip
+        assert [found["OMP_NUM_THREADS"] for found in seen] == ["3", "1", "1", "1"]
+        assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.perturb=0"
+
     def test_a_ray_that_is_there_is_used_and_left(
         self, calls: list[Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -383,6 +406,72 @@ class TestConnection:
                 assert signal.getsignal(signal.SIGTERM) is ours
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_worker_follows_the_batches_of_the_plan(plain_run: Path, tmp_path: Path) -> None:
+    """The settings leave them open, so that a worker by itself would take others."""
+    one = Resources(workers=1)
+    plans = [
+        lcray.plan(plain_run, "scenes:plain", resources=one, span_length=2, batch_size=size).plan
+        for size in (4, 256)
+    ]
+    left_open = replace(plans[0], settings=replace(plans[0].settings, batch_size=None))
+    outs = [tmp_path / name for name in ("four", "most", "open")]
+    for out, plan, workers in zip(outs, [*plans, left_open], (1, 1, 3), strict=True):
+        analyze(plain_run, "scenes:plain", out, workers, plan=plan)
+    found = [scenes.tables(out) for out in outs]
+    for tables in found:
+        tables.pop("manifest.json")  # it knows the settings as well
+    four, most, opened = found
+    assert opened == four != most
+
+
+def test_a_worker_sets_its_process_up_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus, device in (([], "cpu"), ([0], "cuda")):
+        tuned: list[str] = []
+        monkeypatch.setattr(ray, "get_gpu_ids", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(cluster, "tune_process", tuned.append)
+        cluster._Worker()
+        assert tuned == [device]
+
+
+NODE = {"CPU": 8.0, "GPU": 2.0}
+
+
+class TestPlacement:
+    @pytest.mark.parametrize(
+        ("resources", "nodes", "limit", "workers", "sharers"),
+        [
+            (Resources(), [{"CPU": 8.0}], 99, 8, 8),
+            (Resources(), [{"CPU": 8.0}], 3, 3, 3),
+            (Resources(workers=2), [{"CPU": 8.0}], 99, 2, 2),
+            (Resources(cpus_per_worker=3), [{"CPU": 8.0}], 99, 2, 2),
+            # On two nodes a worker shares its memory with those on its own.
+            (Resources(), [{"CPU": 2.0}, {"CPU": 6.0}], 99, 8, 6),
+            (Resources(), [NODE], 99, 2, 1),
+            (Resources(gpus_per_worker=0.25), [NODE], 99, 8, 4),
+            (Resources(gpus_per_worker=0.25), [NODE], 3, 3, 3),
+            (Resources(gpus_per_worker=2), [NODE], 99, 1, 1),
+            (Resources(gpus_per_worker=0), [NODE], 99, 8, 8),
+        ],
+    )
+    def test_who_shares_memory(
+        self,
+        resources: Resources,
+        nodes: list[dict[str, float]],
+        limit: int,
+        workers: int,
+        sharers: int,
+    ) -> None:
+        found = place_workers(resources, nodes, limit)
+        assert (found.workers, found.sharers, found.memory) == (workers, sharers, None)
+
+    def test_memory_that_is_asked_for(self) -> None:
+        assert place_workers(Resources(memory=1.5), [NODE], 9).memory == 3 * 2**29
+        for memory in (0, -1.0, float("nan")):
+            with pytest.raises(UsageError, match=r"^memory .*: must be positive, in GiB"):
+                place_workers(Resources(memory=memory), [NODE], 9)
 
 
 def test_the_worker_in_this_process_stands_for_the_pool() -> None:

@@ -16,7 +16,7 @@ import lcray
 from lcray import display
 from lcray.analysis import PlanReport
 from lcray.checkpoints.audit import Audit
-from lcray.drafting import Estimate
+from lcray.costs import Estimate
 from lcray.planning import Plan
 
 
@@ -142,7 +142,8 @@ def plan(plain_out: Path) -> Plan:
 
 def report(plan: Plan, **changes: Any) -> str:
     cost = Estimate(12, 56, 90.0, 2_000_000, {"intervals": 24, "layers": 1096}, 500_000_000)
-    return shown(display.plan_table(PlanReport(plan, replace(cost, **changes), 3)))
+    made = PlanReport(plan, replace(cost, **changes), 3, {"train": False, "val": True}, ("mind!",))
+    return shown(display.plan_table(made))
 
 
 def test_a_plan(plan: Plan) -> None:
@@ -154,12 +155,25 @@ def test_a_plan(plan: Plan) -> None:
     assert rows["memory"] == "memory 500 MB a worker"
     assert rows["disk"] == "disk 2 MB"
     assert rows["layers"] == "layers 1,096"
-    assert "float32" in rows["dtype"]
+    assert rows["dtype"] == "dtype float32"
+    assert rows["data"] == "data train streamed, val resident"
+    assert rows["device"] == "device cpu, 1 thread a worker"
+    assert "mind!" in rows
     assert rows["BatchNorm"] == "BatchNorm running"
 
 
+def test_batches_and_who_chose_them(plan: Plan) -> None:
+    made = replace(plan, batch_size=64, memory_format="channels_last", threads=2)
+    text = report(made)
+    assert "up to 64 (automatic) samples, channels_last (automatic)" in text
+    assert "cpu, 2 threads a worker" in text
+    asked = replace(plan.settings, batch_size=64, memory_format="channels_last")
+    assert "up to 64 samples, channels_last\n" in report(replace(made, settings=asked))
+
+
 def test_refinement_makes_estimates_lower_bounds(plan: Plan) -> None:
-    text = report(replace(plan, settings=replace(plan.settings, refine=True)), seconds=None)
+    refined = replace(plan, settings=replace(plan.settings, refine=True))
+    text = report(refined, seconds=None, is_least=True)
     assert "simpson with refinement" in text
     assert "at least 56 full-batch gradients" in text
     assert "at least unknown" in text

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcray.analysis import load_plan
-from lcray.drafting import estimate, extend_plan, make_plan, make_settings
+from lcray.costs import estimate
+from lcray.drafting import extend_plan, make_plan, make_settings
 from lcray.errors import UsageError
 from lcray.layers import Layer
 from lcray.planning import Plan, Settings, SplitPlan
@@ -68,6 +69,8 @@ class TestSettings:
             ({"batch_norm": "runing"}, "unknown batch-norm 'runing': did you mean 'running'?"),
             ({"dtype": "float16"}, "unknown dtype 'float16': did you mean"),
             ({"batch_size": 0}, "batch-size 0: must be at least 1"),
+            ({"memory_format": "chanels_last"}, "did you mean 'channels_last'?"),
+            ({"memory_format": None}, "memory-format None: must be of type str"),
             ({"max_panels": -1}, "max-panels -1: must be at least 1"),
             ({"window": 0}, "window 0: must be at least 1"),
             ({"rtol": 0.0}, "rtol 0.0: must be positive"),
@@ -114,11 +117,21 @@ class TestSpans:
 
     @pytest.mark.parametrize(
         ("n", "workers", "length"),
-        [(1000, 1, 250), (1000, 4, 63), (20, 4, 8), (5, 4, 5), (10_000, 1, 512)],
+        [(1000, 1, 250), (1000, 4, 63), (20, 4, 8), (5, 4, 5), (10_000, 1, 255)],
     )
     def test_each_worker_gets_several_neither_short_nor_long(self, n, workers, length) -> None:
         plan = draft(range(n + 1), workers=workers)
         assert len(plan.spans[0].intervals) == length
+
+    @pytest.mark.parametrize(
+        ("n", "workers", "length"),
+        [(1000, 1, 248), (100, 1, 32), (20, 4, 8), (960, 1, 240), (10_000, 1, 248)],
+    )
+    def test_a_rule_with_probes_gets_whole_blocks_of_eight(self, n, workers, length) -> None:
+        plan = draft(range(n + 1), Settings(rule="auto"), workers=workers)
+        assert len(plan.spans[0].intervals) == length
+        asked = draft(range(n + 1), Settings(rule="auto"), span_length=7)
+        assert len(asked.spans[0].intervals) == 7
 
     @pytest.mark.parametrize("steps", [[], [3]])
     def test_an_interval_needs_two_checkpoints(self, steps: list[int]) -> None:
@@ -271,6 +284,8 @@ class TestEstimate:
             ("gauss-lobatto", 13 + 20),
             ("gauss", 30),
             ("trapezoid*4", 13 + 30),
+            # Each span opens with a probe: a midpoint more.
+            ("auto", 13 + 3),
         ],
     )
     def test_gradients(self, rule: str, gradients: int) -> None:
@@ -278,6 +293,14 @@ class TestEstimate:
         assert estimate(plan, 1).n_gradients == gradients
         two = draft(range(11), Settings(rule=rule), span_length=4, splits=(TRAIN, GROUPED))
         assert estimate(two, 1).n_gradients == 2 * gradients
+        assert estimate(two, 1).is_least is (rule == "auto")
+
+    def test_a_probe_opens_every_block_of_eight(self) -> None:
+        plan = draft(range(38), Settings(rule="auto"), span_length=20)  # 20 and 17 intervals
+        assert estimate(plan, 1).n_gradients == 37 + 2 + 3 + 3
+
+    def test_refinement_makes_a_lower_bound(self) -> None:
+        assert estimate(draft(settings=Settings(refine=True)), 1).is_least
 
     def test_seconds_follow_the_longest_share(self) -> None:
         plan = draft(range(11), span_length=4)  # 23 gradients in 3 spans
@@ -311,9 +334,9 @@ class TestEstimate:
     def test_memory_holds_what_the_probe_saw_and_the_vectors(self) -> None:
         plan = draft()
         assert estimate(plan, 1).memory_bytes is None
-        found = estimate(plan, 1, peak_bytes=10**9).memory_bytes
-        # At least two states, a movement, two gradients and a sum: float64, 31 elements.
-        assert found is not None and found >= 10**9 + 6 * 8 * 31
+        found = estimate(plan, 1, worker_bytes=10**9).memory_bytes
+        # 63 bytes an element, and the rows of `units` and `traces` of a span of 8 intervals.
+        assert found == 10**9 + 63 * 31 + 24 * 8 * (15 + 27)
 
     def test_disk_grows_with_what_is_asked_for(self) -> None:
         plain = estimate(draft(), 1).disk_bytes
@@ -369,7 +392,12 @@ EDITS = {
     "a layer twice": lambda data: data["layers"].append(data["layers"][0]),
     "device": put("device_kind", "tpu"),
     "dtype": put_setting("dtype", "float16"),
-    "batch size": put_setting("batch_size", -1),
+    "batch size of the settings": put_setting("batch_size", -1),
+    "another batch size than the plan's": put_setting("batch_size", 7),
+    "another format than the plan's": put_setting("memory_format", "channels_last"),
+    "batch size": put("batch_size", 0),
+    "half a sample": put("batch_size", 2.5),
+    "memory format": put("memory_format", "auto"),
     "rule": put_setting("rule", "simpsom"),
 }
 
@@ -386,3 +414,20 @@ def test_a_pattern_may_be_a_name_with_a_bracket() -> None:
     layers = (layer(4, name="a[0].w"), layer(4, name="a1.w"))
     made = draft(settings=Settings(layers="a[0].w"), layers=layers)
     assert made.detail_layers == ("a[0].w",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "probed", "planned"),
+    [
+        (Settings(), (None, None), (256, "contiguous")),
+        (Settings(), (64, "channels_last"), (64, "channels_last")),
+        (Settings(batch_size=5), (64, "channels_last"), (5, "channels_last")),
+        (Settings(memory_format="contiguous"), (64, "channels_last"), (64, "contiguous")),
+        (Settings(memory_format="channels_last"), (64, None), (64, "channels_last")),
+    ],
+)
+def test_what_was_asked_for_comes_before_what_a_probe_chose(settings, probed, planned) -> None:
+    batch_size, memory_format = probed
+    plan = draft(settings=settings, batch_size=batch_size, memory_format=memory_format)
+    assert (plan.batch_size, plan.memory_format) == planned
+    assert plan.settings == settings, "what was asked for is recorded as it was"

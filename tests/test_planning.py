@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcray.layers import Layer
-from lcray.planning import Plan, Settings, Span, SplitPlan
+from lcray.planning import (
+    Plan,
+    Settings,
+    Span,
+    SplitPlan,
+    memory_format_of,
+    shares_pass,
+    vector_bytes,
+)
 
 NAMES = st.text(min_size=1, max_size=8)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -29,7 +37,8 @@ SETTINGS = st.builds(
     layers=st.none() | NAMES,
     batch_norm=NAMES,
     dtype=NAMES,
-    batch_size=COUNTS,
+    batch_size=st.none() | COUNTS,
+    memory_format=NAMES,
     batch_seed=COUNTS,
     partial=st.booleans(),
     window=st.none() | COUNTS,
@@ -76,6 +85,7 @@ PLANS = st.builds(
     trace_sample=COUNTS,
     threads=st.integers(1, 64),
     device_kind=NAMES,
+    batch_size=COUNTS,
     memory_format=NAMES,
 )
 
@@ -132,3 +142,25 @@ def test_spans_are_named_so_that_names_sort_as_numbers() -> None:
 )
 def test_an_interval_is_in_the_window_of_its_start(plan: Plan, start: int, window: int) -> None:
     assert plan.window_of(start) == window
+
+
+@pytest.mark.parametrize(
+    ("size", "n_splits", "dtype", "n_bytes"),
+    [
+        (1000, 1, "float32", 63_000),
+        (1000, 1, "float64", 126_000),
+        (1000, 3, "float32", 63_000 + 2 * 27_000),
+        (1000, 3, "float64", 2 * (63_000 + 2 * 27_000)),
+        # 2.4 million elements: 27 bytes of each are 64.8 MB, below 64 MiB; twice that is not.
+        (2_400_000, 2, "float32", 2_400_000 * (63 + 27)),
+        (2_400_000, 3, "float32", 2_400_000 * 63),
+    ],
+)
+def test_memory_for_vectors(size: int, n_splits: int, dtype: str, n_bytes: int) -> None:
+    assert vector_bytes(size, n_splits, dtype) == n_bytes
+    assert shares_pass(size, n_splits) is (size < 10_000 or n_splits < 3)
+
+
+def test_any_memory_format_is_none_in_particular() -> None:
+    asked = [Settings(), Settings(memory_format="contiguous")]
+    assert [memory_format_of(settings) for settings in asked] == [None, "contiguous"]

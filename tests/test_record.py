@@ -134,6 +134,15 @@ def test_notes(record: Record) -> None:
     assert note.endswith(f"({layers[1].name}, …)")
 
 
+def test_batches_that_are_part_of_the_loss_are_noted_unless_asked_for(record: Record) -> None:
+    found = describe(record, fixed_batches=True)
+    (note,) = make_notes(found, Settings(batch_norm="batch"))
+    assert note.startswith("batches of up to 256 samples: BatchNorm takes their statistics")
+    assert "not tuned; --batch-size sets it" in note
+    assert make_notes(found, Settings(batch_norm="batch", batch_size=256)) == ()
+    assert make_notes(describe(record), Settings()) == ()
+
+
 @pytest.mark.usefixtures("inline")
 def test_a_loss_that_closes_over_another_value_is_refused(plain_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -146,13 +146,17 @@ class TestLossContract:
             (torch.ones(3, 1), "weights [3, 1] do not match the losses [3]"),
             ([1, 1, 1], "weights list do not match the losses [3]"),
             (1.0, "weights float do not match"),
-            (torch.tensor([1, -1e-9, 1]), "weights must be finite and not negative"),
-            (torch.tensor([1, torch.nan, 1]), "weights must be finite and not negative"),
-            (torch.tensor([1, torch.inf, 1]), "weights must be finite and not negative"),
         ],
     )
     def test_weights_that_do_not_fit(self, weights: Any, message: str) -> None:
         assert refusal(lambda net, b: (net(b[0]), weights)).startswith(self.WHERE + message)
+
+    @pytest.mark.parametrize("weight", [-1e-9, torch.nan, torch.inf])
+    def test_weights_that_are_none(self, weight: float) -> None:
+        weights = torch.tensor([1, weight, 1, 1, 1])
+        message = refusal(lambda net, b: (net(b[0]), b[1]), splits={"train": (X, weights)})
+        where = "task loss on split 'train': "
+        assert message.startswith(where + "weights must be finite and not negative")
 
     def test_weights_that_are_all_zero(self) -> None:
         message = refusal(lambda net, b: (net(b[0]), torch.zeros(len(b[0]))))
@@ -261,3 +265,159 @@ class TestSetUp:
         assert sorted(mixed) == list(range(40)) and mixed != list(range(40))
         assert mixed == order(batch_norm="batch")
         assert mixed != order(batch_norm="batch", batch_seed=1)
+
+
+def images(n: int = 6) -> Tensor:
+    return torch.arange(float(n * 2 * 3 * 4)).reshape(n, 2, 3, 4)
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 2)
+        self.bias = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv(x).mean((2, 3)) + self.bias).square().sum(1)
+
+
+def pictures(**options: Any) -> Workbench:
+    task = {"model": Convolution, "splits": {"train": (images(), torch.arange(6))}}
+    return bench(task=task, **options)
+
+
+class TestAdopting:
+    def test_batches_of_another_size(self) -> None:
+        found = bench(batch_size=None)
+        assert found.batch_size == 256
+        assert found.splits[0].batch_sizes == (5,)
+        hashes = dict(found.hashes)
+        found.adopt(2, "contiguous")
+        assert found.splits[0].batch_sizes == (2, 2, 1)
+        assert torch.equal(torch.cat([batch[0] for batch in found.splits[0].batches]), X)
+        assert found.hashes == hashes == {"train": found.splits[0].sha256}
+
+    def test_nothing_changes_where_nothing_differs(self) -> None:
+        found = bench()
+        before = found.splits
+        found.adopt(3, "contiguous")
+        assert found.splits is before
+
+    def test_data_are_opened_again_where_they_were_let_go(self) -> None:
+        opened: list[int] = []
+
+        def splits() -> dict[str, Any]:
+            opened.append(1)
+            return {"train": (X, Y)}
+
+        found = bench(task={"splits": splits})
+        found.adopt(3, "contiguous")
+        assert found.splits[0].batches.resident and found._sources is None
+        found.adopt(2, "contiguous")
+        assert found.splits[0].batch_sizes == (2, 2, 1)
+        assert len(opened) == 2
+        streaming = Workbench(
+            Task(Sum, splits, per_item), make_settings({"batch_size": 3}), memory=1
+        )
+        streaming.adopt(3, "contiguous")
+        assert not streaming.splits[0].batches.resident and streaming._sources is not None
+
+    def test_images_and_weights_with_the_channels_innermost(self) -> None:
+        found = pictures(batch_size=6, dtype="float64")
+        plain, gradient = evaluate(found)
+        found.adopt(6, "channels_last")
+        (x, numbers), weight = found.splits[0].batches[0], found.flat.model.conv.weight
+        assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        assert torch.equal(x, images().double()) and torch.equal(numbers, torch.arange(6))
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert not weight.is_contiguous()
+        moved, permuted = evaluate(found)
+        assert moved.loss == pytest.approx(plain.loss, rel=1e-12)
+        found.adopt(6, "contiguous")
+        again, back = evaluate(found)
+        assert again.loss == plain.loss and torch.equal(back, gradient)
+        torch.testing.assert_close(permuted.sort().values, gradient.sort().values)
+
+    def test_a_format_that_was_asked_for_is_there_from_the_start(self) -> None:
+        found = pictures(memory_format="channels_last")
+        assert found.memory_format == found.flat.layout.memory_format == "channels_last"
+        assert not found.splits[0].batches[0][0].is_contiguous()
+        assert pictures().memory_format == "contiguous"
+
+    def test_volumes_too(self) -> None:
+        found = pictures(memory_format="channels_last")
+        volume = found._place(torch.zeros(2, 3, 4, 5, 6))
+        assert volume.is_contiguous(memory_format=torch.channels_last_3d)
+        assert found._place(torch.zeros(2, 3, 4)).is_contiguous()
+
+
+class TestMemory:
+    """X takes 40 bytes and Y as many; half of the room is for data, in the order of the splits."""
+
+    def resident(self, room: int) -> list[bool]:
+        splits = {name: (X, Y) for name in ("a", "b", "c")}
+        found = bench(task={"splits": splits})
+        found.room = room
+        return [split.batches.resident for split in found.splits]
+
+    @pytest.mark.parametrize(("room", "count"), [(0, 0), (158, 0), (160, 1), (320, 2), (480, 3)])
+    def test_what_fits_stays(self, room: int, count: int) -> None:
+        assert self.resident(room) == [True] * count + [False] * (3 - count)
+
+    def test_streamed_batches_are_the_resident_ones(self) -> None:
+        resident, streamed = bench(), bench()
+        streamed.room = 0
+        assert not streamed.splits[0].batches.resident
+        (a, ga), (b, gb) = evaluate(resident), evaluate(streamed)
+        assert a == b and torch.equal(ga, gb)
+
+    def test_room_is_what_is_left_of_what_was_asked_for(self) -> None:
+        task = Task(Sum, {"train": (X, Y), "val": (X, Y)}, per_item)
+        settings = make_settings({})
+        asked = 2**40
+        found = Workbench(task, settings, memory=asked)
+        # 2 elements, in two splits.
+        assert found.room == asked - found.base_bytes - 2 * (63 + 27)
+        assert found.base_bytes > 50 * 2**20, "torch alone takes more"
+        assert Workbench(task, settings, memory=2**20).room == 0
+
+    def test_by_default_it_is_a_share_of_what_is_free(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lcray.workbench.available_bytes", lambda device: 10**9)
+        task = Task(Sum, {"train": (X, Y)}, per_item)
+        assert Workbench(task, make_settings({})).room == 800_000_000 - 2 * 63
+        shared = Workbench(task, make_settings({"dtype": "float64"}), sharers=4)
+        assert shared.room == 200_000_000 - 2 * 2 * 63
+
+
+class TestExcerpts:
+    LABELS = torch.tensor([0, 1, 1, 0, 1, 1, 1])
+
+    def grouped(self) -> Workbench:
+        splits = {"train": (torch.arange(14.0).reshape(7, 2), self.LABELS)}
+        return bench(task={"splits": splits, "groups": lambda batch: batch[1]})
+
+    def test_the_largest_batches_as_they_are_cut(self) -> None:
+        found = self.grouped().excerpt(0, 4, 2)  # of 2 and of 3 and 2 samples
+        assert found.batch_sizes == (3, 2) and found.n_samples == 5
+        assert torch.equal(found.batches[0][1], torch.ones(3, dtype=torch.long))
+        assert (found.labels, found.groups) == ((), ())
+        whole = self.grouped().excerpt(0, 100, 9)
+        assert whole.batch_sizes == (5, 2)
+
+    def test_only_what_is_needed_is_read(self) -> None:
+        read: list[int] = []
+
+        class Slow(TensorDataset):
+            def __getitem__(self, index: int) -> Any:
+                read.append(index)
+                return super().__getitem__(index)
+
+        splits = {"train": Slow(torch.zeros(100, 2), torch.arange(100) % 3)}
+        # Labels that mix within batches: with groups, every batch would have to be read.
+        task = {"splits": splits, "groups": lambda batch: batch[1].repeat(2)[: len(batch[1])]}
+        found = bench(task=task, batch_norm="batch")
+        read.clear()
+        found.excerpt(0, 5, 2)
+        assert len(read) <= 15

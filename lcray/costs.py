@@ -1,0 +1,125 @@
+"""What a plan will take: gradients, time, memory and disk. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lcray.planning import Plan, vector_bytes
+from lcray.quadrature import QuadratureRule, get_rule
+
+#: Bytes a row of shards and tables together, measured on the MNIST-LeNet example.
+ROW_BYTES = {
+    "intervals": 250,
+    "layers": 180,
+    "units": 20,
+    "groups": 22,
+    "histograms": 22,
+    "parameters": 42,
+    "traces": 44,
+    "elements": 8,
+    "borders": 2,
+}
+_HISTOGRAM_BINS = 250  # non-empty bins of a layer, sign and window
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an analysis will take.
+
+    Attributes:
+        n_intervals: to integrate.
+        n_gradients: full-batch gradients, over all splits; a lower bound where `is_least`.
+        seconds: wall time of the gradients over all workers, likewise; None without a probe.
+        disk_bytes: shards and tables together.
+        rows: of each table.
+        memory_bytes: of one worker; None without a probe.
+        is_least: whether intervals may take more gradients, by refinement or the rule's choice.
+    """
+
+    n_intervals: int
+    n_gradients: int
+    seconds: float | None
+    disk_bytes: int
+    rows: dict[str, int]
+    memory_bytes: int | None
+    is_least: bool = False
+
+
+def estimate(
+    plan: Plan,
+    workers: int,
+    *,
+    seconds: Mapping[str, float] | None = None,
+    worker_bytes: int | None = None,
+) -> Estimate:
+    """Estimate time, memory and disk of `plan`.
+
+    Args:
+        plan: the plan.
+        workers: that share the spans.
+        seconds: of one gradient, by split, as a probe measured them.
+        worker_bytes: of a worker without vectors of the model's size, as a probe found them.
+    """
+    rule = get_rule(plan.settings.rule)
+    shared = len(plan.spans) if rule.has_left and rule.has_right else 0
+    passes = _passes(plan, rule) + shared
+    passes_by_group = {
+        split.name: passes * (1 if split.sorted_by_group else max(1, len(split.groups)))
+        for split in plan.splits
+    }
+    time = None
+    if seconds is not None:
+        # Idle workers at the end: the longest share counts.
+        share = math.ceil(len(plan.spans) / workers) / len(plan.spans)
+        time = share * sum(passes_by_group[name] * seconds[name] for name in passes_by_group)
+    rows = _rows(plan)
+    disk = sum(count * ROW_BYTES[name] for name, count in rows.items())
+    size = sum(layer.numel for layer in plan.layers)
+    longest = max(len(span.intervals) for span in plan.spans) / plan.n_intervals
+    held = sum(rows.get(name, 0) for name in ("units", "groups", "traces"))  # until the span ends
+    vectors = vector_bytes(size, len(plan.splits), plan.settings.dtype)
+    extra = vectors + int(held * longest * 24)
+    return Estimate(
+        n_intervals=plan.n_intervals,
+        n_gradients=passes * len(plan.splits),
+        seconds=time,
+        disk_bytes=disk,
+        rows={name: count for name, count in rows.items() if name != "borders"},
+        memory_bytes=None if worker_bytes is None else worker_bytes + extra,
+        is_least=plan.settings.refine or rule.probe_every > 0,
+    )
+
+
+def _passes(plan: Plan, rule: QuadratureRule) -> int:
+    """Gradients of all intervals; what a rule may leave out is left out."""
+    if not rule.probe_every:
+        return plan.n_intervals * rule.n_gradients
+    probes = sum(-(-len(span.intervals) // rule.probe_every) for span in plan.spans)
+    return plan.n_intervals + probes * (rule.n_gradients - 1)
+
+
+def _rows(plan: Plan) -> dict[str, int]:
+    splits, intervals = len(plan.splits), plan.n_intervals
+    layers = {layer.name: layer for layer in plan.layers}
+    detail = [layers[name] for name in plan.detail_layers]
+    size = sum(layer.numel for layer in detail)
+    ends = plan.window_of(plan.steps[0]), plan.window_of(plan.steps[-2])
+    windows = (ends[1] - ends[0]) // plan.window + 1
+    groups = sum(len(split.groups) for split in plan.splits)
+    samples = sum(min(plan.trace_sample, layer.numel) for layer in detail)
+    bins = sum(2 * min(_HISTOGRAM_BINS, layer.numel) for layer in detail)
+    rows = {
+        "intervals": splits * intervals,
+        "layers": splits * intervals * len(plan.layers),
+        "units": splits * intervals * sum(layers[name].n_units for name in plan.unit_layers),
+        "groups": groups * intervals * len(plan.layers),
+        "histograms": splits * windows * bins,
+        "parameters": splits * size,
+        "traces": splits * intervals * samples,
+        "elements": splits * intervals * size,
+    }
+    chosen = {name: rows[name] for name in plan.tables}
+    chosen["borders"] = splits * size * len(plan.spans)
+    return chosen
