@@ -1,33 +1,39 @@
 """From interval LC to the rows of a span's shards.
 
-Legend: T intervals of the span, P elements, L layers, G groups, U units. Everything is kept by
-split, since row groups never mix splits, and written when the span is done; only `elements`, which
-would not fit, is written interval by interval.
+Legend: T intervals of the span, P elements, L layers, G groups, U units, S traced elements.
+
+Everything is kept by split, since row groups never mix splits. Rows that come with every interval
+are written as soon as they fill a row group, histograms when their window is over, `elements` by a
+thread of its own, and the rest when the span is done. Nothing of size P is made on the way.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import zlib
 from collections import defaultdict
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lcray.allocation import OK, IntervalLC
+from lcray.accumulators import Accumulators, LayerSums, Units
 from lcray.arrow import make_table
-from lcray.layers import Layer
-from lcray.path import Segment
+from lcray.interval import OK, IntervalLC
+from lcray.layout import Layout
+from lcray.path import Point, Segment
 from lcray.planning import Plan, SplitPlan
 from lcray.quadrature import get_rule
+from lcray.rowgroups import ElementsWriter, IntervalRows, Piece
+from lcray.schema import TABLES
 from lcray.shards import ShardWriter
-from lcray.summary import Counts, SignedHistograms, bin_edges
-
-_FLIPS = ("lc", "displacement", "gradient")
+from lcray.summary import LayerHistograms, bin_edges
+from lcray.tracing import Traces, trace_indices
+from lcray.vectors import zeros
 
 
 class SplitTables:
@@ -37,93 +43,146 @@ class SplitTables:
         plan: what was chosen.
         split: the split.
         writer: of the span's shards.
+        elements: writes `elements` for all splits of the span.
     """
 
-    def __init__(self, plan: Plan, split: SplitPlan, writer: ShardWriter) -> None:
-        self._plan, self._split, self._writer = plan, split, writer
-        stops = np.cumsum([0, *(layer.numel for layer in plan.layers)])
-        self._slices = [slice(int(a), int(b)) for a, b in pairwise(stops)]
-        self._numbers = {layer.name: n for n, layer in enumerate(plan.layers)}
-        self._detail = {self._numbers[name] for name in plan.detail_layers}
-        self._rows: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
-        self._histograms: dict[tuple[int, int], SignedHistograms] = defaultdict(SignedHistograms)
-        self._signs = _Signs(int(stops[-1]), get_rule(plan.settings.rule).has_left)
-        self._sums = _ElementSums(int(stops[-1])) if "parameters" in plan.tables else None
-        self._samples = trace_indices(plan) if "traces" in plan.tables else {}
+    def __init__(
+        self, plan: Plan, split: SplitPlan, writer: ShardWriter, elements: ElementsWriter
+    ) -> None:
+        self._plan, self._split, self._writer, self._elements = plan, split, writer, elements
+        self._layout = Layout(plan.layers, plan.memory_format)
+        numbers = {layer.name: n for n, layer in enumerate(plan.layers)}
+        self._detail = [numbers[name] for name in plan.detail_layers]
+        self._parameters = np.array([layer.kind == "parameter" for layer in plan.layers])
+        self._numel = np.array([layer.numel for layer in plan.layers])
+        dtype = torch.float32 if plan.settings.dtype == "float32" else torch.float64
+        intervals = len(writer.span.intervals)
+        unit_layers = plan.unit_layers if "units" in plan.tables else ()
+        units = Units(self._layout, [numbers[name] for name in unit_layers])
+        has_histograms = "histograms" in plan.tables
+        self._sums = Accumulators(
+            self._layout,
+            intervals,
+            units,
+            self._detail if has_histograms else [],
+            "parameters" in plan.tables,
+        )
+        self._intervals: dict[str, list[Any]] = defaultdict(list)
+        self._layers = IntervalRows("layers", self._fixed_layers(), self._write)
+        self._unit_rows = IntervalRows("units", self._fixed_units(units), self._write)
+        self._groups = IntervalRows("groups", self._fixed_groups(), self._write)
+        self._window = -1
+        self._histograms = LayerHistograms(len(self._detail)) if has_histograms else None
+        samples = trace_indices(plan) if "traces" in plan.tables else {}
+        self._traces = Traces(self._layout, samples, intervals, dtype)
+        self._moves: list[tuple[int, int]] = []  # the intervals that are ok
 
     def add(self, result: IntervalLC, segment: Segment) -> None:
-        """Add one interval; intervals come in the order of their steps."""
+        """Add one interval; intervals come in the order of their steps.
+
+        Raises:
+            OutputError: if the disk refuses rows of this interval or of one before.
+        """
         ok = result.status == OK
+        segment = _on_host(segment)
         lc = result.lc.cpu() if result.lc is not None else None
-        delta = segment.delta.cpu()
         start = None if result.start_gradient is None else result.start_gradient.cpu()
-        flips = self._signs.advance(lc, delta if ok else None, start)
-        per_layer = self._add_layers(result, lc, delta, start, flips["lc"])
-        self._add_interval(result, per_layer)
+        self._open_window(result.start_step)
+        sums = self._sums.add(lc, segment, start, self._histograms)
+        n_zero = np.where(self._parameters & ok, self._numel - sums.n_helping - sums.n_hurting, 0)
+        self._add_layers(result, sums, n_zero)
+        self._add_interval(result, sums, n_zero)
+        self._traces.add(result.start_step, segment.start.vector, start, lc)
         if lc is not None:
-            self._add_units(result.start_step, lc)
-            if self._sums is not None:
-                self._sums.add(lc, delta, flips)
+            steps = {"start_step": result.start_step}
+            self._unit_rows.add(steps, {"lc": sums.units[:-1]})
+            if result.group_lc is not None:
+                # [G, L] to rows sorted by layer, then group.
+                self._groups.add(steps, {"lc": result.group_lc.cpu().numpy().T.reshape(-1)})
+            self._moves.append((result.start_step, result.end_step))
             if "elements" in self._plan.tables:
-                self._write_elements(result.start_step, lc)
-        self._add_groups(result)
-        self._add_traces(result, segment, lc, start)
+                self._add_elements(result.start_step, lc)
 
-    def _add_layers(
-        self,
-        result: IntervalLC,
-        lc: Tensor | None,
-        delta: Tensor,
-        start: Tensor | None,
-        flips: Tensor | None,
-    ) -> tuple[list[float], Counts]:
-        """Append the layers' rows; returns LC by layer and the counts of the interval."""
-        window = self._plan.window_of(result.start_step)
-        total, lcs = Counts(), []
-        rows = self._rows["layers"]
-        for number, (layer, where) in enumerate(zip(self._plan.layers, self._slices, strict=True)):
-            counts, helping, hurting, n_flips = Counts(), math.nan, math.nan, 0
-            if lc is not None:
-                values = lc[where]
-                helping = float(values.clamp(max=0).sum())
-                hurting = float(values.clamp(min=0).sum())
-                if layer.kind == "parameter":
-                    counts = self._count(number, window, values)
-                    n_flips = 0 if flips is None else int(flips[where].sum())
-            total += counts
-            lcs.append(helping + hurting)
-            rows["lc_helping"].append(helping)
-            rows["lc_hurting"].append(hurting)
-            rows["n_helping"].append(counts.n_helping)
-            rows["n_hurting"].append(counts.n_hurting)
-            rows["n_zero"].append(counts.n_zero)
-            rows["n_flips"].append(n_flips)
-            rows["update_norm"].append(float(torch.linalg.vector_norm(delta[where])))
-            rows["gradient_norm"].append(
-                math.nan if start is None else float(torch.linalg.vector_norm(start[where]))
-            )
-        rows["lc"] += lcs
-        rows["lc_error"] += self._listed(result.layer_error)
-        rows["first_order_lc"] += self._listed(result.first_order)
-        rows["start_step"] += [result.start_step] * len(lcs)
-        rows["end_step"] += [result.end_step] * len(lcs)
-        return lcs, total
+    def write(self, read: Callable[[int], Tensor]) -> None:
+        """Write what was added; the split's turn comes in the plan's order.
 
-    def _count(self, number: int, window: int, values: Tensor) -> Counts:
-        if number in self._detail:
-            return self._histograms[window, number].add(values)
-        helping, hurting = int((values < 0).sum()), int((values > 0).sum())
-        return Counts(helping, hurting, len(values) - helping - hurting)
+        Args:
+            read: gives the flat vector [P] of the checkpoint at a step, in the order in memory.
 
-    def _listed(self, values: Tensor | None) -> list[float]:
-        return [math.nan] * len(self._slices) if values is None else values.tolist()
+        Raises:
+            OutputError: if the disk refuses, now or for `elements` before.
+        """
+        for rows in (self._layers, self._unit_rows, self._groups):
+            rows.flush()
+        self._write("intervals", self._intervals)
+        self._write_histograms()
+        has_gradient = get_rule(self._plan.settings.rule).has_left
+        self._write_parameters(read, has_gradient)
+        for piece in self._pieces("borders", np.flatnonzero(self._parameters).tolist()):
+            columns = self._sums.borders(partial(self._rows, piece), has_gradient)
+            self._write_piece("borders", piece, columns)
+        for number, columns in self._traces.columns(TABLES["traces"].row_group_size):
+            self._write("traces", {**columns, "layer": self._plan.layers[number].name})
+        self._elements.drain()
+        # The rows refer to this object: the vectors would stay until they are collected.
+        del self._sums, self._traces
 
-    def _add_interval(self, result: IntervalLC, per_layer: tuple[list[float], Counts]) -> None:
-        lcs, counts = per_layer
+    def _fixed_layers(self) -> dict[str, Any]:
+        layers = self._plan.layers
+        return {
+            "layer": self._named(np.arange(len(layers), dtype=np.int32)),
+            "module": _encoded([layer.module for layer in layers]),
+            "kind": _encoded([layer.kind for layer in layers]),
+            "numel": self._numel,
+        }
+
+    def _fixed_units(self, units: Units) -> dict[str, Any]:
+        return {"layer": self._named(units.numbers), "unit": units.index}
+
+    def _fixed_groups(self) -> dict[str, Any]:
+        split, layers = self._split, len(self._plan.layers)
+        if "groups" not in self._plan.tables:
+            layers = 0
+        share = np.asarray(split.group_weights) / split.total_weight
+        return {
+            "layer": self._named(np.repeat(np.arange(layers, dtype=np.int32), len(split.groups))),
+            "group": np.tile(np.asarray(split.groups, np.int64), layers),
+            "weight": np.tile(share, layers),
+        }
+
+    def _named(self, numbers: NDArray[Any]) -> tuple[NDArray[Any], list[str]]:
+        return numbers, [layer.name for layer in self._plan.layers]
+
+    def _add_layers(self, result: IntervalLC, sums: LayerSums, n_zero: NDArray[Any]) -> None:
         ok = result.status == OK
-        lc = math.fsum(lcs) if ok else math.nan
+        start = result.start_gradient
+        self._layers.add(
+            {"start_step": result.start_step, "end_step": result.end_step},
+            {
+                "lc": sums.helping + sums.hurting if ok else sums.helping + math.nan,
+                "lc_error": self._listed(result.layer_error),
+                "lc_helping": sums.helping if ok else sums.helping + math.nan,
+                "lc_hurting": sums.hurting if ok else sums.hurting + math.nan,
+                "n_helping": sums.n_helping,
+                "n_hurting": sums.n_hurting,
+                "n_zero": n_zero,
+                "n_flips": sums.n_flips,
+                "first_order_lc": self._listed(result.first_order),
+                "update_norm": np.sqrt(sums.update),
+                "gradient_norm": np.sqrt(sums.gradient) if start is not None else self._listed(),
+            },
+        )
+
+    def _listed(self, values: Tensor | None = None) -> NDArray[np.float64]:
+        """A number by layer, [L]; NaN where there is none."""
+        if values is None:
+            return np.full(len(self._plan.layers), math.nan)
+        return values.cpu().numpy().astype(np.float64)
+
+    def _add_interval(self, result: IntervalLC, sums: LayerSums, n_zero: NDArray[Any]) -> None:
+        ok = result.status == OK
+        lc = math.fsum(sums.helping + sums.hurting) if ok else math.nan
         change = result.loss_end - result.loss_start
-        first = math.fsum(self._listed(result.first_order))
         row = {
             "start_step": result.start_step,
             "end_step": result.end_step,
@@ -132,231 +191,131 @@ class SplitTables:
             "loss_change": change,
             "lc": lc,
             "gap": lc - change,
-            "first_order_lc": first,
+            "first_order_lc": math.fsum(self._listed(result.first_order)),
+            "rule": result.rule,
             "panels": result.panels,
             "n_gradients": result.n_gradients,
             "converged": result.converged if ok else None,
             "status": result.status,
-            "n_helping": counts.n_helping,
-            "n_hurting": counts.n_hurting,
-            "n_zero": counts.n_zero,
+            "n_helping": int(sums.n_helping.sum()),
+            "n_hurting": int(sums.n_hurting.sum()),
+            "n_zero": int(n_zero.sum()),
         }
         for name, value in row.items():
-            self._rows["intervals"][name].append(value)
+            self._intervals[name].append(value)
 
-    def _add_units(self, start_step: int, lc: Tensor) -> None:
-        for layer, where in self._of(self._plan.unit_layers):
-            values = lc[where].view(layer.shape)
-            if layer.unit_axis is not None:
-                values = values.movedim(layer.unit_axis, 0)
-            width = layer.numel // max(1, layer.n_units)  # a layer may be empty
-            units = values.reshape(layer.n_units, width).sum(1).numpy()
-            rows = self._rows["units"]
-            rows["layer"].append(np.full(len(units), self._number(layer), np.int32))
-            rows["unit"].append(np.arange(len(units)))
-            rows["start_step"].append(np.full(len(units), start_step))
-            rows["lc"].append(units)
+    def _add_elements(self, start_step: int, lc: Tensor) -> None:
+        """Hand over float32 copies, small layers together."""
+        limit = TABLES["elements"].row_group_size
+        parts: list[tuple[str, int, NDArray[np.float32]]] = []
+        size = 0
+        for piece in self._pieces("elements", self._detail):
+            values = self._layout.rows(lc, *piece).to(torch.float32).numpy()
+            if parts and size + len(values) > limit:
+                self._elements.put(self._split.name, start_step, parts)
+                parts, size = [], 0
+            parts.append((self._plan.layers[piece.number].name, piece.start, values))
+            size += len(values)
+        if parts:
+            self._elements.put(self._split.name, start_step, parts)
 
-    def _add_groups(self, result: IntervalLC) -> None:
-        if result.group_lc is None or result.status != OK:
-            return
-        # [G, L] to rows sorted by layer, then group.
-        values = result.group_lc.cpu().numpy().T
-        layers, groups = values.shape
-        share = np.asarray(self._split.group_weights) / self._split.total_weight
-        rows = self._rows["groups"]
-        rows["layer"].append(np.repeat(np.arange(layers, dtype=np.int32), groups))
-        rows["group"].append(np.tile(np.asarray(self._split.groups), layers))
-        rows["start_step"].append(np.full(layers * groups, result.start_step))
-        rows["lc"].append(values.reshape(-1))
-        rows["weight"].append(np.tile(share, layers))
-
-    def _write_elements(self, start_step: int, lc: Tensor) -> None:
-        for layer, where in self._of(self._plan.detail_layers):
-            columns = {
-                "split": self._split.name,
-                "layer": layer.name,
-                "start_step": start_step,
-                "index": np.arange(layer.numel),
-                "lc": lc[where].numpy().astype(np.float32),
-            }
-            self._writer.write("elements", make_table("elements", columns))
-
-    def _add_traces(
-        self, result: IntervalLC, segment: Segment, lc: Tensor | None, start: Tensor | None
-    ) -> None:
-        weights = segment.start.vector.cpu()
-        for number, index in self._samples.items():
-            at = torch.from_numpy(index + self._slices[number].start)
-            rows = self._rows["traces"]
-            blank = np.full(len(index), np.nan)
-            rows[f"weight {number}"].append(weights[at].double().numpy())
-            rows[f"gradient {number}"].append(blank if start is None else start[at].numpy())
-            rows[f"lc {number}"].append(blank if lc is None else lc[at].numpy())
-        self._rows["traces"]["step"].append(result.start_step)
-
-    def write(self) -> None:
-        """Write what was added; the split's turn comes in the plan's order."""
-        layers = self._plan.layers
-        rows = self._rows["layers"]
-        times = len(rows["start_step"]) // len(layers)
-        numbers = np.tile(np.arange(len(layers), dtype=np.int32), times)
-        known = {
-            "layer": self._codes(numbers),
-            "module": [layer.module for layer in layers] * times,
-            "kind": [layer.kind for layer in layers] * times,
-            "numel": [layer.numel for layer in layers] * times,
-        }
-        self._write("layers", {**rows, **known})
-        self._write("intervals", {**self._rows["intervals"], "rule": self._plan.settings.rule})
-        for name in ("units", "groups"):
-            if name in self._plan.tables:
-                joined = {key: np.concatenate(parts) for key, parts in self._rows[name].items()}
-                if joined:
-                    self._write(name, {**joined, "layer": self._codes(joined["layer"])})
-        if "histograms" in self._plan.tables:
+    def _open_window(self, start_step: int) -> None:
+        """Write the histograms of the window before if `start_step` is in another one."""
+        window = self._plan.window_of(start_step)
+        if window != self._window:
             self._write_histograms()
-        if self._sums is not None:
-            for layer, where in self._of(self._plan.detail_layers):
-                columns = self._sums.columns(where, self._signs.has_gradient)
-                self._write("parameters", {**columns, "layer": layer.name})
-        for layer, where in zip(layers, self._slices, strict=True):
-            if layer.kind == "parameter":
-                self._write("borders", {**self._signs.columns(where), "layer": layer.name})
-        self._write_traces()
+        self._window = window
 
     def _write_histograms(self) -> None:
-        for (window, number), histograms in sorted(self._histograms.items()):
-            for sign in (-1, 0, 1):
-                bins, counts, sums = histograms.by_sign[sign].nonzero()
-                lower, upper = bin_edges(bins)
-                rows = self._rows["histograms"]
-                rows["window"].append(np.full(len(bins), window))
-                rows["layer"].append(np.full(len(bins), number, np.int32))
-                rows["sign"].append(np.full(len(bins), sign, np.int8))
-                for name, part in zip(
-                    ("bin", "lower", "upper", "count", "sum"),
-                    (bins, lower, upper, counts, sums),
-                    strict=True,
-                ):
-                    rows[name].append(part)
-        joined = {key: np.concatenate(parts) for key, parts in self._rows["histograms"].items()}
-        if joined:
-            self._write("histograms", {**joined, "layer": self._codes(joined["layer"])})
+        if self._histograms is None:
+            return
+        layers, signs, bins, counts, sums = self._histograms.nonzero()
+        if len(bins):
+            lower, upper = bin_edges(bins)
+            columns = {"bin": bins, "lower": lower, "upper": upper, "count": counts, "sum": sums}
+            numbers = np.asarray(self._detail, np.int32)[layers]
+            columns |= {"window": np.full(len(bins), self._window), "sign": signs.astype(np.int8)}
+            self._write("histograms", {**columns, "layer": self._named(numbers)})
+            self._histograms = LayerHistograms(len(self._detail))
 
-    def _write_traces(self) -> None:
-        rows = self._rows["traces"]
-        steps = np.asarray(rows.pop("step", []), np.int64)
-        for number, index in self._samples.items():
-            columns: dict[str, Any] = {
-                name: np.stack(rows[f"{name} {number}"], axis=1).reshape(-1)
-                for name in ("weight", "gradient", "lc")
-            }
-            columns["index"] = np.repeat(index, len(steps))
-            columns["step"] = np.tile(steps, len(index))
-            self._write("traces", {**columns, "layer": self._plan.layers[number].name})
+    def _write_parameters(self, read: Callable[[int], Tensor], has_gradient: bool) -> None:
+        sums = self._sums.by_element
+        if sums is None:
+            return
+        movement = _Movement(self._layout, self._moves, read)
+        for piece in self._pieces("parameters", self._detail):
+            columns = sums.columns(partial(self._rows, piece), self._sums.n_ok, has_gradient)
+            self._write_piece("parameters", piece, {**columns, **movement.rows(piece)})
 
-    def _write(self, table: str, columns: dict[str, Any]) -> None:
+    def _pieces(self, table: str, numbers: Iterable[int]) -> Iterator[Piece]:
+        """The elements of some layers, cut into at most a row group each."""
+        size = TABLES[table].row_group_size
+        for number in numbers:
+            numel = self._plan.layers[number].numel
+            for start in range(0, numel, size):
+                yield Piece(number, start, min(numel, start + size))
+
+    def _rows(self, piece: Piece, vector: NDArray[Any]) -> NDArray[Any]:
+        return self._layout.rows(torch.from_numpy(vector), *piece).numpy()
+
+    def _write_piece(self, table: str, piece: Piece, columns: Mapping[str, Any]) -> None:
+        place = {
+            "layer": self._plan.layers[piece.number].name,
+            "index": np.arange(piece.start, piece.stop),
+        }
+        self._write(table, {**columns, **place})
+
+    def _write(self, table: str, columns: Mapping[str, Any]) -> None:
         self._writer.write(table, make_table(table, {**columns, "split": self._split.name}))
 
-    def _codes(self, numbers: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], list[str]]:
-        return numbers, [layer.name for layer in self._plan.layers]
 
-    def _number(self, layer: Layer) -> int:
-        return self._numbers[layer.name]
+class _Movement:
+    """How far elements have moved in the intervals that are ok: net, and all the way.
 
-    def _of(self, names: tuple[str, ...]) -> list[tuple[Layer, slice]]:
-        """The named layers and where they are; names come in the plan's order."""
-        numbers = [self._numbers[name] for name in names]
-        return [(self._plan.layers[n], self._slices[n]) for n in numbers]
-
-
-class _Signs:
-    """Signs of LC, movement and gradient: of the span's first and latest interval, [P] int8."""
-
-    def __init__(self, size: int, has_gradient: bool) -> None:
-        self.has_gradient = has_gradient
-        self._zeros = torch.zeros(size, dtype=torch.int8)
-        self._first: dict[str, Tensor | None] = {}
-        self._last: dict[str, Tensor | None] = {}
-
-    def advance(
-        self, lc: Tensor | None, delta: Tensor | None, gradient: Tensor | None
-    ) -> dict[str, Tensor | None]:
-        """Take the next interval; returns where each sign flipped, None without a predecessor."""
-        flips: dict[str, Tensor | None] = {}
-        for name, values in zip(_FLIPS, (lc, delta, gradient), strict=True):
-            sign = None if values is None else torch.sign(values).to(torch.int8)
-            before = self._last.get(name)
-            flips[name] = None if sign is None or before is None else sign * before == -1
-            self._first.setdefault(name, sign)
-            self._last[name] = sign
-        return flips
-
-    def columns(self, where: slice) -> dict[str, Any]:
-        """Columns of `borders` for one layer."""
-        columns: dict[str, Any] = {"index": np.arange(where.stop - where.start)}
-        for end, signs in (("first", self._first), ("last", self._last)):
-            for name in _FLIPS:
-                if name != "gradient" or self.has_gradient:
-                    sign = signs[name]
-                    columns[f"{name}_{end}"] = (self._zeros if sign is None else sign)[
-                        where
-                    ].numpy()
-        return columns
-
-
-class _ElementSums:
-    """Sums over the span's intervals by element, [P]."""
-
-    def __init__(self, size: int) -> None:
-        exact = ("lc", "abs_lc", "displacement", "path_length")
-        whole = ("n_helping", "n_hurting", "n_zero")
-        flips = ("n_flips", "displacement_flips", "gradient_flips")
-        self._sums = {name: torch.zeros(size, dtype=torch.float64) for name in exact}
-        self._sums |= {name: torch.zeros(size, dtype=torch.int32) for name in (*whole, *flips)}
-
-    def add(self, lc: Tensor, delta: Tensor, flips: dict[str, Tensor | None]) -> None:
-        """Add one interval."""
-        sums = self._sums
-        sums["lc"] += lc
-        sums["abs_lc"] += lc.abs()
-        sums["displacement"] += delta
-        sums["path_length"] += delta.abs()
-        sums["n_helping"] += lc < 0
-        sums["n_hurting"] += lc > 0
-        sums["n_zero"] += lc == 0
-        for name, column in zip(_FLIPS, list(sums)[-3:], strict=True):
-            flipped = flips[name]
-            if flipped is not None:
-                sums[column] += flipped
-
-    def columns(self, where: slice, has_gradient: bool) -> dict[str, Any]:
-        """Columns of `parameters` for one layer."""
-        columns: dict[str, Any] = {k: v[where].numpy() for k, v in self._sums.items()}
-        if not has_gradient:
-            del columns["gradient_flips"]
-        return {**columns, "index": np.arange(where.stop - where.start)}
-
-
-def trace_indices(plan: Plan) -> dict[int, np.ndarray[Any, Any]]:
-    """The elements to trace, ascending, by the number of the layer: a seeded sample and named ones.
-
-    The sample of a layer depends on the seed and the layer's name alone.
+    Args:
+        layout: of the flat vectors.
+        intervals: (start, end) step of each.
+        read: gives the vector [P] of a step.
     """
-    named: dict[str, list[int]] = defaultdict(list)
-    for item in plan.settings.trace:
-        match = re.fullmatch(r"(.+):(\d+)", item)
-        if match:
-            named[match[1]].append(int(match[2]))
-    chosen = {}
-    for number, layer in enumerate(plan.layers):
-        if layer.name not in plan.detail_layers and layer.name not in named:
-            continue
-        size = min(plan.trace_sample, layer.numel) if layer.name in plan.detail_layers else 0
-        seed = [plan.settings.trace_seed, zlib.crc32(layer.name.encode())]
-        sample = np.random.default_rng(seed).choice(layer.numel, size, replace=False)
-        index = np.unique(np.concatenate([sample, np.asarray(named[layer.name], np.int64)]))
-        if len(index):
-            chosen[number] = index.astype(np.int64)
-    return chosen
+
+    def __init__(
+        self, layout: Layout, intervals: list[tuple[int, int]], read: Callable[[int], Tensor]
+    ) -> None:
+        self._layout = layout
+        self._net, self._path = (zeros(layout.size, torch.float64) for _ in range(2))
+        step, vector = -1, torch.empty(0)
+        for start, end in intervals:
+            before = vector if step == start else read(start).cpu()
+            step, vector = end, read(end).cpu()
+            segment = _segment(before, vector)
+            for where in layout.blocks():
+                delta = segment.difference(where)
+                self._net[where] += delta
+                self._path[where] += delta.abs()
+            del before, segment  # two vectors at once, not three
+
+    def rows(self, piece: Piece) -> dict[str, NDArray[np.float64]]:
+        """Columns for some elements."""
+        return {
+            "displacement": self._layout.rows(self._net, *piece).numpy(),
+            "path_length": self._layout.rows(self._path, *piece).numpy(),
+        }
+
+
+def _segment(start: Tensor, end: Tensor) -> Segment:
+    return Segment(Point(0, start, {}), Point(1, end, {}))
+
+
+def _on_host(segment: Segment) -> Segment:
+    """The segment with its vectors in the host's memory, brought there once."""
+    ends = segment.start, segment.end
+    if all(point.vector.device.type == "cpu" for point in ends):
+        return segment
+    return Segment(*(replace(point, vector=point.vector.cpu()) for point in ends))
+
+
+def _encoded(names: list[str]) -> tuple[NDArray[np.int32], list[str]]:
+    """Codes and the names they stand for."""
+    unique = list(dict.fromkeys(names))
+    codes = {name: code for code, name in enumerate(unique)}
+    return np.array([codes[name] for name in names], np.int32), unique

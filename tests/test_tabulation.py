@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+import subprocess
+import sys
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scenes
@@ -18,12 +22,19 @@ from torch import Tensor, nn
 from twin import Interval, Twin
 
 import lcray
+from lcray import rowgroups, tabulation
 from lcray.checkpoints import Recorder
 from lcray.drafting import make_plan, make_settings
-from lcray.planning import Plan
-from lcray.schema import table_schema
+from lcray.interval import IntervalLC
+from lcray.layers import Layer
+from lcray.layout import Layout
+from lcray.path import Point, Segment
+from lcray.planning import Plan, Settings, Span, SplitPlan
+from lcray.rowgroups import ElementsWriter
+from lcray.schema import TABLES, table_schema
 from lcray.shards import span_folder
 from lcray.span import Workspace
+from lcray.tabulation import SplitTables
 from lcray.task import Task
 
 STEPS = (0, 1, 2, 3, 4, 5)
@@ -543,3 +554,237 @@ def test_layers_without_elements_have_rows_of_zero(tmp_path: Path) -> None:
     total = layers.groupby(["split", "start_step"], observed=True)["lc"].sum()
     expected = frame.set_index(["split", "start_step"])["lc"]
     assert ((total - expected).abs() < 1e-12).all()
+
+
+@pytest.mark.usefixtures("inline")
+def test_tables_do_not_depend_on_when_rows_are_written(
+    plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tables(name: str) -> dict[str, Any]:
+        out = tmp_path / name
+        results = lcray.analyze(plain_run, scenes.plain, out, span_length=5, elements=True)
+        checked = lcray.verify(out)
+        assert checked.ok, checked.problems
+        return {table: getattr(results, table)() for table in ("layers", "units", "groups")}
+
+    whole = tables("whole")
+    few = {name: replace(table, row_group_size=3) for name, table in TABLES.items()}
+    monkeypatch.setattr(rowgroups, "TABLES", few)
+    for table, frame in tables("pieces").items():
+        assert len(frame) > 3 * 3 and frame.equals(whole[table])
+
+
+class Collected:
+    """Stands for the writer of the shards of one span: keeps the tables it is given."""
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+        self.tables: dict[str, list[pa.Table]] = defaultdict(list)
+
+    def write(self, table: str, data: pa.Table) -> None:
+        assert len(data) <= TABLES[table].row_group_size
+        self.tables[table].append(data)
+
+    def rows(self, table: str) -> Rows:
+        return [row for part in self.tables[table] for row in part.to_pylist()]
+
+
+def synthetic_plan(
+    shapes: list[tuple[int, ...]], intervals: int, memory_format: str = "contiguous"
+) -> Plan:
+    layers = tuple(Layer(f"layer{n}", "", "parameter", s, 0, True) for n, s in enumerate(shapes))
+    names = tuple(layer.name for layer in layers)
+    return Plan(
+        settings=Settings(),
+        layers=layers,
+        splits=(SplitPlan("train", 1, 1, 1.0, 1.0, 1),),
+        spans=(Span(tuple(range(intervals + 1))),),
+        window=1000,
+        tables=("intervals", "layers", "units", "histograms", "parameters", "traces", "elements"),
+        unit_layers=names,
+        detail_layers=names,
+        trace_sample=4,
+        memory_format=memory_format,
+    )
+
+
+def ok_interval(start: int, lc: Tensor, gradient: Tensor) -> IntervalLC:
+    return IntervalLC(start, start + 1, "ok", 1.0, 1.0, "simpson", lc, start_gradient=gradient)
+
+
+def tabulate(plan: Plan, points: list[Tensor], bad: tuple[int, ...] = ()) -> Collected:
+    """The rows of a span along `points`, with random LC and gradients; all in rows' order."""
+    layout, contiguous = Layout(plan.layers, plan.memory_format), Layout(plan.layers)
+    at = [layout.places(n, np.arange(layer.numel)) for n, layer in enumerate(plan.layers)]
+    places = torch.from_numpy(np.concatenate(at))
+
+    def placed(vector: Tensor) -> Tensor:
+        return torch.empty_like(vector).index_copy_(0, places, vector)
+
+    random = torch.Generator().manual_seed(1)
+    writer = Collected(plan.spans[0])
+    with ElementsWriter(writer) as elements:  # type: ignore[arg-type]
+        tables = SplitTables(plan, plan.splits[0], writer, elements)  # type: ignore[arg-type]
+        for t in range(len(points) - 1):
+            ends = (Point(t + i, placed(points[t + i]), {}) for i in (0, 1))
+            lc = torch.randn(contiguous.size, generator=random, dtype=torch.float64)
+            gradient = torch.randn(contiguous.size, generator=random)
+            result = ok_interval(t, placed(lc), placed(gradient))
+            if t in bad:
+                result = IntervalLC(t, t + 1, "nonfinite_loss", math.nan, math.nan, "simpson")
+            tables.add(result, Segment(*ends))
+        tables.write(lambda step: placed(points[step]))
+    return writer
+
+
+def test_movement_is_that_of_the_intervals_that_are_ok() -> None:
+    random = torch.Generator().manual_seed(0)
+    points = [torch.randn(6, generator=random) for _ in range(8)]
+    for point in points:
+        point[0] = -math.inf  # it does not move
+        point[1] = 0.25
+    found = tabulate(synthetic_plan([(2, 3)], 7), points, bad=(0, 3, 4)).rows("parameters")
+    for i, row in enumerate(found):
+        values = [float(point[i]) for point in points]
+        moves = [values[t + 1] - values[t] for t in (1, 2, 5, 6)] if i else [0.0]
+        assert row["index"] == i
+        assert abs(row["displacement"] - math.fsum(moves)) <= 1e-14
+        assert abs(row["path_length"] - math.fsum(map(abs, moves))) <= 1e-14
+        assert row["n_helping"] + row["n_hurting"] + row["n_zero"] == 4
+    assert found[1]["displacement"] == found[1]["path_length"] == 0
+
+
+def test_rows_by_element_do_not_depend_on_the_order_in_memory() -> None:
+    shapes = [(3, 4, 2, 2), (5,), (2, 3, 2, 1, 2), (7, 2)]
+    size = sum(math.prod(shape) for shape in shapes)
+    random = torch.Generator().manual_seed(0)
+    points = [torch.randn(size, generator=random) for _ in range(5)]
+    formats = ("contiguous", "channels_last")
+    plain, last = (tabulate(synthetic_plan(shapes, 4, f), points, bad=(2,)) for f in formats)
+    for table in ("parameters", "borders", "traces", "elements"):
+        assert len(plain.rows(table)) > size / 4
+        assert last.rows(table) == plain.rows(table)
+
+
+def test_large_layers_are_written_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: replace(table, row_group_size=10) for name, table in TABLES.items()}
+    monkeypatch.setattr(tabulation, "TABLES", few)
+    handed, put = [], ElementsWriter.put
+
+    def watched(self: ElementsWriter, split: str, step: int, parts: Any) -> None:
+        handed.append(sum(len(values) for _, _, values in parts))
+        put(self, split, step, parts)
+
+    monkeypatch.setattr(ElementsWriter, "put", watched)
+    shapes = [(5, 5), (3,), (2,), (4, 5)]
+    random = torch.Generator().manual_seed(0)
+    points = [torch.randn(50, generator=random) for _ in range(4)]
+    found = tabulate(synthetic_plan(shapes, 3), points)
+    pieces = [10, 10, 5, 3, 2, 10, 10]
+    assert [len(part) for part in found.tables["parameters"]] == pieces
+    assert [len(part) for part in found.tables["borders"]] == pieces
+    assert [len(part) for part in found.tables["elements"]] == pieces * 3
+    assert handed == [10, 10, 5 + 3 + 2, 10, 10] * 3  # small layers together
+    index = [i for shape in shapes for i in range(math.prod(shape))]
+    assert [row["index"] for row in found.rows("parameters")] == index
+    assert [row["index"] for row in found.rows("elements")] == index * 3
+    assert max(len(part) for part in found.tables["traces"]) <= 10
+    assert len(found.rows("traces")) == (4 + 3 + 2 + 4) * 3
+
+
+def held_bytes(root: object) -> int:
+    """Bytes of every array and tensor that can be reached from `root`, each counted once."""
+    seen: set[int] = set()
+    total, todo = 0, [root]
+    while todo:
+        item = todo.pop()
+        while isinstance(item, np.ndarray) and item.base is not None:
+            item = item.base
+        if isinstance(item, Tensor):
+            item = item.untyped_storage()
+        key = item.data_ptr() if isinstance(item, torch.UntypedStorage) else id(item)
+        if key in seen:
+            continue
+        seen.add(key)
+        if isinstance(item, np.ndarray | torch.UntypedStorage):
+            total += item.nbytes if isinstance(item, np.ndarray) else item.nbytes()
+        elif isinstance(item, dict):
+            todo += item.values()
+        elif isinstance(item, list | tuple | set | deque):
+            todo += item
+        elif type(item).__module__.startswith("lcray."):
+            todo += vars(item).values()
+    return total
+
+
+ELEMENT_BYTES = 23  # an element of the model, for the sums of a split
+LAYER_BYTES = 32_000  # a layer, for its histograms and rows
+
+
+@pytest.mark.parametrize("shapes", [[(1000, 1000)], [(100, 100)] * 100], ids=["one", "many"])
+def test_a_split_holds_23_bytes_an_element(shapes: list[tuple[int, ...]]) -> None:
+    plan = synthetic_plan(shapes, 255)
+    plan = replace(plan, tables=tuple(t for t in plan.tables if t != "elements"))
+    size = sum(math.prod(shape) for shape in shapes)
+    random = torch.Generator().manual_seed(0)
+    points = [torch.randn(size, generator=random) for _ in range(2)]
+    writer = Collected(plan.spans[0])
+    with ElementsWriter(writer) as elements:  # type: ignore[arg-type]
+        tables = SplitTables(plan, plan.splits[0], writer, elements)  # type: ignore[arg-type]
+        for t in range(3):
+            segment = Segment(Point(t, points[t % 2], {}), Point(t + 1, points[1 - t % 2], {}))
+            lc = torch.randn(size, generator=random, dtype=torch.float64)
+            tables.add(ok_interval(t, lc, points[0]), segment)
+        held = held_bytes(tables)
+    assert held >= ELEMENT_BYTES * size  # else the count misses something
+    assert held <= ELEMENT_BYTES * size + LAYER_BYTES * len(shapes) + 200_000
+
+
+GROWTH = """
+import math, resource, sys
+import torch
+from test_tabulation import (
+    Collected, ElementsWriter, Point, Segment, SplitTables, ok_interval, replace, synthetic_plan
+)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+n, width = int(sys.argv[1]), int(sys.argv[2])
+plan = synthetic_plan([(width, width)] * n, 2)
+plan = replace(plan, tables=tuple(t for t in plan.tables if t != "elements"))
+writer = Collected(plan.spans[0])
+writer.write = lambda table, data: None
+warm = synthetic_plan([(4, 4)], 2)
+
+def tabulate(plan):
+    size = sum(layer.numel for layer in plan.layers)
+    lc = torch.randn(size, dtype=torch.float64)
+    points = [torch.randn(size) for _ in range(2)]
+    start = peak()
+    with ElementsWriter(writer) as elements:
+        tables = SplitTables(plan, plan.splits[0], writer, elements)
+        for t in range(2):
+            segment = Segment(Point(t, points[t], {}), Point(t + 1, points[1 - t], {}))
+            tables.add(ok_interval(t, lc, points[0]), segment)
+        added = peak()
+        tables.write(lambda step: points[step % 2])
+    return added - start, peak() - added
+
+tabulate(replace(warm, tables=plan.tables))
+print(*tabulate(plan))
+"""
+
+
+@pytest.mark.parametrize(("n", "width"), [(1, 2800), (1225, 80)], ids=["one", "many"])
+def test_nothing_of_the_size_of_the_model_is_made_on_the_way(n: int, width: int) -> None:
+    command = [sys.executable, "-c", GROWTH, str(n), str(width)]
+    child = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent, check=True
+    )
+    added, written = map(int, child.stdout.split())
+    size = n * width**2
+    assert size > 7e6
+    slack = 1.5 * size  # one more float32 vector would not fit
+    assert added <= ELEMENT_BYTES * size + LAYER_BYTES * n + slack
+    assert written <= 16 * size + 60e6  # the movement, and what a row group takes

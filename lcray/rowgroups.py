@@ -1,0 +1,144 @@
+"""Rows on their way to the shards: held until they fill a row group, or written by a thread."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcray.arrow import make_table
+from lcray.schema import TABLES
+from lcray.shards import ShardWriter
+
+Columns = Mapping[str, Any]
+
+
+class IntervalRows:
+    """Rows of one table and split of which every interval brings equally many, [n].
+
+    Args:
+        table: its name.
+        fixed: the columns that are the same in every interval, [n] each; a string column as
+            (codes [n], names).
+        write: takes the table's name and the columns of a row group.
+    """
+
+    def __init__(self, table: str, fixed: Columns, write: Callable[[str, Columns], None]) -> None:
+        self._table, self._fixed, self._write = table, fixed, write
+        first = next(iter(fixed.values()))
+        self._n = len(first[0] if isinstance(first, tuple) else first)
+        self._most = TABLES[table].row_group_size // max(1, self._n)
+        self._held: list[tuple[Mapping[str, int], Mapping[str, NDArray[Any]]]] = []
+
+    def add(self, numbers: Mapping[str, int], columns: Mapping[str, NDArray[Any]]) -> None:
+        """Add the rows of an interval.
+
+        Args:
+            numbers: columns that have one value in the interval.
+            columns: the others, [n] each.
+        """
+        if self._n and len(self._held) >= self._most:
+            self.flush()
+        if self._n:
+            self._held.append((numbers, columns))
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if not self._held:
+            return
+        times = len(self._held)
+        joined: dict[str, Any] = {name: _tiled(part, times) for name, part in self._fixed.items()}
+        for name in self._held[0][0]:
+            joined[name] = np.repeat([numbers[name] for numbers, _ in self._held], self._n)
+        for name in self._held[0][1]:
+            joined[name] = np.concatenate([columns[name] for _, columns in self._held])
+        self._held.clear()
+        self._write(self._table, joined)
+
+
+def _tiled(part: Any, times: int) -> Any:
+    if isinstance(part, tuple):
+        return np.tile(part[0], times), part[1]
+    return np.tile(part, times)
+
+
+class Piece(NamedTuple):
+    """Rows of a table by element: those of the elements `start` to `stop` of a layer."""
+
+    number: int
+    start: int
+    stop: int
+
+
+#: Handed over but not begun; so at most one more is in memory.
+_WAITING = 2
+
+
+class ElementsWriter:
+    """Writes `elements` for all splits of a span in one thread, the only one at that table.
+
+    A context manager, to be left before the writer of the shards is.
+
+    Args:
+        writer: of the span's shards.
+    """
+
+    def __init__(self, writer: ShardWriter) -> None:
+        self._writer = writer
+        self._thread = ThreadPoolExecutor(1, "lcray-elements")  # started by the first rows
+        self._pending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> ElementsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def put(
+        self, split: str, start_step: int, parts: Sequence[tuple[str, int, NDArray[np.float32]]]
+    ) -> None:
+        """Hand over rows of one interval; waits while others wait already.
+
+        Args:
+            split: the split.
+            start_step: of the interval.
+            parts: layer, index of its first element, and LC [n]; they are the thread's from now on.
+
+        Raises:
+            OutputError: if the disk has refused rows that came before.
+        """
+        while self._pending and (len(self._pending) > _WAITING or self._pending[0].done()):
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(self._write, split, start_step, parts))
+
+    def drain(self) -> None:
+        """Wait until all is written.
+
+        Raises:
+            OutputError: if the disk has refused some of it.
+        """
+        while self._pending:
+            self._pending.popleft().result()
+
+    def close(self) -> None:
+        """Stop; what waits is dropped."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _write(
+        self, split: str, start_step: int, parts: Sequence[tuple[str, int, NDArray[np.float32]]]
+    ) -> None:
+        for layer, first, lc in parts:
+            index = np.arange(first, first + len(lc))
+            columns = {"split": split, "start_step": start_step, "layer": layer}
+            table = make_table("elements", {**columns, "index": index, "lc": lc})
+            self._writer.write("elements", table)
