@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from lcray.data import SplitData
@@ -67,7 +66,7 @@ class SplitAllocator:
         self._expected = expected
         self._scratch = scratch or Scratch(engine)
         self._left: Node | None = None
-        self._left_gradient = torch.zeros_like(engine.flat.theta)
+        self._left_gradient = engine.flat.new_vector()
         self._trusted = False  # whether the embedded rule may stand alone
         self._seen = 0  # intervals
 

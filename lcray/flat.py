@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lcray.errors import CheckpointError, TaskError
 from lcray.layers import Layer, describe_layers
 from lcray.layout import BLOCK, Layout
+from lcray.vectors import zeros
 
 
 class FlatModel:
@@ -47,8 +48,8 @@ class FlatModel:
         if not any(layer.trainable for layer in self.layers):
             raise TaskError("model: no parameter requires a gradient, so there is nothing to learn")
         self.layout = Layout(self.layers)
-        self.theta = torch.zeros(self.layout.size, device=device, dtype=dtype)
-        self.grad = torch.zeros_like(self.theta)
+        self.theta = zeros(self.layout.size, dtype, device)
+        self.grad = zeros(self.layout.size, dtype, device)
         for number in range(len(self.layers)):
             self._tie(number)
         self.base = self.theta.cpu().clone() if partial else None
@@ -109,10 +110,15 @@ class FlatModel:
                 buffer.requires_grad_(wanted)
                 buffer.grad = self.grad[where].view(layer.shape) if wanted else None
 
+    def new_vector(self) -> Tensor:
+        """A vector of zeros, [P] in the compute dtype on the device."""
+        return zeros(len(self.theta), self.theta.dtype, self.theta.device)
+
     def new_point(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Memory for a checkpoint: a vector [P] on the CPU, and its part of each layer, by name."""
-        pinned = self.theta.device.type == "cuda"
-        vector = torch.empty(len(self.theta), dtype=self.theta.dtype, pin_memory=pinned)
+        vector = zeros(len(self.theta), self.theta.dtype)
+        if self.theta.device.type == "cuda":
+            vector = vector.pin_memory()
         if self.base is not None:
             vector.copy_(self.base)
         parts = {

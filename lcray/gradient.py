@@ -25,6 +25,7 @@ from lcray.flat import FlatModel
 from lcray.normalization import Normalization, depends_on_batches
 from lcray.path import Segment
 from lcray.task import Task
+from lcray.vectors import zeros
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class GradientEngine:
 
     def new_vector(self) -> Tensor:
         """A float64 vector [P] of zeros on the device, for gradients and their sums."""
-        return torch.zeros_like(self.flat.theta, dtype=torch.float64)
+        return zeros(len(self.flat.theta), torch.float64, self.flat.theta.device)
 
     def evaluate(
         self,
@@ -128,7 +129,8 @@ class GradientEngine:
                 part.sum().backward(retain_graph=number + 1 < len(parts))
             except Exception as error:
                 raise _failed(_where(split, index), "its backward pass failed", error) from error
-            out.add_(self.flat.grad, alpha=share)
+            for where in self.flat.blocks():  # whole, the float64 copy would be one more vector
+                out[where].add_(self.flat.grad[where], alpha=share)
             sums.add_dots(group, self.flat.grad)
             self.flat.grad.zero_()
 
@@ -257,15 +259,14 @@ class _Sums:
 
 def layer_dots(flat: FlatModel, gradient: Tensor, segment: Segment) -> Tensor:
     """Σ g·Δ over each layer, [L] float64, a block at a time; `gradient` is [P]."""
-    parts: dict[int, list[Tensor]] = {}
-    size = next(flat.blocks()).stop if flat.layout.size else 1
+    # Into one tensor: small ones that stay would keep the heap from using the blocks' room again.
+    sums = torch.zeros(len(flat.layers), dtype=torch.float64, device=gradient.device)
+    size = next(flat.blocks()).stop
     for block, pieces in flat.layout.pieces(size):
         product = segment.difference(block) * gradient[block]
         for number, where in pieces:
-            parts.setdefault(number, []).append(product[where].sum())
-    nothing = torch.zeros((), dtype=torch.float64, device=gradient.device)
-    sums = [sum(parts.get(number, ()), nothing) for number in range(len(flat.layers))]
-    return torch.stack(sums)
+            sums[number] += product[where].sum()
+    return sums
 
 
 def _where(split: SplitData, index: int) -> str:

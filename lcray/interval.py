@@ -128,8 +128,8 @@ class Scratch:
 
     def __init__(self, engine: GradientEngine) -> None:
         self.total = engine.new_vector()
-        self.middle = torch.zeros_like(engine.flat.theta)
-        self.right = torch.zeros_like(engine.flat.theta)
+        self.middle = engine.flat.new_vector()
+        self.right = engine.flat.new_vector()
 
 
 class Interval:

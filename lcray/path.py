@@ -18,6 +18,7 @@ from torch import Tensor
 from lcray.flat import FlatModel
 
 _KEEP = 1 << 20  # elements: below, Δ is kept whole (8 MiB)
+_BLOCK = 1 << 16
 _ALL = slice(None)
 
 
@@ -64,9 +65,8 @@ class Segment:
     @cached_property
     def is_finite(self) -> bool:
         """Whether the path is; a NaN in either checkpoint breaks it."""
-        size = len(self.start.vector)
-        starts = range(0, size, _KEEP)
-        return all(bool(self.difference(slice(a, a + _KEEP)).isfinite().all()) for a in starts)
+        starts = range(0, len(self.start.vector), _BLOCK)
+        return all(bool(self.difference(slice(a, a + _BLOCK)).isfinite().all()) for a in starts)
 
     def moving_buffers(self, flat: FlatModel) -> frozenset[int]:
         """Indices of the float buffers that move."""

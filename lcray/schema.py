@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from lcray.errors import UsageError, suggest
 
 #: Version of the tables, shards and commits; readers refuse any other.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 #: The value of `window` in `fits` that stands for the whole run.
 WHOLE_RUN = -1

@@ -22,18 +22,18 @@ from lcray.errors import TaskError
 from lcray.gradient import Evaluation
 from lcray.layers import Layer
 from lcray.path import Segment
-from lcray.planning import Plan, Settings, Span, SplitPlan
+from lcray.planning import Plan, Settings, Span, SplitPlan, shares_pass
 from lcray.quadrature import get_rule
 from lcray.rowgroups import ElementsWriter
 from lcray.shards import ShardWriter
 from lcray.tabulation import SplitTables
 from lcray.task import Task, source_hash
 from lcray.tuning import Tuning, tune
+from lcray.vectors import release
 from lcray.walk import Walk
 from lcray.workbench import Workbench
 
-_STATE_BYTES = 27  # an element, that each split beyond the first adds to a pass, in float32
-_SHARED_BYTES = 1 << 26  # above, reading the checkpoints again is the smaller cost
+_LOADED_LATER = 96 << 20  # bytes: libraries and kernels that a worker loads only as it needs them
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,8 @@ class Workspace:
     def _worker_bytes(self, tuning: Tuning) -> int:
         data = sum(s.batches.nbytes for s in self.bench.splits if s.batches.resident)
         widest = max(max(split.batch_sizes) for split in self.bench.splits)
-        return self.bench.base_bytes + data + math.ceil(tuning.sample_bytes * widest)
+        own = self.bench.base_bytes + _LOADED_LATER
+        return own + data + math.ceil(tuning.sample_bytes * widest)
 
     def _go_to_first(self) -> None:
         known = {self._first.step: self._first.sha256}
@@ -241,6 +242,7 @@ class Workspace:
         for split, planned in zip(self.bench.splits, plan.splits, strict=True):
             if (split.name, split.groups) != (planned.name, planned.groups):
                 raise TaskError(f"task split {split.name!r}: other groups than in the plan")
+        release()  # what building, probing or the span before have left
         hashes: dict[int, str] = {}
         n_gradients = 0
         with ShardWriter(out, span, attempt) as writer, ElementsWriter(writer) as elements:
@@ -262,8 +264,8 @@ class Workspace:
     def _passes(self, plan: Plan) -> list[list[str]]:
         """The splits that share a pass over the checkpoints: all, unless their state is large."""
         names = [split.name for split in plan.splits]
-        more = _STATE_BYTES * self.flat.layout.size * (len(names) - 1)
-        return [names] if more <= _SHARED_BYTES else [[name] for name in names]
+        shared = shares_pass(self.flat.layout.size, len(names))
+        return [names] if shared else [[name] for name in names]
 
     def _pass(
         self,

@@ -435,7 +435,7 @@ def write_span(
 
 def write_analysis(out: Path, world: World) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format_version": 1, "plan": world.plan.to_dict()})
+    text = json.dumps({"format_version": 2, "plan": world.plan.to_dict()})
     (out / "analysis.json").write_text(text)
 
 

@@ -498,8 +498,8 @@ class TestPlans:
             ("[]", CorruptionError, "not a JSON object"),
             ("{}", UsageError, "not a plan.*make one with lcray plan --save"),
             ('{"format_version": 99, "plan": {}}', UsageError, "format version 99"),
-            ('{"format_version": 1, "plan": {"settings": {}}}', UsageError, "not a plan"),
-            ('{"format_version": 1, "plan": []}', UsageError, "not a plan"),
+            ('{"format_version": 2, "plan": {"settings": {}}}', UsageError, "not a plan"),
+            ('{"format_version": 2, "plan": []}', UsageError, "not a plan"),
         ],
     )
     def test_a_damaged_plan(

@@ -83,7 +83,7 @@ def test_parquet_gives_the_same_table_back(name: str) -> None:
     file = pq.ParquetFile(io.BytesIO(sink.getvalue()))
     assert file.read().equals(table)
     assert file.schema_arrow.equals(TABLES[name].schema)
-    assert file.schema_arrow.metadata[b"lcray.format_version"] == b"1"
+    assert file.schema_arrow.metadata[b"lcray.format_version"] == b"2"
     for at, field in enumerate(table.schema):
         column = file.metadata.row_group(0).column(at)
         assert column.compression == "ZSTD"

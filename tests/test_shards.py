@@ -361,7 +361,7 @@ def test_a_commit_is_read_strictly(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("format_version", 2), "format version 2"),
+        (_set("format_version", 1), "format version 1"),
         (_set("span", [0, 2]), "not those of the plan"),
     ],
 )
