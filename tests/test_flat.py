@@ -455,5 +455,5 @@ def test_what_is_in_place_is_not_copied_and_its_stored_type_is_checked() -> None
     found, constants = flat.flatten({**parts, "count": torch.tensor([4, 5])}, 70, vector)
     assert found is vector and vector.tolist() == list(range(18))
     assert constants["count"].tolist() == [4, 5]
-    with pytest.raises(CheckpointError, match="is stored as torch.int64, the model's is a float"):
+    with pytest.raises(CheckpointError, match=r"is stored as torch\.int64, the model's is a float"):
         flat.flatten({**parts, "count": torch.tensor([4, 5])}, 70, vector, {"shift": torch.int64})
