@@ -11,14 +11,15 @@ in float64, in the order of the batches, so that a result is a function of the p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lcray.convolution import PaddedConvolutions
 from lcray.data import SplitData
 from lcray.errors import TaskError, brief
 from lcray.flat import FlatModel
@@ -62,7 +63,12 @@ class GradientEngine:
         self._loss = task.loss
         fixed = depends_on_batches(flat.model, batch_norm)
         self._normalization = Normalization(batch_norm, fixed_batches=fixed)
-        self._first = True
+        self._convolutions = PaddedConvolutions()
+        self._untried = True
+
+    def forget(self) -> None:
+        """Find out anew which functions the model needs; its memory format has changed."""
+        self._untried = True
 
     def new_vector(self) -> Tensor:
         """A float64 vector [P] of zeros on the device, for gradients and their sums."""
@@ -94,7 +100,7 @@ class GradientEngine:
             if replaces:
                 out.zero_()
             self.flat.grad.zero_()  # an evaluation that failed half-way may have left something
-        with self._context(), torch.enable_grad():
+        with self._functions(), torch.enable_grad():
             for index, batch in enumerate(split.batches):
                 losses, weights = self._item_losses(split, index, batch)
                 sums.add_losses(index, losses, weights)
@@ -106,11 +112,15 @@ class GradientEngine:
             out.div_(found.total_weight)
         return found
 
-    def _context(self) -> AbstractContextManager[Any]:
-        """The mode of BatchNorm; the first evaluation tells whether the model has any."""
-        needed = self._first or self._normalization.used
-        self._first = False
-        return self._normalization if needed else nullcontext()
+    @contextmanager
+    def _functions(self) -> Iterator[None]:
+        """Our own versions of some functions; the first evaluation tells which the model needs."""
+        with ExitStack() as stack:
+            for mode in (self._normalization, self._convolutions):
+                if mode.used or self._untried:
+                    stack.enter_context(mode)
+            self._untried = False
+            yield
 
     def _add_gradients(
         self,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import psutil
 import torch
 from torch import Tensor
 
-from lcray.batches import Batches
 from lcray.data import SplitData, SplitSource, open_split
 from lcray.errors import UsageError
 from lcray.flat import FlatModel
@@ -118,25 +116,12 @@ class Workbench:
         if memory_format != self.memory_format:
             self._splits = None
             self.flat.set_memory_format(memory_format)
+            self.engine.forget()
             self.memory_format = memory_format
 
     def excerpt(self, number: int, batch_size: int, count: int = 1) -> SplitData:
         """The largest `count` batches of a split cut to `batch_size`, without groups."""
-        # Labels would be found by reading every batch.
-        whole = replace(
-            self.sources[number],
-            groups=(),
-            _task=replace(self._task, groups=None),
-            _constants=None,
-        ).cut(batch_size, place=self._place, resident_bytes=0)
-        sizes = whole.batch_sizes
-        chosen = sorted(range(len(sizes)), key=lambda i: -sizes[i])[:count]
-        placed = [whole.batches[i] for i in chosen]
-        batches = Batches(
-            len(placed), placed.__getitem__, self._place, self.device, placed=placed, nbytes=0
-        )
-        sizes = tuple(sizes[i] for i in chosen)
-        return replace(whole, n_samples=sum(sizes), batches=batches, batch_sizes=sizes)
+        return self.sources[number].excerpt(batch_size, count, place=self._place)
 
     def _open(self) -> tuple[SplitSource, ...]:
         seed = self.settings.batch_seed if self.fixed_batches else None

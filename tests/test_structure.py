@@ -31,6 +31,7 @@ ORDER = (
     "costs",
     "drafting",
     "normalization",
+    "convolution",
     "flat",
     "path",
     "walk",

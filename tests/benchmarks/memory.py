@@ -1,7 +1,9 @@
 """A worker's memory, beside activations and data, in float32 vectors of the parameters.
 
-The network is wide (P = 7.4 million) and the data small, so that vectors of P are what counts. What
-a process takes that has imported everything and has worked on a tiny network is subtracted.
+The networks are wide and the data small, so that vectors of P are what counts. What a process takes
+that has imported everything and has worked on a tiny network is subtracted. What is left has a
+part that does not grow with P (buffers of fixed size, code that only large matrices need): so two
+networks are measured, and the slope between them is the figure beside that of the larger one.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from .player import Player
 from .suite import Bench, Row
 from .tasks import mlp, record
 
-WIDTHS, TINY = (4096, 1024), (4,)
+WIDE, WIDER, TINY = (4096, 1024), (8192, 1024), (4,)
 SAMPLES = 64
 INTERVALS = 4
 RULES: dict[str, dict[str, Any]] = {
@@ -41,9 +43,9 @@ class Footprint:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
-    def wide(self, run: str, options: dict[str, Any]) -> int:
+    def wide(self, widths: list[int], run: str, options: dict[str, Any]) -> int:
         """The most bytes that were ever in use."""
-        self._work(WIDTHS, run, options)
+        self._work(tuple(widths), run, options)
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def _work(self, widths: tuple[int, ...], run: str, options: dict[str, Any]) -> None:
@@ -54,18 +56,28 @@ class Footprint:
 
 
 def measure(bench: Bench) -> Iterator[Row]:
-    """One process for each rule: the peak of a process never falls."""
-    task = mlp(WIDTHS, 1000)
-    size = sum(parameter.numel() for parameter in task.model().parameters())
-    wide = str(record(task, bench.folder / "wide", INTERVALS))
+    """One process for each rule and size: the peak of a process never falls."""
     tiny = str(record(mlp(TINY, 1000), bench.folder / "tiny", INTERVALS))
+    runs: dict[tuple[int, ...], tuple[str, int]] = {}
+    for widths in (WIDE, WIDER):
+        task = mlp(widths, 1000)
+        run = record(task, bench.folder / f"wide-{widths[0]}", INTERVALS)
+        runs[widths] = str(run), sum(p.numel() for p in task.model().parameters())
     for name in bench.pick([*RULES], ["simpson", "auto"]):
         if not adapter.has_rule(RULES[name].get("rule", "simpson")):
             continue
-        with Player("tests.benchmarks.memory:Footprint", adapter.worker_environment()) as player:
-            base = player.ask("tiny", run=tiny)
-            extra = player.ask("wide", run=wide, options=RULES[name]) - base
-        yield Row(f"memory {name}", "memory_over_parameters", extra / (4 * size), "4 P bytes")
+        found = []
+        for widths, (run_of, size) in runs.items():
+            environment = adapter.worker_environment()
+            with Player("tests.benchmarks.memory:Footprint", environment) as player:
+                base = player.ask("tiny", run=tiny)
+                peak = player.ask("wide", widths=widths, run=run_of, options=RULES[name])
+            found.append((4 * size, peak - base))
+        (small, less), (large, more) = found
+        case = f"memory {name}"
+        yield Row(case, "memory_over_parameters", more / large, "4 P bytes")
+        slope = (more - less) / (large - small)
+        yield Row(case, "memory_growth_with_parameters", slope, "4 P bytes")
 
 
 CASES = {"memory": measure}

@@ -90,7 +90,7 @@ def measure(net: Net, bench: Bench) -> Iterator[Row]:
     ):
         plan, flops = one.ask("draft"), one.ask("flops")
         ask_all((one, two), "use", plan=plan)
-        done = [play(net, naive, one, two) for _ in range(bench.pick(6, 2))]
+        done = [play(net, naive, one, two) for _ in range(bench.pick(4, 2))]
     yield from rows(net.name, done[1:], samples, flops)  # the first one warms up
 
 
