@@ -40,8 +40,8 @@ class SplitData:
     Attributes:
         name: of the split.
         n_samples: samples in all.
-        batches: on the device, or streamed to it; floats in the compute dtype. Tensors that are
-            as needed already are not copied: the batches are views of the user's.
+        batches: on the device, or streamed to it; floats in the compute dtype. They are copies, so
+            that a loss that writes into its batch does not reach the user's data.
         batch_sizes: samples a batch.
         labels: the group label per item of each batch, [n], on the host; empty without groups.
         numbers: the same as positions in `groups`, [n], on the device; ``len(groups)`` stands for

@@ -93,6 +93,8 @@ class FlatModel:
         layer = self.layers[number]
         tensor = self._tensors[layer.name]
         tensor.grad = None  # one of another layout could not stay meanwhile
+        if layer.kind == "buffer":
+            tensor.requires_grad_(False)  # until it is to move again
         tensor.data = self.layout.shaped(self.theta, number)
         if layer.trainable:
             tensor.grad = self.layout.shaped(self.grad, number)

@@ -63,11 +63,7 @@ class GradientEngine:
         self._loss = task.loss
         fixed = depends_on_batches(flat.model, batch_norm)
         self._normalization = Normalization(batch_norm, fixed_batches=fixed)
-        self._convolutions = PaddedConvolutions()
-        self._untried = True
-
-    def forget(self) -> None:
-        """Find out anew which functions the model needs; its memory format has changed."""
+        self._always = fixed
         self._untried = True
 
     def new_vector(self) -> Tensor:
@@ -114,13 +110,18 @@ class GradientEngine:
 
     @contextmanager
     def _functions(self) -> Iterator[None]:
-        """Our own versions of some functions; the first evaluation tells which the model needs."""
+        """Our own versions of some functions.
+
+        An evaluation that succeeds tells whether the model normalizes at all.
+        """
         with ExitStack() as stack:
-            for mode in (self._normalization, self._convolutions):
-                if mode.used or self._untried:
-                    stack.enter_context(mode)
-            self._untried = False
+            if self._always or self._untried or self._normalization.used:
+                stack.enter_context(self._normalization)
+            # By a rule that knows no history: workers must compute alike.
+            if self.flat.layout.memory_format == "channels_last":
+                stack.enter_context(PaddedConvolutions())
             yield
+        self._untried = False
 
     def _add_gradients(
         self,

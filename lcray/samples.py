@@ -55,7 +55,7 @@ def open_samples(name: str, data: Data, task: Task) -> Samples:
 
 
 class TensorSamples:
-    """Tensors that share their first axis; batches are views of them where that is possible."""
+    """Tensors that share their first axis; batches are copies, which a loss may write into."""
 
     def __init__(
         self, tensors: Sequence[Tensor], make: Callable[[Iterator[Tensor]], Sequence[Tensor]]
@@ -67,15 +67,13 @@ class TensorSamples:
 
     def batch(self, index: Index, where: str) -> Sequence[Tensor]:
         """Rows of the tensors."""
-        rows: slice | Tensor
-        if isinstance(index, range):  # views
+        if isinstance(index, range):
             rows = slice(index.start, index.stop)
-        else:
-            rows = torch.from_numpy(index)
-        return self._make(tensor[rows] for tensor in self._tensors)
+            return self._make(tensor[rows].clone() for tensor in self._tensors)
+        return self._make(tensor[torch.from_numpy(index)] for tensor in self._tensors)
 
     def scan(self, digest: Digest, chunk: int) -> Iterator[tuple[int, Callable[[], Any]]]:
-        """Add the tensors whole; the batches are views."""
+        """Add the tensors whole."""
         digest.add(self._tensors)
         for index in _chunks(len(self), chunk):
             yield len(index), partial(self.batch, index, "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 
 import torch
@@ -22,7 +23,9 @@ def zeros(size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
     nbytes = size * dtype.itemsize
     if torch.device(device).type != "cpu" or nbytes < _LEAST:
         return torch.zeros(size, dtype=dtype, device=device)
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype, count=size)
+    # Private: a child that a process forks must not write into its parent's vectors.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    return torch.frombuffer(mmap.mmap(-1, nbytes, **private), dtype=dtype, count=size)
 
 
 def release() -> None:

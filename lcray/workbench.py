@@ -116,7 +116,6 @@ class Workbench:
         if memory_format != self.memory_format:
             self._splits = None
             self.flat.set_memory_format(memory_format)
-            self.engine.forget()
             self.memory_format = memory_format
 
     def excerpt(self, number: int, batch_size: int, count: int = 1) -> SplitData:

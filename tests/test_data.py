@@ -687,31 +687,14 @@ class TestFitting:
         assert not pad.cut(2, place=same, resident_bytes=15).batches.resident
 
 
-class TestViews:
-    """Data that are as needed already are not copied."""
-
-    def test_tensors_in_their_order(self) -> None:
-        x, y = torch.randn(10, 3), np.arange(10)
-        found = prepare((x, y), batch_size=4, place=lambda t: t.to("cpu", t.dtype))
-        start = 0
-        for batch, size in zip(found.batches, found.batch_sizes, strict=True):
-            assert batch[0].data_ptr() == x[start:].data_ptr()
-            assert batch[1].data_ptr() == y[start:].ctypes.data
-            assert batch[0].is_contiguous()
-            start += size
-
-    def test_data_that_are_sorted_by_group_already(self) -> None:
-        x, y = torch.randn(10, 3), torch.tensor([0] * 4 + [1] * 6)
-        found = prepare((x, y), groups=lambda b: b[1], batch_size=3)
-        assert found.sorted_by_group
-        storage = x.untyped_storage().data_ptr()
-        assert {b[0].untyped_storage().data_ptr() for b in found.batches} == {storage}
+class TestCopies:
+    """A loss may write into its batches: never into the user's data."""
 
     @pytest.mark.parametrize(
         "settings",
-        [{"fixed_seed": 1}, {"groups": lambda b: b[1]}, {"place": lambda t: t.double()}],
+        [{}, {"fixed_seed": 1}, {"groups": lambda b: b[1]}, {"place": lambda t: t.double()}],
     )
-    def test_the_rest_has_memory_of_its_own(self, settings: dict[str, Any]) -> None:
+    def test_every_batch_has_memory_of_its_own(self, settings: dict[str, Any]) -> None:
         x, y = torch.randn(10, 3), torch.arange(10) % 2
         found = prepare((x, y), **settings)
         storages = {batch[0].untyped_storage().data_ptr() for batch in found.batches}
@@ -726,7 +709,7 @@ class TestViews:
         np.save(tmp_path / "x.npy", np.arange(12.0).reshape(6, 2))
         x = np.load(tmp_path / "x.npy", mmap_mode="r")
         found = prepare((x,), batch_size=4)
-        assert found.batches[1][0].data_ptr() == x[3:].ctypes.data
+        found.batches[1][0].zero_()  # a view of what is mapped read-only would end the process
         assert found.sha256 == prepare((torch.arange(12.0).double().view(6, 2),)).sha256
 
 

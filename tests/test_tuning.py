@@ -326,6 +326,6 @@ def test_a_long_gradient_may_be_probed_for_longer(monkeypatch: pytest.MonkeyPatc
         now[0] += len(batch[0]) / 100
         return loss(net, batch)
 
-    found = tune(bench(task={"loss": slow}))
+    found = tune(bench(task={"loss": slow}), seconds=2.0)
     assert [size for size, _, _ in found.rates][:2] == [64, 128]
     assert 2.0 < now[0] < 6.0

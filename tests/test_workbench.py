@@ -421,3 +421,25 @@ class TestExcerpts:
         read.clear()
         found.excerpt(0, 5, 2)
         assert len(read) <= 15
+
+
+def test_batch_statistics_outlive_a_first_evaluation_that_fails() -> None:
+    """As when a probe tries a batch that the loss does not take."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, dtype=torch.float64)
+
+    def loss(net: nn.Module, batch: tuple[Tensor]) -> Tensor:
+        return net(batch[0].view(-1, 4, 3).flatten(0, 1)).square().sum(1)
+
+    task = Task(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), {"train": (x,)}, loss)
+    settings = make_settings({"dtype": "float64", "batch_norm": "batch", "batch_size": 8})
+    torch.manual_seed(1)
+    fresh = Workbench(task, settings)
+    torch.manual_seed(1)
+    tried = Workbench(task, settings)
+    with pytest.raises(TaskError):
+        tried.engine.evaluate(tried.excerpt(0, 2), None)
+    expected = fresh.engine.evaluate(fresh.splits[0], None).loss
+    assert tried.engine.evaluate(tried.splits[0], None).loss == expected
+    # Statistics of the batch: the mean of the squares of every feature is 1, but for eps.
+    assert expected == pytest.approx(4.0, abs=1e-2)
