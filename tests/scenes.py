@@ -18,15 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lcray import cluster
 from lcray.analysis import Progress
 from lcray.checkpoints import Recorder
-from lcray.cluster import Outcome
+from lcray.cluster.actor import Shipment, Worker
 from lcray.errors import LcrayError
 from lcray.planning import Plan, Settings, Span
 from lcray.reduction import Reduction, merge
-from lcray.resources import place_workers
-from lcray.span import Description, Probe, SpanReport
+from lcray.resources import Resources, place_workers
+from lcray.span import Description, Outcome, Probe, SpanReport
 from lcray.task import Task, TaskSource
 
 HERE = Path(__file__).parent
@@ -217,15 +216,15 @@ class InlinePool:
         source: TaskSource,
         run: str,
         settings: Settings,
-        resources: cluster.Resources,
+        resources: Resources,
         *,
         steps: str | None,
         threads: int,
         limit: int,
     ) -> None:
-        self._worker = cluster._Worker()
+        self._worker = Worker()
         placement = place_workers(resources, [{"CPU": 2.0}], limit)
-        self._setup = cluster._Shipment.pack(source), run, settings, steps, threads, placement
+        self._setup = Shipment.pack(source), run, settings, steps, threads, placement
         self._description: Description | None = None
 
     def __enter__(self) -> InlinePool:

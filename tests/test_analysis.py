@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 
 import lcray
 from lcray.analysis import load_plan
-from lcray.cluster import Resources
 from lcray.errors import (
     CheckpointError,
     CorruptionError,
@@ -33,6 +32,7 @@ from lcray.errors import (
     TaskError,
     UsageError,
 )
+from lcray.resources import Resources
 from lcray.task import Task
 from lcray.tuning import Tuning, tune
 from lcray.workbench import Workbench

@@ -20,8 +20,10 @@ import scenes
 import torch
 
 import lcray
-from lcray import analysis, cluster
-from lcray.cluster import Outcome, Pool, Resources
+from lcray import analysis
+from lcray.cluster import Pool, actor, connection, pool
+from lcray.cluster.actor import Shipment
+from lcray.cluster.pool import ATTEMPTS
 from lcray.errors import (
     ClusterError,
     IncompleteError,
@@ -29,8 +31,8 @@ from lcray.errors import (
     UsageError,
 )
 from lcray.planning import Plan, Settings, Span
-from lcray.resources import place_workers
-from lcray.span import SpanReport
+from lcray.resources import Resources, place_workers
+from lcray.span import Outcome, SpanReport
 from lcray.task import Task, TaskSource, locate
 
 pytestmark = pytest.mark.ray
@@ -122,7 +124,7 @@ def test_a_span_that_kills_its_workers_is_given_up_and_can_be_resumed(
     assert "3 intervals are missing (steps 9-12): 9-12: its worker died" in str(caught.value)
     assert "\n" not in str(caught.value)
     pids = (tmp_path / "deaths").read_text().split()
-    assert len(set(pids)) == len(pids) == cluster.ATTEMPTS
+    assert len(set(pids)) == len(pids) == ATTEMPTS
     kept = scenes.commits(out)
     assert scenes.spans_of(out) == ["00000000-00000003", "00000003-00000006", "00000006-00000009"]
     kill.unlink()
@@ -140,7 +142,7 @@ def test_workers_that_die_while_they_set_up_end_the_analysis(
     with pytest.raises(ClusterError, match=r"keep dying while they set up.*memory"):
         analyze(plain_run, task, tmp_path / "out", 1)
     pids = (tmp_path / "deaths").read_text().split()
-    assert cluster.ATTEMPTS < len(pids) <= cluster.ATTEMPTS + 1
+    assert ATTEMPTS < len(pids) <= ATTEMPTS + 1
     assert not (tmp_path / "out" / "analysis.json").exists()
 
 
@@ -167,7 +169,7 @@ def test_a_set_up_that_dies_once_after_poisonous_spans_ends_nothing(
     with pytest.raises(IncompleteError, match="6 intervals are missing"):
         analyze(plain_run, task, tmp_path / "out", 1, span_length=3, on_progress=told)
     assert (tmp_path / "died-in-set-up").exists()
-    assert len((tmp_path / "deaths").read_text().split()) == 2 * cluster.ATTEMPTS
+    assert len((tmp_path / "deaths").read_text().split()) == 2 * ATTEMPTS
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -231,10 +233,10 @@ class TestShipment:
     def test_an_object_that_cannot_be_sent(self) -> None:
         task = Task(scenes.build_plain, {"train": (threading.Lock(),)}, scenes.cross_entropy)
         with pytest.raises(TaskError, match=r"cannot be sent to workers.*name it module:attribute"):
-            cluster._Shipment.pack(TaskSource("<Task object>", task))
+            Shipment.pack(TaskSource("<Task object>", task))
 
     def test_an_object_whose_code_is_not_there(self) -> None:
-        packed = cluster._Shipment((), b"cnowhere_at_all\nTask\n.")
+        packed = Shipment((), b"cnowhere_at_all\nTask\n.")
         with pytest.raises(TaskError, match=r"cannot be loaded on a worker.*nowhere_at_all"):
             packed.unpack()
 
@@ -243,7 +245,7 @@ class TestShipment:
     ) -> None:
         here = str(tmp_path)
         monkeypatch.setattr("sys.path", ["first", here, "/no/such/folder"])
-        packed = cluster._Shipment.pack(locate("scenes:plain"))
+        packed = Shipment.pack(locate("scenes:plain"))
         path = ["worker"]
         monkeypatch.setattr("sys.path", path)
         assert packed.unpack() == locate("scenes:plain")
@@ -320,7 +322,7 @@ class TestConnection:
         return found
 
     def test_its_own_ray_by_default(self, calls: list[Any]) -> None:
-        with pytest.raises(KeyError), cluster.connection(Resources()):
+        with pytest.raises(KeyError), connection(Resources()):
             raise KeyError
         options, end = calls
         assert (options["address"], options["include_dashboard"], end) == (
@@ -336,7 +338,7 @@ class TestConnection:
             address = f"127.0.0.1:{there.getsockname()[1]}"
             monkeypatch.setenv("RAY_ADDRESS", address)
             remote = Resources(address="ray://here:2")
-            with cluster.connection(Resources()), cluster.connection(remote):
+            with connection(Resources()), connection(remote):
                 pass
         assert [call["address"] for call in calls[:2]] == [address, "ray://here:2"]
         assert "object_store_memory" not in calls[0]  # refused by a cluster that exists
@@ -350,11 +352,11 @@ class TestConnection:
         monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=0")
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         for resources in (Resources(threads=3), Resources(threads=3, address="ray://here:2")):
-            with cluster.connection(resources):
+            with connection(resources):
                 assert os.environ["OMP_NUM_THREADS"] == "1"
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         for resources in (Resources(), Resources(gpus_per_worker=0)):
-            with cluster.connection(resources):
+            with connection(resources):
                 pass
         assert [found["GLIBC_TUNABLES"].endswith("hugetlb=1") for found in seen] == [
             True, False, False, True,
@@ -366,7 +368,7 @@ class TestConnection:
         self, calls: list[Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(ray, "is_initialized", lambda: True)
-        with cluster.connection(Resources(address="elsewhere:1")):
+        with connection(Resources(address="elsewhere:1")):
             pass
         assert calls == []
 
@@ -379,7 +381,7 @@ class TestConnection:
         monkeypatch.setattr(ray, "init", refuse)
         with (
             pytest.raises(ClusterError, match=r"Ray at 'auto': cannot be .*Error: no route\)"),
-            cluster.connection(Resources(address="auto")),
+            connection(Resources(address="auto")),
         ):
             pass
         assert calls == []
@@ -388,7 +390,7 @@ class TestConnection:
         """Ray itself would end the process, after a minute."""
         with (
             pytest.raises(ClusterError, match=r"Ray at '127\.0\.0\.1:1': cannot be .*refused"),
-            cluster.connection(Resources(address="127.0.0.1:1")),
+            connection(Resources(address="127.0.0.1:1")),
         ):
             pass
         assert calls == []
@@ -402,7 +404,7 @@ class TestConnection:
         monkeypatch.setattr(ray, "init", lambda **options: take())
         before = signal.signal(signal.SIGTERM, ours)
         try:
-            with cluster.connection(Resources()):
+            with connection(Resources()):
                 assert signal.getsignal(signal.SIGTERM) is ours
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -431,8 +433,8 @@ def test_a_worker_sets_its_process_up_before_anything_else(monkeypatch: pytest.M
     for gpus, device in (([], "cpu"), ([0], "cuda")):
         tuned: list[str] = []
         monkeypatch.setattr(ray, "get_gpu_ids", lambda gpus=gpus: gpus)
-        monkeypatch.setattr(cluster, "tune_process", tuned.append)
-        cluster._Worker()
+        monkeypatch.setattr(actor, "tune_process", tuned.append)
+        actor.Worker()
         assert tuned == [device]
 
 
@@ -494,7 +496,7 @@ def test_a_worker_that_ray_ends_for_its_memory_is_a_lost_worker(
     plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray says so by an error that is not one of a dead actor."""
-    original, reports = cluster._result, []
+    original, reports = pool._result, []
 
     def result(reference: Any) -> Any:
         found = original(reference)
@@ -504,12 +506,12 @@ def test_a_worker_that_ray_ends_for_its_memory_is_a_lost_worker(
                 raise ray.exceptions.OutOfMemoryError("the node ran low on memory")
         return found
 
-    monkeypatch.setattr(cluster, "_result", result)
+    monkeypatch.setattr(pool, "_result", result)
     told = scenes.Told()
     with pytest.raises(IncompleteError) as caught:
         out = tmp_path / "out"
         analyze(plain_run, "scenes:plain", out, 1, span_length=6, on_progress=told)
     assert "0-6: its worker died (OutOfMemoryError: the node ran low" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert len(reports) == cluster.ATTEMPTS + 1
+    assert len(reports) == ATTEMPTS + 1
     assert told.counts == [0, 6]

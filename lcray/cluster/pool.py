@@ -1,187 +1,28 @@
-"""Ray: actors that hold a workspace each, and the loop that hands spans to them.
-
-The only module that imports ray. The driver holds O(workers + spans) and never tensor data; actors
-are stateless between spans, so that losing one costs the span it was at.
-"""
+"""The driver's side: the loop that hands spans to workers, and replaces those that die."""
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import socket
-import sys
-import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import ray
-import ray.cloudpickle
-import torch
 from ray.exceptions import RayError, RayTaskError
 
+from lcray.cluster.actor import Shipment, Worker
+from lcray.cluster.connecting import in_one_line
 from lcray.errors import ClusterError, LcrayError, TaskError
 from lcray.planning import Plan, Settings, Span
-from lcray.process import environment, tune_process, worker_environment
-from lcray.reduction import Reduction, merge
-from lcray.resources import Placement, Resources, place_workers
-from lcray.span import Description, Outcome, Probe, SpanReport, Workspace
+from lcray.reduction import Reduction
+from lcray.resources import Resources, place_workers
+from lcray.span import Description, Outcome, Probe, SpanReport
 from lcray.task import TaskSource
 
-T = TypeVar("T")
 Reference = Any  # of a result on the cluster: ray.ObjectRef
 
 ATTEMPTS = 3  # a span: more would only repeat what fails
-_OBJECT_STORE = 128 * 2**20  # bytes; nothing but plans goes through it
-
-
-@contextmanager
-def connection(resources: Resources) -> Iterator[None]:
-    """A Ray to work on: the one there is, or one's own, which ends with the block.
-
-    Raises:
-        ClusterError: if the cluster cannot be reached.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    address = resources.address or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {"address": address, "log_to_driver": False}
-    options["logging_level"] = logging.ERROR
-    if address == "local":
-        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
-    handler = signal.getsignal(signal.SIGTERM)
-    on_gpus = resources.gpus_per_worker != 0 and torch.cuda.device_count() > 0
-    variables = worker_environment("cuda" if on_gpus else "cpu", resources.threads or 1)
-    try:
-        _check_reachable(address)
-        # In a runtime environment of the actors they would cost Ray a start of processes anew.
-        with environment(variables if address == "local" else {}):
-            ray.init(**options)
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        raise ClusterError(
-            f"Ray at {address!r}: cannot be reached ({_brief(error)}); is the cluster up?"
-        ) from error
-    try:
-        # Ray takes SIGTERM for itself, and would abort; a handler that was there comes back.
-        if callable(handler) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _check_reachable(address: str) -> None:
-    """Raise an OSError where nobody listens at ``host:port``: Ray would end the process."""
-    host, _, port = address.rpartition(":")
-    if host and "/" not in host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-
-
-@dataclass(frozen=True)
-class _Shipment:
-    """A task on its way to a worker, with the folders that the driver imports from."""
-
-    search_path: tuple[str, ...]
-    pickled: bytes
-
-    @classmethod
-    def pack(cls, source: TaskSource) -> _Shipment:
-        """Pack a source.
-
-        Raises:
-            TaskError: if the object cannot be sent.
-        """
-        try:
-            return cls(tuple(sys.path), ray.cloudpickle.dumps(source))
-        except Exception as error:
-            raise TaskError(
-                f"task: cannot be sent to workers ({_brief(error)}); name it module:attribute"
-            ) from error
-
-    def unpack(self) -> TaskSource:
-        """The source, importable here wherever the driver's folders exist here as well."""
-        known = set(sys.path)
-        sys.path += [p for p in self.search_path if p not in known and os.path.exists(p)]
-        try:
-            source: TaskSource = ray.cloudpickle.loads(self.pickled)
-        except Exception as error:
-            raise TaskError(
-                f"task: cannot be loaded on a worker ({_brief(error)}); is its code there too?"
-            ) from error
-        return source
-
-
-class _Worker:
-    """The actor: a workspace, and the calls that the driver makes on it."""
-
-    def __init__(self) -> None:
-        self._device = "cuda" if ray.get_gpu_ids() else "cpu"
-        tune_process(self._device)
-        self._workspace: Workspace | None = None
-
-    def set_up(
-        self,
-        shipped: _Shipment,
-        run: str,
-        settings: Settings,
-        steps: str | None,
-        threads: int,
-        placement: Placement,
-    ) -> Description:
-        """Build model and data."""
-
-        def work() -> Description:
-            task = shipped.unpack().load()
-            self._workspace = Workspace(
-                task,
-                run,
-                settings,
-                steps=steps,
-                device=self._device,
-                threads=threads,
-                memory=placement.memory,
-                sharers=placement.sharers,
-            )
-            return self._workspace.describe()
-
-        return _plainly(work)
-
-    def probe(self) -> Probe:
-        """Evaluate the splits at the first checkpoint."""
-        return _plainly(self._ready().probe)
-
-    def losses(self, plan: Plan) -> dict[str, float]:
-        """The mean loss of each split at the first checkpoint."""
-        return _plainly(lambda: self._ready().losses(plan))
-
-    def run_span(self, plan: Plan, span: Span, out: str, attempt: str) -> SpanReport:
-        """Compute and commit a span."""
-        return _plainly(lambda: self._ready().run(plan, span, Path(out), attempt))
-
-    def reduce(self, out: str, allow_missing: bool) -> Reduction:
-        """Merge the shards of `out`, here rather than in the driver."""
-        return _plainly(lambda: merge(out, allow_missing=allow_missing))
-
-    def _ready(self) -> Workspace:
-        if self._workspace is None:
-            raise ClusterError("worker: was not set up")
-        return self._workspace
-
-
-def _plainly(work: Callable[[], T]) -> T:
-    """Run `work`; what it raises leaves the worker as an error that any process can read."""
-    try:
-        return work()
-    except LcrayError as error:
-        raise type(error)(str(error)) from None
-    except Exception as error:
-        raise ClusterError(f"worker: {_brief(error)}") from error
 
 
 def _result(reference: Reference) -> Any:
@@ -192,7 +33,7 @@ def _result(reference: Reference) -> Any:
         cause = error.cause
         if isinstance(cause, LcrayError):
             raise type(cause)(str(cause)) from error
-        raise ClusterError(f"worker: {_brief(cause)}") from error
+        raise ClusterError(f"worker: {in_one_line(cause)}") from error
 
 
 class _Member(NamedTuple):
@@ -225,7 +66,7 @@ class Pool:
         threads: int,
         limit: int,
     ) -> None:
-        shipped = _Shipment.pack(source)
+        shipped = Shipment.pack(source)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         placed = place_workers(resources, nodes, limit)
         self._options = {"num_cpus": placed.cpus, "num_gpus": placed.gpus, "max_restarts": 0}
@@ -286,7 +127,7 @@ class Pool:
             return _result(getattr(self._members[0].actor, method).remote(*arguments))
         except RayError as error:
             raise ClusterError(
-                f"worker: died while {doing} ({_brief(error)}); is there enough memory?"
+                f"worker: died while {doing} ({in_one_line(error)}); is there enough memory?"
             ) from error
 
     def run(
@@ -321,7 +162,7 @@ class Pool:
                 report: SpanReport = _result(ready[0])
             except RayError as error:
                 self._replace(member)
-                reason, final = f"its worker died ({_brief(error)})", False
+                reason, final = f"its worker died ({in_one_line(error)})", False
             except LcrayError as error:
                 idle.append(member)
                 reason, final = str(error), isinstance(error, TaskError)
@@ -348,12 +189,12 @@ class Pool:
             found: Reduction = _result(call)
         except RayError as error:
             raise ClusterError(
-                f"reducing {out}: the worker died ({_brief(error)}); run lcray reduce {out}"
+                f"reducing {out}: the worker died ({in_one_line(error)}); run lcray reduce {out}"
             ) from error
         return found
 
     def _start(self) -> None:
-        actor: Any = ray.remote(_Worker).options(**self._options).remote()
+        actor: Any = ray.remote(Worker).options(**self._options).remote()
         self._starting[actor.set_up.remote(*self._setup)] = _Member(actor)
 
     def _welcome(self, reference: Reference) -> list[_Member]:
@@ -366,8 +207,8 @@ class Pool:
             self._replace(member)
             if self._died_early > ATTEMPTS * self._count:
                 raise ClusterError(
-                    f"workers: keep dying while they set up ({_brief(error)}); is there enough "
-                    "memory for model and data?"
+                    f"workers: keep dying while they set up ({in_one_line(error)}); is there "
+                    "enough memory for model and data?"
                 ) from error
             return []
         self._died_early = 0
@@ -386,8 +227,3 @@ class Pool:
             self._members.remove(member)
         ray.kill(member.actor)
         self._start()
-
-
-def _brief(error: BaseException | None) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1].strip()[:200]}"

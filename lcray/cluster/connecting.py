@@ -1,0 +1,71 @@
+"""Reaching a Ray: the one there is, or one's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+
+from lcray.errors import ClusterError
+from lcray.process import environment, worker_environment
+from lcray.resources import Resources
+
+_OBJECT_STORE = 128 * 2**20  # bytes; nothing but plans goes through it
+
+
+@contextmanager
+def connection(resources: Resources) -> Iterator[None]:
+    """A Ray to work on: the one there is, or one's own, which ends with the block.
+
+    Raises:
+        ClusterError: if the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = resources.address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"address": address, "log_to_driver": False}
+    options["logging_level"] = logging.ERROR
+    if address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+    handler = signal.getsignal(signal.SIGTERM)
+    on_gpus = resources.gpus_per_worker != 0 and torch.cuda.device_count() > 0
+    variables = worker_environment("cuda" if on_gpus else "cpu", resources.threads or 1)
+    try:
+        _check_reachable(address)
+        # In a runtime environment of the actors they would cost Ray a start of processes anew.
+        with environment(variables if address == "local" else {}):
+            ray.init(**options)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise ClusterError(
+            f"Ray at {address!r}: cannot be reached ({in_one_line(error)}); is the cluster up?"
+        ) from error
+    try:
+        # Ray takes SIGTERM for itself, and would abort; a handler that was there comes back.
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise an OSError where nobody listens at ``host:port``: Ray would end the process."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def in_one_line(error: BaseException | None) -> str:
+    """The kind of an error and the last line of its message."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1].strip()[:200]}"
