@@ -37,9 +37,11 @@ class Block(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[n, before, h, w] to [n, after, h / stride, w / stride]."""
-        half = self.new_channels // 2
-        shortcut = features[:, :, :: self.stride, :: self.stride]
-        shortcut = F.pad(shortcut, (0, 0, 0, 0, half, half))
+        shortcut = features
+        if self.new_channels:
+            half = self.new_channels // 2
+            shortcut = features[:, :, :: self.stride, :: self.stride]
+            shortcut = F.pad(shortcut, (0, 0, 0, 0, half, half))
         hidden = F.relu(self.bn1(self.conv1(features)))
         return F.relu(self.bn2(self.conv2(hidden)) + shortcut)
 

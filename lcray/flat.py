@@ -1,11 +1,15 @@
-"""A model whose float tensors live in one flat vector, with the gradient in another.
+"""A model whose float tensors live in one flat vector, and whose gradients are handed on.
 
 Legend: P the number of elements of all layers, parameters and float buffers alike.
+
+There is no vector of the gradient: a backward pass hands over that of each layer as soon as it is
+complete, and it is let go. So the one that is in memory is that of the layer at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +19,19 @@ from lcray.layers import Layer, describe_layers
 from lcray.layout import BLOCK, Layout
 from lcray.vectors import zeros
 
+#: Takes the number of a layer and its gradient [n], in the order in memory; not to be kept.
+Receiver = Callable[[int, Tensor], None]
+
 
 class FlatModel:
-    """A model on flat storage: set a point by one copy, read its gradient as one vector.
+    """A model on flat storage: a point is set by one copy, gradients come layer by layer.
 
     Attributes:
         model: the model, in evaluation mode.
         layers: its layers; layer l occupies ``slices[l]`` of every flat vector.
         layout: the order of the elements in memory.
         theta: the current point, [P], in the compute dtype; the model's tensors are views of it.
-        grad: the gradient that backward passes accumulate into, [P], likewise.
+        receiver: what backward passes hand gradients to; None while there must be none.
 
     Args:
         model: the model; its tensors are replaced.
@@ -49,7 +56,8 @@ class FlatModel:
             raise TaskError("model: no parameter requires a gradient, so there is nothing to learn")
         self.layout = Layout(self.layers)
         self.theta = zeros(self.layout.size, dtype, device)
-        self.grad = zeros(self.layout.size, dtype, device)
+        self.receiver: Receiver | None = None
+        self._hooked: set[int] = set()
         for number in range(len(self.layers)):
             self._tie(number)
         self.base = self.theta.cpu().clone() if partial else None
@@ -64,9 +72,14 @@ class FlatModel:
         """Where each layer is in every flat vector."""
         return self.layout.slices
 
+    @property
+    def block(self) -> int:
+        """Elements of a block of a size that suits the device."""
+        return BLOCK if self.theta.device.type == "cpu" else BLOCK << 6
+
     def blocks(self) -> Iterator[slice]:
-        """Slices that cover a flat vector, of a size that suits the device."""
-        return self.layout.blocks(BLOCK if self.theta.device.type == "cpu" else BLOCK << 6)
+        """Slices that cover a flat vector."""
+        return self.layout.blocks(self.block)
 
     def set_memory_format(self, memory_format: str) -> None:
         """Put the elements into another order, those of the current point included.
@@ -80,7 +93,6 @@ class FlatModel:
             before = vector.clone()
             for number in range(len(self.layers)):
                 self.layout.shaped(vector, number).copy_(old.shaped(before, number))
-        self.grad.zero_()
         for number in range(len(self.layers)):
             self._view(number)
 
@@ -92,12 +104,29 @@ class FlatModel:
     def _view(self, number: int) -> None:
         layer = self.layers[number]
         tensor = self._tensors[layer.name]
-        tensor.grad = None  # one of another layout could not stay meanwhile
+        tensor.grad = None
         if layer.kind == "buffer":
             tensor.requires_grad_(False)  # until it is to move again
         tensor.data = self.layout.shaped(self.theta, number)
         if layer.trainable:
-            tensor.grad = self.layout.shaped(self.grad, number)
+            self._hook(number, tensor)
+
+    def _hook(self, number: int, tensor: Tensor) -> None:
+        if number not in self._hooked:
+            tensor.register_post_accumulate_grad_hook(partial(self._hand_on, number))
+            self._hooked.add(number)
+
+    def _hand_on(self, number: int, tensor: Tensor) -> None:
+        gradient, tensor.grad = tensor.grad, None
+        if self.receiver is None:
+            raise TaskError(
+                f"model layer {self.layers[number].name!r}: the loss ran a backward pass that "
+                "reaches it; the loss must only compute losses"
+            )
+        assert gradient is not None
+        if gradient.layout != torch.strided:  # of a sparse embedding
+            gradient = gradient.to_dense()
+        self.receiver(number, self.layout.in_order(gradient, number))
 
     def differentiate_buffers(self, moving: frozenset[int]) -> None:
         """Let gradients reach the float buffers that move along the path, and no others.
@@ -105,12 +134,16 @@ class FlatModel:
         Args:
             moving: indices of layers.
         """
-        for number, (layer, where) in enumerate(zip(self.layers, self.slices, strict=True)):
+        for number, layer in enumerate(self.layers):
             if layer.kind == "buffer":
-                buffer = self._tensors[layer.name]
-                wanted = number in moving
-                buffer.requires_grad_(wanted)
-                buffer.grad = self.grad[where].view(layer.shape) if wanted else None
+                buffer = self._tensors[layer.name].requires_grad_(number in moving)
+                if number in moving:
+                    self._hook(number, buffer)
+
+    def forget_gradients(self) -> None:
+        """Drop what a backward pass that failed may have left with the tensors."""
+        for layer in self.layers:
+            self._tensors[layer.name].grad = None
 
     def new_vector(self) -> Tensor:
         """A vector of zeros, [P] in the compute dtype on the device."""
@@ -182,24 +215,17 @@ class FlatModel:
                 self._constants[name].copy_(value)
 
     def check_tied(self) -> None:
-        """Check that the model's tensors and gradients still are views of the flat vectors.
+        """Check that the model's tensors still are views of the flat vector.
 
         Raises:
             TaskError: if the loss has replaced one, so that it would no longer follow the path.
         """
-        start, size = self.grad.data_ptr(), self.grad.element_size()
-        for layer, where in zip(self.layers, self.slices, strict=True):
+        for layer in self.layers:
             tensor = self._tensors[layer.name]
             if any(held.get(key) is not tensor for held, key in self._places[layer.name]):
                 raise TaskError(
                     f"model layer {layer.name!r}: was replaced while the loss was computed; in "
                     "evaluation mode a forward pass must not assign parameters or buffers"
-                )
-            moved = tensor.grad is None or tensor.grad.data_ptr() != start + size * where.start
-            if tensor.requires_grad and layer.numel and moved:
-                raise TaskError(
-                    f"model layer {layer.name!r}: its gradient was replaced while the loss was "
-                    "computed; the loss must not call zero_grad"
                 )
 
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,18 +91,18 @@ class GradientEngine:
         Raises:
             TaskError: if the task's loss fails or breaks the contract.
         """
-        sums = _Sums(self.flat, split, directions if split.labels and out is not None else ())
         replaces, share = share is None, 1.0 if share is None else share
+        sums = _Sums(self.flat, split, directions if split.labels else (), out, share)
         if out is not None:
             if replaces:
                 out.zero_()
-            self.flat.grad.zero_()  # an evaluation that failed half-way may have left something
+            self.flat.forget_gradients()
         with self._functions(), torch.enable_grad():
             for index, batch in enumerate(split.batches):
                 losses, weights = self._item_losses(split, index, batch)
                 sums.add_losses(index, losses, weights)
                 if out is not None:
-                    self._add_gradients(split, index, losses, weights, out, share, sums)
+                    self._add_gradients(split, index, losses, weights, sums)
         self.flat.check_tied()
         found = sums.result()
         if replaces and out is not None:
@@ -124,26 +125,18 @@ class GradientEngine:
         self._untried = False
 
     def _add_gradients(
-        self,
-        split: SplitData,
-        index: int,
-        losses: Tensor,
-        weights: Tensor | None,
-        out: Tensor,
-        share: float,
-        sums: _Sums,
+        self, split: SplitData, index: int, losses: Tensor, weights: Tensor | None, sums: _Sums
     ) -> None:
         weighted = losses if weights is None else torch.where(weights > 0, losses, 0) * weights
         parts = sums.parts(index, weighted)
         for number, (group, part) in enumerate(parts):
+            self.flat.receiver = partial(sums.add_gradient, group)
             try:
                 part.sum().backward(retain_graph=number + 1 < len(parts))
             except Exception as error:
                 raise _failed(_where(split, index), "its backward pass failed", error) from error
-            for where in self.flat.blocks():  # whole, the float64 copy would be one more vector
-                out[where].add_(self.flat.grad[where], alpha=share)
-            sums.add_dots(group, self.flat.grad)
-            self.flat.grad.zero_()
+            finally:
+                self.flat.receiver = None
 
     def _item_losses(
         self, split: SplitData, index: int, batch: Any
@@ -179,9 +172,18 @@ class _Sums:
     What a batch gives stays on the device until the end: fetching it would make the device wait.
     """
 
-    def __init__(self, flat: FlatModel, split: SplitData, directions: Sequence[Segment]) -> None:
-        self._flat, self._split, self._directions = flat, split, directions
-        shape = (len(directions), len(split.groups), len(flat.layers))
+    def __init__(
+        self,
+        flat: FlatModel,
+        split: SplitData,
+        directions: Sequence[Segment],
+        out: Tensor | None,
+        share: float,
+    ) -> None:
+        self._flat, self._split, self._share = flat, split, share
+        self._targets = [] if out is None else [out[where] for where in flat.slices]
+        self._directions = () if out is None else directions
+        shape = (len(self._directions), len(split.groups), len(flat.layers))
         self._dots = torch.zeros(shape, dtype=torch.float64, device=flat.theta.device)
         self._losses: list[Tensor] = []
         self._weights: list[Tensor] = []
@@ -220,11 +222,25 @@ class _Sums:
         numbers = self._split.numbers[index]
         return [(k, weighted[numbers == k]) for k in present if k < none]
 
-    def add_dots(self, group: int | None, gradient: Tensor) -> None:
-        if group is None or not self._directions:
+    def add_gradient(self, group: int | None, number: int, gradient: Tensor) -> None:
+        """Take a layer's gradient [n] of the part of a batch that is of `group`."""
+        if len(gradient) <= self._flat.block:
+            self._targets[number].add_(gradient, alpha=self._share)
+            if group is not None:
+                self._add_dots(group, number, 0, gradient)
             return
+        # In blocks: whole, the float64 copy of a large layer would be one more vector.
+        for start in range(0, len(gradient), self._flat.block):
+            piece = gradient[start : start + self._flat.block]
+            self._targets[number][start : start + len(piece)].add_(piece, alpha=self._share)
+            if group is not None:
+                self._add_dots(group, number, start, piece)
+
+    def _add_dots(self, group: int, number: int, start: int, piece: Tensor) -> None:
+        first = self._flat.slices[number].start + start
+        where = slice(first, first + len(piece))
         for dots, direction in zip(self._dots, self._directions, strict=True):
-            dots[group] += layer_dots(self._flat, gradient, direction)
+            dots[group, number] += (direction.difference(where) * piece).sum()
 
     def result(self) -> Evaluation:
         losses, weights, lowest = (

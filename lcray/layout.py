@@ -60,6 +60,13 @@ class Layout:
             return part.view(shape)
         return part.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
+    def in_order(self, tensor: Tensor, number: int) -> Tensor:
+        """The elements of a tensor of a layer's shape in the order in memory, [n].
+
+        A view where the tensor is laid out like that.
+        """
+        return (tensor.movedim(1, -1) if self.channels_last(number) else tensor).reshape(-1)
+
     def rows(self, vector: Tensor, number: int, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of one layer, row by row, [stop - start]."""
         if not self.channels_last(number):

@@ -15,7 +15,8 @@ from lcray.layers import Layer
 #: Samples a batch where nothing was asked for and no probe may choose.
 DEFAULT_BATCH_SIZE = 256
 DEFAULT_MEMORY_FORMAT = "contiguous"
-# Bytes a worker needs for each element of the model, in float32: for one split, and for each
+# Bytes a worker needs for each element of the model, in float32, the gradient that a backward pass
+# hands on among them: for one split, and for each
 # further one that shares a pass over the checkpoints.
 _VECTOR_BYTES, _STATE_BYTES = 63, 27
 _SHARED_BYTES = 1 << 26  # above, reading the checkpoints again is the smaller cost

@@ -39,6 +39,22 @@ def make_flat(model: nn.Module | None = None, **options: object) -> FlatModel:
     return FlatModel(model or Net(), CPU, settings.pop("dtype"), **settings)
 
 
+def gradients_of(
+    flat: FlatModel, x: Tensor, loss: Callable[[Tensor], Tensor] = lambda out: out.pow(2).sum()
+) -> dict[str, Tensor]:
+    """The gradients that a backward pass of the loss of the model's output hands on, by layer."""
+    received: dict[str, Tensor] = {}
+
+    def receive(number: int, gradient: Tensor) -> None:
+        assert flat.layers[number].name not in received
+        received[flat.layers[number].name] = gradient.clone()
+
+    flat.receiver = receive
+    loss(flat.model(x)).backward()
+    flat.receiver = None
+    return received
+
+
 def checkpoint() -> dict[str, Tensor]:
     """Values 0, 1, 2, … in the order of the layers; integers for the counter."""
     return {
@@ -69,7 +85,7 @@ class TestStorage:
             assert torch.equal(flat.model.state_dict()[name], stored), name
         assert flat.model.second.weight is flat.model.first.weight
 
-    def test_gradients_arrive_in_the_vector_again_and_again(self) -> None:
+    def test_gradients_are_handed_on_layer_by_layer_and_let_go(self) -> None:
         flat = make_flat(dtype=torch.float64)
         flat.theta.copy_(torch.linspace(-1, 1, 18))
         x = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
@@ -77,41 +93,43 @@ class TestStorage:
         twin = Net().double()
         twin.load_state_dict(flat.model.state_dict())
         twin(x).pow(2).sum().backward()
-        for times in (1, 2):
-            flat.model(x).pow(2).sum().backward()
-            for layer, where in zip(flat.layers, flat.slices, strict=True):
-                wanted = dict(twin.named_parameters()).get(layer.name)
-                got = flat.grad[where].view(layer.shape)
-                if layer.trainable:
-                    torch.testing.assert_close(got, times * wanted.grad, rtol=1e-13, atol=0)
-                    assert got.abs().sum() > 0
-                else:
-                    assert torch.equal(got, torch.zeros_like(got)), layer.name
+        for _ in range(2):
+            received = gradients_of(flat, x)
+            # Once each, the tied one as well; nothing of what is frozen or does not move.
+            assert sorted(received) == ["first.bias", "first.weight"]
+            for name, got in received.items():
+                wanted = dict(twin.named_parameters())[name].grad.flatten()
+                torch.testing.assert_close(got, wanted, rtol=1e-13, atol=0)
+                assert got.abs().sum() > 0
+            assert all(p.grad is None for p in flat.model.parameters())
         assert {n: p.data_ptr() for n, p in flat.model.named_parameters()} == addresses
         flat.theta.zero_()
         assert not flat.model.first.weight.any(), "still views after a backward pass"
 
     def test_buffers_get_gradients_while_they_move(self) -> None:
         flat = make_flat()
-        names = [layer.name for layer in flat.layers]
-        where = flat.slices[names.index("shift")]
+        number = [layer.name for layer in flat.layers].index("shift")
         x = torch.ones(1, 3)
-        flat.differentiate_buffers(frozenset({names.index("shift")}))
-        flat.model(x).sum().backward()
-        # The bias enters the same way, so that both derivatives agree.
-        assert torch.equal(flat.grad[where], flat.grad[flat.slices[names.index("first.bias")]])
-        assert flat.grad[where].abs().sum() > 0
-        flat.grad.zero_()
-        flat.differentiate_buffers(frozenset())
-        flat.model(x).sum().backward()
-        assert not flat.grad[where].any()
-        assert not flat.model.shift.requires_grad
+        for _ in range(2):
+            flat.differentiate_buffers(frozenset({number}))
+            received = gradients_of(flat, x)
+            # The bias enters the same way, so that both derivatives agree.
+            assert torch.equal(received["shift"], received["first.bias"])
+            assert received["shift"].abs().sum() > 0
+            flat.differentiate_buffers(frozenset())
+            assert "shift" not in gradients_of(flat, x)
+            assert not flat.model.shift.requires_grad
+
+    def test_sparse_gradients_arrive_dense(self) -> None:
+        flat = make_flat(nn.Embedding(4, 2, sparse=True))
+        received = gradients_of(flat, torch.tensor([1, 3, 3]), lambda out: out.sum())
+        assert received["weight"].tolist() == [0, 0, 1, 1, 0, 0, 2, 2]
 
     def test_the_model_is_in_evaluation_mode_and_of_the_dtype(self) -> None:
         model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
         flat = make_flat(model, dtype=torch.float64)
         assert not any(module.training for module in flat.model.modules())
-        assert flat.theta.dtype == flat.grad.dtype == torch.float64
+        assert flat.theta.dtype == torch.float64
         assert model[0].weight.dtype == torch.float64
 
     def test_the_start_is_the_models_own_state(self) -> None:
@@ -316,6 +334,11 @@ def zeroing(net: nn.Module, batch: tuple[Tensor]) -> Tensor:
     return output(net, batch)
 
 
+def descending(net: nn.Module, batch: tuple[Tensor]) -> Tensor:
+    output(net, batch).sum().backward()
+    return output(net, batch)
+
+
 def moved(model: nn.Module, by: float) -> dict[str, Tensor]:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     moving = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -336,13 +359,21 @@ def allocation(make: Callable[[], nn.Module], loss: Callable[..., Tensor] = outp
     ("make", "loss", "message"),
     [
         (Rebinding, lambda net, batch: net(batch[0]), "model layer 'c': was replaced"),
-        (lambda: nn.Linear(2, 2), zeroing, "model layer 'weight': its gradient was replaced"),
+        (lambda: nn.Linear(2, 2), descending, r"model layer '\w+': the loss ran a backward pass"),
     ],
 )
-def test_what_leaves_the_vectors_is_refused(make: Any, loss: Any, message: str) -> None:
+def test_what_would_spoil_points_or_gradients_is_refused(
+    make: Any, loss: Any, message: str
+) -> None:
     with pytest.raises(TaskError, match=f"^{message}") as caught:
         allocation(make, loss)
     assert "\n" not in str(caught.value)
+
+
+def test_a_loss_that_zeroes_gradients_does_no_harm() -> None:
+    plain, zeroed = (allocation(lambda: nn.Linear(2, 2), loss) for loss in (output, zeroing))
+    assert plain.lc == zeroed.lc != 0.0
+    assert abs(zeroed.gap) <= 1e-12  # a quadratic
 
 
 def shared() -> nn.Module:
@@ -417,16 +448,19 @@ def test_channels_last_moves_elements_and_nothing_else(through_parts: bool) -> N
             assert torch.equal(tensor, stored[name])
         last = flat.model.conv.weight.is_contiguous(memory_format=torch.channels_last)
         assert last == (memory_format == "channels_last")
-        flat.grad.zero_()
-        flat.model(x).square().sum().backward()
+        received = gradients_of(flat, x, lambda out: out.square().sum())
         flat.check_tied()
+        whole = torch.cat([received[layer.name] for layer in flat.layers])
         gradients[memory_format] = {
-            layer.name: flat.layout.shaped(flat.grad, number).clone()
+            layer.name: flat.layout.shaped(whole, number)
             for number, layer in enumerate(flat.layers)
         }
-        by_autograd = {name: tensor.grad for name, tensor in flat.model.named_parameters()}
-        for name, gradient in gradients[memory_format].items():
-            assert torch.equal(gradient, by_autograd[name]) and bool(gradient.any())
+        twin = Images()
+        twin.load_state_dict(stored)
+        twin(x).square().sum().backward()
+        for name, tensor in twin.named_parameters():
+            assert bool(tensor.grad.any())
+            torch.testing.assert_close(gradients[memory_format][name], tensor.grad)
     for name, gradient in gradients["contiguous"].items():
         assert torch.allclose(gradient, gradients["channels_last"][name], rtol=1e-5, atol=1e-6)
 

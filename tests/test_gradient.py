@@ -83,7 +83,7 @@ def test_gradients_do_not_leak_from_one_evaluation_to_the_next() -> None:
     evaluate(bench, case.states[1])
     again, same = evaluate(bench, case.states[0])
     assert torch.equal(gradient, same) and first.loss == again.loss
-    assert float(bench.flat.grad.abs().max()) == 0.0
+    assert all(parameter.grad is None for parameter in bench.flat.model.parameters())
 
 
 def test_weights_multiply_items_as_repetition_does() -> None:
@@ -221,7 +221,6 @@ def test_loss_alone_needs_no_gradient() -> None:
     with_gradient, _ = evaluate(bench, case.states[0])
     alone = bench.engine.evaluate(bench.split, None)
     assert alone.loss == with_gradient.loss and alone.group_dots is None
-    assert float(bench.flat.grad.abs().max()) == 0.0
 
 
 def test_callers_without_gradients_do_not_switch_them_off() -> None:
@@ -339,11 +338,11 @@ def test_a_backward_pass_that_failed_half_way_leaves_nothing_behind() -> None:
     out = bench.engine.new_vector()
     with pytest.raises(TaskError, match="backward pass failed: RuntimeError: out of something"):
         bench.engine.evaluate(bench.splits[0], out)
-    assert bool(bench.flat.grad.any())  # the failure did leave something: near's gradient
-    bench.engine.evaluate(bench.splits[0], out)
     model = bench.flat.model
-    for parameter in model.parameters():
-        parameter.grad = None
+    assert bool(out.any())  # the failure came late enough: near's gradient had arrived
+    for parameter in model.parameters():  # what a pass that is broken off may leave
+        parameter.grad = torch.ones_like(parameter)
+    bench.engine.evaluate(bench.splits[0], out)
     loss = F.cross_entropy(model(x.double()), y)
     expected = torch.autograd.grad(loss, list(model.parameters()))
     assert torch.allclose(out, torch.cat([g.reshape(-1) for g in expected]), rtol=1e-12, atol=1e-15)
