@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -113,10 +114,18 @@ class FlatModel:
 
     def _hook(self, number: int, tensor: Tensor) -> None:
         if number not in self._hooked:
-            tensor.register_post_accumulate_grad_hook(partial(self._hand_on, number))
+            tensor.register_post_accumulate_grad_hook(partial(_arrived, ref(self), number))
             self._hooked.add(number)
 
-    def _hand_on(self, number: int, tensor: Tensor) -> None:
+    def hand_on(self, number: int, tensor: Tensor) -> None:
+        """Give the gradient of a layer's tensor to the receiver, and drop it.
+
+        Raises:
+            TaskError: if there is no receiver.
+        """
+        where = self.slices[number].start * self.theta.element_size()
+        if tensor.data_ptr() != self.theta.data_ptr() + where:
+            return  # the model is another one's by now
         gradient, tensor.grad = tensor.grad, None
         if self.receiver is None:
             raise TaskError(
@@ -227,6 +236,13 @@ class FlatModel:
                     f"model layer {layer.name!r}: was replaced while the loss was computed; in "
                     "evaluation mode a forward pass must not assign parameters or buffers"
                 )
+
+
+def _arrived(owner: ref[FlatModel], number: int, tensor: Tensor) -> None:
+    # A weak reference: the model may live on, and should not keep vectors of its size.
+    flat = owner()
+    if flat is not None:
+        flat.hand_on(number, tensor)
 
 
 def _compute_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:

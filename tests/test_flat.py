@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -119,6 +121,21 @@ class TestStorage:
             flat.differentiate_buffers(frozenset())
             assert "shift" not in gradients_of(flat, x)
             assert not flat.model.shift.requires_grad
+
+    def test_a_model_may_be_put_on_another_storage(self) -> None:
+        model = Net()
+        first, x = make_flat(model), torch.ones(1, 3)
+        before = gradients_of(first, x)
+        second = make_flat(model)
+        assert {k: v.tolist() for k, v in gradients_of(second, x).items()} == {
+            k: v.tolist() for k, v in before.items()
+        }
+        # Nor does the model keep the vectors of the one before.
+        theta = weakref.ref(first.theta)
+        del first
+        gc.collect()
+        assert theta() is None
+        assert gradients_of(second, x).keys() == before.keys()
 
     def test_sparse_gradients_arrive_dense(self) -> None:
         flat = make_flat(nn.Embedding(4, 2, sparse=True))

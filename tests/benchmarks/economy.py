@@ -23,7 +23,14 @@ from .nets import FC, GPT, LENET, RESNET, Net
 from .player import Player
 from .suite import Bench, Row
 
-RULES = ("trapezoid", "simpson", "gauss-lobatto", "auto")
+RULES: dict[str, dict[str, Any]] = {
+    "trapezoid": {"rule": "trapezoid"},
+    "simpson": {},
+    "gauss-lobatto": {"rule": "gauss-lobatto"},
+    "auto": {"rule": "auto"},
+    "auto, rtol 0.01": {"rule": "auto", "rtol": 0.01},
+    "auto, rtol 0.1": {"rule": "auto", "rtol": 0.1},
+}
 DENSE, QUICK_DENSE = "simpson*16", "simpson*2"
 THREADS = 2
 START = 16  # by then the rates have warmed up
@@ -70,8 +77,8 @@ class Comparison:
         self._options = {"splits": ["train"], "elements": True, "parameters": False, **options}
         self._dense = self._allocate(dense)
 
-    def compare(self, rule: str) -> dict[str, float]:
-        return figures(self._allocate({"rule": rule}), self._dense)
+    def compare(self, options: dict[str, Any]) -> dict[str, float]:
+        return figures(self._allocate(options), self._dense)
 
     def _allocate(self, options: dict[str, Any]) -> Found:
         task, run, steps = self._arguments
@@ -132,10 +139,9 @@ def measure(choice: Choice, bench: Bench) -> Iterator[Row]:
         options=net.options,
         dense={"rule": bench.pick(DENSE, QUICK_DENSE), "dtype": choice.dense_dtype},
     ) as player:
-        for rule in bench.pick(RULES, ("simpson", "auto")):
-            if adapter.has_rule(rule):
-                for metric, value in player.ask("compare", rule=rule).items():
-                    yield Row(f"{net.name} {rule}", metric, value, UNITS.get(metric, "ratio"))
+        for name in bench.pick([*RULES], ["simpson", "auto"]):
+            for metric, value in player.ask("compare", options=RULES[name]).items():
+                yield Row(f"{net.name} {name}", metric, value, UNITS.get(metric, "ratio"))
 
 
 CASES = {f"economy/{choice.net.name}": partial(measure, choice) for choice in CHOICES}
