@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # One thread a process: two of them share the machine with Ray's workers.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow coverage lint types bench setup clean
+.PHONY: demo test test-slow fuzz coverage lint types bench setup clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lcray demo
@@ -18,6 +18,9 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.dev
+	LCRAY_FUZZ=100000 $(BIN)/python -m pytest -m slow tests/test_fuzz.py
 
 coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow or not slow" --cov --cov-report=term-missing:skip-covered --cov-fail-under=90

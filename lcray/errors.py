@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import difflib
 import traceback
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+_LONGEST = 2000  # characters of a message
+
+
+def one_line(text: str) -> str:
+    """`text` on one line of bounded length, whatever a file or a name has put into it.
+
+    Line breaks, control characters (escape sequences of terminals among them) and what is not
+    Unicode are written as Python would escape them.
+    """
+    if len(text) > _LONGEST:
+        text = text[: _LONGEST // 2] + " … " + text[-_LONGEST // 2 :]
+    return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    kind = unicodedata.category(character)
+    return repr(character)[1:-1] if kind[0] == "C" or kind in ("Zl", "Zp") else character
+
 
 class LcrayError(Exception):
-    """Root of every error that lcray raises on purpose."""
+    """Root of every error that lcray raises on purpose; its message is one line."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class UsageError(LcrayError):

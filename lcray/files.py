@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -71,7 +72,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK
     with writing(path):
-        file = open(path, "a")  # noqa: SIM115 - errors of the block are not errors of the lock
+        file = open(path, "a", opener=_plainly)  # noqa: SIM115 - its errors are not the block's
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,6 +81,25 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{folder}: another lcray process is at work on it; wait until it has ended"
             ) from error
         yield
+
+
+def _plainly(path: str, flags: int) -> int:
+    """Opens neither what a link leads to nor a pipe, on which it would wait."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def confined(root: Path, path: Path) -> Path:
+    """`path`, which is under `root` by its name, unless links lead it out of there.
+
+    Raises:
+        CorruptionError: if they do.
+    """
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise CorruptionError(
+            f"{path}: a link leads out of {root}, and nothing outside is touched; put the real "
+            "file or folder in its place"
+        )
+    return path
 
 
 def encode_json(data: Mapping[str, Any]) -> bytes:
@@ -176,7 +196,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
     text = _read(path)
     data = _parse(path, text)
     checksum = data.pop("checksum", None)
-    if text != encode_json(seal(data)) or checksum != seal(data)["checksum"]:
+    try:
+        sealed = seal(data)
+        same = checksum == sealed["checksum"] and text == encode_json(sealed)
+    except (ValueError, RecursionError):  # NaN, half a surrogate pair, depth: never written so
+        same = False
+    if not same:
         raise CorruptionError(f"{path}: differs from its own checksum; {_REPAIR}")
     return data
 
@@ -186,6 +211,8 @@ _REPAIR = "restore it, or remove its folder and run the same command again"
 
 def _read(path: Path) -> bytes:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
+            raise OSError(errno.EINVAL, "not a regular file")
         with open(path, "rb") as file:
             text = file.read(_JSON_LIMIT + 1)
     except FileNotFoundError as error:

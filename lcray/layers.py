@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lcray.checkpoints.naming import canonical_names
 from lcray.errors import TaskError
+from lcray.strict import build
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Layer:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Layer:
-        """The layer that `to_dict` described."""
-        return cls(**{**data, "shape": tuple(data["shape"]), "aliases": tuple(data["aliases"])})
+        """The layer that `to_dict` described; raises as `lcray.strict.build`."""
+        return build(cls, data)
 
 
 def describe_layers(model: nn.Module) -> tuple[tuple[Layer, ...], dict[str, Tensor]]:

@@ -6,11 +6,14 @@ and the order in which they finish.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_type_hints
 
+from lcray.checkpoints.header import MAX_AXES
 from lcray.layers import Layer
+from lcray.strict import build, value_of
 
 #: Samples a batch where nothing was asked for and no probe may choose.
 DEFAULT_BATCH_SIZE = 256
@@ -191,14 +194,21 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """The plan that `to_dict` described."""
-        return cls(
-            settings=Settings(**_tuples(data["settings"])),
+        """The plan that `to_dict` described.
+
+        Raises:
+            KeyError, TypeError, ValueError: for anything that describes no plan.
+        """
+        hints = get_type_hints(cls)
+        plan = cls(
+            settings=build(Settings, data["settings"]),
             layers=tuple(Layer.from_dict(layer) for layer in data["layers"]),
-            splits=tuple(SplitPlan(**_tuples(split)) for split in data["splits"]),
-            spans=tuple(Span(tuple(steps)) for steps in data["spans"]),
-            **_tuples({name: data[name] for name in _PLAIN}),
+            splits=tuple(build(SplitPlan, split) for split in data["splits"]),
+            spans=tuple(build(Span, {"steps": steps}) for steps in data["spans"]),
+            **{name: value_of(hints[name], data[name], name) for name in _PLAIN},
         )
+        _check(plan)
+        return plan
 
 
 _PLAIN = (
@@ -214,8 +224,38 @@ _PLAIN = (
 )
 
 
-def _tuples(data: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+def _check(plan: Plan) -> None:
+    """Refuse what no plan can be: whoever reads one from a file may rely on it."""
+    steps = [span.steps for span in plan.spans]
+    if not (steps and plan.layers and plan.splits):
+        raise ValueError("no spans, layers or splits")
+    if any(len(part) < 2 or part[0] < 0 for part in steps):
+        raise ValueError("spans without intervals, or negative steps")
+    if any(a[-1] > b[0] for a, b in pairwise(steps)) or any(
+        a >= b for part in steps for a, b in pairwise(part)
+    ):
+        raise ValueError("spans that do not follow each other")
+    for names in ([s.name for s in plan.splits], [layer.name for layer in plan.layers]):
+        if len(set(names)) < len(names):
+            raise ValueError("a layer or split twice")
+    for layer in plan.layers:
+        _check_layer(layer)
+    if plan.settings.dtype not in ("float32", "float64"):
+        raise ValueError(f"unknown dtype {plan.settings.dtype!r}")
+    if min(plan.window, plan.threads, plan.batch_size, plan.trace_sample + 1) < 1:
+        raise ValueError("a window, batch size, sample or number of threads out of range")
+
+
+def _check_layer(layer: Layer) -> None:
+    if layer.kind not in ("parameter", "buffer"):
+        raise ValueError(f"layer {layer.name!r} of unknown kind {layer.kind!r}")
+    axes, axis = layer.shape, layer.unit_axis
+    if len(axes) > MAX_AXES or any(n < 0 for n in axes):
+        raise ValueError(f"layer {layer.name!r} of impossible shape")
+    if math.prod(max(n, 1) for n in axes) >= 2**63:
+        raise ValueError(f"layer {layer.name!r} of impossible shape")
+    if axis is not None and not 0 <= axis < len(axes):
+        raise ValueError(f"layer {layer.name!r} without the axis {axis}")
 
 
 def shares_pass(size: int, n_splits: int) -> bool:

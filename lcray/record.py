@@ -12,11 +12,13 @@ from typing import Any
 
 import lcray
 from lcray.errors import CorruptionError, OutputError, UsageError
-from lcray.files import LOCK, read_json, write_json_atomic
+from lcray.files import LOCK, confined, read_json, write_json_atomic
 from lcray.layers import Layer
 from lcray.planning import DEFAULT_BATCH_SIZE, Plan, Settings
 from lcray.schema import FORMAT_VERSION
+from lcray.shards import read_notes
 from lcray.span import Description
+from lcray.strict import value_of
 
 _NAME = "analysis.json"
 
@@ -66,7 +68,7 @@ def read_record(out: Path) -> Record | None:
         OutputError: if another version wrote it, or `out` holds something else.
         CorruptionError: if it is damaged.
     """
-    path = out / _NAME
+    path = confined(out, out / _NAME)
     if not path.exists():
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out}: is a file; choose another --out")
@@ -81,12 +83,12 @@ def read_record(out: Path) -> Record | None:
         )
     try:
         return Record(
-            run=data["run"],
-            task=data["task"],
+            run=value_of(str, data["run"], "run"),
+            task=value_of(str, data["task"], "task"),
             plan=Plan.from_dict(data["plan"]),
             fingerprint=dict(data["fingerprint"]),
-            versions=dict(data["versions"]),
-            notes=tuple(data["notes"]),
+            versions={k: value_of(str, v, "versions") for k, v in data["versions"].items()},
+            notes=read_notes(data),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"{path}: not valid ({error!r}); restore it") from error

@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from lcray import merging
 from lcray.arrow import make_table
-from lcray.errors import CorruptionError, IncompleteError
-from lcray.files import FileEntry, TableFile, locked, seal, sync_folder, writing
+from lcray.errors import CorruptionError, IncompleteError, brief
+from lcray.files import FileEntry, TableFile, confined, locked, seal, sync_folder, writing
 from lcray.merging import Arrays, Source, merge_bins
 from lcray.planning import Plan
 from lcray.schema import FORMAT_VERSION, WHOLE_RUN, table_schema
@@ -32,6 +32,8 @@ from lcray.summary import bin_edges
 from lcray.weibull import fit_weibull
 
 MANIFEST = "manifest.json"
+#: What Arrow, NumPy and Python raise at numbers and names that are not what a table may hold.
+MALFORMED = (pa.ArrowException, ArithmeticError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def reduce(out: str | os.PathLike[str], *, allow_missing: bool = False) -> Reduc
 
 def merge(out: str | os.PathLike[str], *, allow_missing: bool = False) -> Reduction:
     """`reduce`, for a caller that holds the lock of `out` or whose driver does."""
-    folder = Path(out) / "tables"
+    folder = confined(Path(out), Path(out) / "tables")
     plan = read_plan(Path(out))
     commits = tuple(committed(Path(out), plan.spans).values())
     missing = missing_intervals(plan, commits)
@@ -150,7 +152,8 @@ def _write_tables(folder: Path, source: Source) -> dict[str, FileEntry]:
     try:
         for table in tables_of(source.plan):
             name = f"{table}.parquet"
-            staged[name], entry = _stage(folder, table, _pieces(source, table, fits))
+            pieces = _sound(source, table, _pieces(source, table, fits))
+            staged[name], entry = _stage(folder, table, pieces)
             entries[table] = replace(entry, name=name)
         staged[MANIFEST] = folder / f"{MANIFEST}-{uuid.uuid4().hex}.tmp"
         write_json_atomic(staged[MANIFEST], _manifest(source, entries))
@@ -174,6 +177,17 @@ def _pieces(source: Source, table: str, fits: Fits) -> Iterator[pa.Table]:
     if table in _MERGED:
         return _MERGED[table](source)
     return merging.concatenated(source, table)
+
+
+def _sound(source: Source, table: str, pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same pieces; what cannot be merged is damage, though its checksum may have been right."""
+    try:
+        yield from pieces
+    except MALFORMED as error:
+        raise CorruptionError(
+            f"{source.out}: the shards of table {table!r} hold what lcray does not write "
+            f"({brief(error)}); remove the folders of their spans and run the analysis again"
+        ) from error
 
 
 def _stage(folder: Path, table: str, pieces: Iterator[pa.Table]) -> tuple[Path, FileEntry]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -17,11 +16,13 @@ import pyarrow.parquet as pq
 
 from lcray.checkpoints.naming import matches
 from lcray.errors import CorruptionError, OutputError, UsageError, suggest
-from lcray.files import FileEntry, read_json, read_sealed
+from lcray.files import FileEntry, confined, read_json, read_sealed
 from lcray.planning import Plan
 from lcray.reduction import MANIFEST
+from lcray.sandbox import connect, query_room, select, shut, sql_path
 from lcray.schema import FORMAT_VERSION, TABLES
-from lcray.shards import read_plan
+from lcray.shards import largest_group, read_notes, read_plan
+from lcray.strict import build, value_of
 
 _TIME = ("start_step", "step", "window")
 _OPTIONS = {
@@ -30,14 +31,6 @@ _OPTIONS = {
     "traces": "analyze with --parameters",
     "units": "analyze with --units",
     "groups": "give the task groups, and analyze",
-}
-_SETTINGS: dict[str, str | int | float | list[str]] = {
-    "autoinstall_known_extensions": False,
-    "autoload_known_extensions": False,
-    "allow_community_extensions": False,
-    "python_enable_replacements": False,
-    "python_scan_all_frames": False,
-    "temp_directory": "",
 }
 
 
@@ -63,7 +56,7 @@ def read_manifest(out: Path) -> Manifest:
         OutputError: if there is none, or another version wrote it.
         CorruptionError: if it is damaged.
     """
-    path = out / "tables" / MANIFEST
+    path = confined(out, out / "tables" / MANIFEST)
     if not path.exists():
         raise OutputError(
             f"{out}: has no tables yet; run the analysis again to finish it, or lcray reduce {out}"
@@ -75,10 +68,11 @@ def read_manifest(out: Path) -> Manifest:
             f"{FORMAT_VERSION}; run lcray reduce {out}"
         )
     try:
-        tables = {table: FileEntry(**entry) for table, entry in data["tables"].items()}
+        tables = {table: build(FileEntry, entry) for table, entry in data["tables"].items()}
         known = all(t in TABLES and e.name == f"{t}.parquet" for t, e in tables.items())
-        manifest = Manifest(data["plan"], tuple(data["spans"]), tables)
-    except (AttributeError, KeyError, TypeError) as error:
+        spans = value_of(tuple[str, ...], data["spans"], "spans")
+        manifest = Manifest(value_of(str, data["plan"], "plan"), spans, tables)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"{path}: not a manifest; run lcray reduce {out}") from error
     if not known:
         raise CorruptionError(f"{path}: names unknown tables; run lcray reduce {out}")
@@ -96,9 +90,13 @@ def open_output(out: str | os.PathLike[str]) -> Results:
     return Results(path, read_plan(path), tuple(read_manifest(path).tables))
 
 
-def sql_path(path: Path) -> str:
-    """The path as DuckDB takes it between quotes: as it is, and not as a pattern."""
-    return glob.escape(str(path.resolve())).replace("'", "''")
+def _check_form(path: Path, table: str) -> None:
+    """Raises ValueError for columns or row groups that the table does not have."""
+    with pq.ParquetFile(path) as file:
+        if not file.schema_arrow.equals(TABLES[table].schema):
+            raise ValueError("other columns than the table has")
+        if largest_group(file.metadata) > TABLES[table].row_group_size:
+            raise ValueError("larger row groups than the table has")
 
 
 def query(out: str | os.PathLike[str], sql: str) -> pd.DataFrame:
@@ -128,7 +126,11 @@ class Results:
     @property
     def notes(self) -> tuple[str, ...]:
         """What to keep in mind about the numbers, one line each."""
-        return tuple(read_json(self.path / "analysis.json").get("notes", ()))
+        path = self.path / "analysis.json"
+        try:
+            return read_notes(read_json(path))
+        except (TypeError, ValueError) as error:
+            raise CorruptionError(f"{path}: not valid ({error}); restore it") from error
 
     def intervals(self, *, steps: str | None = None) -> pd.DataFrame:
         """Loss and LC of every interval; raises as `arrow`."""
@@ -207,10 +209,11 @@ class Results:
             if part is not None:
                 condition = part if condition is None else condition & part
         try:
+            _check_form(path, name)
             table = pq.read_table(path, columns=wanted, filters=condition, partitioning=None)
-        except (OSError, pa.ArrowInvalid) as error:
+            return table.unify_dictionaries()
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise self._unreadable(path, error) from error
-        return table.unify_dictionaries()
 
     def sql(self, query: str) -> pd.DataFrame:
         """The answer to one SELECT over the tables, as a pandas frame.
@@ -225,13 +228,12 @@ class Results:
 
     def sql_arrow(self, query: str) -> pa.Table:
         """As `sql`, as an Arrow table."""
-        with duckdb.connect(":memory:", config=_SETTINGS.copy()) as connection:
-            self._confine(connection)
+        room = query_room()
+        with connect(room) as connection:
+            self._create_views(connection)
+            shut(connection, [self._file(table) for table in self.tables])
             try:
-                statements = connection.extract_statements(query)
-                if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-                    raise UsageError("SQL: give exactly one SELECT; the tables are read-only")
-                return connection.sql(statements[0]).to_arrow_table()
+                return select(connection, query, room // 2)
             except duckdb.Error as error:
                 message = " ".join(str(error).split("\n\n")[0].split())
                 absent = isinstance(error, duckdb.CatalogException)
@@ -249,29 +251,22 @@ class Results:
     def __repr__(self) -> str:
         return f"Results({str(self.path)!r}, tables: {', '.join(self.tables)})"
 
-    def _confine(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """Makes views of the tables, then closes the way to everything else."""
+    def _create_views(self, connection: duckdb.DuckDBPyConnection) -> None:
         for table in self.tables:
             path = self._file(table)
             try:
                 connection.execute(f"CREATE VIEW {table} AS FROM read_parquet('{sql_path(path)}')")
             except duckdb.Error as error:
                 raise self._unreadable(path, error) from error
-        folder = self.path / "tables"
-        literal = str(folder.resolve()).replace("'", "''")
-        # DuckDB checks the view's pattern as well as the file that it stands for.
-        connection.execute(f"SET allowed_directories=['{literal}/', '{sql_path(folder)}/']")
-        connection.execute("SET enable_external_access=false")
-        connection.execute("SET lock_configuration=true")
 
     def _unreadable(self, path: Path, error: Exception) -> CorruptionError:
-        reason = str(error).splitlines()[0]
+        reason = str(error)[:300]
         return CorruptionError(f"{path}: cannot be read ({reason}); run lcray reduce {self.path}")
 
     def _file(self, name: str) -> Path:
         path = self.path / "tables" / f"{name}.parquet"
         if name in self.tables:
-            if not path.exists():
+            if not confined(self.path, path).is_file():
                 raise CorruptionError(f"{path}: missing; run lcray reduce {self.path}")
             return path
         if name not in TABLES or name == "borders":
@@ -305,7 +300,8 @@ class Results:
 
     def _frame(self, table: pa.Table) -> pd.DataFrame:
         """A frame whose missing integers and booleans stay such, splits and layers in order."""
-        frame: pd.DataFrame = table.to_pandas()
+        # Without the metadata: what a file says there would choose types and indices.
+        frame: pd.DataFrame = table.replace_schema_metadata(None).to_pandas()
         orders = {
             "split": [split.name for split in self.plan.splits],
             "layer": [layer.name for layer in self.plan.layers],

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lcray.errors import CorruptionError
+from lcray.files import confined
 from lcray.shards import PARTITIONS, Commit, span_folder
 
 
@@ -139,4 +140,6 @@ def open_shard(out: Path, commit: Commit, table: str) -> ShardFile | None:
         CorruptionError: if it cannot be read.
     """
     entry = commit.files.get(table)
-    return None if entry is None else ShardFile(span_folder(out, commit.span) / entry.name)
+    if entry is None:
+        return None
+    return ShardFile(confined(out, span_folder(out, commit.span) / entry.name))

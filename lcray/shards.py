@@ -11,12 +11,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ from lcray.errors import CorruptionError, OutputError, UsageError
 from lcray.files import (
     FileEntry,
     TableFile,
+    confined,
     read_json,
     read_sealed,
     seal,
@@ -35,6 +37,7 @@ from lcray.files import (
 )
 from lcray.planning import Plan, Span
 from lcray.schema import FORMAT_VERSION, TABLES, table_schema
+from lcray.strict import value_of
 
 __all__ = [
     "Commit",
@@ -63,7 +66,7 @@ def read_plan(out: Path) -> Plan:
         OutputError: if there is no such output, or another version wrote it.
         CorruptionError: if ``analysis.json`` is damaged.
     """
-    path = Path(out) / "analysis.json"
+    path = confined(Path(out), Path(out) / "analysis.json")
     data = read_json(path)
     version = data.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
@@ -72,6 +75,11 @@ def read_plan(out: Path) -> Plan:
         return Plan.from_dict(data["plan"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"{path}: holds no valid plan ({error}); restore it") from error
+
+
+def read_notes(data: Mapping[str, Any]) -> tuple[str, ...]:
+    """The notes in the content of ``analysis.json``; raises as `lcray.strict.build`."""
+    return cast(tuple[str, ...], value_of(tuple[str, ...], data.get("notes", ()), "notes"))
 
 
 def _other_version(version: object) -> str:
@@ -227,7 +235,7 @@ def read_commit(out: Path, span: Span) -> Commit | None:
         CorruptionError: if ``commit.json`` is damaged.
         OutputError: if it cannot be read, or belongs to another version or plan.
     """
-    path = span_folder(out, span) / _COMMIT
+    path = confined(out, span_folder(out, span) / _COMMIT)
     if not path.exists():
         return None
     data = read_sealed(path)
@@ -294,20 +302,23 @@ def check_files(out: Path, commit: Commit) -> list[str]:
     return [
         f"{folder / entry.name}: {problem}; remove the folder and run the analysis again"
         for table, entry in commit.files.items()
-        for problem in file_problems(folder / entry.name, entry, table)
+        for problem in file_problems(confined(out, folder / entry.name), entry, table)
     ]
 
 
 def file_problems(path: Path, entry: FileEntry, table: str) -> list[str]:
     """What is wrong with one Parquet file, given what it should be."""
     try:
-        size = path.stat().st_size
-        if size != entry.bytes:
-            return [f"{size} bytes, should be {entry.bytes}"]
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return ["not a regular file"]
+        if found.st_size != entry.bytes:
+            return [f"{found.st_size} bytes, should be {entry.bytes}"]
         if sha256_of(path) != entry.sha256:
             return ["differs from its checksum"]
         with pq.ParquetFile(path) as file:
             rows, schema = file.metadata.num_rows, file.schema_arrow
+            largest = largest_group(file.metadata)
     except FileNotFoundError:
         return ["missing"]
     except (OSError, pa.ArrowException) as error:
@@ -315,12 +326,20 @@ def file_problems(path: Path, entry: FileEntry, table: str) -> list[str]:
     problems = []
     if rows != entry.rows:
         problems.append(f"{rows} rows, should be {entry.rows}")
+    if largest > TABLES[table].row_group_size:
+        problems.append(f"a row group of {largest} rows, more than are ever written")
     if not schema.equals(TABLES[table].schema):
         problems.append(f"other columns than table {table!r} has")
     version = (schema.metadata or {}).get(b"lcray.format_version", b"").decode()
     if version != str(FORMAT_VERSION):
         problems.append(f"format version {version!r}, should be {FORMAT_VERSION}")
     return problems
+
+
+def largest_group(metadata: pq.FileMetaData) -> int:
+    """The most rows that a row group claims: memory is reserved for them before any is read."""
+    groups = range(metadata.num_row_groups)
+    return max((metadata.row_group(group).num_rows for group in groups), default=0)
 
 
 def remove_strays(out: Path, spans: Iterable[Span]) -> list[Path]:

@@ -23,22 +23,25 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lcray.checkpoints import open_series
-from lcray.errors import CheckpointError, LcrayError
+from lcray.errors import CheckpointError, LcrayError, brief, one_line
+from lcray.files import confined
 from lcray.invariants import Invariant, coverage, invariants, relations
 from lcray.planning import Plan
 from lcray.reduction import (
+    MALFORMED,
     disagreements,
     missing_intervals,
     name_intervals,
     plan_digest,
     tables_of,
 )
-from lcray.results import Manifest, read_manifest, sql_path
+from lcray.results import Manifest, read_manifest
+from lcray.sandbox import connect, shut, sql_path
 from lcray.schema import TABLES
 from lcray.shards import Commit, check_files, file_problems, read_commit, read_plan
 
 _SHOWN = 3  # offending rows that a problem names
-_MEMORY = "1GB"
+_MEMORY = 10**9  # bytes
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,11 @@ def verify(
             with report.check("checkpoints of the run"):
                 report.problems += _changed(os.fspath(run), commits)
         _verify_tables(Path(out), plan, commits, report)
-    return Verification(tuple(report.problems), tuple(report.checks))
+    return Verification(tuple(map(one_line, report.problems)), tuple(report.checks))
 
 
 class _Report:
-    """Collects checks and problems; as a context, an lcray error inside is a problem."""
+    """Collects checks and problems; as a context, what a damaged file raises is a problem."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -100,8 +103,11 @@ class _Report:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         if isinstance(error, LcrayError):
             self.problems.append(str(error))
-            return True
-        return False
+        elif isinstance(error, (OSError, duckdb.Error, *MALFORMED)):
+            self.problems.append(f"{self.checks[-1]}: cannot be checked ({brief(error)})")
+        else:
+            return False
+        return True
 
 
 def _changed(run: str, commits: list[Commit]) -> Iterator[str]:
@@ -125,16 +131,17 @@ def _verify_tables(out: Path, plan: Plan, commits: list[Commit], report: _Report
     report.problems += _stale(out, plan, commits, manifest)
     sound = []
     for table, entry in manifest.tables.items():
-        report.checks.append(f"file of table {table}")
-        path = out / "tables" / entry.name
-        problems = file_problems(path, entry, table)
-        report.problems += [f"{path}: {p}; run lcray reduce {out}" for p in problems]
-        if not problems:
-            sound.append(table)
+        with report.check(f"file of table {table}"):
+            path = confined(out, out / "tables" / entry.name)
+            problems = file_problems(path, entry, table)
+            report.problems += [f"{path}: {p}; run lcray reduce {out}" for p in problems]
+            if not problems:
+                sound.append(table)
     for table in sound:
-        report.checks.append(f"keys of {table} are unique and in order")
-        report.problems += _disorder(out, plan, table)
-    _verify_rows(out, plan, manifest, sound, report)
+        with report.check(f"keys of {table} are unique and in order"):
+            report.problems += _disorder(out, plan, table)
+    with report.check("rows of the tables"):
+        _verify_rows(out, plan, manifest, sound, report)
 
 
 def _verify_shards(out: Path, plan: Plan, report: _Report) -> list[Commit]:
@@ -225,8 +232,7 @@ def _verify_rows(
     out: Path, plan: Plan, manifest: Manifest, sound: list[str], report: _Report
 ) -> None:
     checks = [*coverage(plan), *invariants(plan)]
-    with tempfile.TemporaryDirectory() as folder, duckdb.connect(":memory:") as database:
-        database.execute(f"SET memory_limit='{_MEMORY}'")
+    with tempfile.TemporaryDirectory() as folder, connect(_MEMORY) as database:
         database.execute("SET preserve_insertion_order=false")
         database.execute(f"SET temp_directory='{folder}'")
         for table in sound:
@@ -235,6 +241,7 @@ def _verify_rows(
         for name, relation in relations(plan, set(manifest.spans)).items():
             database.register(f"_{name}", relation)
             database.execute(f"CREATE TABLE {name} AS SELECT * FROM _{name}")
+        shut(database, [out / "tables" / f"{table}.parquet" for table in sound])
         for check in checks:
             if all(table in sound for table in check.tables):
                 report.checks.append(check.name)
@@ -245,8 +252,8 @@ def _violations(out: Path, database: duckdb.DuckDBPyConnection, check: Invariant
     try:
         found = database.execute(check.query).fetchmany(_SHOWN + 1)
         names = [column[0] for column in database.description or ()]
-    except duckdb.Error as error:
-        yield f"{out}: {check.name}: cannot be checked ({str(error).splitlines()[0]})"
+    except (duckdb.Error, *MALFORMED) as error:
+        yield f"{out}: {check.name}: cannot be checked ({brief(error)})"
         return
     for row in found[:_SHOWN]:
         where = ", ".join(f"{name} {value}" for name, value in zip(names, row, strict=True))

@@ -36,7 +36,7 @@ SETTINGS = st.builds(
     splits=st.none() | tuples(NAMES),
     layers=st.none() | NAMES,
     batch_norm=NAMES,
-    dtype=NAMES,
+    dtype=st.sampled_from(["float32", "float64"]),
     batch_size=st.none() | COUNTS,
     memory_format=NAMES,
     batch_seed=COUNTS,
@@ -54,7 +54,7 @@ LAYERS = st.builds(
     NAMES,
     NAMES,
     st.sampled_from(["parameter", "buffer"]),
-    tuples(st.integers(0, 9)),
+    tuples(st.integers(0, 9)).map(lambda shape: (2, 3, *shape)),
     st.none() | st.integers(0, 1),
     st.booleans(),
     tuples(NAMES),
@@ -67,17 +67,29 @@ SPLITS = st.builds(
     FLOATS,
     st.none() | FLOATS,
     COUNTS,
-    tuples(st.integers()),
+    tuples(st.integers(-(2**63), 2**63 - 1)),
     tuples(FLOATS),
     st.booleans(),
 )
-SPANS = st.lists(COUNTS, min_size=2, max_size=5, unique=True).map(lambda s: Span(tuple(sorted(s))))
+
+
+def spans(steps: list[int]) -> tuple[Span, ...]:
+    """The first interval, and the rest if there is any."""
+    steps = sorted(steps)
+    return tuple(Span(tuple(part)) for part in (steps[:2], steps[1:]) if len(part) > 1)
+
+
+def distinct(values: st.SearchStrategy) -> st.SearchStrategy:
+    by_name = {"unique_by": lambda value: value.name}
+    return st.lists(values, min_size=1, max_size=4, **by_name).map(tuple)
+
+
 PLANS = st.builds(
     Plan,
     settings=SETTINGS,
-    layers=tuples(LAYERS),
-    splits=tuples(SPLITS),
-    spans=st.lists(SPANS, min_size=1, max_size=3).map(tuple),
+    layers=distinct(LAYERS),
+    splits=distinct(SPLITS),
+    spans=st.lists(COUNTS, min_size=2, max_size=8, unique=True).map(spans),
     window=st.integers(1, 1000),
     tables=tuples(NAMES),
     unit_layers=tuples(NAMES),
@@ -85,7 +97,7 @@ PLANS = st.builds(
     trace_sample=COUNTS,
     threads=st.integers(1, 64),
     device_kind=NAMES,
-    batch_size=COUNTS,
+    batch_size=st.integers(1, 10**12),
     memory_format=NAMES,
 )
 

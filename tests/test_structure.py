@@ -18,6 +18,7 @@ LONGEST = 400  # lines; modules are around 150
 #: Each module imports only from those before it.
 ORDER = (
     "errors",
+    "strict",
     "quadrature",
     "summary",
     "distributions",
@@ -58,6 +59,7 @@ ORDER = (
     "span",
     "merging",
     "reduction",
+    "sandbox",
     "results",
     "invariants",
     "verification",

@@ -15,7 +15,7 @@ import torch
 from lcray.checkpoints import naming
 from lcray.checkpoints.bits import count_unchanged, same_bits
 from lcray.checkpoints.series import CheckpointSeries, State, open_series
-from lcray.errors import CheckpointError, suggest
+from lcray.errors import CheckpointError, one_line, suggest
 
 OUTLIER_Z = 6.0
 OUTLIER_SPREAD = 0.15  # floor of the spread of log norms: below x 2.5 nothing is an outlier
@@ -53,6 +53,9 @@ class Finding:
     step: int | None
     layer: str | None
     message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", one_line(self.message))
 
 
 @dataclass(frozen=True)

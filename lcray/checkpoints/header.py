@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+MAX_AXES = 64  # of a tensor; the limit of NumPy, and of torch where it iterates over elements
 CANONICAL_KEY = "lcray_names"  # in the metadata: the names are already without wrapper prefixes
 
 DTYPES: dict[str, torch.dtype] = {
@@ -128,7 +129,12 @@ def _whole(value: object) -> bool:
 
 def _overflows(shape: list[int]) -> bool:
     """Whether strides of such a shape do not fit into 64 bits, even if an axis of 0 empties it."""
-    return math.prod(max(n, 1) for n in shape) >= 2**63
+    # Few axes, and none that is large itself: the product of a million would take hours.
+    return len(shape) > MAX_AXES or max(shape, default=0) >= 2**63 or _volume(shape) >= 2**63
+
+
+def _volume(shape: list[int]) -> int:
+    return math.prod(max(n, 1) for n in shape)
 
 
 def _entry(name: str, value: object) -> Entry:

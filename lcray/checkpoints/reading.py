@@ -121,7 +121,9 @@ class _Reading:
 
     def read_sharded(self, index: Path) -> None:
         with _open(index) as file:
-            text = file.read()
+            text = file.read(header.MAX_HEADER + 1)
+        if len(text) > header.MAX_HEADER:
+            raise ValueError(f"the index is larger than {header.MAX_HEADER} bytes")
         self._count(text)
         weight_map = _weight_map(text)
         names = naming.canonical_names(weight_map)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lcray.errors import RecorderError
 
 NAME = "run.json"
 FORMAT_VERSION = 1
+_LIMIT = 1 << 28  # bytes
 
 
 def load(root: Path) -> dict[str, Any] | None:
@@ -26,17 +28,29 @@ def load(root: Path) -> dict[str, Any] | None:
     """
     path = root / NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(_read(path))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecorderError(f"{path}: cannot be read; move it away to resume") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise RecorderError(
             f"{path}: format_version is {version!r}, not {FORMAT_VERSION}; use a new directory"
         )
+    if not isinstance(content.get("sessions", []), list):
+        raise RecorderError(f"{path}: has no list of sessions; use a new directory")
     return dict(content)
+
+
+def _read(path: Path) -> bytes:
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
+        raise ValueError("not a regular file")
+    with open(path, "rb") as file:
+        text = file.read(_LIMIT + 1)
+    if len(text) > _LIMIT:
+        raise ValueError(f"larger than {_LIMIT} bytes")
+    return text
 
 
 def describe(

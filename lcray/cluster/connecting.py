@@ -13,12 +13,14 @@ from typing import Any
 
 import ray
 import torch
+from ray._private import ray_constants
 from ray.exceptions import RayError
 
 from lcray.errors import ClusterError
 from lcray.process import environment, worker_environment
 from lcray.resources import Resources
 
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _OBJECT_STORE = 128 * 2**20  # bytes; nothing but plans goes through it
 
 
@@ -43,7 +45,10 @@ def connection(resources: Resources) -> Iterator[None]:
     try:
         _check_reachable(address)
         # In a runtime environment of the actors they would cost Ray a start of processes anew.
-        with environment(variables if address == "local" else {}):
+        if address == "local":
+            with environment(variables | {LOOPBACK: "0"}), _on_loopback():
+                ray.init(**options)
+        else:
             ray.init(**options)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(
@@ -56,6 +61,21 @@ def connection(resources: Resources) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts in the block listens on 127.0.0.1 alone, not on every interface.
+
+    Ray has one switch for that, meant for systems whose firewall would ask. Its processes read it
+    from the environment (`LOOPBACK`), this one has read it when it imported Ray.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _check_reachable(address: str) -> None:

@@ -1,0 +1,89 @@
+"""A DuckDB that sees some files and nothing else, for SQL that is not lcray's own.
+
+Settings alone would leave statements that write into the files that are allowed, so foreign SQL
+also has to be one SELECT, whose plan writes nothing: a SELECT may begin with a COPY.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import torch
+
+from lcray.errors import UsageError
+from lcray.memory import available_bytes
+
+#: A step of a plan that writes; quotes within a name or a literal would be escaped.
+_WRITING = re.compile(r'"name":\s*"[A-Z_]*(?:COPY|INSERT|UPDATE|DELETE|CREATE|ATTACH)')
+_LEAST_ROOM = 1 << 28  # bytes that a query may take in any case
+_SETTINGS: dict[str, str | int | float | list[str]] = {
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    "allow_community_extensions": False,
+    "python_enable_replacements": False,
+    "python_scan_all_frames": False,
+    "temp_directory": "",
+}
+
+
+def query_room() -> int:
+    """The bytes that a query may take: half of what is left; its answer may take half of that."""
+    return max(_LEAST_ROOM, available_bytes(torch.device("cpu")) // 2)
+
+
+def sql_path(path: Path) -> str:
+    """The path as DuckDB takes it between quotes: as it is, and not as a pattern."""
+    return glob.escape(str(path.resolve())).replace("'", "''")
+
+
+def connect(room: int) -> duckdb.DuckDBPyConnection:
+    """A new database in memory, of at most `room` bytes, that finds and loads nothing by itself."""
+    return duckdb.connect(":memory:", config={**_SETTINGS, "memory_limit": f"{room}B"})
+
+
+def shut(connection: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> None:
+    """Leaves these files to a database, and nothing else: no file, no network, no setting."""
+    # DuckDB checks a view's pattern as well as the file that it stands for.
+    plain = [str(file.resolve()).replace("'", "''") for file in files]
+    listed = ", ".join(f"'{name}'" for name in [*plain, *map(sql_path, files)])
+    connection.execute(f"SET allowed_paths=[{listed}]")
+    connection.execute("SET enable_external_access=false")
+    connection.execute("SET lock_configuration=true")
+
+
+def select(connection: duckdb.DuckDBPyConnection, query: str, room: int) -> pa.Table:
+    """What one SELECT gives.
+
+    Raises:
+        UsageError: if it is anything else, or its answer takes more than `room` bytes.
+        duckdb.Error: if it cannot be run.
+    """
+    statements = connection.extract_statements(query)
+    if len(statements) != 1 or not _reads(connection, statements[0]):
+        raise UsageError("SQL: give exactly one SELECT; the tables are read-only")
+    held, size = [], 0
+    with connection.sql(statements[0]).to_arrow_reader() as reader:
+        for batch in reader:
+            held.append(batch)
+            size += batch.nbytes
+            if size > room:
+                raise UsageError(
+                    f"SQL: the answer is larger than {room >> 20} MiB, a quarter of the memory "
+                    "that is left; aggregate, or add a LIMIT"
+                )
+        return pa.Table.from_batches(held, reader.schema)
+
+
+def _reads(connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -> bool:
+    try:
+        if statement.type != duckdb.StatementType.SELECT:
+            return False
+    except ValueError:  # a kind that the Python package has no name for
+        return False
+    plan = connection.execute(f"EXPLAIN (FORMAT json) {statement.query}").fetchall()
+    return not _WRITING.search(str(plan[-1][1]))

@@ -1,0 +1,54 @@
+"""JSON values as frozen dataclasses, every value of exactly the type that its field declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+_T = TypeVar("_T")
+_LIMIT = 2**63  # whole numbers end where those of Arrow and torch do
+
+
+def build(kind: type[_T], data: object) -> _T:
+    """The dataclass `kind` from a JSON object; fields with defaults may be left out.
+
+    Lists become tuples, and whole numbers are accepted for float fields. Nothing else is
+    converted: a bool is no integer, a string no number.
+
+    Raises:
+        TypeError: for a value of another type than its field's, an unknown or a missing field.
+        ValueError: for a whole number beyond 64 bits, or a string that is not Unicode.
+    """
+    if not isinstance(data, Mapping):
+        raise TypeError(f"no object where {kind.__name__} should be")
+    hints = get_type_hints(kind)
+    for name in data:
+        if name not in hints:
+            raise TypeError(f"{kind.__name__} has no field {name!r}")
+    return kind(**{n: value_of(hints[n], v, f"{kind.__name__}.{n}") for n, v in data.items()})
+
+
+def value_of(hint: Any, value: object, where: str) -> Any:
+    """`value` if it is of the type `hint`; raises as `build`, naming it `where`."""
+    options = get_args(hint)
+    if NoneType in options:
+        if value is None:
+            return None
+        (hint,) = (option for option in options if option is not NoneType)
+        options = get_args(hint)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"{where} is no list")
+        return tuple(value_of(options[0], item, where) for item in value)
+    if type(value) is not hint and not (hint is float and type(value) is int):
+        raise TypeError(f"{where} is no {hint.__name__}")
+    _check_range(value, where)
+    return value
+
+
+def _check_range(value: object, where: str) -> None:
+    if isinstance(value, int) and not -_LIMIT <= value < _LIMIT:
+        raise ValueError(f"{where} does not fit into 64 bits")
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"{where} is not Unicode")
