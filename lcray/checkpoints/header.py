@@ -129,7 +129,7 @@ def _whole(value: object) -> bool:
 
 def _overflows(shape: list[int]) -> bool:
     """Whether strides of such a shape do not fit into 64 bits, even if an axis of 0 empties it."""
-    # Few axes, and none that is large itself: the product of a million would take hours.
+    # Few axes, and none that is large itself: the product of a million is a huge number.
     return len(shape) > MAX_AXES or max(shape, default=0) >= 2**63 or _volume(shape) >= 2**63
 
 
