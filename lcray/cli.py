@@ -16,6 +16,7 @@ import click
 from rich.console import Console
 
 import lcray
+from lcray import submit_command
 from lcray.errors import LcrayError, UsageError
 from lcray.planning import Settings
 
@@ -202,6 +203,9 @@ def analyze(
     _show({"out": str(out), "splits": data}, lambda: display.summary(results), as_json)
 
 
+app.add_command(submit_command.like(analyze))
+
+
 @app.command()
 @_OUT
 @click.option("--allow-missing", is_flag=True, help="Merge even if intervals are missing.")
@@ -301,6 +305,7 @@ def main() -> None:
     except LcrayError as error:
         click.echo(f"lcray: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("lcray: interrupted; run the same command again to go on", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        known = str(error.__cause__ or "") or "run the same command again to go on"
+        click.echo(f"lcray: interrupted; {known}", err=True)
         sys.exit(128 + received[-1])

@@ -287,6 +287,11 @@ class Told:
         return [state.done for state in self.states if state.phase == "spans"]
 
 
+def sources(folder: Path) -> dict[str, str]:
+    """The text of the Python files of a folder, by name."""
+    return {path.name: path.read_text() for path in folder.glob("*.py")}
+
+
 def python_environment() -> dict[str, str]:
     """For child processes: this Python first, no colours, no Ray of the parent's."""
     left_out = ("RAY_ADDRESS", "COLUMNS", "FORCE_COLOR", "PYTHONPATH")

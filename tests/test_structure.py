@@ -25,6 +25,7 @@ ORDER = (
     "weibull",
     "checkpoints",
     "task",
+    "packaging",
     "vectors",
     "layers",
     "layout",
@@ -68,14 +69,22 @@ ORDER = (
     "process",
     "cluster",
     "analysis",
+    "submission",
     "digits",
     "progress",
     "display",
+    "submit_command",
     "cli",
     "__main__",
 )
 #: The command line; everything else is a library and keeps quiet.
-SPEAKS = {"lcray.__main__", "lcray.cli", "lcray.display", "lcray.progress"}
+SPEAKS = {
+    "lcray.__main__",
+    "lcray.cli",
+    "lcray.display",
+    "lcray.progress",
+    "lcray.submit_command",
+}
 NO_PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 
 

@@ -1,0 +1,88 @@
+"""``lcray submit``: takes what ``lcray analyze`` takes, since that is what the job runs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+import lcray
+from lcray.errors import UsageError
+from lcray.resources import Resources
+
+_OWN = {"run", "out", "address", "as_json"}  # of analyze's, those that mean something else here
+
+
+@click.command()
+@click.argument("run")
+@click.option("--out", required=True, help="Output: absolute, as the cluster sees it, or a URI.")
+@click.option(
+    "--address",
+    help="Job server of the cluster, http://HEAD:8265  [default: RAY_API_SERVER_ADDRESS, else "
+    "port 8265 of this machine].",
+)
+@click.option(
+    "--include", multiple=True, help="Send this file or folder along with the code (repeatable)."
+)
+@click.option("--env", multiple=True, help="Set NAME=VALUE for the job; no secrets (repeatable).")
+@click.option("--no-wait", is_flag=True, help="Print the job's id, and leave it to itself.")
+def submit(
+    run: str,
+    task: str,
+    out: str,
+    address: str | None,
+    include: tuple[str, ...],
+    env: tuple[str, ...],
+    no_wait: bool,
+    saved: Path | None,
+    **options: Any,
+) -> None:
+    """Have a Ray cluster run lcray analyze: send the task's code, follow the log.
+
+    RUN and --out are absolute paths on storage that every node sees, or URIs. What travels is the
+    module or package of --task and what it imports from its folder; never checkpoints, outputs,
+    hidden files or virtual environments. The exit code is that of the job. Ctrl-C leaves the job
+    running, and says how to follow and how to stop it.
+
+    Where the cluster asks for a token (a cluster should), set RAY_AUTH_MODE=token in the shell that
+    starts the head and in this one, with the same token in ~/.ray/auth_token.
+    """
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    placed = {f.name: given.pop(f.name) for f in fields(Resources) if f.name in given}
+    found = lcray.submit(
+        run,
+        task,
+        out,
+        address=address,
+        plan=saved,
+        resources=Resources(**placed),
+        include=include,
+        env=_variables(env),
+        wait=not no_wait,
+        on_package=lambda package: click.echo(f"lcray: sending {package}", err=True),
+        on_submit=lambda job: click.echo(f"lcray: submitted {job.job}", err=True),
+        on_log=lambda text: click.echo(text, nl=False),
+        **given,
+    )
+    if no_wait:
+        click.echo(found.job)
+    elif found.exit_code:
+        click.echo(f"lcray: job {found.job} {found.message}", err=True)
+        sys.exit(found.exit_code)
+
+
+def like(analyze: click.Command) -> click.Command:
+    """The command, with the options of `analyze`."""
+    have = {option.name for option in submit.params} | _OWN
+    submit.params += [option for option in analyze.params if option.name not in have]
+    return submit
+
+
+def _variables(pairs: tuple[str, ...]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair or not pair.partition("=")[0].isidentifier():
+            raise UsageError(f"env {pair!r}: must have the form NAME=VALUE")
+    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
