@@ -201,8 +201,15 @@ def test_what_is_installed_stays_at_home(tree: Tree) -> None:
 
 
 def test_installed_packages_win_over_folders_that_only_share_their_name(tree: Tree) -> None:
-    tree({"mytask.py": "import pytest, lcray\n", "pytest/logs/x.py": "", "lcray/x.py": ""})
+    tree({"mytask.py": "import pytest\n", "pytest/logs/x.py": ""})
     assert names(pack("mytask:task")) == ["mytask.py"]
+
+
+def test_a_clone_of_lcray_stays_at_home(tree: Tree) -> None:
+    """The cluster's nodes have one of their own, and workers must not mix the two."""
+    tree({"mytask.py": "import lcray\n", "lcray/__init__.py": "", "lcray/task.py": ""})
+    assert names(pack("mytask:task")) == ["mytask.py"]
+    assert pack("lcray.task:task").files == {}
 
 
 def test_a_module_from_the_search_path(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
