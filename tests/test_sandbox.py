@@ -283,7 +283,6 @@ HUNGRY = (
     "SELECT list(i) FROM range(100000000000) t(i)",
     "SELECT count(*) FROM (SELECT DISTINCT i FROM range(100000000000) t(i))",
     "SELECT range(100000000000)",
-    "SELECT repeat('x', 4000000000)",
     "SELECT repeat(repeat('x', 100000), 100000)",
     "SELECT string_agg(repeat('x', 1000), '') FROM range(100000000000)",
     "SELECT * FROM layers a, layers b, layers c, layers d, layers e, layers f ORDER BY ALL",
