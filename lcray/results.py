@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import glob
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 
 from lcray.checkpoints.naming import matches
 from lcray.errors import CorruptionError, OutputError, UsageError, suggest
-from lcray.files import FileEntry, read_json, read_sealed
+from lcray.files import FileEntry, exists, read_json, read_sealed
 from lcray.planning import Plan
 from lcray.reduction import MANIFEST
 from lcray.schema import FORMAT_VERSION, TABLES
 from lcray.shards import read_plan
+from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
 
 _TIME = ("start_step", "step", "window")
 _OPTIONS = {
@@ -56,7 +57,7 @@ class Manifest:
     tables: Mapping[str, FileEntry]
 
 
-def read_manifest(out: Path) -> Manifest:
+def read_manifest(out: Place) -> Manifest:
     """The manifest of the tables in `out`.
 
     Raises:
@@ -64,7 +65,7 @@ def read_manifest(out: Path) -> Manifest:
         CorruptionError: if it is damaged.
     """
     path = out / "tables" / MANIFEST
-    if not path.exists():
+    if not exists(path):
         raise OutputError(
             f"{out}: has no tables yet; run the analysis again to finish it, or lcray reduce {out}"
         )
@@ -85,14 +86,14 @@ def read_manifest(out: Path) -> Manifest:
     return manifest
 
 
-def open_output(out: str | os.PathLike[str]) -> Results:
+def open_output(out: PlaceLike) -> Results:
     """The results in `out`.
 
     Raises:
         OutputError: if there is no output there, or it is not reduced yet.
         CorruptionError: if its plan or manifest is damaged.
     """
-    path = Path(out)
+    path = place(out)
     return Results(path, read_plan(path), tuple(read_manifest(path).tables))
 
 
@@ -101,7 +102,7 @@ def sql_path(path: Path) -> str:
     return glob.escape(str(path.resolve())).replace("'", "''")
 
 
-def query(out: str | os.PathLike[str], sql: str) -> pd.DataFrame:
+def query(out: PlaceLike, sql: str) -> pd.DataFrame:
     """What one SELECT gives on the tables in `out`; raises as `open_output` and `Results.sql`."""
     return open_output(out).sql(sql)
 
@@ -116,12 +117,12 @@ class Results:
     such as ``"conv*"``.
 
     Attributes:
-        path: the output directory.
+        path: the output directory, or its address.
         plan: the plan it was made by.
         tables: the names of its tables.
     """
 
-    path: Path
+    path: Place
     plan: Plan
     tables: tuple[str, ...]
 
@@ -207,10 +208,16 @@ class Results:
             if part is not None:
                 condition = part if condition is None else condition & part
         try:
-            table = pq.read_table(path, columns=wanted, filters=condition, partitioning=None)
+            table = self._read(path, wanted, condition)
         except (OSError, pa.ArrowInvalid) as error:
             raise self._unreadable(path, error) from error
         return table.unify_dictionaries()
+
+    def _read(self, path: Place, columns: list[str], rows: pc.Expression | None) -> pa.Table:
+        if not isinstance(path, Remote):
+            return pq.read_table(path, columns=columns, filters=rows, partitioning=None)
+        with open_seekable(path) as source:
+            return pq.read_table(source, columns=columns, filters=rows)
 
     def sql(self, query: str) -> pd.DataFrame:
         """The answer to one SELECT over the tables, as a pandas frame.
@@ -225,8 +232,8 @@ class Results:
 
     def sql_arrow(self, query: str) -> pa.Table:
         """As `sql`, as an Arrow table."""
-        with duckdb.connect(":memory:", config=_SETTINGS.copy()) as connection:
-            self._confine(connection)
+        with self._local(query) as folder, _connected() as connection:
+            self._confine(connection, folder)
             try:
                 statements = connection.extract_statements(query)
                 if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
@@ -249,29 +256,42 @@ class Results:
     def __repr__(self) -> str:
         return f"Results({str(self.path)!r}, tables: {', '.join(self.tables)})"
 
-    def _confine(self, connection: duckdb.DuckDBPyConnection) -> None:
+    @contextmanager
+    def _local(self, query: str) -> Iterator[Path]:
+        """A local folder with the tables: of a remote output, copies of those that it may name."""
+        tables = [t for t in self.tables if re.search(rf"\b{t}\b", query, re.IGNORECASE)]
+        names = [self._file(table).name for table in tables]
+        try:
+            copies = local_copies(self.path / "tables", names)
+            with copies as folder:
+                yield folder
+        except OSError as error:
+            raise self._unreadable(self.path / "tables", error) from error
+
+    def _confine(self, connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
         """Makes views of the tables, then closes the way to everything else."""
         for table in self.tables:
-            path = self._file(table)
+            path = folder / self._file(table).name
+            if isinstance(self.path, Remote) and not path.exists():
+                continue  # the query does not name it
             try:
                 connection.execute(f"CREATE VIEW {table} AS FROM read_parquet('{sql_path(path)}')")
             except duckdb.Error as error:
                 raise self._unreadable(path, error) from error
-        folder = self.path / "tables"
         literal = str(folder.resolve()).replace("'", "''")
         # DuckDB checks the view's pattern as well as the file that it stands for.
         connection.execute(f"SET allowed_directories=['{literal}/', '{sql_path(folder)}/']")
         connection.execute("SET enable_external_access=false")
         connection.execute("SET lock_configuration=true")
 
-    def _unreadable(self, path: Path, error: Exception) -> CorruptionError:
-        reason = str(error).splitlines()[0]
+    def _unreadable(self, path: Place, error: Exception) -> CorruptionError:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         return CorruptionError(f"{path}: cannot be read ({reason}); run lcray reduce {self.path}")
 
-    def _file(self, name: str) -> Path:
+    def _file(self, name: str) -> Place:
         path = self.path / "tables" / f"{name}.parquet"
         if name in self.tables:
-            if not path.exists():
+            if not exists(path):
                 raise CorruptionError(f"{path}: missing; run lcray reduce {self.path}")
             return path
         if name not in TABLES or name == "borders":
@@ -321,6 +341,10 @@ class Results:
             elif table.column(field.name).null_count and pa.types.is_boolean(field.type):
                 frame[field.name] = frame[field.name].astype("boolean")
         return frame
+
+
+def _connected() -> duckdb.DuckDBPyConnection:
+    return duckdb.connect(":memory:", config=_SETTINGS.copy())
 
 
 def _distinct(names: list[str]) -> list[str]:

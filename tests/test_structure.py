@@ -18,6 +18,7 @@ LONGEST = 400  # lines; modules are around 150
 #: Each module imports only from those before it.
 ORDER = (
     "errors",
+    "storage",
     "quadrature",
     "summary",
     "distributions",
@@ -46,6 +47,7 @@ ORDER = (
     "schema",
     "arrow",
     "files",
+    "locks",
     "shards",
     "shard_files",
     "accumulators",
