@@ -13,7 +13,8 @@ from lcray.cluster import Pool, connection
 from lcray.costs import Estimate, estimate
 from lcray.drafting import check_plan, extend_plan, make_plan, make_settings
 from lcray.errors import CheckpointError, IncompleteError, OutputError, UsageError
-from lcray.files import locked, read_json, write_json_atomic, writing
+from lcray.files import read_json, write_json_atomic, writing
+from lcray.locks import Lock, locked
 from lcray.planning import Plan, Settings, Span
 from lcray.record import (
     Record,
@@ -31,9 +32,8 @@ from lcray.results import Results, open_output
 from lcray.schema import FORMAT_VERSION
 from lcray.shards import committed, remove_strays
 from lcray.span import SpanReport
+from lcray.storage import Place, PlaceLike, place
 from lcray.task import Task, locate
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class PlanReport:
         cost = self.estimate
         return f"PlanReport({cost.n_intervals} intervals, {cost.n_gradients} gradients)"
 
-    def save(self, path: PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a file, for ``analyze(plan=…)`` and ``analyze --plan``.
 
         Raises:
@@ -87,7 +87,7 @@ class PlanReport:
         write_json_atomic(Path(path), data)
 
 
-def load_plan(path: PathLike) -> Plan:
+def load_plan(path: str | os.PathLike[str]) -> Plan:
     """The plan in a file that ``plan --save`` wrote.
 
     Raises:
@@ -108,7 +108,7 @@ def load_plan(path: PathLike) -> Plan:
 
 
 def plan(
-    run: PathLike,
+    run: PlaceLike,
     task: str | Task,
     *,
     resources: Resources | None = None,
@@ -119,7 +119,7 @@ def plan(
     """Plan an analysis, and measure what a gradient costs; nothing is written.
 
     Args:
-        run: the directory of checkpoints.
+        run: the directory of checkpoints, or its URI.
         task: ``package.module:attribute``, ``path/file.py:attribute``, or a `Task`.
         resources: workers and where they run.
         steps: the range of steps to analyze, ``a:b``.
@@ -138,11 +138,11 @@ def plan(
 
 
 def analyze(
-    run: PathLike,
+    run: PlaceLike,
     task: str | Task,
-    out: PathLike,
+    out: PlaceLike,
     *,
-    plan: Plan | PathLike | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
     resources: Resources | None = None,
     steps: str | None = None,
     span_length: int | None = None,
@@ -155,9 +155,9 @@ def analyze(
     the run has gained are added.
 
     Args:
-        run: the directory of checkpoints.
+        run: the directory of checkpoints, or its URI.
         task: ``package.module:attribute``, ``path/file.py:attribute``, or a `Task`.
-        out: the output directory; new, or of the same analysis.
+        out: the output directory, or its URI; new, or of the same analysis.
         plan: a plan, or the file of one, instead of `steps`, `span_length` and options.
         resources: workers and where they run.
         steps: the range of steps to analyze, ``a:b``.
@@ -180,21 +180,22 @@ def analyze(
     settings = given.settings if given else make_settings(options)
     if given is not None:
         steps = f"{given.steps[0]}:"  # the first checkpoint is the plan's, as when it was made
-    path = Path(out)
+    path = place(out)
     record = read_record(path)
     if record is not None:
         check_same_settings(path, record, settings)
     known = record.plan if record else given
     job = _Job(run, task, resources, steps, span_length, settings, known)
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-    with locked(path):
+    if isinstance(path, Path):
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+    with locked(path) as lock:
         if read_record(path) != record:
             raise OutputError(f"{path}: has just changed; run the same command again")
         tell(Progress("start"))
         with connection(job.resources), job.pool(settings) as pool:
             record = job.record(pool, path, record, given, tell)
-            _finish(pool, record.plan, path, tell)
+            _finish(pool, record.plan, path, lock, tell)
     return open_output(path)
 
 
@@ -203,7 +204,7 @@ class _Job:
 
     def __init__(
         self,
-        run: PathLike,
+        run: PlaceLike,
         task: str | Task,
         resources: Resources | None,
         steps: str | None,
@@ -213,8 +214,8 @@ class _Job:
     ) -> None:
         if span_length is not None and span_length < 1:
             raise UsageError(f"span-length {span_length}: must be at least 1")
-        self.series: CheckpointSeries = open_series(os.fspath(run), steps)
-        self.run = str(Path(run).resolve())
+        self.series: CheckpointSeries = open_series(run, steps)
+        self.run = str(place(run).resolve())
         self.source = locate(task)
         self.source.load()
         self.resources = resources or Resources()
@@ -259,7 +260,7 @@ class _Job:
     def record(
         self,
         pool: Pool,
-        out: Path,
+        out: Place,
         record: Record | None,
         given: Plan | None,
         tell: OnProgress,
@@ -288,7 +289,7 @@ class _Job:
         made.write(out)
         return made
 
-    def _continued(self, out: Path, record: Record, given: Plan | None) -> Record:
+    def _continued(self, out: Place, record: Record, given: Plan | None) -> Record:
         if given is not None and given.spans != record.plan.spans[: len(given.spans)]:
             raise OutputError(f"{out}: was made by another plan; choose another --out")
         self._check_steps(record.plan)
@@ -310,23 +311,25 @@ class _Job:
             )
 
 
-def _finish(pool: Pool, plan: Plan, out: Path, tell: OnProgress) -> None:
+def _finish(pool: Pool, plan: Plan, out: Place, lock: Lock, tell: OnProgress) -> None:
     """Compute the spans that are not committed, and merge all into tables."""
-    failures = _run_spans(pool, plan, out, tell)
+    failures = _run_spans(pool, plan, out, lock, tell)
     if failures:
         raise IncompleteError(_explain(out, failures))
+    lock.check()
     remove_strays(out, plan.spans)
     tell(Progress("reduce", plan.n_intervals, plan.n_intervals))
     pool.reduce(out)
 
 
-def _run_spans(pool: Pool, plan: Plan, out: Path, tell: OnProgress) -> dict[Span, str]:
+def _run_spans(pool: Pool, plan: Plan, out: Place, lock: Lock, tell: OnProgress) -> dict[Span, str]:
     done = committed(out, plan.spans)
     count = sum(len(span.intervals) for span in done)
     tell(Progress("spans", count, plan.n_intervals))
 
     def on_done(span: Span, report: SpanReport) -> None:
         nonlocal count
+        lock.check()
         count += len(span.intervals)
         tell(Progress("spans", count, plan.n_intervals))
 
@@ -334,7 +337,7 @@ def _run_spans(pool: Pool, plan: Plan, out: Path, tell: OnProgress) -> dict[Span
     return pool.run(plan, todo, out, on_done).failures
 
 
-def _explain(out: Path, failures: dict[Span, str]) -> str:
+def _explain(out: Place, failures: dict[Span, str]) -> str:
     lost = sum(len(span.intervals) for span in failures)
     names = ", ".join(f"{span.first}-{span.last}" for span in list(failures)[:6])
     more = ", …" if len(failures) > 6 else ""

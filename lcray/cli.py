@@ -60,7 +60,7 @@ _SETTINGS = (
     _option("--deterministic/--no-deterministic", "Enforce deterministic algorithms on CUDA."),
 )
 _RUN = (
-    click.argument("run", type=click.Path(path_type=Path)),
+    click.argument("run"),
     click.option("--task", required=True, help="package.module:attribute or file.py:attribute."),
     click.option("--steps", help="Only checkpoints with a <= step <= b, as in 100:200."),
     click.option("--span-length", type=int, help="Intervals a span, the unit of work and retry."),
@@ -75,7 +75,7 @@ _RUN = (
     ),
     click.option("--address", help="Ray cluster to use; its own local Ray by default."),
 )
-_OUT = click.argument("out", type=click.Path(path_type=Path))
+_OUT = click.argument("out")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 
 
@@ -137,11 +137,11 @@ def demo(directory: Path, workers: int | None) -> None:
 
 
 @app.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run")
 @click.option("--steps", help="Only checkpoints with a <= step <= b, as in 100:200.")
 @click.option("--layers", help="Only tensors whose names match, as in 'conv*'.")
 @_JSON
-def inspect(run: Path, steps: str | None, layers: str | None, as_json: bool) -> None:
+def inspect(run: str, steps: str | None, layers: str | None, as_json: bool) -> None:
     """Audit a run: gaps, duplicates, NaN, outliers, torn files, what is frozen."""
     from lcray import display
 
@@ -155,7 +155,7 @@ def inspect(run: Path, steps: str | None, layers: str | None, as_json: bool) -> 
 @_with(*_RUN, *_SETTINGS)
 @click.option("--save", type=click.Path(path_type=Path), help="Write the plan to this file.")
 @_JSON
-def plan(run: Path, task: str, save: Path | None, as_json: bool, **options: Any) -> None:
+def plan(run: str, task: str, save: Path | None, as_json: bool, **options: Any) -> None:
     """Say what an analysis of RUN would take: gradients, time, memory, disk."""
     from lcray import display
 
@@ -175,11 +175,11 @@ def plan(run: Path, task: str, save: Path | None, as_json: bool, **options: Any)
 
 @app.command()
 @_with(*_RUN, *_SETTINGS)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Output directory.")
+@click.option("--out", required=True, help="Output directory, or its URI.")
 @click.option("--plan", "saved", type=click.Path(path_type=Path), help="Use a saved plan.")
 @_JSON
 def analyze(
-    run: Path, task: str, out: Path, saved: Path | None, as_json: bool, **options: Any
+    run: str, task: str, out: str, saved: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Allocate the loss changes of RUN to its parameters, into the tables of --out.
 
@@ -209,7 +209,7 @@ app.add_command(submit_command.like(analyze))
 @app.command()
 @_OUT
 @click.option("--allow-missing", is_flag=True, help="Merge even if intervals are missing.")
-def reduce(out: Path, allow_missing: bool) -> None:
+def reduce(out: str, allow_missing: bool) -> None:
     """Merge the shards of OUT into its tables."""
     from lcray.reduction import name_intervals
 
@@ -224,11 +224,10 @@ def reduce(out: Path, allow_missing: bool) -> None:
 @_OUT
 @click.option(
     "--run",
-    type=click.Path(path_type=Path),
     help="Read this run again too: are its checkpoints those that OUT was computed from?",
 )
 @_JSON
-def verify(out: Path, run: Path | None, as_json: bool) -> None:
+def verify(out: str, run: str | None, as_json: bool) -> None:
     """Check every checksum, coverage and additivity invariant of OUT."""
     found = lcray.verify(out, run=run)
     good = f"{out}: {len(found.checks)} checks, no problems"
@@ -248,7 +247,7 @@ def verify(out: Path, run: Path | None, as_json: bool) -> None:
     show_default=True,
     help="How to print the answer; tables round and stop at 50 rows.",
 )
-def query(out: Path, sql: str, form: str) -> None:
+def query(out: str, sql: str, form: str) -> None:
     """Run one SELECT on the tables of OUT, read-only, in DuckDB."""
     from lcray import display
 

@@ -6,29 +6,27 @@ and only then given its name, and what names other files carries their checksums
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
-import stat
-import uuid
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lcray.errors import CorruptionError, OutputError
 from lcray.schema import TableSchema
+from lcray.storage import Place, Remote, storage_of
 
-LOCK = ".lock"  # the name of the file in an output
+P = TypeVar("P", Path, Remote, Place)
+
 _JSON_LIMIT = 1 << 28  # bytes; analysis.json holds one checksum a checkpoint
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class FileEntry:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Place) -> Iterator[None]:
     """Turns an error of the operating system into an `OutputError` that names `path`."""
     try:
         yield
@@ -61,39 +59,26 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep every other process that asks for it out of `folder`, while the block lasts.
-
-    The operating system lets go when the process ends, however it ends.
+def exists(path: Place) -> bool:
+    """Whether there is such a file.
 
     Raises:
-        OutputError: if another process is at work there, or the lock cannot be written.
+        OutputError: if nobody can tell.
     """
-    path = folder / LOCK
-    with writing(path):
-        file = open(path, "a", opener=_plainly)  # noqa: SIM115 - its errors are not the block's
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"{folder}: another lcray process is at work on it; wait until it has ended"
-            ) from error
-        yield
+    try:
+        return storage_of(path).exists(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read ({error.strerror}); check access") from error
 
 
-def _plainly(path: str, flags: int) -> int:
-    """Opens neither what a link leads to nor a pipe, on which it would wait."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-
-
-def confined(root: Path, path: Path) -> Path:
+def confined(root: P, path: P) -> P:
     """`path`, which is under `root` by its name, unless links lead it out of there.
 
     Raises:
         CorruptionError: if they do.
     """
+    if isinstance(path, Remote) or isinstance(root, Remote):  # no links there
+        return path
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise CorruptionError(
             f"{path}: a link leads out of {root}, and nothing outside is touched; put the real "
@@ -112,7 +97,7 @@ def seal(data: Mapping[str, Any]) -> dict[str, Any]:
     return {"checksum": hashlib.sha256(encode_json(data)).hexdigest(), **data}
 
 
-def write_json_atomic(path: Path, data: Mapping[str, Any], *, exclusive: bool = False) -> bool:
+def write_json_atomic(path: Place, data: Mapping[str, Any], *, exclusive: bool = False) -> bool:
     """Writes a JSON object to `path`, whole or not at all.
 
     Args:
@@ -126,57 +111,15 @@ def write_json_atomic(path: Path, data: Mapping[str, Any], *, exclusive: bool = 
     Raises:
         OutputError: if it cannot be written.
     """
-    text = encode_json(data)
-    temporary = path.with_name(f"{path.name}-{uuid.uuid4().hex}.tmp")
+    text, storage = encode_json(data), storage_of(path)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write_synced(temporary, text)
-            if exclusive:
-                return _link(temporary, path, text)
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-            return True
-        finally:
-            temporary.unlink(missing_ok=True)
+        if exclusive:
+            return storage.create(path, text)
+        storage.write(path, text)
+        return True
 
 
-def _write_synced(path: Path, text: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _link(temporary: Path, path: Path, text: bytes) -> bool:
-    """Gives `temporary` its final name unless that is taken: one step, decided by the kernel."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        # Over NFS a repeated request can report the link that its first try made.
-        return os.path.samefile(temporary, path)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        try:  # no links here: an exclusive create is as exclusive, but may be torn by a crash
-            _write_synced(path, text)
-        except FileExistsError:
-            return False
-    sync_folder(path.parent)
-    return True
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable, where the file system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Place) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
@@ -186,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return _parse(path, _read(path))
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_sealed(path: Place) -> dict[str, Any]:
     """The JSON object in `path`, without the checksum that `seal` put first.
 
     Raises:
@@ -209,22 +152,21 @@ def read_sealed(path: Path) -> dict[str, Any]:
 _REPAIR = "restore it, or remove its folder and run the same command again"
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Place) -> bytes:
+    storage = storage_of(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
-            raise OSError(errno.EINVAL, "not a regular file")
-        with open(path, "rb") as file:
-            text = file.read(_JSON_LIMIT + 1)
+        size = storage.size(path)
+        text = b"" if size > _JSON_LIMIT else storage.read(path)
     except FileNotFoundError as error:
         raise OutputError(f"{path}: no such file; is this the output of an analysis?") from error
     except OSError as error:
         raise OutputError(f"{path}: cannot be read ({error.strerror}); check access") from error
-    if len(text) > _JSON_LIMIT:
+    if size > _JSON_LIMIT:
         raise CorruptionError(f"{path}: larger than {_JSON_LIMIT} bytes; {_REPAIR}")
     return text
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
+def _parse(path: Place, text: bytes) -> dict[str, Any]:
     try:
         data = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
@@ -237,8 +179,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 class _HashedFile(io.RawIOBase):
     """A new file that is written once from start to end, with size and checksum kept."""
 
-    def __init__(self, path: Path) -> None:
-        self._file: io.BufferedWriter | None = io.BufferedWriter(io.FileIO(path, "x"))
+    def __init__(self, file: io.FileIO) -> None:
+        self._file: io.BufferedWriter | None = io.BufferedWriter(file)
         self._hash = hashlib.sha256()
         self._size = 0
 
@@ -273,6 +215,8 @@ class _HashedFile(io.RawIOBase):
 class TableFile:
     """A Parquet file of one table being written, row groups in the order they come.
 
+    That of an object store is a nameless temporary file until it is whole, and then put.
+
     Args:
         path: a name that no file has.
         table: its schema and options.
@@ -281,12 +225,18 @@ class TableFile:
         OutputError: if the file cannot be written.
     """
 
-    def __init__(self, path: Path, table: TableSchema) -> None:
+    def __init__(self, path: Place, table: TableSchema) -> None:
         self.path = path
         self.rows = 0
         self._table = table
+        self._spool: io.FileIO | None = None
         with writing(path):
-            self._file = _HashedFile(path)
+            if isinstance(path, Remote):
+                self._spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+                file = io.FileIO(os.dup(self._spool.fileno()), "w")
+            else:
+                file = io.FileIO(path, "x")
+            self._file = _HashedFile(file)
             self._parquet = pq.ParquetWriter(self._file, table.schema, **table.write_options)
 
     def write(self, data: pa.Table) -> int:
@@ -308,7 +258,7 @@ class TableFile:
         return groups
 
     def finish(self, metadata: Mapping[str, str] | None = None) -> FileEntry:
-        """Writes the footer, syncs and closes.
+        """Writes the footer, syncs and closes; what is for an object store is not yet there.
 
         Args:
             metadata: further entries of the footer.
@@ -323,20 +273,30 @@ class TableFile:
             size, digest = self._file.finish()
         return FileEntry(self.path.name, self.rows, size, digest)
 
+    def publish(self, path: Place | None = None) -> None:
+        """Gives the finished file its name: `path`, or the one that it was made with.
+
+        Raises:
+            OutputError: if the disk or the object store refuses.
+        """
+        path = path or self.path
+        with writing(path):
+            if self._spool is not None:
+                storage_of(path).upload(self._spool.fileno(), path)
+            elif path != self.path:
+                os.replace(str(self.path), str(path))
+        self.path = path
+
+    def close(self) -> None:
+        """Gives up what is left of the temporary file; one that was published stays."""
+        if self._spool is not None:
+            self._spool.close()
+
     def discard(self) -> None:
         """Closes and removes the file."""
         self._file.discard()
         with suppress(OSError):
             self._parquet.close()
+        self.close()
         with suppress(OSError):
-            self.path.unlink(missing_ok=True)
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file, in hexadecimal digits.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            storage_of(self.path).delete([self.path])

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from lcray.errors import CorruptionError
 from lcray.planning import Plan
 from lcray.shard_files import ShardFile, open_shard
 from lcray.shards import Commit
+from lcray.storage import Place
 from lcray.summary import bin_edges
 
 #: Rows that a block may hold; a layer with more elements is cut (`parameters`) or streamed.
@@ -47,7 +47,7 @@ class Source:
         block: rows that a block may hold.
     """
 
-    out: Path
+    out: Place
     plan: Plan
     commits: tuple[Commit, ...]
     block: int = BLOCK

@@ -7,17 +7,18 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import lcray
 from lcray.errors import CorruptionError, OutputError, UsageError
-from lcray.files import LOCK, confined, read_json, write_json_atomic
+from lcray.files import confined, exists, read_json, write_json_atomic
 from lcray.layers import Layer
+from lcray.locks import LOCK
 from lcray.planning import DEFAULT_BATCH_SIZE, Plan, Settings
 from lcray.schema import FORMAT_VERSION
 from lcray.shards import read_notes
 from lcray.span import Description
+from lcray.storage import Place, Remote, storage_of
 from lcray.strict import value_of
 
 _NAME = "analysis.json"
@@ -28,7 +29,7 @@ class Record:
     """What an output was made by.
 
     Attributes:
-        run: the directory of checkpoints.
+        run: the directory of checkpoints, or its URI.
         task: the reference of the task.
         plan: the plan.
         fingerprint: what else decides the numbers, by name.
@@ -43,7 +44,7 @@ class Record:
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
-    def write(self, out: Path) -> None:
+    def write(self, out: Place) -> None:
         """Write it to `out`, whole or not at all.
 
         Raises:
@@ -61,7 +62,7 @@ class Record:
         write_json_atomic(out / _NAME, data)
 
 
-def read_record(out: Path) -> Record | None:
+def read_record(out: Place) -> Record | None:
     """The record of the output in `out`, or None where there is none.
 
     Raises:
@@ -69,12 +70,12 @@ def read_record(out: Path) -> Record | None:
         CorruptionError: if it is damaged.
     """
     path = confined(out, out / _NAME)
-    if not path.exists():
-        if out.exists() and not out.is_dir():
-            raise OutputError(f"{out}: is a file; choose another --out")
-        if out.is_dir() and any(entry.name != LOCK for entry in out.iterdir()):
-            raise OutputError(f"{out}: not empty, and no output of lcray; choose another --out")
-        return None
+    try:
+        if not exists(path):
+            _check_vacant(out)
+            return None
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be read ({error.strerror}); check access") from error
     data = read_json(path)
     if data.get("format_version") != FORMAT_VERSION:
         raise OutputError(
@@ -92,6 +93,20 @@ def read_record(out: Path) -> Record | None:
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"{path}: not valid ({error!r}); restore it") from error
+
+
+def _check_vacant(out: Place) -> None:
+    if isinstance(out, Remote):
+        try:
+            names = {item.name.partition("/")[0] for item in storage_of(out).find(out)}
+        except NotADirectoryError as error:
+            raise OutputError(f"{out}: is a file; choose another --out") from error
+    elif out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is a file; choose another --out")
+    else:
+        names = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    if names - {LOCK}:
+        raise OutputError(f"{out}: not empty, and no output of lcray; choose another --out")
 
 
 def make_fingerprint(description: Description) -> dict[str, Any]:
@@ -138,7 +153,7 @@ def carrier_versions() -> dict[str, str]:
     }
 
 
-def check_same_settings(out: Path, record: Record, settings: Settings) -> None:
+def check_same_settings(out: Place, record: Record, settings: Settings) -> None:
     """Refuse to continue an output under other settings.
 
     Raises:
@@ -148,7 +163,7 @@ def check_same_settings(out: Path, record: Record, settings: Settings) -> None:
 
 
 def check_same_numbers(
-    out: Path, record: Record, description: Description, layers: tuple[Layer, ...]
+    out: Place, record: Record, description: Description, layers: tuple[Layer, ...]
 ) -> None:
     """Refuse to continue an output whose numbers would come out differently.
 
@@ -161,7 +176,7 @@ def check_same_numbers(
     _refuse(out, found)
 
 
-def check_same_losses(out: Path, record: Record, losses: Mapping[str, float]) -> None:
+def check_same_losses(out: Place, record: Record, losses: Mapping[str, float]) -> None:
     """Refuse a loss that has changed unseen by the fingerprint: in a value it closes over, say.
 
     Raises:
@@ -209,7 +224,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:16] + "…"
 
 
-def _refuse(out: Path, differences: list[str]) -> None:
+def _refuse(out: Place, differences: list[str]) -> None:
     if differences:
         raise OutputError(
             f"{out}: holds another analysis ({'; '.join(differences)}); choose another --out, or "

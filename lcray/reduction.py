@@ -1,6 +1,7 @@
 """Shards → tables: one file a table, byte for byte the same whenever the shards are.
 
-New tables are staged beside the old ones and renamed together once all are whole;
+New tables are staged beside the old ones and renamed together once all are whole; those for an
+object store are staged in local temporary files, and put once all are whole.
 ``tables/manifest.json`` with their checksums is written last, and without it there are no tables.
 """
 
@@ -23,11 +24,13 @@ import pyarrow as pa
 from lcray import merging
 from lcray.arrow import make_table
 from lcray.errors import CorruptionError, IncompleteError, brief
-from lcray.files import FileEntry, TableFile, confined, locked, seal, sync_folder, writing
+from lcray.files import FileEntry, TableFile, confined, seal, writing
+from lcray.locks import locked
 from lcray.merging import Arrays, Source, merge_bins
 from lcray.planning import Plan
 from lcray.schema import FORMAT_VERSION, WHOLE_RUN, table_schema
 from lcray.shards import Commit, check_files, committed, read_plan, write_json_atomic
+from lcray.storage import Place, PlaceLike, place, storage_of, sync_folder
 from lcray.summary import bin_edges
 from lcray.weibull import fit_weibull
 
@@ -49,11 +52,11 @@ class Reduction:
     missing: tuple[tuple[int, int], ...]
 
 
-def reduce(out: str | os.PathLike[str], *, allow_missing: bool = False) -> Reduction:
+def reduce(out: PlaceLike, *, allow_missing: bool = False) -> Reduction:
     """Merges the committed shards of an output into its tables.
 
     Args:
-        out: the output directory, with ``analysis.json`` and ``shards/``.
+        out: the output directory or its URI, with ``analysis.json`` and ``shards/``.
         allow_missing: merge even if intervals are missing; the result names them.
 
     Raises:
@@ -62,16 +65,18 @@ def reduce(out: str | os.PathLike[str], *, allow_missing: bool = False) -> Reduc
         OutputError: if `out` is no output, or the tables cannot be written; tables that exist
             stay as they are then.
     """
-    read_plan(Path(out))  # no lock file in what is no output
-    with locked(Path(out)):
-        return merge(out, allow_missing=allow_missing)
+    where = place(out)
+    read_plan(where)  # no lock file in what is no output
+    with locked(where):
+        return merge(where, allow_missing=allow_missing)
 
 
-def merge(out: str | os.PathLike[str], *, allow_missing: bool = False) -> Reduction:
+def merge(out: PlaceLike, *, allow_missing: bool = False) -> Reduction:
     """`reduce`, for a caller that holds the lock of `out` or whose driver does."""
-    folder = confined(Path(out), Path(out) / "tables")
-    plan = read_plan(Path(out))
-    commits = tuple(committed(Path(out), plan.spans).values())
+    out = place(out)
+    confined(out, out / "tables")
+    plan = read_plan(out)
+    commits = tuple(committed(out, plan.spans).values())
     missing = missing_intervals(plan, commits)
     if missing and (not allow_missing or not commits):
         raise IncompleteError(
@@ -79,13 +84,13 @@ def merge(out: str | os.PathLike[str], *, allow_missing: bool = False) -> Reduct
             f"{name_intervals(missing)}; run the analysis again to finish them"
             + (", or merge what there is with --allow-missing" if commits else "")
         )
-    for problem in disagreements(Path(out), commits):
+    for problem in disagreements(out, commits):
         raise CorruptionError(problem)
     for commit in commits:
-        problems = check_files(Path(out), commit)
+        problems = check_files(out, commit)
         if problems:
             raise CorruptionError(problems[0])
-    entries = _write_tables(folder, Source(Path(out), plan, commits))
+    entries = _write_tables(out / "tables", Source(out, plan, commits))
     return Reduction({table: entry.rows for table, entry in entries.items()}, missing)
 
 
@@ -95,7 +100,7 @@ def missing_intervals(plan: Plan, commits: Iterable[Commit]) -> tuple[tuple[int,
     return tuple(i for span in plan.spans if span not in present for i in span.intervals)
 
 
-def disagreements(out: Path, commits: Iterable[Commit]) -> Iterator[str]:
+def disagreements(out: Place, commits: Iterable[Commit]) -> Iterator[str]:
     """Neighbouring spans that read different checkpoints of the step they share, one line each."""
     for left, right in itertools.pairwise(commits):
         step = left.span.last
@@ -140,13 +145,14 @@ def tables_of(plan: Plan) -> tuple[str, ...]:
     return (*tables, "fits") if "histograms" in tables else tables
 
 
-def _write_tables(folder: Path, source: Source) -> dict[str, FileEntry]:
-    """Stages every table and the manifest, then renames all of them."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
-    staged: dict[str, Path] = {}
+def _write_tables(folder: Place, source: Source) -> dict[str, FileEntry]:
+    """Stages every table, then gives all of them their names, and the manifest."""
+    if isinstance(folder, Path):
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.tmp"):
+                leftover.unlink(missing_ok=True)
+    staged: dict[str, TableFile] = {}
     entries: dict[str, FileEntry] = {}
     fits = Fits(source)
     try:
@@ -155,18 +161,36 @@ def _write_tables(folder: Path, source: Source) -> dict[str, FileEntry]:
             pieces = _sound(source, table, _pieces(source, table, fits))
             staged[name], entry = _stage(folder, table, pieces)
             entries[table] = replace(entry, name=name)
-        staged[MANIFEST] = folder / f"{MANIFEST}-{uuid.uuid4().hex}.tmp"
-        write_json_atomic(staged[MANIFEST], _manifest(source, entries))
-        with writing(folder):
-            (folder / MANIFEST).unlink(missing_ok=True)  # no manifest may name files of two runs
-            for name, path in staged.items():
-                os.replace(path, folder / name)
-            sync_folder(folder)
+        _publish(folder, staged, _manifest(source, entries))
     finally:
-        for path in staged.values():
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+        for name, file in staged.items():
+            if file.path.name == name:  # published
+                file.close()
+            else:
+                file.discard()
     return entries
+
+
+def _publish(folder: Place, staged: Mapping[str, TableFile], manifest: Mapping[str, Any]) -> None:
+    """Tables first, the manifest last: none may name files of two reductions."""
+    ready = folder / f"{MANIFEST}-{uuid.uuid4().hex}.tmp"
+    try:
+        if isinstance(ready, Path):  # where there are renames, all that can fail comes before
+            write_json_atomic(ready, manifest)
+        with writing(folder):
+            storage_of(folder).delete([folder / MANIFEST])
+        for name, file in staged.items():
+            file.publish(folder / name)
+        if isinstance(ready, Path):
+            with writing(folder):
+                os.replace(ready, ready.with_name(MANIFEST))
+                sync_folder(ready.parent)
+        else:
+            write_json_atomic(folder / MANIFEST, manifest)
+    finally:
+        if isinstance(ready, Path):
+            with suppress(OSError):
+                ready.unlink(missing_ok=True)
 
 
 def _pieces(source: Source, table: str, fits: Fits) -> Iterator[pa.Table]:
@@ -190,13 +214,13 @@ def _sound(source: Source, table: str, pieces: Iterator[pa.Table]) -> Iterator[p
         ) from error
 
 
-def _stage(folder: Path, table: str, pieces: Iterator[pa.Table]) -> tuple[Path, FileEntry]:
+def _stage(folder: Place, table: str, pieces: Iterator[pa.Table]) -> tuple[TableFile, FileEntry]:
     schema = table_schema(table)
     file = TableFile(folder / f"{table}-{uuid.uuid4().hex}.tmp", schema)
     try:
         for rows in repack(pieces, schema.row_group_size):
             file.write(rows)
-        return file.path, file.finish()
+        return file, file.finish()
     except BaseException:
         file.discard()
         raise

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import duckdb
 import pandas as pd
@@ -16,12 +17,13 @@ import pyarrow.parquet as pq
 
 from lcray.checkpoints.naming import matches
 from lcray.errors import CorruptionError, OutputError, UsageError, suggest
-from lcray.files import FileEntry, confined, read_json, read_sealed
+from lcray.files import FileEntry, confined, exists, read_json, read_sealed
 from lcray.planning import Plan
 from lcray.reduction import MANIFEST
 from lcray.sandbox import connect, query_room, select, shut, sql_path
 from lcray.schema import FORMAT_VERSION, TABLES
 from lcray.shards import largest_group, read_notes, read_plan
+from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
 from lcray.strict import build, value_of
 
 _TIME = ("start_step", "step", "window")
@@ -49,7 +51,7 @@ class Manifest:
     tables: Mapping[str, FileEntry]
 
 
-def read_manifest(out: Path) -> Manifest:
+def read_manifest(out: Place) -> Manifest:
     """The manifest of the tables in `out`.
 
     Raises:
@@ -57,7 +59,7 @@ def read_manifest(out: Path) -> Manifest:
         CorruptionError: if it is damaged.
     """
     path = confined(out, out / "tables" / MANIFEST)
-    if not path.exists():
+    if not exists(path):
         raise OutputError(
             f"{out}: has no tables yet; run the analysis again to finish it, or lcray reduce {out}"
         )
@@ -79,18 +81,18 @@ def read_manifest(out: Path) -> Manifest:
     return manifest
 
 
-def open_output(out: str | os.PathLike[str]) -> Results:
+def open_output(out: PlaceLike) -> Results:
     """The results in `out`.
 
     Raises:
         OutputError: if there is no output there, or it is not reduced yet.
         CorruptionError: if its plan or manifest is damaged.
     """
-    path = Path(out)
+    path = place(out)
     return Results(path, read_plan(path), tuple(read_manifest(path).tables))
 
 
-def _check_form(path: Path, table: str) -> None:
+def _check_form(path: Path | IO[bytes], table: str) -> None:
     """Raises ValueError for columns or row groups that the table does not have."""
     with pq.ParquetFile(path) as file:
         if not file.schema_arrow.equals(TABLES[table].schema):
@@ -99,7 +101,7 @@ def _check_form(path: Path, table: str) -> None:
             raise ValueError("larger row groups than the table has")
 
 
-def query(out: str | os.PathLike[str], sql: str) -> pd.DataFrame:
+def query(out: PlaceLike, sql: str) -> pd.DataFrame:
     """What one SELECT gives on the tables in `out`; raises as `open_output` and `Results.sql`."""
     return open_output(out).sql(sql)
 
@@ -114,12 +116,12 @@ class Results:
     such as ``"conv*"``.
 
     Attributes:
-        path: the output directory.
+        path: the output directory, or its address.
         plan: the plan it was made by.
         tables: the names of its tables.
     """
 
-    path: Path
+    path: Place
     plan: Plan
     tables: tuple[str, ...]
 
@@ -209,11 +211,20 @@ class Results:
             if part is not None:
                 condition = part if condition is None else condition & part
         try:
-            _check_form(path, name)
-            table = pq.read_table(path, columns=wanted, filters=condition, partitioning=None)
-            return table.unify_dictionaries()
+            return self._read(path, name, wanted, condition).unify_dictionaries()
         except (OSError, ValueError, pa.ArrowException) as error:
             raise self._unreadable(path, error) from error
+
+    def _read(
+        self, path: Place, name: str, columns: list[str], rows: pc.Expression | None
+    ) -> pa.Table:
+        if not isinstance(path, Remote):
+            _check_form(path, name)
+            return pq.read_table(path, columns=columns, filters=rows, partitioning=None)
+        with open_seekable(path) as source:
+            _check_form(source, name)
+            source.seek(0)
+            return pq.read_table(source, columns=columns, filters=rows)
 
     def sql(self, query: str) -> pd.DataFrame:
         """The answer to one SELECT over the tables, as a pandas frame.
@@ -229,9 +240,8 @@ class Results:
     def sql_arrow(self, query: str) -> pa.Table:
         """As `sql`, as an Arrow table."""
         room = query_room()
-        with connect(room) as connection:
-            self._create_views(connection)
-            shut(connection, [self._file(table) for table in self.tables])
+        with self._local(query) as folder, connect(room) as connection:
+            shut(connection, self._create_views(connection, folder))
             try:
                 return select(connection, query, room // 2)
             except duckdb.Error as error:
@@ -251,22 +261,40 @@ class Results:
     def __repr__(self) -> str:
         return f"Results({str(self.path)!r}, tables: {', '.join(self.tables)})"
 
-    def _create_views(self, connection: duckdb.DuckDBPyConnection) -> None:
+    @contextmanager
+    def _local(self, query: str) -> Iterator[Path]:
+        """A local folder with the tables: of a remote output, copies of those that it may name."""
+        tables = [t for t in self.tables if re.search(rf"\b{t}\b", query, re.IGNORECASE)]
+        names = [self._file(table).name for table in tables]
+        try:
+            copies = local_copies(self.path / "tables", names)
+            with copies as folder:
+                yield folder
+        except OSError as error:
+            raise self._unreadable(self.path / "tables", error) from error
+
+    def _create_views(self, connection: duckdb.DuckDBPyConnection, folder: Path) -> list[Path]:
+        """Makes views of the tables in `folder`; returns their files."""
+        files = []
         for table in self.tables:
-            path = self._file(table)
+            path = folder / self._file(table).name
+            if isinstance(self.path, Remote) and not path.exists():
+                continue  # the query does not name it
             try:
                 connection.execute(f"CREATE VIEW {table} AS FROM read_parquet('{sql_path(path)}')")
             except duckdb.Error as error:
                 raise self._unreadable(path, error) from error
+            files.append(path)
+        return files
 
-    def _unreadable(self, path: Path, error: Exception) -> CorruptionError:
-        reason = str(error)[:300]
+    def _unreadable(self, path: Place, error: Exception) -> CorruptionError:
+        reason = (getattr(error, "strerror", None) or str(error).splitlines()[0])[:300]
         return CorruptionError(f"{path}: cannot be read ({reason}); run lcray reduce {self.path}")
 
-    def _file(self, name: str) -> Path:
+    def _file(self, name: str) -> Place:
         path = self.path / "tables" / f"{name}.parquet"
         if name in self.tables:
-            if not confined(self.path, path).is_file():
+            if not exists(confined(self.path, path)):
                 raise CorruptionError(f"{path}: missing; run lcray reduce {self.path}")
             return path
         if name not in TABLES or name == "borders":

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from lcray.errors import CorruptionError
 from lcray.files import confined
 from lcray.shards import PARTITIONS, Commit, span_folder
+from lcray.storage import Place, Remote, open_seekable
 
 
 class ShardFile:
@@ -28,10 +29,12 @@ class ShardFile:
         CorruptionError: if it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         with self._reading():
-            self._file = pq.ParquetFile(path)
+            source = open_seekable(path) if isinstance(path, Remote) else path
+            self._file = pq.ParquetFile(source)
+            self._source = source
 
     def __enter__(self) -> ShardFile:
         return self
@@ -43,6 +46,8 @@ class ShardFile:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+        if not isinstance(self._source, Path):
+            self._source.close()
 
     @cached_property
     def partitions(self) -> list[tuple[Any, ...]]:
@@ -125,7 +130,8 @@ class ShardFile:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            raise self._damaged(str(error).splitlines()[0]) from error
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise self._damaged(reason) from error
 
     def _damaged(self, reason: str) -> CorruptionError:
         return CorruptionError(
@@ -133,7 +139,7 @@ class ShardFile:
         )
 
 
-def open_shard(out: Path, commit: Commit, table: str) -> ShardFile | None:
+def open_shard(out: Place, commit: Commit, table: str) -> ShardFile | None:
     """The file of `table` in a commit, or None if the attempt wrote no rows of it.
 
     Raises:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import stat
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,15 +28,17 @@ from lcray.files import (
     FileEntry,
     TableFile,
     confined,
+    exists,
     read_json,
     read_sealed,
     seal,
-    sha256_of,
     write_json_atomic,
     writing,
 )
+from lcray.locks import newest
 from lcray.planning import Plan, Span
 from lcray.schema import FORMAT_VERSION, TABLES, table_schema
+from lcray.storage import Item, Place, Remote, open_uncached, place, sha256_of, storage_of
 from lcray.strict import value_of
 
 __all__ = [
@@ -54,19 +56,20 @@ __all__ = [
 ]
 
 _COMMIT = "commit.json"
+_READERS = 16
 PARTITIONS = "lcray.partitions"
 _ATTEMPT = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def read_plan(out: Path) -> Plan:
+def read_plan(out: Place) -> Plan:
     """The plan that the output at `out` was made by.
 
     Raises:
         OutputError: if there is no such output, or another version wrote it.
         CorruptionError: if ``analysis.json`` is damaged.
     """
-    path = confined(Path(out), Path(out) / "analysis.json")
+    path = confined(out, out / "analysis.json")
     data = read_json(path)
     version = data.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
@@ -88,9 +91,9 @@ def _other_version(version: object) -> str:
     )
 
 
-def span_folder(out: Path, span: Span) -> Path:
+def span_folder(out: Place, span: Span) -> Place:
     """Where the shards of `span` are."""
-    return Path(out) / "shards" / span.name
+    return out / "shards" / span.name
 
 
 class ShardWriter:
@@ -106,16 +109,19 @@ class ShardWriter:
         UsageError: if `attempt` is no such id.
     """
 
-    def __init__(self, out: Path, span: Span, attempt: str) -> None:
+    def __init__(self, out: Place, span: Span, attempt: str) -> None:
         if not _ATTEMPT.fullmatch(attempt):
             raise UsageError(f"attempt {attempt!r}: use letters, digits, '.', '_' and '-' only")
+        out = place(out)
         self.span = span
         self.attempt = attempt
         self.folder = span_folder(out, span)
         self._open: dict[str, TableFile] = {}
         self._partitions: dict[str, list[list[Any]]] = {}
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self._out, self._lock = out, newest(out)
+        if isinstance(self.folder, Path):
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -172,6 +178,7 @@ class ShardWriter:
             for table, file in self._open.items():
                 index = json.dumps(self._partitions[table], separators=(",", ":"))
                 files[table] = asdict(file.finish({PARTITIONS: index}))
+                file.publish()
             data = {
                 "format_version": FORMAT_VERSION,
                 "span": list(self.span.steps),
@@ -180,14 +187,25 @@ class ShardWriter:
                 "checkpoints": {str(step): digest for step, digest in checkpoints.items()},
                 "info": dict(info),
             }
+            self._check_lock()
             won = write_json_atomic(self.folder / _COMMIT, seal(data), exclusive=True)
         except BaseException:
             self.abort()
             raise
         if won:
+            for file in self._open.values():
+                file.close()
             self._open.clear()
         self.abort()
         return won
+
+    def _check_lock(self) -> None:
+        """No attempt counts that began under another driver than the present one."""
+        if newest(self._out) != self._lock:
+            raise OutputError(
+                f"{self._out}: another lcray process has taken over since span {self.span.name} "
+                "was begun; nothing of it is committed"
+            )
 
     def abort(self) -> None:
         """Removes this attempt's files; without effect after a commit."""
@@ -228,7 +246,7 @@ class Commit:
     info: Mapping[str, Any]
 
 
-def read_commit(out: Path, span: Span) -> Commit | None:
+def read_commit(out: Place, span: Span) -> Commit | None:
     """The commit of `span`, or None if it has none.
 
     Raises:
@@ -236,7 +254,7 @@ def read_commit(out: Path, span: Span) -> Commit | None:
         OutputError: if it cannot be read, or belongs to another version or plan.
     """
     path = confined(out, span_folder(out, span) / _COMMIT)
-    if not path.exists():
+    if not exists(path):
         return None
     data = read_sealed(path)
     if data.get("format_version") != FORMAT_VERSION:
@@ -283,17 +301,31 @@ def _typed(data: Any, name: str, kind: type) -> Any:
     return value
 
 
-def committed(out: Path, spans: Iterable[Span]) -> dict[Span, Commit]:
+def committed(out: Place, spans: Iterable[Span]) -> dict[Span, Commit]:
     """The commits of those of `spans` that have one, in the order of `spans`.
 
     Raises:
         CorruptionError, OutputError: as `read_commit`.
     """
-    commits = ((span, read_commit(out, span)) for span in spans)
-    return {span: commit for span, commit in commits if commit is not None}
+    if not isinstance(out, Remote):
+        commits = ((span, read_commit(out, span)) for span in spans)
+        return {span: commit for span, commit in commits if commit is not None}
+    there = {item.name.partition("/")[0] for item in _listed(out) if item.name.endswith(_COMMIT)}
+    wanted = [span for span in spans if span.name in there]
+    with ThreadPoolExecutor(_READERS, "lcray-commits") as readers:  # each waits for the network
+        found = readers.map(lambda span: read_commit(out, span), wanted)
+        return {s: c for s, c in zip(wanted, found, strict=True) if c is not None}
 
 
-def check_files(out: Path, commit: Commit) -> list[str]:
+def _listed(out: Place) -> list[Item]:
+    """Every file of every attempt, in one listing."""
+    try:
+        return storage_of(out).find(out / "shards")
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be listed ({error.strerror}); check access") from error
+
+
+def check_files(out: Place, commit: Commit) -> list[str]:
     """What is wrong with the files of a commit, one line each; empty if nothing is.
 
     Compares sizes, checksums, rows, columns and the format version.
@@ -306,17 +338,15 @@ def check_files(out: Path, commit: Commit) -> list[str]:
     ]
 
 
-def file_problems(path: Path, entry: FileEntry, table: str) -> list[str]:
+def file_problems(path: Place, entry: FileEntry, table: str) -> list[str]:
     """What is wrong with one Parquet file, given what it should be."""
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            return ["not a regular file"]
-        if found.st_size != entry.bytes:
-            return [f"{found.st_size} bytes, should be {entry.bytes}"]
+        size = storage_of(path).size(path)
+        if size != entry.bytes:
+            return [f"{size} bytes, should be {entry.bytes}"]
         if sha256_of(path) != entry.sha256:
             return ["differs from its checksum"]
-        with pq.ParquetFile(path) as file:
+        with open_uncached(path) as raw, pq.ParquetFile(raw) as file:
             rows, schema = file.metadata.num_rows, file.schema_arrow
             largest = largest_group(file.metadata)
     except FileNotFoundError:
@@ -342,17 +372,23 @@ def largest_group(metadata: pq.FileMetaData) -> int:
     return max((metadata.row_group(group).num_rows for group in groups), default=0)
 
 
-def remove_strays(out: Path, spans: Iterable[Span]) -> list[Path]:
+def remove_strays(out: Place, spans: Iterable[Span]) -> list[Place]:
     """Removes what losing or killed attempts left beside a commit, and returns the paths.
 
     Folders without a commit are left alone: an attempt may be at work there.
     """
+    commits = {span.name: commit for span, commit in committed(out, spans).items()}
+    strays = []
+    for item in _listed(out) if commits else []:
+        folder, _, name = item.name.rpartition("/")
+        commit = commits.get(folder)
+        if commit is None or not name.endswith((".parquet", ".tmp")):
+            continue
+        if name not in {entry.name for entry in commit.files.values()}:
+            strays.append(out / "shards" / item.name)
     removed = []
-    for span, commit in committed(out, spans).items():
-        keep = {_COMMIT, *(entry.name for entry in commit.files.values())}
-        for path in sorted(span_folder(out, span).iterdir()):
-            if path.name not in keep and path.suffix in (".parquet", ".tmp"):
-                with suppress(OSError):
-                    path.unlink()
-                    removed.append(path)
+    for path in strays:
+        with suppress(OSError):
+            storage_of(path).delete([path])
+            removed.append(path)
     return removed

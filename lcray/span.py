@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
@@ -26,6 +25,7 @@ from lcray.planning import Plan, Settings, Span, SplitPlan, shares_pass
 from lcray.quadrature import get_rule
 from lcray.rowgroups import ElementsWriter
 from lcray.shards import ShardWriter
+from lcray.storage import Place
 from lcray.tabulation import SplitTables
 from lcray.task import Task, source_hash
 from lcray.tuning import Tuning, tune
@@ -122,7 +122,7 @@ class Workspace:
 
     Args:
         task: the task.
-        run: the directory of checkpoints.
+        run: the directory of checkpoints, or its URI.
         settings: of the analysis.
         steps: the range of steps to analyze, ``a:b``.
         device: where to compute.
@@ -230,7 +230,7 @@ class Workspace:
         engine = self.bench.engine
         return {split.name: engine.evaluate(split, None).loss for split in self.bench.splits}
 
-    def run(self, plan: Plan, span: Span, out: Path, attempt: str) -> SpanReport:
+    def run(self, plan: Plan, span: Span, out: Place, attempt: str) -> SpanReport:
         """Compute a span, write its shards and commit them.
 
         Raises:

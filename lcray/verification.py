@@ -9,9 +9,9 @@ the total (batches that mix groups) agree to 1e-4 (float32) or 1e-9 (float64) of
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from lcray.results import Manifest, read_manifest
 from lcray.sandbox import connect, shut, sql_path
 from lcray.schema import TABLES
 from lcray.shards import Commit, check_files, file_problems, read_commit, read_plan
+from lcray.storage import Place, PlaceLike, local_copies, place
 
 _SHOWN = 3  # offending rows that a problem names
 _MEMORY = 10**9  # bytes
@@ -62,27 +63,26 @@ class Verification:
         return not self.problems
 
 
-def verify(
-    out: str | os.PathLike[str], *, run: str | os.PathLike[str] | None = None
-) -> Verification:
+def verify(out: PlaceLike, *, run: PlaceLike | None = None) -> Verification:
     """Checks an output: files, coverage, keys and invariants; never stops at the first problem.
 
     Nothing is raised for a damaged output, and nothing is written to it. Shards are checked even
     if the output is not reduced yet.
 
     Args:
-        out: the output directory.
-        run: the directory of checkpoints; if given, all of them are read again, and must be those
-            that the output was computed from.
+        out: the output directory, or its URI.
+        run: the directory of checkpoints, or its URI; if given, all of them are read again, and
+            must be those that the output was computed from.
     """
     report = _Report()
     with report.check("analysis.json"):
-        plan = read_plan(Path(out))
-        commits = _verify_shards(Path(out), plan, report)
+        where = place(out)
+        plan = read_plan(where)
+        commits = _verify_shards(where, plan, report)
         if run is not None:
             with report.check("checkpoints of the run"):
-                report.problems += _changed(os.fspath(run), commits)
-        _verify_tables(Path(out), plan, commits, report)
+                report.problems += _changed(place(run), commits)
+        _verify_tables(where, plan, commits, report)
     return Verification(tuple(map(one_line, report.problems)), tuple(report.checks))
 
 
@@ -92,6 +92,16 @@ class _Report:
     def __init__(self) -> None:
         self.problems: list[str] = []
         self.checks: list[str] = []
+
+    @contextmanager
+    def reading(self, where: Place) -> Iterator[None]:
+        """A block of checks that read `where`; what cannot be read is a problem."""
+        try:
+            yield
+        except LcrayError as error:
+            self.problems.append(str(error))
+        except OSError as error:
+            self.problems.append(f"{where}: cannot be read ({error.strerror or error})")
 
     def check(self, name: str) -> _Report:
         self.checks.append(name)
@@ -110,7 +120,7 @@ class _Report:
         return True
 
 
-def _changed(run: str, commits: list[Commit]) -> Iterator[str]:
+def _changed(run: Place, commits: list[Commit]) -> Iterator[str]:
     """Checkpoints that are no longer what the spans read, or cannot be read."""
     read = {step: digest for commit in commits for step, digest in commit.checkpoints.items()}
     series = open_series(run)
@@ -122,7 +132,7 @@ def _changed(run: str, commits: list[Commit]) -> Iterator[str]:
             yield str(error)
 
 
-def _verify_tables(out: Path, plan: Plan, commits: list[Commit], report: _Report) -> None:
+def _verify_tables(out: Place, plan: Plan, commits: list[Commit], report: _Report) -> None:
     manifest = None
     with report.check("manifest of the tables"):
         manifest = read_manifest(out)
@@ -137,14 +147,16 @@ def _verify_tables(out: Path, plan: Plan, commits: list[Commit], report: _Report
             report.problems += [f"{path}: {p}; run lcray reduce {out}" for p in problems]
             if not problems:
                 sound.append(table)
-    for table in sound:
-        with report.check(f"keys of {table} are unique and in order"):
-            report.problems += _disorder(out, plan, table)
-    with report.check("rows of the tables"):
-        _verify_rows(out, plan, manifest, sound, report)
+    names = [manifest.tables[table].name for table in sound]
+    with report.reading(out), local_copies(out / "tables", names) as folder:
+        for table in sound:
+            with report.check(f"keys of {table} are unique and in order"):
+                report.problems += _disorder(out, folder, plan, table)
+        with report.check("rows of the tables"):
+            _verify_rows(out, folder, plan, manifest, sound, report)
 
 
-def _verify_shards(out: Path, plan: Plan, report: _Report) -> list[Commit]:
+def _verify_shards(out: Place, plan: Plan, report: _Report) -> list[Commit]:
     commits = []
     for span in plan.spans:
         with report.check(f"span {span.name}"):
@@ -164,7 +176,7 @@ def _verify_shards(out: Path, plan: Plan, report: _Report) -> list[Commit]:
     return commits
 
 
-def _stale(out: Path, plan: Plan, commits: list[Commit], manifest: Manifest) -> Iterator[str]:
+def _stale(out: Place, plan: Plan, commits: list[Commit], manifest: Manifest) -> Iterator[str]:
     if manifest.plan != plan_digest(plan):
         yield f"{out}: the tables were reduced by another plan; run lcray reduce {out}"
     spans = tuple(commit.span.name for commit in commits)
@@ -178,17 +190,18 @@ def _stale(out: Path, plan: Plan, commits: list[Commit], manifest: Manifest) -> 
             yield f"{out}: table {table!r} is missing; run lcray reduce {out}"
 
 
-def _disorder(out: Path, plan: Plan, table: str) -> Iterator[str]:
+def _disorder(out: Place, folder: Path, plan: Plan, table: str) -> Iterator[str]:
     """Rows that do not follow the one before in the order of the key, which also excludes twins."""
     key = TABLES[table].key
     ranks = {
         "split": [split.name for split in plan.splits],
         "layer": [layer.name for layer in plan.layers],
     }
-    path = out / "tables" / f"{table}.parquet"
+    name = f"{table}.parquet"
+    path = out / "tables" / name
     last: list[Any] | None = None
     row = 0
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(folder / name) as file:
         for group in range(file.metadata.num_row_groups):
             rows = file.read_row_group(group, columns=list(key))
             columns = [_ranked(rows.column(name), ranks.get(name)) for name in key]
@@ -229,26 +242,26 @@ def _increasing(columns: list[NDArray[Any]]) -> NDArray[np.bool_]:
 
 
 def _verify_rows(
-    out: Path, plan: Plan, manifest: Manifest, sound: list[str], report: _Report
+    out: Place, tables: Path, plan: Plan, manifest: Manifest, sound: list[str], report: _Report
 ) -> None:
     checks = [*coverage(plan), *invariants(plan)]
     with tempfile.TemporaryDirectory() as folder, connect(_MEMORY) as database:
         database.execute("SET preserve_insertion_order=false")
         database.execute(f"SET temp_directory='{folder}'")
         for table in sound:
-            path = sql_path(out / "tables" / f"{table}.parquet")
+            path = sql_path(tables / f"{table}.parquet")
             database.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{path}')")
         for name, relation in relations(plan, set(manifest.spans)).items():
             database.register(f"_{name}", relation)
             database.execute(f"CREATE TABLE {name} AS SELECT * FROM _{name}")
-        shut(database, [out / "tables" / f"{table}.parquet" for table in sound])
+        shut(database, [tables / f"{table}.parquet" for table in sound])
         for check in checks:
             if all(table in sound for table in check.tables):
                 report.checks.append(check.name)
                 report.problems += _violations(out, database, check)
 
 
-def _violations(out: Path, database: duckdb.DuckDBPyConnection, check: Invariant) -> Iterator[str]:
+def _violations(out: Place, database: duckdb.DuckDBPyConnection, check: Invariant) -> Iterator[str]:
     try:
         found = database.execute(check.query).fetchmany(_SHOWN + 1)
         names = [column[0] for column in database.description or ()]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import object_server
 import pytest
 import scenes
 import torch
@@ -43,6 +45,31 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The address of an S3 server on loopback that all tests share."""
+    with object_server.s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, private_cache: Path) -> Iterator[str]:
+    """An empty bucket of it, as ``s3://name``, and the environment to reach it."""
+    name = f"lcray-{uuid.uuid4().hex[:12]}"
+    object_server.client(s3_endpoint).create_bucket(Bucket=name)
+    with object_server.using(s3_endpoint):
+        yield f"s3://{name}"
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test sees what another has fetched."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache") / "objects"
+        patch.setenv("LCRAY_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture

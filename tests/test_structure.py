@@ -19,6 +19,7 @@ LONGEST = 400  # lines; modules are around 150
 ORDER = (
     "errors",
     "strict",
+    "storage",
     "quadrature",
     "summary",
     "distributions",
@@ -48,6 +49,7 @@ ORDER = (
     "schema",
     "arrow",
     "files",
+    "locks",
     "shards",
     "shard_files",
     "accumulators",

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
@@ -16,6 +15,7 @@ from lcray.checkpoints import naming
 from lcray.checkpoints.bits import count_unchanged, same_bits
 from lcray.checkpoints.series import CheckpointSeries, State, open_series
 from lcray.errors import CheckpointError, one_line, suggest
+from lcray.storage import Place, PlaceLike
 
 OUTLIER_Z = 6.0
 OUTLIER_SPREAD = 0.15  # floor of the spread of log norms: below x 2.5 nothing is an outlier
@@ -74,7 +74,7 @@ class Audit:
         findings: ordered by step; those about the whole run last.
     """
 
-    root: Path
+    root: Place
     steps: tuple[int, ...]
     n_readable: int
     n_tensors: int
@@ -90,7 +90,7 @@ class Audit:
         return not any(finding.severity == "error" for finding in self.findings)
 
 
-def inspect(run: str | Path, steps: str | None = None, layers: str | None = None) -> Audit:
+def inspect(run: PlaceLike, steps: str | None = None, layers: str | None = None) -> Audit:
     """Read every checkpoint of a run once and report what an analysis would stumble over.
 
     Checkpoints that cannot be read are findings, and the rest goes on. Outliers are intervals
@@ -99,7 +99,7 @@ def inspect(run: str | Path, steps: str | None = None, layers: str | None = None
     the deviation taken as at least 0.15).
 
     Args:
-        run: a local directory of checkpoints.
+        run: a directory of checkpoints, or the URI of one.
         steps: ``"a:b"``, as in `open_series`.
         layers: a pattern such as ``"conv*"``: only tensors whose names match.
 

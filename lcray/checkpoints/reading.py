@@ -12,16 +12,16 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lcray.checkpoints import header, naming
 from lcray.errors import CheckpointError
+from lcray.storage import ObjectReader, Place, Remote, open_binary
 
 if sys.byteorder != "little":  # the format is, and its bytes become numbers as they stand
     raise ImportError("lcray reads checkpoints on little-endian machines only")
@@ -39,7 +39,7 @@ class Checkpoint:
     """
 
     step: int
-    files: tuple[Path, ...]
+    files: tuple[Place, ...]
     nbytes: int
 
 
@@ -80,7 +80,7 @@ def read_checkpoint(checkpoint: Checkpoint, into: Mapping[str, Tensor] | None = 
     first, reading = checkpoint.files[0], _Reading(into or {})
     try:
         if first.name.endswith(naming.INDEX):
-            reading.read_sharded(first)
+            reading.read_sharded(checkpoint.files)
         else:
             reading.read_single(first)
     except (ValueError, CheckpointError) as error:
@@ -111,7 +111,7 @@ class _Reading:
         self._into = into
         self._buffer: Tensor | None = None
 
-    def read_single(self, path: Path) -> None:
+    def read_single(self, path: Place) -> None:
         with _open(path) as file:
             found = self._header(file)
             canonical = found.metadata.get(header.CANONICAL_KEY) == "canonical"
@@ -119,7 +119,8 @@ class _Reading:
             names = {key: key for key in keys} if canonical else naming.canonical_names(keys)
             self._tensors(file, found.entries, names)
 
-    def read_sharded(self, index: Path) -> None:
+    def read_sharded(self, files: Sequence[Place]) -> None:
+        index, known = files[0], {file.name: file for file in files}
         with _open(index) as file:
             text = file.read(header.MAX_HEADER + 1)
         if len(text) > header.MAX_HEADER:
@@ -130,7 +131,7 @@ class _Reading:
         for name in sorted(set(weight_map.values())):
             keys = {key: names[key] for key, shard in weight_map.items() if shard == name}
             try:
-                self._shard(index.parent / name, keys)
+                self._shard(known.get(name, index.parent / name), keys)
             except FileNotFoundError as error:
                 raise ValueError(f"the shard {name} is missing") from error
             except ValueError as error:
@@ -138,7 +139,7 @@ class _Reading:
         self.tensors = {name: self.tensors[name] for name in names.values()}
         self.dtypes = {name: self.dtypes[name] for name in names.values()}
 
-    def _shard(self, path: Path, names: Mapping[str, str]) -> None:
+    def _shard(self, path: Place, names: Mapping[str, str]) -> None:
         with _open(path) as file:
             found = self._header(file)
             if differing := names.keys() ^ found.entries.keys():
@@ -149,7 +150,7 @@ class _Reading:
             self._tensors(file, found.entries, names)
 
     def _header(self, file: BufferedReader) -> header.Header:
-        size = os.fstat(file.fileno()).st_size
+        size = _size(file)
         prefix = file.read(8)
         length = header.check_length(prefix, size)
         text = file.read(length)
@@ -230,11 +231,19 @@ def pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
             yield from pieces(row, limit)
 
 
-def _open(path: Path) -> BufferedReader:
+def _open(path: Place) -> BufferedReader:
+    if isinstance(path, Remote):
+        return open_binary(path, _READ_AHEAD)
     # Checked first: opening a named pipe would wait for ever.
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path.name} is not a regular file")
     return BufferedReader(FileIO(path), _READ_AHEAD)
+
+
+def _size(file: BufferedReader) -> int:
+    if isinstance(file.raw, ObjectReader):
+        return file.raw.size
+    return os.fstat(file.fileno()).st_size
 
 
 def _weight_map(text: bytes) -> dict[str, str]:

@@ -20,6 +20,7 @@ from lcray.checkpoints.series import Checkpoint, list_checkpoints, read_checkpoi
 from lcray.checkpoints.storage import LockedDirectory
 from lcray.checkpoints.writer import BackgroundWriter
 from lcray.errors import CheckpointError, RecorderError, UsageError
+from lcray.storage import Remote, place
 
 
 def file_name(step: int) -> str:
@@ -93,7 +94,7 @@ class Recorder:
         settings = _settings(every, queue_mib, trainable_only, task, metadata, start, overwrite)
         self._model, self._every = model, every
         self._layout = layout_of(model, trainable_only=trainable_only)
-        self._directory = LockedDirectory(Path(directory))
+        self._directory = LockedDirectory(_local(directory))
         pinned = on_accelerator(model)
         try:
             first = Slot(self._layout, pinned=pinned)
@@ -278,6 +279,15 @@ def _choose_start(root: Path, start: int | None, overwrite: bool) -> _Start:
     return _Start(step, same, later)
 
 
+def _local(directory: str | os.PathLike[str]) -> Path:
+    where = place(directory)
+    if isinstance(where, Remote):
+        raise RecorderError(
+            f"{where}: a run is recorded on a local path; record there, and copy it afterwards"
+        )
+    return where
+
+
 def _begin(
     directory: LockedDirectory,
     layout: Layout,
@@ -298,7 +308,7 @@ def _begin(
     except CheckpointError as error:
         raise RecorderError(str(error)) from error
     if chosen.discard:
-        directory.remove([file for checkpoint in chosen.discard for file in checkpoint.files])
+        directory.remove([Path(str(file)) for gone in chosen.discard for file in gone.files])
     content = runfile.describe(layout, settings, chosen.step, previous)
     _write(directory, runfile.NAME, runfile.encode(content))
     if chosen.same is None:

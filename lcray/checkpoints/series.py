@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
-from pathlib import Path
 
 from torch import Tensor
 
 from lcray.checkpoints import naming
+from lcray.checkpoints.folders import Folders, open_folders
 from lcray.checkpoints.header import CANONICAL_KEY as CANONICAL_KEY
 from lcray.checkpoints.reading import Checkpoint as Checkpoint
 from lcray.checkpoints.reading import State as State
 from lcray.checkpoints.reading import read_checkpoint as read_checkpoint
 from lcray.errors import CheckpointError, UsageError
+from lcray.storage import Place, PlaceLike, place
 
 # Within one checkpoint folder, in the order in which `from_pretrained` looks for them.
 _MODEL_FILES = (
@@ -32,7 +32,7 @@ _MODEL_FILES = (
 class CheckpointSeries:
     """The checkpoints of one run, sorted by step as a number (9000 before 10000)."""
 
-    root: Path
+    root: Place
     checkpoints: tuple[Checkpoint, ...]
 
     @cached_property
@@ -68,14 +68,14 @@ class CheckpointSeries:
         return read_checkpoint(self.checkpoint(step), into)
 
 
-def open_series(run: str | Path, steps: str | None = None, *, minimum: int = 2) -> CheckpointSeries:
+def open_series(run: PlaceLike, steps: str | None = None, *, minimum: int = 2) -> CheckpointSeries:
     """Find the checkpoints of a run.
 
     Any naming with one integer works: ``step-00000010.safetensors``, ``model_step10.safetensors``,
     ``checkpoint-500/model.safetensors`` (single, sharded or an adapter).
 
     Args:
-        run: a local directory.
+        run: a directory, or the URI of one.
         steps: ``"a:b"`` keeps the checkpoints with a <= step <= b; either side may be empty.
         minimum: how many checkpoints there must be.
 
@@ -84,13 +84,12 @@ def open_series(run: str | Path, steps: str | None = None, *, minimum: int = 2) 
             checkpoints of one step.
         UsageError: `steps` that is no range.
     """
-    if "://" in str(run):
-        raise CheckpointError(f"{run}: this version reads local paths only; copy the run first")
-    root = Path(run)
     keep = _parse_range(steps)
-    found = list_checkpoints(root)
+    folders = open_folders(place(run))
+    root = folders.root
+    found = _checkpoints(folders)
     if not found:
-        raise CheckpointError(_why_empty(root))
+        raise CheckpointError(_why_empty(folders))
     kept = tuple(checkpoint for checkpoint in found if keep(checkpoint.step))
     if len(kept) < minimum:
         chosen = f" with steps in {steps!r}" if steps is not None else ""
@@ -101,29 +100,38 @@ def open_series(run: str | Path, steps: str | None = None, *, minimum: int = 2) 
     return CheckpointSeries(root, kept)
 
 
-def list_checkpoints(root: Path) -> tuple[Checkpoint, ...]:
+def list_checkpoints(root: Place) -> tuple[Checkpoint, ...]:
     """Every checkpoint in a directory, by step; empty where there is none.
 
     Raises:
         CheckpointError: no such directory, or two checkpoints of one step.
     """
+    return _checkpoints(open_folders(root))
+
+
+def _checkpoints(folders: Folders) -> tuple[Checkpoint, ...]:
     found: dict[int, Checkpoint] = {}
-    entries = _entries(root)
+    root = folders.root
+    entries = folders.entries(root)
     names = [name for name, _ in entries]
     for name, is_dir in entries:
-        files = _in_folder(root / name) if is_dir else _flat(root, name, names)
+        files = _in_folder(folders, root / name) if is_dir else _flat(folders, root, name, names)
         step = naming.parse_step(name) if files else None
         if step is None:
             continue
         if step in found:
             raise CheckpointError(
-                f"{root}: {found[step].files[0].relative_to(root)} and "
-                f"{files[0].relative_to(root)} are both step {step}; move one of them away"
+                f"{root}: {_below(root, found[step].files[0])} and "
+                f"{_below(root, files[0])} are both step {step}; move one of them away"
             )
         if step >= 2**63:
             raise CheckpointError(f"{root}: {name} is step {step}; steps end at 2**63")
-        found[step] = Checkpoint(step, files, sum(_size(file) for file in files))
+        found[step] = Checkpoint(step, files, sum(folders.size(file) for file in files))
     return tuple(found[step] for step in sorted(found))
+
+
+def _below(root: Place, file: Place) -> str:
+    return str(file).removeprefix(f"{root}/")
 
 
 def _parse_range(steps: str | None) -> Callable[[int], bool]:
@@ -137,65 +145,47 @@ def _parse_range(steps: str | None) -> Callable[[int], bool]:
     return lambda step: low <= step and (high is None or step <= high)
 
 
-def _entries(root: Path) -> list[tuple[str, bool]]:
-    """The entries of a directory that may be checkpoints, by name, and whether each is a folder."""
-    try:
-        with os.scandir(root) as scan:
-            found = [(e.name, e.is_dir()) for e in scan if not naming.is_ignored(e.name)]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{root}: no such run; give the directory of checkpoints") from error
-    except NotADirectoryError as error:
-        raise CheckpointError(f"{root}: a run is a directory, and this is a file") from error
-    except OSError as error:
-        raise CheckpointError(f"{root}: cannot be listed: {error.strerror}") from error
-    return sorted(found)
+def _flat(folders: Folders, folder: Place, name: str, names: Sequence[str]) -> tuple[Place, ...]:
+    return _with_shards(folders, folder, name, names) if naming.is_weights(name) else ()
 
 
-def _flat(folder: Path, name: str, names: Sequence[str]) -> tuple[Path, ...]:
-    return _with_shards(folder, name, names) if naming.is_weights(name) else ()
-
-
-def _in_folder(folder: Path) -> tuple[Path, ...]:
+def _in_folder(folders: Folders, folder: Place) -> tuple[Place, ...]:
     """The model in a checkpoint folder, or nothing (folders of logs are no checkpoints)."""
     if not any(character.isdigit() for character in folder.name):
         return ()
     if folder.name.endswith(naming.SAFETENSORS):
         return (folder,)  # listed, so that reading it reports what is wrong
-    names = [name for name, is_dir in _entries(folder) if not is_dir]
+    names = [name for name, is_dir in folders.entries(folder) if not is_dir]
     for name in _MODEL_FILES:
         if name in names:
-            return _with_shards(folder, name, names)
+            return _with_shards(folders, folder, name, names)
     others = [name for name in names if naming.is_weights(name)]
     if len(others) > 1:
         raise CheckpointError(
             f"{folder}: cannot tell which of {', '.join(others)} is the model; "
             "name it model.safetensors"
         )
-    return _with_shards(folder, others[0], names) if others else ()
+    return _with_shards(folders, folder, others[0], names) if others else ()
 
 
-def _with_shards(folder: Path, name: str, names: Sequence[str]) -> tuple[Path, ...]:
+def _with_shards(
+    folders: Folders, folder: Place, name: str, names: Sequence[str]
+) -> tuple[Place, ...]:
     """A file, and the shards that belong to it if it is an index; `names` are sorted."""
     if not name.endswith(naming.INDEX):
-        return (folder / name,)
+        return (folders.file(folder, name),)
     base = naming.stem(name) + "-"
     following = (names[i] for i in range(bisect_left(names, base), len(names)))
     near = takewhile(lambda n: n.startswith(base), following)
-    return (folder / name, *(folder / n for n in near if naming.is_shard_of(n, name)))
+    shards = [n for n in near if naming.is_shard_of(n, name)]
+    return tuple(folders.file(folder, n) for n in (name, *shards))
 
 
-def _size(path: Path) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:  # a dangling link: reading it reports what is wrong
-        return 0
-
-
-def _why_empty(root: Path) -> str:
-    entries = _entries(root)
+def _why_empty(folders: Folders) -> str:
+    root, entries = folders.root, folders.entries(folders.root)
     files = [root / name for name, is_dir in entries if not is_dir]
-    folders = [root / name for name, is_dir in entries if is_dir]
-    nested = [f / name for f in folders for name, is_dir in _entries(f) if not is_dir]
+    below = [root / name for name, is_dir in entries if is_dir]
+    nested = [f / name for f in below for name, is_dir in folders.entries(f) if not is_dir]
     for path in files + nested:
         if path.suffix in naming.PICKLED:
             target = path.with_suffix(naming.SAFETENSORS)

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import ray
@@ -19,6 +18,7 @@ from lcray.process import tune_process
 from lcray.reduction import Reduction, merge
 from lcray.resources import Placement
 from lcray.span import Description, Probe, SpanReport, Workspace
+from lcray.storage import place
 from lcray.task import TaskSource
 
 T = TypeVar("T")
@@ -103,7 +103,7 @@ class Worker:
 
     def run_span(self, plan: Plan, span: Span, out: str, attempt: str) -> SpanReport:
         """Compute and commit a span."""
-        return _plainly(lambda: self._ready().run(plan, span, Path(out), attempt))
+        return _plainly(lambda: self._ready().run(plan, span, place(out), attempt))
 
     def reduce(self, out: str, allow_missing: bool) -> Reduction:
         """Merge the shards of `out`, here rather than in the driver."""

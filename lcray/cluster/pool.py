@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -18,6 +17,7 @@ from lcray.planning import Plan, Settings, Span
 from lcray.reduction import Reduction
 from lcray.resources import Resources, place_workers
 from lcray.span import Description, Outcome, Probe, SpanReport
+from lcray.storage import Place
 from lcray.task import TaskSource
 
 Reference = Any  # of a result on the cluster: ray.ObjectRef
@@ -134,7 +134,7 @@ class Pool:
         self,
         plan: Plan,
         spans: Sequence[Span],
-        out: Path,
+        out: Place,
         on_done: Callable[[Span, SpanReport], None],
     ) -> Outcome:
         """Have `spans` computed, each by whichever worker is free.
@@ -177,7 +177,7 @@ class Pool:
                 pending.append(span)
         return outcome
 
-    def reduce(self, out: Path, *, allow_missing: bool = False) -> Reduction:
+    def reduce(self, out: Place, *, allow_missing: bool = False) -> Reduction:
         """Reduce `out` on a worker, so that the driver stays small.
 
         Raises:

@@ -144,8 +144,6 @@ def test_missing_empty_single_and_file(tmp_path):
         open_series(path)
     with pytest.raises(CheckpointError, match="no checkpoint of step 4"):
         open_series(tmp_path, minimum=1).read(4)
-    with pytest.raises(CheckpointError, match="local paths only"):
-        open_series("s3://bucket/run")
 
 
 def test_one_checkpoint_is_no_run(tmp_path):

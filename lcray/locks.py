@@ -1,0 +1,326 @@
+"""The lock of an output: one driver at a time, on one machine or on several.
+
+``OUT/.locks/<number>.json`` says who holds the lock and carries a counter that the holder raises. A
+file is created only if absent, so each number has one holder, and the highest number has the lock.
+Whoever finds a holder watches the counter by their own monotonic clock, since clocks of machines
+need not agree: if it stands still for `STALE` seconds, the next number is free to be created, and
+of several who try one succeeds. The old holder sees the higher number at its next beat, stops, and
+cannot disturb the new one: it only ever writes the file of its own number. Holders that died on
+this machine are known to be dead, by a lock of the operating system or by their process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lcray.errors import OutputError
+from lcray.files import writing
+from lcray.storage import Place, Remote, storage_of
+
+LOCK = ".locks"  # the name of the folder in an output
+BEAT = 5.0  # seconds between two beats
+STALE = 30.0  # seconds without a beat after which a holder is taken for dead
+_LOCAL = "local"  # the file of the folder that the operating system locks
+_NAME = re.compile(r"(\d{8})\.json")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock.
+
+    Attributes:
+        token: of this holding alone.
+        host: the machine's name.
+        pid: of the process, where `machine` is this one's.
+        started: when the process did, in seconds of that machine's clock.
+        machine: what tells machines apart, and the sets of processes on them.
+        since: when it got the lock, by its own clock.
+        beat: the counter.
+        released: whether it has let go.
+    """
+
+    token: str
+    host: str
+    pid: int
+    started: float
+    machine: str
+    since: str
+    beat: int = 0
+    released: bool = False
+
+    @classmethod
+    def this(cls) -> Holder:
+        """This process."""
+        started = psutil.Process().create_time()
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        token = uuid.uuid4().hex
+        return cls(token, platform.node(), os.getpid(), started, _machine(), since)
+
+    def encode(self) -> bytes:
+        """The file."""
+        return json.dumps(asdict(self)).encode()
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether this is known to be a process of this machine that has ended."""
+        if self.machine != _machine():
+            return False
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started) > 1
+        except psutil.NoSuchProcess:
+            return True
+
+
+@dataclass
+class Lock:
+    """A lock that is held.
+
+    Attributes:
+        out: the output.
+        number: of the lock's file.
+    """
+
+    out: Place
+    number: int
+    _holder: Holder
+    _lost: str = ""
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+
+    def check(self) -> None:
+        """Raise an OutputError if another has taken the lock."""
+        if self._lost:
+            raise OutputError(f"{self.out}: {self._lost}; what is committed is kept")
+
+    def beat(self) -> None:
+        """Raise the counter, unless another has taken the lock."""
+        holders = _numbers(self.out)
+        if not holders or max(holders) != self.number:
+            self._lost = "the lock was lost to another lcray process, so this one has stopped"
+            return
+        holder = {**asdict(self._holder), "beat": self._holder.beat + 1}
+        self._holder = Holder(**holder)
+        _storage_write(self.out, self.number, self._holder)
+
+    def _beat_on(self, every: float, stale: float, main: int | None) -> None:
+        last = time.monotonic()
+        while not self._ended.wait(every):
+            try:
+                self.beat()
+                last = time.monotonic()
+            except OSError as error:
+                if time.monotonic() - last > stale:
+                    self._lost = f"the lock could not be kept ({error.strerror or error})"
+            with self._guard:
+                if self._lost:
+                    if main is not None and not self._ended.is_set():
+                        signal.pthread_kill(main, signal.SIGINT)  # it may wait for workers
+                    return
+
+    def _release(self, thread: threading.Thread) -> None:
+        with self._guard:
+            self._ended.set()
+        thread.join()
+        holder = Holder(**{**asdict(self._holder), "released": True})
+        if not self._lost:
+            with suppress(OSError):
+                _storage_write(self.out, self.number, holder)
+
+
+@contextmanager
+def locked(out: Place, *, every: float = BEAT, stale: float = STALE) -> Iterator[Lock]:
+    """Keep every other process that asks for it out of `out`, while the block lasts.
+
+    Where another one takes the lock meanwhile, since this one did not beat for long, the block is
+    interrupted as by Ctrl-C if it runs in the main thread.
+
+    Args:
+        out: the output.
+        every: seconds between two beats.
+        stale: seconds without a beat after which a holder is taken for dead.
+
+    Raises:
+        OutputError: if another process is at work there, the lock cannot be written, or is lost.
+    """
+    with ExitStack() as stack:
+        alone = not isinstance(out, Remote) and stack.enter_context(_flocked(out))
+        with writing(out / LOCK):
+            lock = _acquire(out, stale, alone)
+        is_main = threading.current_thread() is threading.main_thread()
+        main = threading.get_ident() if is_main else None
+        thread = threading.Thread(
+            target=lock._beat_on, args=(every, stale, main), name="lcray-lock", daemon=True
+        )
+        thread.start()
+        try:
+            yield lock
+        except KeyboardInterrupt:
+            lock.check()
+            raise
+        finally:
+            try:
+                lock._release(thread)
+            except KeyboardInterrupt:  # sent by the thread as the block came to its end, or meant
+                lock._release(thread)
+                if not lock._lost:
+                    raise
+        lock.check()
+
+
+def newest(out: Place) -> int:
+    """The number of the lock's present file; it changes when another driver takes over.
+
+    Raises:
+        OutputError: if it cannot be read.
+    """
+    with writing(out / LOCK):
+        return max(_numbers(out), default=0)
+
+
+def _acquire(out: Place, stale: float, alone: bool) -> Lock:
+    """The lock, once there is no holder or none that lives.
+
+    `alone`: no other process of this machine can be at work there.
+    """
+    me, storage = Holder.this(), storage_of(out)
+    while True:
+        numbers = _numbers(out)
+        last = max(numbers, default=0)
+        holder = _read(out, last) if last else None
+        if holder is not None and not _is_free(out, last, holder, stale, alone):
+            raise _refusal(out, holder)
+        mine = _file(out, last + 1)
+        if not storage.create(mine, me.encode()):
+            continue  # another was faster: who is it?
+        if isinstance(out, Remote) and storage.create(mine, me.encode() + b" "):
+            storage.delete([mine])
+            raise OutputError(
+                f"{out}: this storage overwrites files that are to be created only if absent, "
+                "which keeps two analyses apart; use another for the output"
+            )
+        storage.delete([_file(out, number) for number in numbers if number < last])
+        return Lock(out, last + 1, me)
+
+
+def _is_free(out: Place, number: int, holder: Holder, stale: float, alone: bool) -> bool:
+    """Whether a holder has let go or died; takes up to `stale` seconds where nobody can tell."""
+    if holder.released or holder.is_dead or (alone and holder.machine == _machine()):
+        return True
+    end = time.monotonic() + stale
+    while time.monotonic() < end:
+        time.sleep(min(0.5, stale / 10))
+        now = _read(out, number)
+        if now is None or max(_numbers(out), default=0) != number:
+            return True  # the next try of `_acquire` sees who is there now
+        if now.released:
+            return True
+        if now.beat != holder.beat:
+            return False
+    return True
+
+
+def _refusal(out: Place, holder: Holder | None) -> OutputError:
+    who = "another lcray process"
+    if holder is not None and holder.host:
+        who += f" (on {holder.host}, pid {holder.pid}, since {holder.since})"
+    return OutputError(f"{out}: {who} is at work on it; wait until it has ended, or stop it")
+
+
+def _plainly(path: str, flags: int) -> int:
+    """Opens neither what a link leads to nor a pipe, on which it would wait."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+@contextmanager
+def _flocked(out: Path) -> Iterator[bool]:
+    """The lock of the operating system, which lets go when the process ends, however it ends.
+
+    Gives whether it is held; some file systems have none, and there the counter decides alone.
+    """
+    path = out / LOCK / _LOCAL
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        file = open(path, "a", opener=_plainly)  # noqa: SIM115 - its errors are not the block's
+    held = True
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            with suppress(OSError):
+                numbers = _numbers(out)
+                raise _refusal(out, _read(out, max(numbers)) if numbers else None) from error
+            raise _refusal(out, None) from error
+        except OSError:
+            held = False
+        yield held
+
+
+def _file(out: Place, number: int) -> Place:
+    return out / LOCK / f"{number:08d}.json"
+
+
+def _storage_write(out: Place, number: int, holder: Holder) -> None:
+    storage_of(out).write(_file(out, number), holder.encode())
+
+
+def _numbers(out: Place) -> list[int]:
+    found = storage_of(out).find(out / LOCK)
+    return [int(match[1]) for item in found if (match := _NAME.fullmatch(item.name))]
+
+
+def _read(out: Place, number: int) -> Holder | None:
+    """The holder of a number; None if its file is gone. A damaged one names nobody."""
+    try:
+        text = storage_of(out).read(_file(out, number), 0, None)
+    except FileNotFoundError:
+        return None
+    try:
+        return _holder(json.loads(text))
+    except (KeyError, RecursionError, TypeError, ValueError):
+        return Holder("", "", 0, 0.0, "", "")
+
+
+def _holder(data: Mapping[str, Any]) -> Holder:
+    return Holder(
+        token=str(data["token"]),
+        host=_word(data["host"]),
+        pid=int(data["pid"]),
+        started=float(data["started"]),
+        machine=str(data["machine"]),
+        since=_word(data["since"]),
+        beat=int(data["beat"]),
+        released=data["released"] is True,
+    )
+
+
+def _word(text: Any) -> str:
+    """What may stand in a message of one line."""
+    return "".join(c for c in str(text)[:80] if c.isprintable())
+
+
+def _machine() -> str:
+    """The same for two processes only if they see each other: the boot, and the set of processes.
+
+    Where the system does not tell, the machine's name and address.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{platform.node()}/{uuid.getnode():x}"

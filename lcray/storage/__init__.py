@@ -1,0 +1,34 @@
+"""Files and objects behind one contract: a local path or a URI of any fsspec file system.
+
+A `Place` is a `pathlib.Path` or a `Remote`; both take ``/``, ``name``, ``parent`` and ``str``. What
+can be done with one is here, and raises an `OSError` of the fitting kind, whose `strerror` is one
+line without secrets. Nothing is renamed on an object store: an object is put whole, or created if
+absent.
+"""
+
+from lcray.storage.cache import Cache, shared_cache
+from lcray.storage.choosing import storage_of
+from lcray.storage.contract import Item, Storage
+from lcray.storage.copies import local_copies
+from lcray.storage.local import sync_folder
+from lcray.storage.places import Place, PlaceLike, Remote, place
+from lcray.storage.streams import ObjectReader, open_binary, open_seekable, open_uncached, sha256_of
+
+__all__ = [
+    "Cache",
+    "Item",
+    "ObjectReader",
+    "Place",
+    "PlaceLike",
+    "Remote",
+    "Storage",
+    "local_copies",
+    "open_binary",
+    "open_seekable",
+    "open_uncached",
+    "place",
+    "sha256_of",
+    "shared_cache",
+    "storage_of",
+    "sync_folder",
+]

@@ -1,0 +1,17 @@
+"""Which storage a place is on."""
+
+from __future__ import annotations
+
+from lcray.storage.contract import Storage
+from lcray.storage.local import LOCAL
+from lcray.storage.objects import object_storage
+from lcray.storage.places import Place, Remote
+
+
+def storage_of(where: Place) -> Storage:
+    """The storage that `where` is on.
+
+    Raises:
+        OutputError: if a package that it takes is missing; the message names the extra.
+    """
+    return object_storage(where) if isinstance(where, Remote) else LOCAL

@@ -1,0 +1,132 @@
+"""The local file system: temporary name, fsync, then the name, by link or rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from lcray.storage.contract import Item
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
+
+
+class LocalStorage:
+    """The contract on a file system."""
+
+    def find(self, folder: Path) -> list[Item]:
+        """Every file below `folder`, by name."""
+        found = []
+        for top, _, names in os.walk(folder):
+            for name in names:
+                path = Path(top, name)
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    stamp = f"{status.st_mtime_ns}-{status.st_ino}"
+                    found.append(Item(path.relative_to(folder).as_posix(), status.st_size, stamp))
+        return sorted(found, key=lambda item: item.name)
+
+    def size(self, file: Path) -> int:
+        """Bytes of a file."""
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+            raise OSError(errno.EINVAL, "not a regular file")
+        return status.st_size
+
+    def exists(self, file: Path) -> bool:
+        """Whether there is such a file."""
+        return file.is_file()
+
+    def read(self, file: Path, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes [start, stop) of a file."""
+        self.size(file)
+        with open(file, "rb") as opened:
+            opened.seek(start)
+            data = opened.read(-1 if stop is None else stop - start)
+        if stop is not None and len(data) != stop - start:
+            raise OSError(errno.EIO, f"ends at byte {start + len(data)}, should reach {stop}")
+        return data
+
+    def write(self, file: Path, data: bytes) -> None:
+        """Puts a file, whole or not at all."""
+        self._put(file, data, exclusive=False)
+
+    def create(self, file: Path, data: bytes) -> bool:
+        """Puts a file, whole or not at all, if there is none."""
+        return self._put(file, data, exclusive=True)
+
+    def _put(self, path: Path, data: bytes, *, exclusive: bool) -> bool:
+        temporary = path.with_name(f"{path.name}-{uuid.uuid4().hex}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_synced(temporary, data)
+            if exclusive:
+                return _link(temporary, path, data)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+            return True
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def upload(self, source: int, file: Path) -> None:
+        """Puts the contents of an open file."""
+        temporary = file.with_name(f"{file.name}-{uuid.uuid4().hex}.tmp")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.lseek(source, 0, os.SEEK_SET)
+            with open(temporary, "xb") as target, os.fdopen(os.dup(source), "rb") as opened:
+                shutil.copyfileobj(opened, target, 1 << 20)
+                target.flush()
+                os.fsync(target.fileno())
+            os.replace(temporary, file)
+            sync_folder(file.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def delete(self, files: Sequence[Path]) -> None:
+        """Removes files."""
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+LOCAL = LocalStorage()
+
+
+def _write_synced(path: Path, text: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _link(temporary: Path, path: Path, text: bytes) -> bool:
+    """Gives `temporary` its final name unless that is taken: one step, decided by the kernel."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # Over NFS a repeated request can report the link that its first try made.
+        return os.path.samefile(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        try:  # no links here: an exclusive create is as exclusive, but may be torn by a crash
+            _write_synced(path, text)
+        except FileExistsError:
+            return False
+    sync_folder(path.parent)
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable, where the file system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,286 @@
+"""The lock of an output: one driver at a time, on one machine or several, and none that is dead."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import object_server
+import output_factory as factory
+import pytest
+import scenes
+
+import lcray
+from lcray import locks
+from lcray.errors import OutputError
+from lcray.locks import locked, newest
+from lcray.schema import TABLES
+from lcray.shards import ShardWriter, read_commit
+from lcray.storage import Place, place, storage_of
+
+HOLD = """
+import errno, fcntl, sys, time
+from lcray import locks
+from lcray.errors import OutputError
+from lcray.storage import place
+
+def unsupported(*_):
+    raise OSError(errno.EOPNOTSUPP, "no such locks here")
+
+if sys.argv[2] == "elsewhere":  # as on another machine, over a file system whose locks end there
+    locks._machine = lambda: "another boot"
+    fcntl.flock = unsupported
+try:
+    with locks.locked(place(sys.argv[1]), every=0.1, stale=float(sys.argv[3])):
+        print("held", flush=True)
+        sys.stdin.read()
+except OutputError as error:
+    print(error, flush=True)
+"""
+
+
+@contextmanager
+def holder(
+    folder: Place | str, where: str = "here", stale: float = 30
+) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has the lock until its stdin is closed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), where, str(stale)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=scenes.python_environment() | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(params=["local", "s3"])
+def out(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """An empty output."""
+    if request.param == "local":
+        (tmp_path / "out").mkdir()
+        return tmp_path / "out"
+    return place(f"{request.getfixturevalue('bucket')}/out")
+
+
+def busy(error: pytest.ExceptionInfo[OutputError], folder: Place) -> bool:
+    return str(error.value).startswith(f"{folder}: another lcray process (on ")
+
+
+@pytest.mark.usefixtures("inline")
+def test_who_comes_second_is_refused_until_the_first_is_dead(
+    plain_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with holder(out) as process:
+        with pytest.raises(OutputError) as caught:
+            lcray.analyze(plain_run, "scenes:plain", out, span_length=6)
+        assert busy(caught, out)
+        assert [path.name for path in out.iterdir()] == [".locks"]
+        kill(process)
+        # A folder with nothing in it but the lock of the dead is as good as a new one.
+        results = lcray.analyze(plain_run, "scenes:plain", out, span_length=6)
+    assert results.plan.n_intervals == 12
+
+
+def test_reducing_what_another_process_writes_is_refused(tmp_path: Path) -> None:
+    out = factory.write_output(tmp_path / "out", factory.make_world())
+    with holder(out) as process:
+        with pytest.raises(OutputError) as caught:
+            lcray.reduce(out)
+        assert busy(caught, out)
+        assert not (out / "tables").exists()
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+        lcray.reduce(out)
+    assert lcray.verify(out).ok
+
+
+def test_no_lock_is_left_in_what_is_no_output(tmp_path: Path) -> None:
+    with pytest.raises(OutputError):
+        lcray.reduce(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_inside_lets_go(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="inside"), locked(tmp_path):
+        raise ValueError("inside")
+    with (
+        locked(tmp_path),
+        pytest.raises(OutputError, match="another lcray process"),
+        locked(tmp_path),
+    ):
+        pass
+
+
+def test_the_refusal_says_who_and_what_to_do(out: Place) -> None:
+    with holder(out) as process, pytest.raises(OutputError) as caught, locked(out):
+        pass
+    message = str(caught.value)
+    host = os.uname().nodename
+    assert f"on {host}, pid {process.pid}, since 20" in message
+    assert message.endswith("is at work on it; wait until it has ended, or stop it")
+    assert "\n" not in message
+
+
+def test_a_killed_driver_of_this_machine_is_known_to_be_dead_at_once(out: Place) -> None:
+    with holder(out) as process:
+        kill(process)
+        start = time.monotonic()
+        with locked(out):
+            assert time.monotonic() - start < locks.STALE / 2
+            assert newest(out) == 2
+
+
+def test_the_next_driver_need_not_wait_for_one_that_has_ended(out: Place) -> None:
+    for number in (1, 2, 3):
+        with locked(out) as lock:
+            assert lock.number == newest(out) == number
+    assert len(storage_of(out).find(out / locks.LOCK)) <= 3  # the old ones are cleared away
+
+
+def test_a_driver_on_another_machine_is_known_by_its_counter(
+    out: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with holder(out, "elsewhere") as process:
+        start = time.monotonic()
+        with pytest.raises(OutputError) as caught, locked(out, stale=60):
+            pass
+        assert busy(caught, out)
+        assert time.monotonic() - start < 50  # the first beat that is seen is enough
+        kill(process)
+        start = time.monotonic()
+        with locked(out, stale=1):
+            assert time.monotonic() - start >= 1
+    # No clock of another machine was looked at.
+    monkeypatch.setattr(locks.Holder, "this", _from_the_future)
+    with locked(out):
+        pass
+
+
+def _from_the_future() -> locks.Holder:
+    me = locks.Holder("t", "far", 1, 0.0, "another boot", "2999-01-01T00:00:00+00:00")
+    return locks.Holder(**{**vars(me), "token": os.urandom(8).hex()})
+
+
+def test_a_driver_that_slept_loses_the_lock_and_stops_without_touching_the_new_one(
+    out: Place,
+) -> None:
+    with holder(out, "elsewhere") as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        with locked(out, every=0.1, stale=1) as lock:
+            os.kill(process.pid, signal.SIGCONT)
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith(f"{out}: the lock was lost to another lcray process")
+            assert process.wait() == 0
+            time.sleep(0.3)
+            lock.check()
+            assert newest(out) == lock.number
+
+
+def test_a_driver_that_cannot_reach_its_lock_stops(
+    s3_endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LCRAY_STORAGE_PATIENCE", "0.1")
+    out = place(f"{bucket}/out")
+    with object_server.Proxy(s3_endpoint).running() as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        with (
+            pytest.raises(OutputError, match="the lock could not be kept"),
+            locked(out, every=0.1, stale=0.5),
+        ):
+            proxy.fail("throttle")
+            time.sleep(10)
+
+
+def test_of_two_who_find_a_dead_driver_one_gets_the_lock(bucket: str) -> None:
+    out = place(f"{bucket}/out")
+    dead = locks.Holder("t", "far", 1, 0.0, "another boot", "then")
+    storage_of(out).create(out / locks.LOCK / "00000007.json", dead.encode())
+    start, ended = threading.Barrier(3), threading.Barrier(3)
+    numbers: list[int] = []
+    refused: list[str] = []
+
+    def take() -> None:
+        start.wait()
+        try:
+            with locked(out, every=0.1, stale=0.5) as lock:
+                numbers.append(lock.number)
+                ended.wait()
+        except OutputError as error:
+            refused.append(str(error))
+            ended.wait()
+
+    threads = [threading.Thread(target=take) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert numbers == [8]
+    assert len(refused) == 2
+
+
+def test_a_storage_that_cannot_keep_two_apart_is_refused(
+    s3_endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = place(f"{bucket}/out")
+    with object_server.Proxy(s3_endpoint, ignored=("if-none-match",)).running() as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        with pytest.raises(OutputError, match="overwrites files"), locked(out):
+            pass
+    assert object_server.objects(s3_endpoint, bucket.removeprefix("s3://")) == {}
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"[" * 100_000, b'{"token": 1}', b"\xff"])
+def test_a_damaged_lock_is_that_of_the_dead(tmp_path: Path, text: bytes) -> None:
+    storage_of(tmp_path).create(tmp_path / locks.LOCK / "00000001.json", text)
+    with locked(tmp_path, stale=0.2) as lock:
+        assert lock.number == 2
+
+
+def test_a_lock_file_cannot_break_the_line_of_the_message(tmp_path: Path) -> None:
+    evil = vars(locks.Holder.this()) | {"host": "a\nb\x1b[31m" + "c" * 500, "machine": "elsewhere"}
+    refusal = str(locks._refusal(tmp_path, locks._holder(json.loads(json.dumps(evil)))))
+    assert "\n" not in refusal and "\x1b" not in refusal and len(refusal) < 400
+
+
+def test_no_span_is_committed_that_was_begun_before_a_takeover(out: Place) -> None:
+    span = factory.make_world().plan.spans[0]
+    with locked(out):
+        old = ShardWriter(out, span, "old")
+        old.write("layers", TABLES["layers"].schema.empty_table())
+    with locked(out):
+        with pytest.raises(OutputError, match=f"has taken over since span {span.name} was"):
+            old.commit(checkpoints={}, info={})
+        assert read_commit(out, span) is None
+        with ShardWriter(out, span, "new") as new:
+            new.write("layers", TABLES["layers"].schema.empty_table())
+            assert new.commit(checkpoints={}, info={})
+    commit = read_commit(out, span)
+    assert commit is not None and commit.attempt == "new"
+    assert not [item for item in storage_of(out).find(out) if "old" in item.name]
