@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 
 from lcray.errors import OutputError
-from lcray.files import writing
+from lcray.files import confined, writing
 from lcray.storage import Place, Remote, storage_of
 
 LOCK = ".locks"  # the name of the folder in an output
@@ -253,7 +253,7 @@ def _flocked(out: Path) -> Iterator[bool]:
 
     Gives whether it is held; some file systems have none, and there the counter decides alone.
     """
-    path = out / LOCK / _LOCAL
+    path = confined(out, out / LOCK) / _LOCAL
     with writing(path):
         path.parent.mkdir(exist_ok=True)
         file = open(path, "a", opener=_plainly)  # noqa: SIM115 - its errors are not the block's

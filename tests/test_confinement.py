@@ -19,9 +19,11 @@ from torch import zeros
 import lcray
 from lcray.checkpoints import header, open_series, runfile
 from lcray.errors import CheckpointError, CorruptionError, LcrayError, OutputError, RecorderError
-from lcray.files import encode_json, locked, read_json, read_sealed, seal, sha256_of
+from lcray.files import encode_json, read_json, read_sealed, seal
+from lcray.locks import LOCK, locked
 from lcray.reduction import reduce
 from lcray.results import open_output
+from lcray.storage import sha256_of
 from lcray.verification import verify
 
 WORLD = factory.make_world(spans=((0, 2, 4),))
@@ -110,14 +112,23 @@ def test_an_output_may_itself_be_a_link(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_is_a_link_or_a_pipe(tmp_path: Path) -> None:
-    os.symlink(tmp_path / "made", tmp_path / ".lock")
-    with pytest.raises(OutputError), locked(tmp_path):
+    out, lock = tmp_path / "out", tmp_path / "out" / LOCK / "local"
+    lock.parent.mkdir(parents=True)
+    os.symlink(tmp_path / "made", lock)
+    with pytest.raises(OutputError), locked(out):
         pass
     assert not (tmp_path / "made").exists()
-    (tmp_path / ".lock").unlink()
-    os.mkfifo(tmp_path / ".lock")
-    with pytest.raises(OutputError), locked(tmp_path):
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(OutputError), locked(out):
         pass
+    lock.unlink()
+    lock.parent.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    os.symlink(tmp_path / "elsewhere", lock.parent)
+    with pytest.raises(CorruptionError, match="a link leads out of"), locked(out):
+        pass
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_pipes_are_not_waited_for(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def test_a_body_that_ends_early_is_asked_for_again(net: Net, fate: str) -> None:
     with open_binary(file, 1 << 16) as opened:
         assert opened.read() == data
     assert net.proxy.fates(fate) == 2
+    net.proxy.fail(fate, method="GET", ending="/x", times=1)
+    assert net.storage.read(file, 10, 1000) == data[10:1000]
 
 
 @pytest.mark.parametrize("fate", ["drop", "truncate", "throttle"])

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+from fsspec.registry import _registry as _loaded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -104,8 +106,8 @@ def test_any_text_is_an_address_or_a_usage_error(text: str) -> None:
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
+    for protocol in ("s3", "gs"):
+        monkeypatch.delitem(_loaded, protocol, raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
     with pytest.raises(OutputError, match=r"needs the extra 's3'; pip install 'lcray\[s3\]'") as e:
         storage_of(place("s3://absent-package/out"))
