@@ -89,7 +89,7 @@ def read_record(out: Place) -> Record | None:
             plan=Plan.from_dict(data["plan"]),
             fingerprint=dict(data["fingerprint"]),
             versions={k: value_of(str, v, "versions") for k, v in data["versions"].items()},
-            notes=read_notes(data),
+            notes=read_notes({"notes": data["notes"]}),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"{path}: not valid ({error!r}); restore it") from error
