@@ -6,7 +6,7 @@ and the order in which they finish.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -147,6 +147,8 @@ class Plan:
         device_kind: ``cpu`` or ``cuda``.
         batch_size: the most samples a batch holds: what the settings say, or a probe chose.
         memory_format: ``contiguous`` or ``channels_last``, likewise.
+        seconds: that an interval takes, as the probe found; None without one. It decides nothing
+            in the tables: only when a worker is taken to hang or to straggle.
     """
 
     settings: Settings
@@ -162,6 +164,7 @@ class Plan:
     device_kind: str = "cpu"
     batch_size: int = DEFAULT_BATCH_SIZE
     memory_format: str = DEFAULT_MEMORY_FORMAT
+    seconds: float | None = field(default=None, compare=False)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -186,6 +189,7 @@ class Plan:
             "splits": [asdict(split) for split in self.splits],
             "spans": [list(span.steps) for span in self.spans],
             **data,
+            "seconds": self.seconds,
         }
 
     @classmethod
@@ -197,6 +201,7 @@ class Plan:
             splits=tuple(SplitPlan(**_tuples(split)) for split in data["splits"]),
             spans=tuple(Span(tuple(steps)) for steps in data["spans"]),
             **_tuples({name: data[name] for name in _PLAIN}),
+            seconds=data.get("seconds"),
         )
 
 
