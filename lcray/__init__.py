@@ -22,6 +22,7 @@ _PUBLIC = {
     "plan": "lcray.analysis",
     "query": "lcray.results",
     "reduce": "lcray.reduction",
+    "status": "lcray.standing",
     "verify": "lcray.verification",
 }
 _RENAMED = {"open": "open_output"}
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from lcray.results import Results as Results
     from lcray.results import open_output as open  # noqa: F401
     from lcray.results import query as query
+    from lcray.standing import status as status
     from lcray.task import Task as Task
     from lcray.verification import verify as verify
 
