@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # One thread a process: two of them share the machine with Ray's workers.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow coverage lint types bench setup clean
+.PHONY: demo test test-slow coverage lint types soak bench setup clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lcray demo
@@ -28,6 +28,9 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.soak
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.benchmarks
