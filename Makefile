@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # One thread a process: two of them share the machine with Ray's workers.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow fuzz coverage lint types bench setup clean
+.PHONY: demo test test-slow fuzz soak coverage lint types bench setup clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lcray demo
@@ -31,6 +31,9 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.soak
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.benchmarks

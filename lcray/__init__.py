@@ -22,6 +22,7 @@ _PUBLIC = {
     "plan": "lcray.analysis",
     "query": "lcray.results",
     "reduce": "lcray.reduction",
+    "status": "lcray.standing",
     "submit": "lcray.submission",
     "verify": "lcray.verification",
 }
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from lcray.results import Results as Results
     from lcray.results import open_output as open  # noqa: F401
     from lcray.results import query as query
+    from lcray.standing import status as status
     from lcray.submission import submit as submit
     from lcray.task import Task as Task
     from lcray.verification import verify as verify

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lcray.checkpoints import CheckpointSeries, open_series
 from lcray.cluster import Pool, connection
-from lcray.costs import Estimate, estimate
-from lcray.drafting import check_plan, extend_plan, make_plan, make_settings
+from lcray.computing import Computation, OnProgress, Progress, explain
+from lcray.costs import estimate
+from lcray.drafting import extend_plan, following_length, make_plan, make_settings
 from lcray.errors import CheckpointError, IncompleteError, OutputError, UsageError
-from lcray.files import read_json, write_json_atomic, writing
+from lcray.files import writing
+from lcray.growth import SECONDS_A_LOOK, Growth
 from lcray.locks import Lock, locked
-from lcray.planning import Plan, Settings, Span
+from lcray.planning import Plan, Settings
+from lcray.planreport import PlanReport, load_plan
 from lcray.record import (
     Record,
     carrier_versions,
@@ -27,84 +32,17 @@ from lcray.record import (
     make_notes,
     read_record,
 )
+from lcray.repairing import take_back
 from lcray.resources import Resources
 from lcray.results import Results, open_output
-from lcray.schema import FORMAT_VERSION
-from lcray.shards import committed, remove_strays
-from lcray.span import SpanReport
+from lcray.shards import remove_strays
+from lcray.standing import StatusFile
 from lcray.storage import Place, PlaceLike, place
 from lcray.task import Task, locate
 
+__all__ = ["PlanReport", "Progress", "analyze", "load_plan", "plan"]
 
-@dataclass(frozen=True)
-class Progress:
-    """How far an analysis is.
-
-    Attributes:
-        phase: ``start``, ``probe``, ``spans`` or ``reduce``.
-        done: intervals that are committed.
-        total: intervals in all.
-    """
-
-    phase: str
-    done: int = 0
-    total: int = 0
-
-
-OnProgress = Callable[[Progress], None]
-
-
-@dataclass(frozen=True, repr=False)
-class PlanReport:
-    """A plan, and what it will take.
-
-    Attributes:
-        plan: the plan.
-        estimate: time, memory and disk, from a short probe.
-        workers: the number it was made for.
-        resident: whether a worker keeps the data of a split in memory, by split; else it streams
-            them, to the same results.
-        notes: what to keep in mind about the numbers, one line each.
-    """
-
-    plan: Plan
-    estimate: Estimate
-    workers: int
-    resident: dict[str, bool] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    def __repr__(self) -> str:
-        cost = self.estimate
-        return f"PlanReport({cost.n_intervals} intervals, {cost.n_gradients} gradients)"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan to a file, for ``analyze(plan=…)`` and ``analyze --plan``.
-
-        Raises:
-            OutputError: if the disk refuses.
-        """
-        data = {"format_version": FORMAT_VERSION, "plan": self.plan.to_dict()}
-        write_json_atomic(Path(path), data)
-
-
-def load_plan(path: str | os.PathLike[str]) -> Plan:
-    """The plan in a file that ``plan --save`` wrote.
-
-    Raises:
-        UsageError: if it is no plan of this version.
-        OutputError: if it cannot be read.
-    """
-    data = read_json(Path(path))
-    try:
-        if data["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {data['format_version']!r}")
-        loaded = Plan.from_dict(data["plan"])
-        check_plan(loaded)
-        return loaded
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{path}: not a plan ({error}); make one with lcray plan --save"
-        ) from error
+_NO_LIMIT = 1 << 30  # workers, while nobody knows how much work there will be
 
 
 def plan(
@@ -123,7 +61,7 @@ def plan(
         task: ``package.module:attribute``, ``path/file.py:attribute``, or a `Task`.
         resources: workers and where they run.
         steps: the range of steps to analyze, ``a:b``.
-        span_length: intervals a span; chosen by the number of workers otherwise.
+        span_length: intervals a span; chosen by their duration and number otherwise.
         **options: fields of `Settings`.
 
     Raises:
@@ -146,6 +84,9 @@ def analyze(
     resources: Resources | None = None,
     steps: str | None = None,
     span_length: int | None = None,
+    repair: bool = False,
+    follow: bool = False,
+    idle: float | None = None,
     on_progress: OnProgress | None = None,
     **options: Any,
 ) -> Results:
@@ -161,7 +102,12 @@ def analyze(
         plan: a plan, or the file of one, instead of `steps`, `span_length` and options.
         resources: workers and where they run.
         steps: the range of steps to analyze, ``a:b``.
-        span_length: intervals a span; chosen by the number of workers otherwise.
+        span_length: intervals a span; chosen by their duration and number otherwise.
+        repair: read what is committed, and compute anew what is damaged.
+        follow: go on while training still writes, until the run has ended (see `idle`). Give
+            `window` then: by default it is chosen by the steps there are at first.
+        idle: seconds without a new checkpoint after which a run that is followed has ended; None
+            for 600, or for ever where a recorder keeps a ``run.json``, which says when it ends.
         on_progress: called whenever there is something to tell.
         **options: fields of `Settings`: ``rule``, ``refine``, ``rtol``, ``batch_norm`` …
 
@@ -177,6 +123,8 @@ def analyze(
     given = load_plan(plan) if isinstance(plan, str | os.PathLike) else plan
     if given is not None and (options or steps or span_length):
         raise UsageError("a plan decides settings, steps and spans: leave the other options out")
+    if given is not None and follow:
+        raise UsageError("a plan has its steps: --follow is for analyses without --plan")
     settings = given.settings if given else make_settings(options)
     if given is not None:
         steps = f"{given.steps[0]}:"  # the first checkpoint is the plan's, as when it was made
@@ -185,18 +133,55 @@ def analyze(
     if record is not None:
         check_same_settings(path, record, settings)
     known = record.plan if record else given
-    job = _Job(run, task, resources, steps, span_length, settings, known)
+    growth = Growth(run, steps, idle) if follow else None
+    job = _Job(run, task, resources, steps, span_length, settings, known, growth)
     if isinstance(path, Path):
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
     with locked(path) as lock:
         if read_record(path) != record:
             raise OutputError(f"{path}: has just changed; run the same command again")
+        if repair and record is not None:
+            take_back(path, record.plan.spans)
         tell(Progress("start"))
         with connection(job.resources), job.pool(settings) as pool:
             record = job.record(pool, path, record, given, tell)
-            _finish(pool, record.plan, path, lock, tell)
+            with StatusFile(path, record.plan) as file:
+                _compute(job, pool, path, record, file, lock, tell)
     return open_output(path)
+
+
+def _compute(
+    job: _Job,
+    pool: Pool,
+    out: Place,
+    record: Record,
+    file: StatusFile,
+    lock: Lock,
+    tell: OnProgress,
+) -> None:
+    """Compute the spans that are not committed, while there are more, and merge all into tables."""
+    computation = Computation(pool, out, record.plan, file, lock.check, tell)
+    computation.run()
+    while job.growth is not None and not job.growth.ended:
+        file.state("following")
+        lock.check()
+        longer = job.grown(out, record)
+        if longer is record:
+            time.sleep(SECONDS_A_LOOK)
+            continue
+        record = longer
+        computation.extend(record.plan)
+        file.state("running")
+        computation.run()
+    if computation.failures:
+        raise IncompleteError(explain(out, computation.failures))
+    lock.check()
+    remove_strays(out, record.plan.spans)
+    total = record.plan.n_intervals
+    tell(Progress("reduce", total, total))
+    file.state("reducing")
+    pool.reduce(out)
 
 
 class _Job:
@@ -211,10 +196,12 @@ class _Job:
         span_length: int | None,
         settings: Settings,
         known: Plan | None = None,
+        growth: Growth | None = None,
     ) -> None:
         if span_length is not None and span_length < 1:
             raise UsageError(f"span-length {span_length}: must be at least 1")
-        self.series: CheckpointSeries = open_series(run, steps)
+        self.growth = growth
+        self.series: CheckpointSeries = growth.first() if growth else open_series(run, steps)
         self.run = str(place(run).resolve())
         self.source = locate(task)
         self.source.load()
@@ -228,7 +215,7 @@ class _Job:
             )
 
     def pool(self, settings: Settings) -> Pool:
-        limit = len(self.series.steps) - 1
+        limit = len(self.series.steps) - 1 if self.growth is None else _NO_LIMIT
         return Pool(
             self.source,
             self.run,
@@ -252,6 +239,8 @@ class _Job:
             device_kind=description.device_kind,
             batch_size=probe.tuning.batch_size,
             memory_format=probe.tuning.memory_format,
+            seconds=probe.seconds,
+            read_seconds=probe.read_seconds,
         )
         cost = estimate(drafted, pool.size, seconds=probe.seconds, worker_bytes=probe.worker_bytes)
         notes = make_notes(description, drafted.settings)
@@ -293,9 +282,23 @@ class _Job:
         if given is not None and given.spans != record.plan.spans[: len(given.spans)]:
             raise OutputError(f"{out}: was made by another plan; choose another --out")
         self._check_steps(record.plan)
-        if given is not None:
-            return record
-        extended = extend_plan(record.plan, self.series.steps)
+        return record if given is not None else self._extended(out, record)
+
+    def grown(self, out: Place, record: Record) -> Record:
+        """`record` with the whole spans that the run has gained; with all of them at its end."""
+        assert self.growth is not None
+        self.series = self.growth.look() or self.series
+        return self._extended(out, record)
+
+    def _extended(self, out: Place, record: Record) -> Record:
+        steps: Sequence[int] = self.series.steps
+        length = self.span_length
+        if self.growth is not None:
+            length = length or following_length(record.plan)
+            if not self.growth.ended:
+                known = bisect_right(steps, record.plan.steps[-1])
+                steps = steps[: known + (len(steps) - known) // length * length]
+        extended = extend_plan(record.plan, steps, length if self.growth else None)
         if extended is record.plan:
             return record
         made = replace(record, plan=extended)
@@ -309,41 +312,3 @@ class _Job:
                 f"{self.run}: {len(gone)} planned checkpoints are missing, the first at step "
                 f"{min(gone)}; restore them, or analyze what there is into another output"
             )
-
-
-def _finish(pool: Pool, plan: Plan, out: Place, lock: Lock, tell: OnProgress) -> None:
-    """Compute the spans that are not committed, and merge all into tables."""
-    failures = _run_spans(pool, plan, out, lock, tell)
-    if failures:
-        raise IncompleteError(_explain(out, failures))
-    lock.check()
-    remove_strays(out, plan.spans)
-    tell(Progress("reduce", plan.n_intervals, plan.n_intervals))
-    pool.reduce(out)
-
-
-def _run_spans(pool: Pool, plan: Plan, out: Place, lock: Lock, tell: OnProgress) -> dict[Span, str]:
-    done = committed(out, plan.spans)
-    count = sum(len(span.intervals) for span in done)
-    tell(Progress("spans", count, plan.n_intervals))
-
-    def on_done(span: Span, report: SpanReport) -> None:
-        nonlocal count
-        lock.check()
-        count += len(span.intervals)
-        tell(Progress("spans", count, plan.n_intervals))
-
-    todo = [span for span in plan.spans if span not in done]
-    return pool.run(plan, todo, out, on_done).failures
-
-
-def _explain(out: Place, failures: dict[Span, str]) -> str:
-    lost = sum(len(span.intervals) for span in failures)
-    names = ", ".join(f"{span.first}-{span.last}" for span in list(failures)[:6])
-    more = ", …" if len(failures) > 6 else ""
-    span, reason = next(iter(failures.items()))
-    return (
-        f"{out}: {lost} intervals are missing (steps {names}{more}): {span.first}-{span.last}: "
-        f"{reason}; the rest is committed: run the same command again to retry, or lcray reduce "
-        f"{out} --allow-missing for the tables of what there is"
-    )

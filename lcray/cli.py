@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -22,6 +24,7 @@ from lcray.planning import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_SECONDS_A_LOOK = 5.0
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
 
@@ -31,6 +34,22 @@ def _option(name: str, text: str, **kwargs: Any) -> Callable[[Command], Command]
     default = _DEFAULTS.get(field)
     shown = f"  [default: {default}]" if default not in (None, False, (), True) else ""
     return click.option(name, default=None, help=text + shown, **kwargs)
+
+
+def _amounts(
+    context: click.Context, parameter: click.Parameter, given: tuple[str, ...]
+) -> dict[str, float]:
+    """``name=amount`` each."""
+    found = {}
+    for item in given:
+        name, _, amount = item.rpartition("=")
+        try:
+            found[name] = float(amount)
+        except ValueError:
+            name = ""
+        if not name:
+            raise click.BadParameter(f"{item!r} must have the form name=amount")
+    return found
 
 
 _SETTINGS = (
@@ -69,9 +88,23 @@ _RUN = (
     click.option(
         "--cpus-per-worker", type=float, default=1.0, show_default=True, help="CPUs each."
     ),
+    click.option(
+        "--resource",
+        "custom",
+        multiple=True,
+        metavar="NAME=AMOUNT",
+        callback=_amounts,
+        help="A custom resource of the cluster that each takes (repeatable).",
+    ),
     click.option("--threads", type=int, help="Threads a worker  [default: 1]."),
     click.option(
         "--memory", type=float, help="GiB a worker  [default: its share of what is free]."
+    ),
+    click.option(
+        "--patience",
+        type=float,
+        help="Seconds without progress after which a worker is replaced  [default: 20 times what "
+        "a step should take, at least 300].",
     ),
     click.option("--address", help="Ray cluster to use; its own local Ray by default."),
 )
@@ -89,7 +122,7 @@ def _with(*options: Callable[[Command], Command]) -> Callable[[Command], Command
 
 
 def _resources(options: dict[str, Any]) -> Any:
-    names = ("workers", "gpus_per_worker", "cpus_per_worker", "threads", "memory", "address")
+    names = [field.name for field in fields(lcray.Resources)]
     return lcray.Resources(**{name: options.pop(name) for name in names})
 
 
@@ -177,6 +210,14 @@ def plan(run: str, task: str, save: Path | None, as_json: bool, **options: Any) 
 @_with(*_RUN, *_SETTINGS)
 @click.option("--out", required=True, help="Output directory, or its URI.")
 @click.option("--plan", "saved", type=click.Path(path_type=Path), help="Use a saved plan.")
+@click.option("--repair", is_flag=True, help="Compute anew what is committed but damaged.")
+@click.option("--follow", is_flag=True, help="Go on while training writes, until the run ends.")
+@click.option(
+    "--idle",
+    type=float,
+    help="With --follow: seconds without a new checkpoint that end a run  [default: 600; a "
+    "recorder's run says itself that it ended].",
+)
 @_JSON
 def analyze(
     run: str, task: str, out: str, saved: Path | None, as_json: bool, **options: Any
@@ -234,6 +275,24 @@ def verify(out: str, run: str | None, as_json: bool) -> None:
     _show(asdict(found) | {"ok": found.ok}, lambda: "\n".join(found.problems) or good, as_json)
     if not found.ok:
         sys.exit(1)
+
+
+@app.command()
+@_OUT
+@click.option("--watch", is_flag=True, help="Show it again and again, until the analysis ends.")
+@_JSON
+def status(out: str, watch: bool, as_json: bool) -> None:
+    """Say how far the analysis of OUT is: done, running, failed, time left, gap so far."""
+    from lcray import display
+
+    while True:
+        found = lcray.status(out)
+        _show(asdict(found), partial(display.status_text, found), as_json)
+        if not watch or found.state in ("finished", "failed", "interrupted"):
+            break
+        time.sleep(_SECONDS_A_LOOK)
+        if not as_json:
+            click.echo()
 
 
 @app.command()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lcray.planning import Plan, vector_bytes
+from lcray.planning import Plan, SplitPlan, vector_bytes
 from lcray.quadrature import QuadratureRule, get_rule
 
 #: Bytes a row of shards and tables together, measured on the MNIST-LeNet example.
@@ -65,15 +65,12 @@ def estimate(
     rule = get_rule(plan.settings.rule)
     shared = len(plan.spans) if rule.has_left and rule.has_right else 0
     passes = _passes(plan, rule) + shared
-    passes_by_group = {
-        split.name: passes * (1 if split.sorted_by_group else max(1, len(split.groups)))
-        for split in plan.splits
-    }
     time = None
     if seconds is not None:
         # Idle workers at the end: the longest share counts.
         share = math.ceil(len(plan.spans) / workers) / len(plan.spans)
-        time = share * sum(passes_by_group[name] * seconds[name] for name in passes_by_group)
+        each = [passes_by_group(split) * seconds[split.name] for split in plan.splits]
+        time = share * passes * sum(each)
     rows = _rows(plan)
     disk = sum(count * ROW_BYTES[name] for name, count in rows.items())
     size = sum(layer.numel for layer in plan.layers)
@@ -90,6 +87,11 @@ def estimate(
         memory_bytes=None if worker_bytes is None else worker_bytes + extra,
         is_least=plan.settings.refine or rule.probe_every > 0,
     )
+
+
+def passes_by_group(split: SplitPlan) -> int:
+    """Backward passes that one evaluation of a split takes for its groups."""
+    return 1 if split.sorted_by_group else max(1, len(split.groups))
 
 
 def _passes(plan: Plan, rule: QuadratureRule) -> int:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lcray.analysis import OnProgress, analyze
+from lcray.analysis import analyze
 from lcray.checkpoints import Recorder
+from lcray.computing import OnProgress
 from lcray.errors import OutputError, UsageError
 from lcray.resources import Resources
 from lcray.results import Results

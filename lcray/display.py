@@ -10,9 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lcray.analysis import PlanReport
 from lcray.checkpoints import Audit
+from lcray.planreport import PlanReport
 from lcray.results import Results
+from lcray.standing import Status
 
 _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
 
@@ -234,3 +235,28 @@ def size(n_bytes: int | None) -> str:
         value, unit = value / 1000, unit + 1
     digits = f"{value:.3g}" if value < 100 else f"{value:,.0f}"
     return f"{digits} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
+
+
+def status_text(found: Status) -> str:
+    """How far an analysis is, a few lines of text."""
+    lines = [
+        f"{found.state}{' (no word from the driver lately)' if found.silent else ''}: "
+        f"{found.intervals_done:,}/{found.intervals:,} intervals, "
+        f"{found.spans_done:,}/{found.spans:,} spans, {found.workers} workers"
+    ]
+    if found.rate:
+        lines.append(f"{found.rate:.3g} intervals/s, {duration(found.seconds_left or 0.0)} left")
+    for split, gap in found.gaps.items():
+        share = f" ({gap.gap / gap.loss_change:.3%})" if gap.loss_change else ""
+        lines.append(
+            f"{split}: change {gap.loss_change:+.4f}, LC {gap.lc:+.4f}, gap {gap.gap:+.2g}{share}"
+        )
+    lines += [
+        f"running: {held.first}-{held.last}, {held.done:.0f}/{held.intervals} intervals in "
+        f"{duration(held.seconds)}{f', try {held.attempt}' if held.attempt > 1 else ''}"
+        for held in found.running
+    ]
+    lines += [f"failed: {span.first}-{span.last}: {span.reason}" for span in found.failed]
+    lines += [f"error: {found.error}"] if found.error else []
+    lines += [f"as of {found.written}"] if found.written else []
+    return "\n".join(lines)

@@ -11,7 +11,8 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from lcray.checkpoints.naming import matches
-from lcray.costs import ROW_BYTES
+from lcray.costs import ROW_BYTES, passes_by_group
+from lcray.cutting import MAX_ELEMENT_ROWS, choose_length, cut, cut_tapering, timed_length
 from lcray.errors import UsageError, suggest
 from lcray.layers import Layer
 from lcray.layout import MEMORY_FORMATS
@@ -20,21 +21,15 @@ from lcray.planning import (
     DEFAULT_MEMORY_FORMAT,
     Plan,
     Settings,
-    Span,
     SplitPlan,
     memory_format_of,
 )
 from lcray.quadrature import get_rule
 
-_MAX_ELEMENT_ROWS = 1_000_000_000  # of `parameters` shards: P × spans
 _MAX_TRACE_ROWS = 10_000_000
 _MAX_UNITS = 10_000
 _TRACE_SAMPLE = 256
 _WINDOWS = 10
-_SPANS_A_WORKER = 4
-# Short spans pay one more gradient each, long ones lose more in a crash; up to 255 intervals are
-# counted in 8 bits an element.
-_SPAN_LENGTH = (8, 255)
 
 
 def make_settings(options: Mapping[str, Any]) -> Settings:
@@ -115,6 +110,8 @@ def make_plan(
     device_kind: str = "cpu",
     batch_size: int | None = None,
     memory_format: str | None = None,
+    seconds: Mapping[str, float] | None = None,
+    read_seconds: float = 0.0,
 ) -> Plan:
     """Plan an analysis.
 
@@ -124,11 +121,13 @@ def make_plan(
         layers: of the model.
         splits: as a probe found them.
         workers: how many there will be; spans are cut so that each has several.
-        span_length: intervals a span, instead.
+        span_length: intervals a span; `lcray.cutting` chooses where it is None.
         threads: intra-op threads a worker.
         device_kind: ``cpu`` or ``cuda``.
         batch_size: as a probe chose it, where the settings leave it open.
         memory_format: likewise.
+        seconds: of one gradient, by split, as a probe measured them.
+        read_seconds: of reading a checkpoint.
 
     Raises:
         UsageError: for settings that cannot be used, or name layers that do not exist.
@@ -138,9 +137,16 @@ def make_plan(
     if n_intervals < 1:
         raise UsageError(f"{len(steps)} checkpoints: an interval needs two")
     every = get_rule(settings.rule).probe_every
-    length = span_length or _span_length(n_intervals, workers, every)
-    spans = _cut(steps, length)
+    expected = None if seconds is None else _interval_seconds(settings, splits, seconds)
     detail = _matching(settings, layers)
+    if span_length:
+        spans = cut(steps, span_length)
+    else:
+        size = 0 if settings.parameters is False else sum(layer.numel for layer in layers)
+        length = choose_length(
+            n_intervals, workers=workers, every=every, seconds=expected, size=size
+        )
+        spans = cut_tapering(steps, length, every)
     chosen = _tables(settings, layers, splits, len(spans))
     rows = max(1, len(detail) * n_intervals * len(splits))
     if "traces" in chosen:
@@ -166,6 +172,7 @@ def make_plan(
         device_kind=device_kind,
         batch_size=settings.batch_size or batch_size or DEFAULT_BATCH_SIZE,
         memory_format=memory_format_of(settings) or memory_format or DEFAULT_MEMORY_FORMAT,
+        seconds=None if expected is None else expected + read_seconds,
     )
 
 
@@ -197,6 +204,8 @@ def check_plan(plan: Plan) -> None:
         ),
         "a layer or split twice": len({*names}) < len(names)
         or len({split.name for split in plan.splits}) < len(plan.splits),
+        "an expected duration that is none": plan.seconds is not None
+        and not (type(plan.seconds) in (int, float) and 0 <= plan.seconds < math.inf),
         "an unknown device kind": plan.device_kind not in ("cpu", "cuda"),
     }
     for problem, found in problems.items():
@@ -207,26 +216,35 @@ def check_plan(plan: Plan) -> None:
         raise UsageError("plan: its spans do not follow each other; make a new one")
 
 
-def extend_plan(plan: Plan, steps: Sequence[int]) -> Plan:
-    """`plan` with spans for the steps that follow its last one; the spans it has stay."""
+def extend_plan(plan: Plan, steps: Sequence[int], length: int | None = None) -> Plan:
+    """`plan` with spans for the steps that follow its last one; the spans it has stay.
+
+    Args:
+        plan: the plan.
+        steps: of the checkpoints that there are now.
+        length: intervals of the new spans; those of the plan's longest where it is None.
+    """
     last = plan.steps[-1]
     later = [last, *(step for step in steps if step > last)]
     if len(later) == 1:
         return plan
-    length = max(len(span.steps) - 1 for span in plan.spans)
-    return replace(plan, spans=plan.spans + _cut(later, length))
+    longest = max(len(span.steps) - 1 for span in plan.spans)
+    return replace(plan, spans=plan.spans + cut(later, length or longest))
 
 
-def _span_length(n_intervals: int, workers: int, every: int) -> int:
-    """Intervals a span: several spans a worker, and whole blocks of `every` intervals."""
-    low, high = _SPAN_LENGTH
-    length = min(high, max(low, math.ceil(n_intervals / (_SPANS_A_WORKER * workers))))
-    return length if not every else min(-(-length // every), high // every) * every
+def following_length(plan: Plan) -> int:
+    """Intervals of the spans to add to `plan` while its run still grows."""
+    longest = max(len(span.steps) - 1 for span in plan.spans)
+    every = get_rule(plan.settings.rule).probe_every
+    return max(longest, 1 if plan.seconds is None else timed_length(plan.seconds, every))
 
 
-def _cut(steps: Sequence[int], length: int) -> tuple[Span, ...]:
-    starts = range(0, len(steps) - 1, length)
-    return tuple(Span(tuple(steps[i : i + length + 1])) for i in starts)
+def _interval_seconds(
+    settings: Settings, splits: Sequence[SplitPlan], seconds: Mapping[str, float]
+) -> float:
+    """What the gradients of an interval take, where none is refined."""
+    passes = get_rule(settings.rule).n_gradients
+    return sum(passes * passes_by_group(split) * seconds[split.name] for split in splits)
 
 
 def _nice(width: int) -> int:
@@ -256,7 +274,7 @@ def _tables(
     size = sum(layer.numel for layer in layers)
     parameters = settings.parameters
     if parameters is None:
-        parameters = size * n_spans <= _MAX_ELEMENT_ROWS
+        parameters = size * n_spans <= MAX_ELEMENT_ROWS
     wanted = {
         "intervals": True,
         "layers": True,

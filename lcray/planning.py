@@ -7,7 +7,7 @@ and the order in which they finish.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, get_type_hints
 
@@ -151,6 +151,8 @@ class Plan:
         device_kind: ``cpu`` or ``cuda``.
         batch_size: the most samples a batch holds: what the settings say, or a probe chose.
         memory_format: ``contiguous`` or ``channels_last``, likewise.
+        seconds: that an interval takes, as the probe found; None without one. It decides nothing
+            in the tables: only when a worker is taken to hang or to straggle.
     """
 
     settings: Settings
@@ -166,6 +168,7 @@ class Plan:
     device_kind: str = "cpu"
     batch_size: int = DEFAULT_BATCH_SIZE
     memory_format: str = DEFAULT_MEMORY_FORMAT
+    seconds: float | None = field(default=None, compare=False)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -190,6 +193,7 @@ class Plan:
             "splits": [asdict(split) for split in self.splits],
             "spans": [list(span.steps) for span in self.spans],
             **data,
+            "seconds": self.seconds,
         }
 
     @classmethod
@@ -206,6 +210,7 @@ class Plan:
             splits=tuple(build(SplitPlan, split) for split in data["splits"]),
             spans=tuple(build(Span, {"steps": steps}) for steps in data["spans"]),
             **{name: value_of(hints[name], data[name], name) for name in _PLAIN},
+            seconds=value_of(hints["seconds"], data.get("seconds"), "seconds"),
         )
         _check(plan)
         return plan

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line now and then elsewhere."""
+"""Progress on stderr: a bar on a terminal, a line a minute elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lcray.analysis import Progress as State
+from lcray.computing import Progress as State
 
 _PHASES = {
     "start": "starting workers",
@@ -26,7 +26,7 @@ _PHASES = {
     "spans": "intervals",
     "reduce": "merging tables",
 }
-_SECONDS_A_LINE = 10.0
+_SECONDS_A_LINE = 60.0
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lcray.errors import UsageError
 
@@ -16,10 +16,13 @@ class Resources:
         workers: actors; None for one a GPU, or one a CPU core where there is no GPU.
         gpus_per_worker: GPUs each (fractions share one); None for 1 where the cluster has GPUs.
         cpus_per_worker: CPU cores each.
+        custom: custom resources of the cluster that each takes, by name.
         threads: intra-op threads each; None for 1, or what the plan in use says.
         memory: GiB that a worker may use, of the GPU's memory where it has one; None for its share
             of four fifths of what is free. Data that do not fit are streamed, and the size of
             batches stays below it; models and vectors of their size are needed in any case.
+        patience: seconds without progress after which a worker that is at a span is taken to hang,
+            and replaced; None for twenty times what a step should take, and at least 300.
         address: of the Ray cluster to use; None starts a Ray of its own on this machine, unless
             the process is connected to one or was started by ``ray job submit``.
     """
@@ -27,8 +30,10 @@ class Resources:
     workers: int | None = None
     gpus_per_worker: float | None = None
     cpus_per_worker: float = 1.0
+    custom: Mapping[str, float] = field(default_factory=dict)
     threads: int | None = None
     memory: float | None = None
+    patience: float | None = None
     address: str | None = None
 
 
@@ -40,6 +45,7 @@ class Placement:
         workers: how many.
         cpus: CPU cores each.
         gpus: GPUs each.
+        custom: custom resources each.
         memory: bytes each may take; None for a share of what is free.
         sharers: workers that such a share is of: those that fit on one node, or one GPU.
     """
@@ -47,6 +53,7 @@ class Placement:
     workers: int
     cpus: float
     gpus: float
+    custom: Mapping[str, float]
     memory: int | None
     sharers: int
 
@@ -64,30 +71,47 @@ def place_workers(
     Raises:
         UsageError: for what cannot be had.
     """
-    for name in ("cpus_per_worker", "gpus_per_worker"):
-        value = getattr(resources, name)
-        if value is not None and not value >= 0:
-            raise UsageError(f"{name.replace('_', '-')} {value}: must not be negative")
-    if resources.memory is not None and not resources.memory > 0:
-        raise UsageError(f"memory {resources.memory:g}: must be positive, in GiB")
-    if resources.workers is not None and resources.workers < 1:
-        raise UsageError(f"workers {resources.workers}: must be at least 1")
+    _check(resources)
     gpus = resources.gpus_per_worker
     if gpus is None:
-        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
-    needs = {"CPU": resources.cpus_per_worker, "GPU": gpus}
+        own = resources.custom.items()
+        there = [node for node in nodes if all(node.get(k, 0) >= v for k, v in own)]
+        gpus = 1.0 if any(node.get("GPU", 0) for node in there) else 0.0
+    needs = {"CPU": resources.cpus_per_worker, "GPU": gpus, **resources.custom}
     if not any(all(node.get(k, 0) >= v for k, v in needs.items() if v) for node in nodes):
+        more = "".join(f" and {v:g} {k}" for k, v in resources.custom.items())
         raise UsageError(
-            f"workers: no node has {needs['CPU']:g} CPUs and {needs['GPU']:g} GPUs; ask for less"
+            f"workers: no node has {needs['CPU']:g} CPUs and {needs['GPU']:g} GPUs{more}; ask for "
+            "less"
         )
-    room = [_fitting(sum(node.get(k, 0) for node in nodes), v) for k, v in needs.items() if v]
-    count = min(resources.workers or max(1, min(room, default=1)), max(1, limit))
-    together = (
-        1 / gpus if gpus else _fitting(max(node.get("CPU", 0) for node in nodes), needs["CPU"])
-    )
+    rooms = [_room(node, needs) for node in nodes]
+    count = min(resources.workers or max(1, sum(rooms)), max(1, limit))
+    together = 1 / gpus if gpus else max(rooms)
     memory = None if resources.memory is None else int(resources.memory * 2**30)
-    return Placement(count, needs["CPU"], gpus, memory, max(1, min(count, int(together))))
+    return Placement(
+        count, needs["CPU"], gpus, resources.custom, memory, max(1, min(count, int(together)))
+    )
 
 
-def _fitting(there: float, each: float) -> int:
-    return int(there / max(each, 1e-9))
+def _check(resources: Resources) -> None:
+    given = {name: getattr(resources, name) for name in ("cpus_per_worker", "gpus_per_worker")}
+    given |= {f"resource {name}": value for name, value in resources.custom.items()}
+    for name, value in given.items():
+        if value is not None and not value >= 0:
+            raise UsageError(f"{name.replace('_', '-')} {value}: must not be negative")
+    reserved = sorted({"CPU", "GPU", "memory", "object_store_memory"} & set(resources.custom))
+    if reserved:
+        raise UsageError(f"resource {reserved[0]!r}: is none of your own; it has its own option")
+    if resources.memory is not None and not resources.memory > 0:
+        raise UsageError(f"memory {resources.memory:g}: must be positive, in GiB")
+    if resources.patience is not None and not resources.patience > 0:
+        raise UsageError(f"patience {resources.patience:g}: must be positive, in seconds")
+    if resources.workers is not None and resources.workers < 1:
+        raise UsageError(f"workers {resources.workers}: must be at least 1")
+
+
+def _room(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
+    """Workers that fit on a node; one where they need nothing."""
+    # A little more than there is, since 0.3 / 0.1 < 3.
+    fitting = [int(node.get(k, 0) / v + 1e-9) for k, v in needs.items() if v]
+    return min(fitting, default=1)

@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +20,9 @@ from lcray.data import SplitData
 from lcray.errors import TaskError
 from lcray.gradient import Evaluation
 from lcray.layers import Layer
+from lcray.outcomes import Outcome as Outcome
+from lcray.outcomes import SpanReport as SpanReport
+from lcray.outcomes import Tally
 from lcray.path import Segment
 from lcray.planning import Plan, Settings, Span, SplitPlan, shares_pass
 from lcray.quadrature import get_rule
@@ -89,34 +92,6 @@ class Probe:
     read_seconds: float
 
 
-@dataclass(frozen=True)
-class SpanReport:
-    """What came of one attempt at a span.
-
-    Attributes:
-        committed: whether this attempt counts; another may have been first.
-        n_gradients: full-batch gradients evaluated for the intervals' rules.
-        seconds: wall time.
-    """
-
-    committed: bool
-    n_gradients: int
-    seconds: float
-
-
-@dataclass
-class Outcome:
-    """What became of the spans of one call.
-
-    Attributes:
-        reports: of the spans that are committed.
-        failures: the reason by span, for those that are not.
-    """
-
-    reports: dict[Span, SpanReport] = field(default_factory=dict)
-    failures: dict[Span, str] = field(default_factory=dict)
-
-
 class Workspace:
     """A task's model and data on a device, ready to work on spans of a run.
 
@@ -148,6 +123,7 @@ class Workspace:
         sharers: int = 1,
     ) -> None:
         self.series = open_series(run, steps)
+        self._where = run, steps
         self.bench = Workbench(
             task, settings, device=device, threads=threads, memory=memory, sharers=sharers
         )
@@ -230,8 +206,22 @@ class Workspace:
         engine = self.bench.engine
         return {split.name: engine.evaluate(split, None).loss for split in self.bench.splits}
 
-    def run(self, plan: Plan, span: Span, out: Place, attempt: str) -> SpanReport:
+    def run(
+        self,
+        plan: Plan,
+        span: Span,
+        out: Place,
+        attempt: str,
+        tell: Callable[[float], None] = lambda done: None,
+    ) -> SpanReport:
         """Compute a span, write its shards and commit them.
+
+        Args:
+            plan: the plan.
+            span: one of its spans.
+            out: the output directory.
+            attempt: an id that no other attempt has.
+            tell: called with the number of intervals that are done, whenever that grows.
 
         Raises:
             TaskError, CheckpointError, OutputError: as computing, reading and writing raise them;
@@ -242,24 +232,28 @@ class Workspace:
         for split, planned in zip(self.bench.splits, plan.splits, strict=True):
             if (split.name, split.groups) != (planned.name, planned.groups):
                 raise TaskError(f"task split {split.name!r}: other groups than in the plan")
+        if span.last > self.series.steps[-1]:  # the run has grown since
+            self.series = open_series(*self._where)
         release()  # what building, probing or the span before have left
         hashes: dict[int, str] = {}
-        n_gradients = 0
+        n_intervals = len(span.intervals)
+        tally = Tally(n_intervals * len(plan.splits), n_intervals, tell)
         with ShardWriter(out, span, attempt) as writer, ElementsWriter(writer) as elements:
 
             def tables_of(split: SplitPlan) -> SplitTables:
                 return SplitTables(plan, split, writer, elements)
 
             for names in self._passes(plan):
-                n_gradients += self._pass(plan, span, names, hashes, tables_of)
+                self._pass(plan, span, names, hashes, tables_of, tally)
             seconds = time.perf_counter() - start
             info = {
                 "seconds": seconds,
-                "n_gradients": n_gradients,
+                "n_gradients": tally.n_gradients,
                 "device": str(self.bench.device),
+                "sums": {name: list(sums) for name, sums in tally.sums.items()},
             }
             committed = writer.commit(checkpoints=hashes, info=info)
-        return SpanReport(committed, n_gradients, seconds)
+        return SpanReport(committed, tally.n_gradients, seconds, tally.sums)
 
     def _passes(self, plan: Plan) -> list[list[str]]:
         """The splits that share a pass over the checkpoints: all, unless their state is large."""
@@ -274,10 +268,10 @@ class Workspace:
         names: list[str],
         hashes: dict[int, str],
         tables_of: Callable[[SplitPlan], SplitTables],
-    ) -> int:
-        """Go along the span once, for some splits; returns the number of gradients."""
+        tally: Tally,
+    ) -> None:
+        """Go along the span once, for some splits."""
         rule, scratch = get_rule(self.settings.rule), Scratch(self.bench.engine)
-        n_gradients = 0
         with Walk(self.series, self.flat, self._dtypes, hashes) as walk:
             allocators: list[SplitAllocator] = []
             tables: list[SplitTables] = []
@@ -290,15 +284,15 @@ class Workspace:
                     )
                     tables.append(tables_of(planned))
             for segment, following in walk.segments(span):
-                for allocator, table in zip(allocators, tables, strict=True):
+                for name, allocator, table in zip(names, allocators, tables, strict=True):
                     result = allocator.advance(segment, following)
                     table.add(result, segment)
-                    n_gradients += result.n_gradients
+                    tally.add(name, result)
                 del segment, following, result  # the walk needs the room
             del allocators, allocator, scratch  # and so does the writing
-            for table in tables:
+            for number, table in enumerate(tables, 1):
                 table.write(walk.again)
-        return n_gradients
+                tally.tell(number / (len(tables) + 1) / len(plan.splits))
 
 
 def _split_plan(split: SplitData, found: Evaluation) -> SplitPlan:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import object_server
@@ -39,6 +38,7 @@ def ray_cluster() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=4,
+        resources={"slot": 2},
         include_dashboard=False,
         object_store_memory=100 * 2**20,
         log_to_driver=False,
@@ -75,7 +75,7 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Analyses take place in this process, without Ray."""
-    _work_inline(monkeypatch)
+    scenes.work_inline(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +89,7 @@ def plain_out(plain_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The undisturbed analysis of it, in spans of three intervals, without Ray. Read only."""
     out = tmp_path_factory.mktemp("plain-out") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        _work_inline(patch)
+        scenes.work_inline(patch)
         lcray.analyze(plain_run, "scenes:plain", out, span_length=3, elements=True)
     return out
 
@@ -122,12 +122,6 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             optimizer.step()
             recorder.step()
     return run
-
-
-def _work_inline(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("lcray.analysis.connection", lambda resources: nullcontext())
-    patch.setattr("lcray.analysis.Pool", scenes.InlinePool)
-    patch.setattr("ray.get_gpu_ids", list)
 
 
 def build_tiny() -> nn.Module:

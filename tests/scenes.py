@@ -10,10 +10,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,10 +24,11 @@ from lcray.analysis import Progress
 from lcray.checkpoints import Recorder
 from lcray.cluster.actor import Shipment, Worker
 from lcray.errors import LcrayError
+from lcray.outcomes import Outcome, SpanReport, View
 from lcray.planning import Plan, Settings, Span
 from lcray.reduction import Reduction, merge
 from lcray.resources import Resources, place_workers
-from lcray.span import Description, Outcome, Probe, SpanReport
+from lcray.span import Description, Probe
 from lcray.task import Task, TaskSource
 
 HERE = Path(__file__).parent
@@ -119,6 +122,26 @@ def deadly_loss(folder: str, model: nn.Module, batch: Pair) -> Tensor:
     if os.path.exists(f"{folder}/kill"):
         die(folder)
     return cross_entropy(model, batch)
+
+
+def paced_loss(folder: str, model: nn.Module, batch: Pair) -> Tensor:
+    """Takes its time while ``folder/slow`` is there, and says who is at work in ``folder/at-…``.
+
+    Takes hold of ``folder/hold`` if it is there, as `held_loss`, but gives up on nobody.
+    """
+    Path(folder, f"at-{os.getpid()}").touch()
+    if os.path.exists(f"{folder}/hold"):
+        with suppress(FileNotFoundError):
+            os.rename(f"{folder}/hold", f"{folder}/held-{os.getpid()}")
+            time.sleep(600)
+    if os.path.exists(f"{folder}/slow"):
+        time.sleep(0.3)
+    if os.path.exists(f"{folder}/eat-{os.getpid()}"):
+        eaten.append(torch.ones(1 << 28))  # a gigabyte
+    return cross_entropy(model, batch)
+
+
+eaten: list[Tensor] = []
 
 
 def slow_loss(seconds: float, model: nn.Module, batch: Pair) -> Tensor:
@@ -252,6 +275,7 @@ class InlinePool:
         spans: Sequence[Span],
         out: Path,
         on_done: Callable[[Span, SpanReport], None],
+        on_tick: Callable[[View], None] = lambda view: None,
     ) -> Outcome:
         outcome = Outcome()
         for number, span in enumerate(spans):
@@ -266,6 +290,13 @@ class InlinePool:
 
     def reduce(self, out: Path, *, allow_missing: bool = False) -> Reduction:
         return merge(out, allow_missing=allow_missing)
+
+
+def work_inline(patch: pytest.MonkeyPatch) -> None:
+    """Analyses take place in this process, without Ray."""
+    patch.setattr("lcray.analysis.connection", lambda resources: nullcontext())
+    patch.setattr("lcray.analysis.Pool", InlinePool)
+    patch.setattr("ray.get_gpu_ids", list)
 
 
 class Told:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import lcray
 from lcray import cli
+from lcray.standing import FailedSpan, RunningSpan, Status
 from lcray.task import Task
 
 PROGRAM = [sys.executable, "-m", "lcray"]
@@ -79,7 +80,7 @@ def run(plain_run: Path, tmp_path: Path) -> Path:
 
 def test_help_of_every_command(command: Lcray) -> None:
     names = set(cli.app.commands)
-    assert {"demo", "inspect", "plan", "analyze", "reduce", "verify", "query"} <= names
+    assert {"demo", "inspect", "plan", "analyze", "status", "reduce", "verify", "query"} <= names
     top = command("--help")
     assert top.code == 0
     for name in names:
@@ -113,6 +114,8 @@ def test_no_command_shows_the_help(command: Lcray) -> None:
         (["analyze", "RUN", "--task", "scenes:plain"], "Missing option '--out'"),
         (["analyze", "RUN", "--reul", "left"], "No such option '?--reul'?.*--rule"),
         (["plan", "RUN", "--task", "scenes:plain", "--workers", "two"], "not a valid integer"),
+        (["plan", "RUN", "--task", "scenes:plain", "--resource", "slot"], "the form name=amount"),
+        (["plan", "RUN", "--task", "scenes:plain", "--resource", "slot=x"], "form name=amount"),
         (["query", "OUT", "SELECT 1", "--format", "xml"], "'xml' is not one of"),
     ],
 )
@@ -403,6 +406,43 @@ class TestVerify:
             found.out
             == f"{tmp_path}/analysis.json: no such file; is this the output of an analysis?\n"
         )
+
+
+class TestStatus:
+    def test_a_finished_analysis(self, command: Lcray, plain_out: Path) -> None:
+        found = command("status", plain_out, "--watch")  # there is nothing to wait for
+        assert (found.code, found.err) == (0, "")
+        first, *more = found.out.splitlines()
+        assert first == "finished: 12/12 intervals, 4/4 spans, 0 workers"
+        rows = lcray.open(plain_out).intervals()
+        train = rows[rows["split"] == "train"]
+        (line,) = [line for line in more if line.startswith("train")]
+        change, lc = f"{train['loss_change'].sum():+.4f}", f"{train['lc'].sum():+.4f}"
+        assert line.startswith(f"train: change {change}, LC {lc}, gap ")
+        data = json.loads(command("status", plain_out, "--json").out)
+        assert (data["state"], data["intervals_done"], data["failed"]) == ("finished", 12, [])
+
+    def test_what_runs_and_what_failed(
+        self, command: Lcray, plain_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held = RunningSpan(3, 6, 2, 1.0, 3, 7.0)
+        failed = FailedSpan(6, 9, "its worker died")
+        said = Status(
+            "running", 4, 2, 12, 6, 2, (held,), (failed,), 0.5, 10.0, written="2026-01-01T00:00:00"
+        )
+        monkeypatch.setattr(lcray, "status", lambda out: said)
+        lines = command("status", tmp_path).out.splitlines()
+        assert lines == [
+            "running: 6/12 intervals, 2/4 spans, 2 workers",
+            "0.5 intervals/s, 10 s left",
+            "running: 3-6, 1/3 intervals in 7 s, try 2",
+            "failed: 6-9: its worker died",
+            "as of 2026-01-01T00:00:00",
+        ]
+
+    def test_no_output(self, command: Lcray, tmp_path: Path) -> None:
+        found = command("status", tmp_path)
+        assert (found.code, "is this the output of an analysis?" in found.error) == (1, True)
 
 
 class TestQuery:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+import urllib.request
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,23 +24,24 @@ import torch
 
 import lcray
 from lcray import analysis
-from lcray.cluster import Pool, actor, connection, pool
+from lcray.cluster import Pool, actor, connection, dispatching
 from lcray.cluster.actor import Shipment
-from lcray.cluster.pool import ATTEMPTS
 from lcray.errors import (
     ClusterError,
     IncompleteError,
     TaskError,
     UsageError,
 )
+from lcray.outcomes import Outcome, SpanReport
 from lcray.planning import Plan, Settings, Span
 from lcray.resources import Resources, place_workers
-from lcray.span import Outcome, SpanReport
+from lcray.scheduling import Policy
 from lcray.task import Task, TaskSource, locate
 
 pytestmark = pytest.mark.ray
 
 SETTINGS = Settings()
+ATTEMPTS = Policy().attempts
 
 
 def analyze(run: Path, task: Task | str, out: Path, workers: int, **options: Any) -> lcray.Results:
@@ -49,11 +53,9 @@ def shuffle_spans(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[list[Span]
     """Pools hand the spans out in a random order; gives the orders that were used."""
     original, orders = Pool.run, []
 
-    def shuffled(
-        self: Pool, plan: Plan, spans: Sequence[Span], out: Path, on_done: Callable[..., None]
-    ) -> Outcome:
+    def shuffled(self: Pool, plan: Plan, spans: Sequence[Span], *more: Any) -> Outcome:
         orders.append(random.Random(seed).sample(list(spans), len(spans)))
-        return original(self, plan, orders[-1], out, on_done)
+        return original(self, plan, orders[-1], *more)
 
     monkeypatch.setattr(Pool, "run", shuffled)
     return orders
@@ -222,6 +224,45 @@ def test_errors_of_a_worker_arrive_as_they_are(plain_run: Path, tmp_path: Path) 
         time.sleep(0.1)
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_hold_the_custom_resources_that_were_asked_for(
+    plain_run: Path, tmp_path: Path
+) -> None:
+    seen: list[float] = []
+    told = scenes.Told(done=0, then=lambda: seen.append(ray.available_resources().get("slot", 0)))
+    resources = Resources(workers=1, custom={"slot": 1.5})
+    out = tmp_path / "out"
+    lcray.analyze(plain_run, "scenes:plain", out, resources=resources, on_progress=told)
+    assert seen == [0.5]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_metrics_are_there_to_be_scraped(plain_run: Path, tmp_path: Path) -> None:
+    analyze(plain_run, "scenes:plain", tmp_path / "out", 1, span_length=6)
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 60
+    text = ""
+    while "lcray_gap" not in text:
+        assert time.monotonic() < deadline, [x for x in text.splitlines() if "lcray" in x]
+        time.sleep(1)
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+            text = answer.read().decode()
+    found = {
+        re.split(r"[{ ]", line)[0]: float(line.split()[-1])
+        for line in text.splitlines()
+        if line.startswith("ray_lcray_") and 'split="val"' not in line
+    }
+    # At least those of this analysis: others of this process count as well.
+    assert found["ray_lcray_spans_done_total"] >= 2
+    assert found["ray_lcray_intervals_total"] >= 12
+    assert found["ray_lcray_gradients_total"] >= 2 * 2 * 12
+    rows = lcray.open(tmp_path / "out").intervals()
+    gap = rows[rows["split"] == "train"]["gap"].sum()
+    assert found["ray_lcray_gap"] == pytest.approx(gap, rel=1e-9)
+
+
 def alive_actors() -> list[dict[str, Any]]:
     """The actors of the shared Ray that live, from its own books."""
     from ray._private.state import actors
@@ -260,6 +301,10 @@ class TestResources:
             (Resources(workers=0), "workers 0: must be at least 1"),
             (Resources(cpus_per_worker=64), "no node has 64 CPUs and 0 GPUs"),
             (Resources(gpus_per_worker=1), "no node has 1 CPUs and 1 GPUs; ask for less"),
+            (Resources(custom={"slot": 3}), "no node has 1 CPUs and 0 GPUs and 3 slot; ask"),
+            (Resources(custom={"slot": -1}), "resource slot -1: must not be negative"),
+            (Resources(custom={"GPU": 1}), "resource 'GPU': is none of your own"),
+            (Resources(patience=0), "patience 0: must be positive, in seconds"),
         ],
     )
     @pytest.mark.usefixtures("ray_cluster")
@@ -278,6 +323,8 @@ class TestResources:
             (Resources(workers=9), 12, 9),
             (Resources(workers=9), 5, 5),  # no more than there is work for
             (Resources(), 0, 1),
+            (Resources(custom={"slot": 1}), 12, 2),
+            (Resources(custom={"slot": 0.5}, cpus_per_worker=0), 12, 4),
         ],
     )
     @pytest.mark.usefixtures("ray_cluster")
@@ -307,7 +354,7 @@ class TestResources:
         options = {"steps": None, "threads": 1, "limit": 99}
         pool = Pool(locate("scenes:plain"), "", SETTINGS, resources, **options)
         assert pool.size == count
-        assert pool._options["num_gpus"] == each
+        assert pool._crew._placed.gpus == each
 
 
 class TestConnection:
@@ -456,6 +503,10 @@ class TestPlacement:
             (Resources(gpus_per_worker=0.25), [NODE], 3, 3, 3),
             (Resources(gpus_per_worker=2), [NODE], 99, 1, 1),
             (Resources(gpus_per_worker=0), [NODE], 99, 8, 8),
+            # What is left over on each node is of no use to anybody.
+            (Resources(cpus_per_worker=3), [{"CPU": 4.0}, {"CPU": 4.0}], 99, 2, 1),
+            (Resources(cpus_per_worker=0.1), [{"CPU": 0.3}], 99, 3, 3),
+            (Resources(custom={"slot": 2}), [{"CPU": 8.0, "slot": 5.0}, NODE], 99, 2, 2),
         ],
     )
     def test_who_shares_memory(
@@ -492,24 +543,48 @@ def test_negative_resources_are_refused(option: str, plain_run: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_worker_that_ray_ends_for_its_memory_is_a_lost_worker(
-    plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_answer_that_was_lost_costs_no_second_computation(
+    plain_run: Path, plain_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray says so by an error that is not one of a dead actor."""
-    original, reports = pool._result, []
+    """A call may have done its work although it raises: the commit says so."""
+    original, reports = dispatching.result, []
 
     def result(reference: Any) -> Any:
         found = original(reference)
         if isinstance(found, SpanReport):
             reports.append(found)
-            if len(reports) in (1, 3, 4):  # the first of two spans, each time
+            if len(reports) == 1:
+                raise ray.exceptions.ActorUnavailableError("the connection was lost", b"\0" * 16)
+        return found
+
+    monkeypatch.setattr(dispatching, "result", result)
+    out = tmp_path / "out"
+    analyze(plain_run, "scenes:plain", out, 1, span_length=3, elements=True)
+    assert [report.committed for report in reports] == [True, False, True, True, True]
+    assert reports[0].sums == reports[1].sums
+    assert {path.name.split("-")[1] for path in out.rglob("layers-*.parquet")} == {"1"}
+    assert scenes.tables(out) == scenes.tables(plain_out)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_ray_ends_for_its_memory_is_a_lost_worker(
+    plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray says so by an error that is not one of a dead actor."""
+    original, reports, out = dispatching.result, [], tmp_path / "out"
+
+    def result(reference: Any) -> Any:
+        found = original(reference)
+        if isinstance(found, SpanReport):
+            reports.append(found)
+            if len(reports) <= ATTEMPTS:  # the first of two spans, killed in the middle
+                (out / "shards" / "00000000-00000006" / "commit.json").unlink()
                 raise ray.exceptions.OutOfMemoryError("the node ran low on memory")
         return found
 
-    monkeypatch.setattr(pool, "_result", result)
+    monkeypatch.setattr(dispatching, "result", result)
     told = scenes.Told()
     with pytest.raises(IncompleteError) as caught:
-        out = tmp_path / "out"
         analyze(plain_run, "scenes:plain", out, 1, span_length=6, on_progress=told)
     assert "0-6: its worker died (OutOfMemoryError: the node ran low" in str(caught.value)
     assert "\n" not in str(caught.value)

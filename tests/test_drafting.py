@@ -18,6 +18,7 @@ from lcray.drafting import extend_plan, make_plan, make_settings
 from lcray.errors import UsageError
 from lcray.layers import Layer
 from lcray.planning import Plan, Settings, SplitPlan
+from lcray.reduction import plan_digest
 from lcray.schema import FORMAT_VERSION
 
 LAYERS = (
@@ -111,27 +112,35 @@ class TestSpans:
         assert intervals == list(pairwise(steps))
         assert plan.steps == tuple(steps)
         lengths = [len(span.intervals) for span in plan.spans]
-        assert len(set(lengths[:-1])) <= 1 and lengths[-1] <= lengths[0]
+        assert lengths == sorted(lengths, reverse=True)
         if length is not None:
-            assert lengths[0] == min(length, len(steps) - 1)
+            assert set(lengths[:-1]) <= {length} and lengths[0] == min(length, len(steps) - 1)
 
-    @pytest.mark.parametrize(
-        ("n", "workers", "length"),
-        [(1000, 1, 250), (1000, 4, 63), (20, 4, 8), (5, 4, 5), (10_000, 1, 255)],
-    )
-    def test_each_worker_gets_several_neither_short_nor_long(self, n, workers, length) -> None:
-        plan = draft(range(n + 1), workers=workers)
-        assert len(plan.spans[0].intervals) == length
+    def test_what_a_probe_measured_decides_their_length(self) -> None:
+        """180 s a span; Simpson takes two gradients an interval, and the splits add up."""
+        seconds = {"train": 2.0, "val": 1.0}
+        splits = (TRAIN, replace(GROUPED, groups=()))
+        made = draft(range(2001), splits=splits, workers=2, seconds=seconds, read_seconds=0.5)
+        assert len(made.spans[0].intervals) == 30
+        assert made.seconds == 6.5
+        # Three groups that mix in batches take three passes each.
+        grouped = draft(range(2001), splits=(TRAIN, GROUPED), workers=2, seconds=seconds)
+        assert (grouped.seconds, len(grouped.spans[0].intervals)) == (10.0, 18)
+        assert draft(range(2001), splits=splits, seconds=seconds, span_length=7).seconds == 6.0
 
-    @pytest.mark.parametrize(
-        ("n", "workers", "length"),
-        [(1000, 1, 248), (100, 1, 32), (20, 4, 8), (960, 1, 240), (10_000, 1, 248)],
-    )
-    def test_a_rule_with_probes_gets_whole_blocks_of_eight(self, n, workers, length) -> None:
-        plan = draft(range(n + 1), Settings(rule="auto"), workers=workers)
-        assert len(plan.spans[0].intervals) == length
-        asked = draft(range(n + 1), Settings(rule="auto"), span_length=7)
-        assert len(asked.spans[0].intervals) == 7
+    def test_parameters_stay_on_where_longer_spans_can_keep_them(self) -> None:
+        """5e6 elements x 2,000 intervals: at most 200 spans of 10 keep a billion rows."""
+        layers = [layer(5_000_000)]
+        made = draft(range(2001), layers=layers, workers=2, seconds={"train": 90.0})
+        assert len(made.spans[0].intervals) == 10
+        assert len(draft(range(2001), workers=2, seconds={"train": 90.0}).spans[0].intervals) == 8
+
+    def test_what_is_expected_decides_nothing_else(self) -> None:
+        """Two plans that differ in it alone are the same plan, and give the same tables."""
+        made = [draft(range(11), seconds={"train": s}) for s in (0.001, 0.002)]
+        assert made[0].seconds != made[1].seconds
+        assert made[0] == made[1]
+        assert plan_digest(made[0]) == plan_digest(made[1])
 
     @pytest.mark.parametrize("steps", [[], [3]])
     def test_an_interval_needs_two_checkpoints(self, steps: list[int]) -> None:
@@ -149,6 +158,8 @@ class TestSpans:
             len(span.intervals) for span in plan.spans
         )
         assert replace(longer, spans=plan.spans) == plan, "nothing else changes"
+        forced = extend_plan(plan, steps, 3).spans[len(plan.spans) :]
+        assert all(len(span.intervals) == 3 for span in forced[:-1])
 
     def test_extension_ignores_steps_that_came_between(self) -> None:
         plan = draft([0, 10, 20], span_length=2)
@@ -399,6 +410,8 @@ EDITS = {
     "half a sample": put("batch_size", 2.5),
     "memory format": put("memory_format", "auto"),
     "rule": put_setting("rule", "simpsom"),
+    "duration": put("seconds", -1.0),
+    "duration in words": put("seconds", "soon"),
 }
 
 

@@ -39,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return set_time
 
 
-def test_a_line_a_phase_and_one_now_and_then(
+def test_a_line_a_phase_and_one_a_minute(
     clock: Callable[[float], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with progress.reporting() as report:
@@ -48,12 +48,12 @@ def test_a_line_a_phase_and_one_now_and_then(
             (1, Progress("probe")),
             (2, Progress("spans", 0, 100)),
             (3, Progress("spans", 1, 100)),
-            (11.9, Progress("spans", 20, 100)),
-            (12, Progress("spans", 21, 100)),
-            (21, Progress("spans", 22, 100)),
-            (63, Progress("spans", 99, 100)),
-            (63.1, Progress("spans", 100, 100)),
-            (63.2, Progress("reduce", 100, 100)),
+            (61.9, Progress("spans", 20, 100)),
+            (62, Progress("spans", 21, 100)),
+            (121, Progress("spans", 22, 100)),
+            (183, Progress("spans", 99, 100)),
+            (183.1, Progress("spans", 100, 100)),
+            (183.2, Progress("reduce", 100, 100)),
         ):
             clock(seconds)
             report(state)

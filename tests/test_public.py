@@ -41,7 +41,7 @@ def test_the_training_side_needs_no_ray(name: str) -> None:
 def test_every_public_name_is_what_it_says() -> None:
     expected = {
         "LcrayError", "Recorder", "Resources", "Results", "Task", "allocate", "analyze", "demo",
-        "inspect", "open", "plan", "query", "reduce", "submit", "verify",
+        "inspect", "open", "plan", "query", "reduce", "status", "submit", "verify",
     }  # fmt: skip
     assert expected <= set(lcray.__all__) <= set(dir(lcray))
     for name in lcray.__all__:

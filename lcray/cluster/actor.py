@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 import ray.cloudpickle
 
 from lcray.cluster.connecting import in_one_line
 from lcray.errors import ClusterError, LcrayError, TaskError
+from lcray.outcomes import SpanReport, report_of
 from lcray.planning import Plan, Settings, Span
 from lcray.process import tune_process
 from lcray.reduction import Reduction, merge
 from lcray.resources import Placement
-from lcray.span import Description, Probe, SpanReport, Workspace
+from lcray.shards import committed
+from lcray.span import Description, Probe, Workspace
 from lcray.storage import place
 from lcray.task import TaskSource
 
 T = TypeVar("T")
+
+_SECONDS_A_BEAT = 1.0
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,28 @@ class Worker:
         """The mean loss of each split at the first checkpoint."""
         return _plainly(lambda: self._ready().losses(plan))
 
-    def run_span(self, plan: Plan, span: Span, out: str, attempt: str) -> SpanReport:
-        """Compute and commit a span."""
-        return _plainly(lambda: self._ready().run(plan, span, place(out), attempt))
+    def run_span(
+        self, plan: Plan, span: Span, out: str, attempt: str, beats: Any = None
+    ) -> SpanReport:
+        """Compute and commit a span.
+
+        Args:
+            plan: the plan.
+            span: one of its spans.
+            out: the output directory.
+            attempt: an id that no other attempt has.
+            beats: the `Beats` to tell how far it is, if anybody is interested.
+        """
+        tell = (lambda done: None) if beats is None else _Telling(beats, attempt)
+
+        def work() -> SpanReport:
+            # A call whose answer was lost may have done its work, and so may a copy elsewhere.
+            found = committed(place(out), [span]).get(span)
+            if found is not None:
+                return report_of(found)
+            return self._ready().run(plan, span, place(out), attempt, tell)
+
+        return _plainly(work)
 
     def reduce(self, out: str, allow_missing: bool) -> Reduction:
         """Merge the shards of `out`, here rather than in the driver."""
@@ -113,6 +137,40 @@ class Worker:
         if self._workspace is None:
             raise ClusterError("worker: was not set up")
         return self._workspace
+
+
+class Beats:
+    """An actor of its own: how far the spans are that workers are at.
+
+    Workers tell it without waiting for an answer, and the driver asks it. So signs of life need no
+    second thread in a worker, nor a worker that answers while it computes.
+    """
+
+    def __init__(self) -> None:
+        self._done: dict[str, float] = {}
+
+    def tell(self, attempt: str, done: float) -> None:
+        """An attempt has done so many intervals."""
+        self._done[attempt] = done
+
+    def take(self) -> dict[str, float]:
+        """What has been told since the last time."""
+        found, self._done = self._done, {}
+        return found
+
+
+class _Telling:
+    """Tells `Beats` of an attempt, once a second at most."""
+
+    def __init__(self, beats: Any, attempt: str) -> None:
+        self._beats, self._attempt = beats, attempt
+        self._next = 0.0
+
+    def __call__(self, done: float) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _SECONDS_A_BEAT
+            self._beats.tell.remote(self._attempt, done)
 
 
 def _plainly(work: Callable[[], T]) -> T:

@@ -1,0 +1,96 @@
+"""Having the spans of a plan computed: what is missing, how far it is, and what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lcray.outcomes import SpanReport, View, report_of
+from lcray.planning import Plan, Span
+from lcray.shards import committed
+from lcray.standing import StatusFile
+from lcray.storage import Place
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an analysis is.
+
+    Attributes:
+        phase: ``start``, ``probe``, ``spans`` or ``reduce``.
+        done: intervals that are committed.
+        total: intervals in all.
+    """
+
+    phase: str
+    done: int = 0
+    total: int = 0
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Computation:
+    """The spans of an output that are not committed yet; they may become more.
+
+    Args:
+        pool: the workers: a `lcray.cluster.Pool`.
+        out: the output directory.
+        plan: the plan.
+        file: where to say how far it is.
+        check: raises an error if the output is another driver's by now.
+        tell: whom to tell.
+    """
+
+    def __init__(
+        self,
+        pool: Any,
+        out: Place,
+        plan: Plan,
+        file: StatusFile,
+        check: Callable[[], None],
+        tell: OnProgress,
+    ) -> None:
+        self.failures: dict[Span, str] = {}
+        self._pool, self._out, self._plan = pool, out, plan
+        self._file, self._check, self._tell = file, check, tell
+        done = committed(out, plan.spans)
+        self._todo = [span for span in plan.spans if span not in done]
+        count = file.resume((span, report_of(commit)) for span, commit in done.items())
+        tell(Progress("spans", count, plan.n_intervals))
+
+    def extend(self, plan: Plan) -> None:
+        """The plan has got more spans."""
+        self._todo += plan.spans[len(self._plan.spans) :]
+        self._plan = plan
+        self._file.extend(plan)
+
+    def run(self) -> None:
+        """Have the spans computed that are not, but for those that failed."""
+        todo, self._todo = self._todo, []
+        if todo:
+            outcome = self._pool.run(self._plan, todo, self._out, self._done, self._view)
+            self.failures |= outcome.failures
+            self._file.view(View(0, (), self.failures))
+
+    def _view(self, view: View) -> None:
+        self._file.view(replace(view, failures=self.failures | view.failures))
+
+    def _done(self, span: Span, report: SpanReport) -> None:
+        self._check()
+        count = self._file.done(span, report)
+        self._tell(Progress("spans", count, self._plan.n_intervals))
+
+
+def explain(out: Place, failures: dict[Span, str]) -> str:
+    """One line about spans that are given up."""
+    lost = sum(len(span.intervals) for span in failures)
+    names = ", ".join(f"{span.first}-{span.last}" for span in list(failures)[:6])
+    more = ", …" if len(failures) > 6 else ""
+    span, reason = next(iter(failures.items()))
+    return (
+        f"{out}: {lost} intervals are missing (steps {names}{more}): {span.first}-{span.last}: "
+        f"{reason}; the rest is committed: run the same command again to retry, or lcray reduce "
+        f"{out} --allow-missing for the tables of what there is"
+    )

@@ -1,0 +1,91 @@
+"""How a run is cut into spans: the unit of work, retry and commit. Pure.
+
+Short spans pay one more gradient each, and a few bytes an element of the model; long ones lose more
+in a crash, and leave workers idle at the end. So a span takes about three minutes, within bounds:
+
+- at least 8 intervals, or an equal share of the intervals where there are fewer than 8 a worker;
+- at most 255, which are counted in 8 bits an element;
+- at most a quarter of a worker's share, so that each worker gets several;
+- no shorter than keeps the rows of `parameters` shards (elements of the model × spans) under a
+  billion, as far as the bounds above allow.
+
+The last quarter of the intervals is cut in halves of that, the last eighth in quarters, where that
+leaves 8 or more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lcray.planning import Span
+
+TARGET_SECONDS = 180.0
+MAX_ELEMENT_ROWS = 1_000_000_000  # of `parameters` shards: elements of the model × spans
+_SHORTEST, _LONGEST = 8, 255  # intervals
+_SPANS_A_WORKER = 4
+
+
+def choose_length(
+    n_intervals: int,
+    *,
+    workers: int,
+    every: int = 0,
+    seconds: float | None = None,
+    size: int = 0,
+) -> int:
+    """Intervals of a span, before the last ones are cut shorter.
+
+    Args:
+        n_intervals: in all.
+        workers: that share them.
+        every: spans are whole blocks of so many intervals, where that is not 0.
+        seconds: an interval; None where nobody knows.
+        size: elements of the model.
+    """
+    low = min(_SHORTEST, math.ceil(n_intervals / workers))
+    several = math.ceil(n_intervals / (_SPANS_A_WORKER * workers))
+    length = several
+    if seconds is not None and seconds > 0:
+        few_rows = math.ceil(n_intervals * size / MAX_ELEMENT_ROWS)
+        length = min(several, max(few_rows, int(min(TARGET_SECONDS / seconds, _LONGEST))))
+    length = min(_LONGEST, max(low, length))
+    return length if not every else min(-(-length // every), _LONGEST // every) * every
+
+
+def timed_length(seconds: float | None, every: int = 0) -> int:
+    """Intervals of a span by its duration alone, for a run of unknown length."""
+    return choose_length(1 << 40, workers=1, every=every, seconds=seconds or TARGET_SECONDS)
+
+
+def cut(steps: Sequence[int], length: int) -> tuple[Span, ...]:
+    """Spans of `length` intervals, the last one shorter."""
+    starts = range(0, len(steps) - 1, length)
+    return tuple(Span(tuple(steps[i : i + length + 1])) for i in starts)
+
+
+def cut_tapering(steps: Sequence[int], length: int, every: int = 0) -> tuple[Span, ...]:
+    """Spans of `length` intervals that get shorter towards the end.
+
+    Args:
+        steps: of the checkpoints.
+        length: of the first spans.
+        every: spans are whole blocks of so many intervals, where that is not 0.
+    """
+    spans = []
+    start, last = 0, len(steps) - 1
+    while start < last:
+        stop = min(last, start + _due(length, (last - start) / last, every))
+        spans.append(Span(tuple(steps[start : stop + 1])))
+        start = stop
+    return tuple(spans)
+
+
+def _due(length: int, left: float, every: int) -> int:
+    """The length of the next span, where a part `left` of all intervals is left."""
+    for part in (4, 2):
+        shorter = -(-length // part)
+        shorter = shorter if not every else -(-shorter // every) * every
+        if left <= 1 / (2 * part) and shorter >= _SHORTEST:
+            return shorter
+    return length

@@ -1,0 +1,91 @@
+"""Following a run that training still writes: when there is more of it, and when it has ended."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from lcray.checkpoints import CheckpointSeries, open_series
+from lcray.checkpoints.runfile import NAME as RUN_FILE
+from lcray.checkpoints.runfile import load
+from lcray.errors import CheckpointError, RecorderError, UsageError
+from lcray.files import exists, read_json
+from lcray.storage import PlaceLike, Remote, place
+
+SECONDS_A_LOOK = 5.0
+IDLE_SECONDS = 600.0
+
+
+class Growth:
+    """Looks for new checkpoints of a run, until it has ended.
+
+    A run with a ``run.json`` has ended when that says so, as `Recorder.close` writes it. Another
+    one has when no new checkpoint came for `idle` seconds; its newest checkpoint may be written
+    still, and is left out until then.
+
+    Args:
+        run: the directory of checkpoints.
+        steps: the range of steps to analyze, ``a:b``.
+        idle: seconds; None for 600, or for ever where there is a ``run.json``.
+
+    Raises:
+        UsageError: for a time that is not positive.
+    """
+
+    def __init__(self, run: PlaceLike, steps: str | None, idle: float | None) -> None:
+        if idle is not None and not idle > 0:
+            raise UsageError(f"idle {idle:g}: must be positive, in seconds")
+        self._run, self._steps, self._idle = place(run), steps, idle
+        self._newest = -1
+        self._since = time.monotonic()
+        self.ended = False
+
+    def first(self) -> CheckpointSeries:
+        """The series as soon as it has an interval.
+
+        Raises:
+            CheckpointError: if there is no such directory, or the run ends before.
+        """
+        while True:
+            series = self.look()
+            if series is not None:
+                return series
+            if self.ended:
+                return open_series(self._run, self._steps)
+            time.sleep(SECONDS_A_LOOK)
+
+    def look(self) -> CheckpointSeries | None:
+        """The series as far as it can be used now; None if that is no interval yet.
+
+        Raises:
+            CheckpointError: if the run cannot be listed.
+        """
+        content = self._content()
+        ended = content is not None and bool(content.get("ended"))
+        try:
+            series = open_series(self._run, self._steps, minimum=1)
+        except CheckpointError:
+            if isinstance(self._run, Path) and not self._run.is_dir():
+                raise
+            series = None
+        now = time.monotonic()
+        if series is not None and series.steps[-1] != self._newest:
+            self._newest, self._since = series.steps[-1], now
+        idle = IDLE_SECONDS if content is None and self._idle is None else self._idle
+        self.ended = ended or (idle is not None and now - self._since >= idle)
+        if series is None:
+            return None
+        if content is None and not self.ended:
+            series = CheckpointSeries(series.root, series.checkpoints[:-1])
+        return series if len(series.checkpoints) > 1 else None
+
+    def _content(self) -> dict[str, object] | None:
+        path = self._run / RUN_FILE
+        if isinstance(path, Remote):  # a recorder's directory that something copies there
+            return read_json(path) if exists(path) else None
+        try:
+            return load(path.parent)
+        except RecorderError as error:
+            if path.exists():
+                raise CheckpointError(str(error)) from error
+            return None

@@ -1,0 +1,69 @@
+"""A plan with what it will take, and plans in files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lcray.costs import Estimate
+from lcray.drafting import check_plan
+from lcray.errors import UsageError
+from lcray.files import read_json, write_json_atomic
+from lcray.planning import Plan
+from lcray.schema import FORMAT_VERSION
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, repr=False)
+class PlanReport:
+    """A plan, and what it will take.
+
+    Attributes:
+        plan: the plan.
+        estimate: time, memory and disk, from a short probe.
+        workers: the number it was made for.
+        resident: whether a worker keeps the data of a split in memory, by split; else it streams
+            them, to the same results.
+        notes: what to keep in mind about the numbers, one line each.
+    """
+
+    plan: Plan
+    estimate: Estimate
+    workers: int
+    resident: dict[str, bool] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        cost = self.estimate
+        return f"PlanReport({cost.n_intervals} intervals, {cost.n_gradients} gradients)"
+
+    def save(self, path: PathLike) -> None:
+        """Write the plan to a file, for ``analyze(plan=…)`` and ``analyze --plan``.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        data = {"format_version": FORMAT_VERSION, "plan": self.plan.to_dict()}
+        write_json_atomic(Path(path), data)
+
+
+def load_plan(path: PathLike) -> Plan:
+    """The plan in a file that ``plan --save`` wrote.
+
+    Raises:
+        UsageError: if it is no plan of this version.
+        OutputError: if it cannot be read.
+    """
+    data = read_json(Path(path))
+    try:
+        if data["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {data['format_version']!r}")
+        loaded = Plan.from_dict(data["plan"])
+        check_plan(loaded)
+        return loaded
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path}: not a plan ({error}); make one with lcray plan --save"
+        ) from error

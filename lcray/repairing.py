@@ -1,0 +1,63 @@
+"""What is committed but damaged is taken back, so that it is computed anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from lcray.errors import CorruptionError, OutputError
+from lcray.files import writing
+from lcray.planning import Span
+from lcray.shards import check_files, read_commit, span_folder
+from lcray.storage import Place, storage_of, sync_folder
+
+
+def take_back(out: Place, spans: Iterable[Span]) -> tuple[Span, ...]:
+    """Takes back the commits of those of `spans` that do not hold what was written.
+
+    Every committed file is read. What is sound stays as it is, to the byte.
+
+    Args:
+        out: the output directory, which the caller has locked.
+        spans: of its plan.
+
+    Returns:
+        the spans that have to be computed anew.
+
+    Raises:
+        OutputError: if a commit belongs to another version or plan, or cannot be removed.
+    """
+    return tuple(span for span in spans if _is_damaged(out, span) and _remove(out, span))
+
+
+def _is_damaged(out: Place, span: Span) -> bool:
+    try:
+        commit = read_commit(out, span)
+    except CorruptionError:
+        return True
+    if commit is None:
+        return False
+    for entry in commit.files.values():
+        path = span_folder(out, span) / entry.name
+        try:
+            storage_of(path).read(path, 0, 1)
+        except FileNotFoundError:
+            return True
+        except OSError as error:  # what cannot be looked at is not known to be damaged
+            raise OutputError(f"{path}: cannot be read ({error.strerror}); check access") from error
+    return bool(check_files(out, commit))
+
+
+def _remove(out: Place, span: Span) -> bool:
+    """Removes the commit first: without it nothing counts, whatever interrupts the rest."""
+    folder = span_folder(out, span)
+    with writing(folder):
+        storage = storage_of(folder)
+        storage.delete([folder / "commit.json"])
+        if isinstance(folder, Path):
+            sync_folder(folder)
+        with suppress(OSError):
+            names = [item.name for item in storage.find(folder)]
+            storage.delete([folder / name for name in names if name.endswith(".parquet")])
+    return True

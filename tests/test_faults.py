@@ -1,0 +1,196 @@
+"""What happens to a cluster of three nodes, for real; after each the tables are the same.
+
+The driver is a process of its own, as users run it. Every test ends with the tables byte for byte
+those of an undisturbed analysis under the same plan, and with `lcray.verify` clean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jobs
+import psutil
+import pytest
+import scenes
+from jobs import Job, Undisturbed
+
+import lcray
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    with jobs.three_nodes() as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return jobs.analyze_undisturbed(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture
+def job(cluster: Any, undisturbed: Undisturbed, tmp_path: Path) -> Iterator[Job]:
+    jobs.fill(cluster)  # whatever the test before has done to it
+    made = jobs.make_job(tmp_path, cluster.address, undisturbed)
+    yield made
+    for driver in made.drivers:
+        if driver.poll() is None:
+            driver.kill()
+        driver.communicate()
+
+
+def soon(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
+
+
+alive = psutil.pid_exists
+
+
+def everybody(job: Job) -> set[int]:
+    """The three workers, once all of them are at work."""
+    found: set[int] = job.wait(lambda: found if len(found := job.at_work()) == 3 else None)
+    return found
+
+
+def test_every_worker_is_killed_in_turn(job: Job) -> None:
+    driver = job.start("--workers", 3)
+    first = everybody(job)
+    assert len({psutil.Process(pid).ppid() for pid in first}) == 3, "one a node"
+    for number, pid in enumerate(first, 1):
+        os.kill(pid, signal.SIGKILL)  # in the middle of a span: it evaluated a moment ago
+        job.wait(lambda: len(job.at_work() - first) >= number)  # noqa: B023 - called at once
+    job.finish(driver)
+    assert max(job.tries()) >= 2
+    job.check()
+
+
+def test_a_node_leaves_and_another_one_joins(job: Job, cluster: Any) -> None:
+    """Without --workers there are as many as fit."""
+    driver = job.start()
+    first = everybody(job)
+    gone = jobs.kill_node(cluster)
+    before = job.done()
+    job.wait(lambda: job.done() > before)
+    cluster.remove_node(gone, allow_graceful=False)
+    new = jobs.fill(cluster)
+    on_new = job.wait(lambda: jobs.workers_of(new) & job.at_work())
+    assert not on_new & first
+    job.finish(driver)
+    job.check()
+
+
+def test_the_driver_is_killed_and_started_again(job: Job) -> None:
+    driver = job.start("--workers", 3)
+    job.wait(lambda: job.done() >= 3)
+    workers = job.at_work()
+    driver.kill()
+    driver.wait()
+    kept = scenes.commits(job.out)
+    soon(lambda: not any(map(alive, workers)))
+    soon(lambda: lcray.status(job.out).silent)
+    assert lcray.status(job.out).spans_done == len(scenes.spans_of(job.out)) < 12
+    again = job.start("--workers", 3)
+    job.finish(again)
+    assert kept.items() <= scenes.commits(job.out).items()
+    job.check()
+
+
+def test_workers_that_hang_or_are_stopped_are_replaced(job: Job) -> None:
+    driver = job.start("--workers", 3, "--patience", 15)
+    first = everybody(job)
+    (job.folder / "hold").touch()
+    held = jobs.pid(job.wait(lambda: next(iter(job.folder.glob("held-*")), None)))
+    stopped = min(first - {held})
+    os.kill(stopped, signal.SIGSTOP)
+    job.wait(lambda: len(job.at_work() - {held, stopped}) == 3)
+    job.finish(driver)
+    soon(lambda: not alive(held) and not alive(stopped))
+    assert sorted(job.tries())[-2] >= 2
+    job.check()
+
+
+@pytest.fixture
+def memory_group() -> Iterator[Path]:
+    """A control group of 100 MB more than a worker has: the kernel kills who passes that."""
+    for root, limit in (("memory", "memory.limit_in_bytes"), (".", "memory.max")):
+        group = Path("/sys/fs/cgroup", root, f"lcray-test-{os.getpid()}")
+        with contextlib.suppress(OSError):
+            group.mkdir()
+            if (group / limit).exists():
+                yield group / limit
+                group.rmdir()
+                return
+            group.rmdir()
+    pytest.skip("control groups can be made by root only, where /sys/fs/cgroup is writable")
+
+
+def test_a_worker_that_the_kernel_kills_for_its_memory(job: Job, memory_group: Path) -> None:
+    driver = job.start("--workers", 2)
+    pid = min(job.wait(job.at_work))
+    memory_group.write_text(str(psutil.Process(pid).memory_info().rss + 100 * 2**20))
+    (memory_group.parent / "cgroup.procs").write_text(str(pid))
+    (job.folder / f"eat-{pid}").touch()
+    job.wait(lambda: not alive(pid))
+    job.finish(driver)
+    assert max(job.tries()) == 2
+    job.check()
+
+
+def test_a_checkpoint_that_cannot_be_read_once_and_one_that_never_can(job: Job) -> None:
+    once, never = (scenes.checkpoint(job.run, step) for step in (3, 21))
+    whole = {path: path.read_bytes() for path in (once, never)}
+    for path in (once, never):
+        path.write_bytes(whole[path][:-5])
+    driver = job.start("--workers", 2)
+    job.wait(lambda: job.done() >= 2)  # the second span has failed by then, and is tried again
+    assert "00000002-00000004" not in scenes.spans_of(job.out)
+    once.write_bytes(whole[once])
+    err = job.finish(driver, code=1)
+    last = err.splitlines()[-1]
+    assert re.search(r"2 intervals are missing \(steps 20-22\): 20-22: .*step-00000021", last)
+    found = lcray.status(job.out)
+    assert (found.state, found.spans_done, found.error in last) == ("failed", 11, True)
+    assert [(span.first, span.last) for span in found.failed] == [(20, 22)]
+    assert "step-00000021" in found.failed[0].reason
+    assert sorted(job.tries())[-2:] in ([1, 2], [1, 3])
+    never.write_bytes(whole[never])
+    job.finish(job.start("--workers", 2))
+    job.check()
+
+
+def test_a_disk_that_fills_up(job: Job) -> None:
+    disk = job.folder / "out"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "lcray-test", str(disk)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a file system can be mounted by root only")
+    try:
+        driver = job.start("--workers", 2)
+        job.wait(lambda: job.done() >= 2)
+        with open(disk / ".ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1024))
+        err = job.finish(driver, code=1)
+        assert "No space left on device" in err.splitlines()[-1]
+        kept = scenes.commits(job.out)
+        (disk / ".ballast").unlink()
+        job.finish(job.start("--workers", 2))
+        assert kept.items() <= scenes.commits(job.out).items()
+        job.check()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -1,0 +1,150 @@
+"""`lcray.status`: what the driver says of itself, and what is counted when it says nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scenes
+
+import lcray
+from lcray.errors import IncompleteError, OutputError
+from lcray.files import read_json
+from lcray.outcomes import SpanInHand, SpanReport, View
+from lcray.standing import Gap, RunningSpan, StatusFile
+
+OPTIONS: dict[str, Any] = {"span_length": 3, "elements": True}
+
+
+@pytest.fixture
+def out(plain_out: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(plain_out, tmp_path / "out"))
+
+
+def edit(out: Path, **values: Any) -> None:
+    path = out / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def ago(seconds: float) -> str:
+    return (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat()
+
+
+def test_a_finished_analysis(out: Path) -> None:
+    found = lcray.status(out)
+    assert (found.state, found.spans, found.spans_done) == ("finished", 4, 4)
+    assert (found.intervals, found.intervals_done, found.workers) == (12, 12, 0)
+    assert (found.running, found.failed, found.error, found.silent) == ((), (), "", False)
+    frame = lcray.open(out).intervals()
+    for split, rows in frame.groupby("split", observed=True):
+        gap = found.gaps[str(split)]
+        assert gap.loss_change == pytest.approx(rows["loss_change"].sum(), rel=1e-12)
+        assert gap.lc == pytest.approx(rows["lc"].sum(), rel=1e-12)
+        assert gap.gap == pytest.approx(rows["gap"].sum(), abs=1e-12)
+
+
+def test_where_no_driver_said_anything_commits_are_counted(out: Path) -> None:
+    whole = lcray.status(out)
+    (out / "status.json").unlink()
+    shutil.rmtree(out / "shards" / scenes.spans_of(out)[1])
+    found = lcray.status(out)
+    assert (found.state, found.spans_done, found.intervals_done) == ("unknown", 3, 9)
+    assert found.gaps.keys() == whole.gaps.keys()
+    assert found.gaps != whole.gaps
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"state": "running"}'])
+def test_a_file_that_says_nonsense_is_as_good_as_none(text: str, out: Path) -> None:
+    (out / "status.json").write_text(text)
+    assert (lcray.status(out).state, lcray.status(out).spans_done) == ("unknown", 4)
+
+
+def test_a_driver_at_work_is_believed_until_it_has_been_silent(out: Path) -> None:
+    held = {"first": 3, "last": 6, "attempt": 1, "done": 1.5, "intervals": 3, "seconds": 9.0}
+    said = {"state": "running", "spans_done": 1, "running": [held], "workers": 2, "rate": 0.5}
+    edit(out, **said, written=ago(15))
+    found = lcray.status(out)
+    assert (found.state, found.spans_done, found.workers) == ("running", 1, 2)
+    assert found.running == (RunningSpan(3, 6, 1, 1.5, 3, 9.0),)
+    edit(out, written=ago(45))
+    found = lcray.status(out)
+    assert (found.state, found.silent, found.spans_done) == ("running", True, 4)
+    assert (found.running, found.workers, found.rate) == ((), 0, None)
+
+
+def test_no_output(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no such file; is this the output"):
+        lcray.status(tmp_path)
+
+
+@pytest.mark.usefixtures("inline")
+def test_spans_that_failed_are_named_with_their_cause(plain_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(plain_run, tmp_path / "run"))
+    scenes.checkpoint(run, 7).write_bytes(b"torn")
+    with pytest.raises(IncompleteError) as caught:
+        lcray.analyze(run, "scenes:plain", tmp_path / "out", **OPTIONS)
+    found = lcray.status(tmp_path / "out")
+    assert (found.state, found.error) == ("failed", str(caught.value))
+    assert (found.spans_done, found.intervals_done) == (3, 9)
+    assert [(span.first, span.last) for span in found.failed] == [(6, 9)]
+    assert "step-00000007" in found.failed[0].reason
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "text"),
+    [
+        (None, "finished", ""),
+        (ValueError("why"), "failed", "why"),
+        (KeyboardInterrupt(), "interrupted", ""),
+    ],
+)
+def test_the_end_is_said(error: BaseException | None, state: str, text: str, out: Path) -> None:
+    plan = lcray.open(out).plan
+    try:
+        with StatusFile(out, plan) as file:
+            file.resume([])
+            if error is not None:
+                raise error
+    except BaseException as raised:
+        assert raised is error
+    data = read_json(out / "status.json")
+    assert (data["state"], data["error"]) == (state, text)
+
+
+class TestWhileItRuns:
+    @pytest.fixture
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+        now = [0.0]
+        monkeypatch.setattr("lcray.standing.time.monotonic", lambda: now[0])
+        return lambda seconds: now.__setitem__(0, seconds)
+
+    def test_rate_and_time_left_count_what_is_done_within_spans(
+        self, out: Path, clock: Callable[[float], None]
+    ) -> None:
+        spans = lcray.open(out).plan.spans
+        report = SpanReport(True, 6, 1.0, {"train": (-1.0, -1.25)})
+        with StatusFile(out, lcray.open(out).plan) as file:
+            assert file.resume([(spans[0], report)]) == 3
+            clock(10)
+            assert file.done(spans[1], report) == 6
+            clock(20)
+            held = SpanInHand(spans[2], 2, 1.0, 10.0)
+            file.view(View(2, (held,), {spans[3]: "why"}))
+            found = file._latest
+        # 3 + 1 intervals in 20 s; 5 of 12 are left.
+        assert (found.rate, found.seconds_left) == (0.2, 25.0)
+        assert found.gaps == {"train": Gap(-2.0, -2.5)}
+        assert found.running == (RunningSpan(6, 9, 2, 1.0, 3, 10.0),)
+        assert [(span.first, span.reason) for span in found.failed] == [(9, "why")]
+
+    def test_a_disk_that_refuses_is_no_obstacle(self, out: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with StatusFile(tmp_path / "file" / "below", lcray.open(out).plan) as file:
+            file.resume([])
+            file.state("reducing")
+        assert not (tmp_path / "file" / "below").exists()
