@@ -23,7 +23,7 @@ from lcray.resources import Resources
 PathLike = str | os.PathLike[str]
 
 _PLAN = "lcray-plan.json"  # in the package
-_FLAGS = {"splits": "split"}  # options that bear another name on the command line
+_FLAGS = {"splits": "split", "custom": "resource"}  # options that bear another name on the command line
 _NOT_SENT = {"plan", "resources", "on_progress"}  # arguments of `analyze` with a way of their own
 
 
@@ -162,5 +162,7 @@ def _words(name: str, value: Any) -> list[str]:
     flag = _FLAGS.get(name, name).replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, Mapping):
+        value = [f"{key}={amount}" for key, amount in value.items()]
     several = value if isinstance(value, list | tuple) else [value]
     return [word for each in several for word in (f"--{flag}", str(each))]

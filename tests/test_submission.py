@@ -96,6 +96,7 @@ SPECIAL = {
     "dtype": "float64",
     "memory_format": "contiguous",
     "trace": "0.weight:1",
+    "custom": "slot=0.5",
 }
 
 
@@ -110,7 +111,8 @@ def every_option() -> Iterator[list[str]]:
             yield from ([flag] for flag in (*option.opts, *option.secondary_opts))
         else:
             value = SPECIAL.get(option.name or "") or VALUES[type(option.type)][0]
-            yield [option.opts[0], value, *([option.opts[0], "0.bias:2"] * option.multiple)]
+            second = "disk=2" if option.name == "custom" else "0.bias:2"
+            yield [option.opts[0], value, *([option.opts[0], second] * option.multiple)]
 
 
 @pytest.mark.parametrize("option", list(every_option()), ids=lambda option: option[0])
