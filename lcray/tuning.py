@@ -25,6 +25,7 @@ _SMALLEST, _LARGEST = 16, 8192  # samples a batch
 _FEW = 64  # samples that a rate is measured over, at least
 _PAIR = 2  # samples that tell what memory one takes, and whether a format works at all
 _STEADY_SECONDS = 0.15  # of measuring one rate
+_PASS_SECONDS = 0.05  # a pass takes as many batches as that
 _NEAR, _FALLING = 0.97, 0.9  # of the best rate: as good; not worth going on
 _MARGIN = 2.0  # what a pass needs, over what it saves between its two halves
 _SHARE, _MOST_SECONDS = 0.1, 30.0  # of a long gradient's time that probing may take
@@ -209,15 +210,25 @@ class _Probe:
         """Samples a second, forward and backward, in batches of this size."""
         key = batch_size, self._bench.memory_format
         if key not in self._rates:
-            times: list[float] = []
-            while len(times) < 2 or (len(times) < 6 and sum(times) < _STEADY_SECONDS):
-                begin = time.perf_counter()
-                self._bench.engine.evaluate(excerpt, self._out)
-                if self._bench.device.type == "cuda":
-                    torch.cuda.synchronize(self._bench.device)
-                times.append(time.perf_counter() - begin)
-            self._rates[key] = excerpt.n_samples / min(times)
+            seconds, held = self._pass_seconds(excerpt), len(excerpt.batch_sizes)
+            count = math.ceil(_PASS_SECONDS / max(seconds, 1e-6) * held)
+            if count > held:
+                # The same few samples again and again would come from the cache; a split will not.
+                excerpt = self._bench.excerpt(self._number, batch_size, count)
+                seconds = self._pass_seconds(excerpt)
+            self._rates[key] = excerpt.n_samples / seconds
         return self._rates[key]
+
+    def _pass_seconds(self, excerpt: SplitData) -> float:
+        """The shortest time of a few passes."""
+        times: list[float] = []
+        while len(times) < 2 or (len(times) < 6 and sum(times) < _STEADY_SECONDS):
+            begin = time.perf_counter()
+            self._bench.engine.evaluate(excerpt, self._out)
+            if self._bench.device.type == "cuda":
+                torch.cuda.synchronize(self._bench.device)
+            times.append(time.perf_counter() - begin)
+        return min(times)
 
 
 def _fitting(room: int, sample_bytes: float) -> int:

@@ -317,6 +317,25 @@ def test_rates_are_those_of_the_batches(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.batch_size == 4096
 
 
+def test_rates_are_those_of_data_that_do_not_stay_in_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A clock on which a sample takes 20 µs, and 10 µs in a batch that was the last one before."""
+    now, last = [0.0], [0]
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: now[0])
+
+    def cached(net: nn.Module, batch: Any) -> Tensor:
+        now[0] += len(batch[0]) * (1e-5 if batch[0].data_ptr() == last[0] else 2e-5)
+        last[0] = batch[0].data_ptr()
+        return loss(net, batch)
+
+    found = tune(bench(task={"loss": cached}), seconds=1e9)
+    rates = {size: rate for size, _, rate in found.rates}
+    assert [*rates] == [64, 128, 256, 512, 1024, 2048, 4096, 8192]
+    for size in [*rates][:-1]:  # the last has all samples in one batch
+        assert rates[size] == pytest.approx(50_000, rel=1e-9)
+
+
 def test_a_long_gradient_may_be_probed_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a hundred samples a second a gradient takes 50 s; a tenth of that goes beyond 2 s."""
     now = [0.0]
