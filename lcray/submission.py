@@ -23,7 +23,7 @@ from lcray.resources import Resources
 PathLike = str | os.PathLike[str]
 
 _PLAN = "lcray-plan.json"  # in the package
-_FLAGS = {"splits": "split", "custom": "resource"}  # options that bear another name on the command line
+_FLAGS = {"splits": "split", "custom": "resource"}  # those that bear another name
 _NOT_SENT = {"plan", "resources", "on_progress"}  # arguments of `analyze` with a way of their own
 
 
