@@ -164,6 +164,8 @@ def locked(out: Place, *, every: float = BEAT, stale: float = STALE) -> Iterator
             lock = _acquire(out, stale, alone)
         is_main = threading.current_thread() is threading.main_thread()
         main = threading.get_ident() if is_main else None
+        if is_main:
+            stack.enter_context(_interruptible())
         thread = threading.Thread(
             target=lock._beat_on, args=(every, stale, main), name="lcray-lock", daemon=True
         )
@@ -181,6 +183,19 @@ def locked(out: Place, *, every: float = BEAT, stale: float = STALE) -> Iterator
                 if not lock._lost:
                     raise
         lock.check()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGINT interrupts, also in a process that was started in the background of a script."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if before is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, before)
 
 
 def newest(out: Place) -> int:
