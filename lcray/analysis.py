@@ -123,6 +123,8 @@ def analyze(
     given = load_plan(plan) if isinstance(plan, str | os.PathLike) else plan
     if given is not None and (options or steps or span_length):
         raise UsageError("a plan decides settings, steps and spans: leave the other options out")
+    if idle is not None and not follow:
+        raise UsageError(f"idle {idle:g}: is for --follow")
     if given is not None and follow:
         raise UsageError("a plan has its steps: --follow is for analyses without --plan")
     settings = given.settings if given else make_settings(options)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lcray.errors import suggest
 from lcray.schema import STRING, table_schema
@@ -104,3 +105,9 @@ def _exact(value: Any, rows: int, kind: pa.DataType) -> pa.Array:
         return pa.array(value).cast(kind)  # unlike pa.array(value, kind), refuses fractions
     values = np.asarray(value)
     return pa.array(np.ascontiguousarray(np.broadcast_to(values, (rows,)))).cast(kind)
+
+
+def largest_group(metadata: pq.FileMetaData) -> int:
+    """The most rows that a row group claims: memory is reserved for them before any is read."""
+    groups = range(metadata.num_row_groups)
+    return max((metadata.row_group(group).num_rows for group in groups), default=0)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lcray.checkpoints import Audit
+from lcray.errors import one_line
 from lcray.planreport import PlanReport
 from lcray.results import Results
 from lcray.standing import Status
@@ -259,4 +260,4 @@ def status_text(found: Status) -> str:
     lines += [f"failed: {span.first}-{span.last}: {span.reason}" for span in found.failed]
     lines += [f"error: {found.error}"] if found.error else []
     lines += [f"as of {found.written}"] if found.written else []
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))

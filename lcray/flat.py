@@ -229,9 +229,11 @@ class FlatModel:
         Raises:
             TaskError: if the loss has replaced one, so that it would no longer follow the path.
         """
-        for layer in self.layers:
+        start, size = self.theta.data_ptr(), self.theta.element_size()
+        for layer, where in zip(self.layers, self.slices, strict=True):
             tensor = self._tensors[layer.name]
-            if any(held.get(key) is not tensor for held, key in self._places[layer.name]):
+            moved = layer.numel > 0 and tensor.data_ptr() != start + size * where.start
+            if moved or any(held.get(key) is not tensor for held, key in self._places[layer.name]):
                 raise TaskError(
                     f"model layer {layer.name!r}: was replaced while the loss was computed; in "
                     "evaluation mode a forward pass must not assign parameters or buffers"

@@ -74,6 +74,8 @@ class Growth:
         idle = IDLE_SECONDS if content is None and self._idle is None else self._idle
         self.ended = ended or (idle is not None and now - self._since >= idle)
         if series is None:
+            if self.ended:
+                open_series(self._run, self._steps)  # says why nothing can be used
             return None
         if content is None and not self.ended:
             series = CheckpointSeries(series.root, series.checkpoints[:-1])

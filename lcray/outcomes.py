@@ -33,7 +33,7 @@ def report_of(commit: Commit) -> SpanReport:
     try:
         sums = {name: (float(c), float(lc)) for name, (c, lc) in commit.info["sums"].items()}
         n_gradients, seconds = int(commit.info["n_gradients"]), float(commit.info["seconds"])
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         return SpanReport(committed=False, n_gradients=0, seconds=0.0)
     return SpanReport(False, n_gradients, seconds, sums)
 

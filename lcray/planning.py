@@ -7,9 +7,10 @@ and the order in which they finish.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from lcray.checkpoints.header import MAX_AXES
 from lcray.layers import Layer
@@ -283,3 +284,8 @@ def vector_bytes(size: int, n_splits: int, dtype: str) -> int:
 def memory_format_of(settings: Settings) -> str | None:
     """The memory format that was asked for; None for any."""
     return None if settings.memory_format == "auto" else settings.memory_format
+
+
+def read_notes(data: Mapping[str, Any]) -> tuple[str, ...]:
+    """The notes in the content of ``analysis.json``; raises as `lcray.strict.build`."""
+    return cast(tuple[str, ...], value_of(tuple[str, ...], data.get("notes", ()), "notes"))

@@ -14,9 +14,8 @@ from lcray.errors import CorruptionError, OutputError, UsageError
 from lcray.files import confined, exists, read_json, write_json_atomic
 from lcray.layers import Layer
 from lcray.locks import LOCK
-from lcray.planning import DEFAULT_BATCH_SIZE, Plan, Settings
+from lcray.planning import DEFAULT_BATCH_SIZE, Plan, Settings, read_notes
 from lcray.schema import FORMAT_VERSION
-from lcray.shards import read_notes
 from lcray.span import Description
 from lcray.storage import Place, Remote, storage_of
 from lcray.strict import value_of

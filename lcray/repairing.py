@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lcray.errors import CorruptionError, OutputError
-from lcray.files import writing
+from lcray.files import confined, writing
 from lcray.planning import Span
 from lcray.shards import check_files, read_commit, span_folder
 from lcray.storage import Place, storage_of, sync_folder
@@ -32,6 +32,8 @@ def take_back(out: Place, spans: Iterable[Span]) -> tuple[Span, ...]:
 
 
 def _is_damaged(out: Place, span: Span) -> bool:
+    folder = confined(out, span_folder(out, span))  # what lies elsewhere is not ours to remove
+    confined(out, folder / "commit.json")
     try:
         commit = read_commit(out, span)
     except CorruptionError:
@@ -39,9 +41,12 @@ def _is_damaged(out: Place, span: Span) -> bool:
     if commit is None:
         return False
     for entry in commit.files.values():
-        path = span_folder(out, span) / entry.name
+        path = confined(out, folder / entry.name)
         try:
-            storage_of(path).read(path, 0, 1)
+            if storage_of(path).size(path) != entry.bytes:
+                return True
+            if entry.bytes:
+                storage_of(path).read(path, 0, 1)
         except FileNotFoundError:
             return True
         except OSError as error:  # what cannot be looked at is not known to be damaged
@@ -58,6 +63,6 @@ def _remove(out: Place, span: Span) -> bool:
         if isinstance(folder, Path):
             sync_folder(folder)
         with suppress(OSError):
-            names = [item.name for item in storage.find(folder)]
+            names = [item.name for item in storage.find(folder) if "/" not in item.name]
             storage.delete([folder / name for name in names if name.endswith(".parquet")])
     return True

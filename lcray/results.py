@@ -15,14 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lcray.arrow import largest_group
 from lcray.checkpoints.naming import matches
 from lcray.errors import CorruptionError, OutputError, UsageError, suggest
 from lcray.files import FileEntry, confined, exists, read_json, read_sealed
-from lcray.planning import Plan
+from lcray.planning import Plan, read_notes
 from lcray.reduction import MANIFEST
 from lcray.sandbox import connect, query_room, select, shut, sql_path
 from lcray.schema import FORMAT_VERSION, TABLES
-from lcray.shards import largest_group, read_notes, read_plan
+from lcray.shards import read_plan
 from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
 from lcray.strict import build, value_of
 

@@ -17,13 +17,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lcray.errors import CorruptionError, OutputError, UsageError
+from lcray.arrow import largest_group
+from lcray.errors import CorruptionError, LcrayError, OutputError, UsageError
 from lcray.files import (
     FileEntry,
     TableFile,
@@ -39,7 +40,6 @@ from lcray.locks import newest
 from lcray.planning import Plan, Span
 from lcray.schema import FORMAT_VERSION, TABLES, table_schema
 from lcray.storage import Item, Place, Remote, open_uncached, place, sha256_of, storage_of
-from lcray.strict import value_of
 
 __all__ = [
     "Commit",
@@ -78,11 +78,6 @@ def read_plan(out: Place) -> Plan:
         return Plan.from_dict(data["plan"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"{path}: holds no valid plan ({error}); restore it") from error
-
-
-def read_notes(data: Mapping[str, Any]) -> tuple[str, ...]:
-    """The notes in the content of ``analysis.json``; raises as `lcray.strict.build`."""
-    return cast(tuple[str, ...], value_of(tuple[str, ...], data.get("notes", ()), "notes"))
 
 
 def _other_version(version: object) -> str:
@@ -188,16 +183,33 @@ class ShardWriter:
                 "info": dict(info),
             }
             self._check_lock()
-            won = write_json_atomic(self.folder / _COMMIT, seal(data), exclusive=True)
         except BaseException:
             self.abort()
             raise
+        try:
+            won = write_json_atomic(self.folder / _COMMIT, seal(data), exclusive=True)
+        except BaseException:
+            if self._may_count():
+                self._let_go()
+            self.abort()
+            raise
         if won:
-            for file in self._open.values():
-                file.close()
-            self._open.clear()
+            self._let_go()
         self.abort()
         return won
+
+    def _may_count(self) -> bool:
+        """Whether a commit may be there although writing it failed: its answer may be lost."""
+        try:
+            return exists(self.folder / _COMMIT)
+        except LcrayError:
+            return True
+
+    def _let_go(self) -> None:
+        """Leaves the files where they are; `remove_strays` takes those that no commit names."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
 
     def _check_lock(self) -> None:
         """No attempt counts that began under another driver than the present one."""
@@ -364,12 +376,6 @@ def file_problems(path: Place, entry: FileEntry, table: str) -> list[str]:
     if version != str(FORMAT_VERSION):
         problems.append(f"format version {version!r}, should be {FORMAT_VERSION}")
     return problems
-
-
-def largest_group(metadata: pq.FileMetaData) -> int:
-    """The most rows that a row group claims: memory is reserved for them before any is read."""
-    groups = range(metadata.num_row_groups)
-    return max((metadata.row_group(group).num_rows for group in groups), default=0)
 
 
 def remove_strays(out: Place, spans: Iterable[Span]) -> list[Place]:

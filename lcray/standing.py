@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from lcray.errors import LcrayError
-from lcray.files import read_json, write_json_atomic
+from lcray.files import confined, read_json, write_json_atomic
 from lcray.outcomes import SpanReport, View, report_of
 from lcray.planning import Plan, Span
 from lcray.shards import committed, read_plan
@@ -134,7 +134,7 @@ def status(out: PlaceLike) -> Status:
     said = _read(folder / NAME)
     if said is not None and said.state in ("running", "following", "reducing"):
         age = (datetime.now(UTC) - datetime.fromisoformat(said.written)).total_seconds()
-        if age <= _SILENT:
+        if abs(age) <= _SILENT:
             return said
         said = replace(said, silent=True, workers=0, running=(), rate=None, seconds_left=None)
     tally = Standing(plan)
@@ -146,8 +146,9 @@ def status(out: PlaceLike) -> Status:
 def _read(path: Place) -> Status | None:
     """What the driver said; None if it never did, or nothing that can be understood."""
     with suppress(LcrayError, KeyError, TypeError, ValueError, AttributeError):
-        data = read_json(path)
-        datetime.fromisoformat(data["written"])
+        data = read_json(confined(path.parent, path))
+        if datetime.fromisoformat(data["written"]).tzinfo is None:
+            return None
         known = {f.name: data[f.name] for f in fields(Status)}
         known["running"] = tuple(RunningSpan(**span) for span in data["running"])
         known["failed"] = tuple(FailedSpan(**span) for span in data["failed"])

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from lcray.analysis import analyze, load_plan
 from lcray.cluster import jobs
@@ -19,6 +18,7 @@ from lcray.errors import UsageError, suggest
 from lcray.packaging import Package, pack
 from lcray.planning import Settings
 from lcray.resources import Resources
+from lcray.storage import Remote, place
 
 PathLike = str | os.PathLike[str]
 
@@ -118,22 +118,18 @@ def submit(
     return Submission(job, client.address, ended.exit_code, ended.message)
 
 
-def _check_place(what: str, place: str) -> None:
+def _check_place(what: str, text: str) -> None:
     """Refuse what would mean something else on the cluster than here, and credentials.
 
     Raises:
         UsageError: saying what to give instead.
     """
-    if "://" in place:
-        if urlsplit(place).password is not None:
-            raise UsageError(
-                f"{what}: holds a password, which everyone who sees the job could read; set "
-                "credentials in the environment of the cluster's nodes"
-            )
-    elif not os.path.isabs(place):
+    if isinstance(place(text), Remote) or "://" in text:
+        return
+    if not os.path.isabs(text):
         raise UsageError(
-            f"{what} {place!r}: is relative, and a job runs in a folder of its own; give the path "
-            f"that every node sees (here it would be {os.path.abspath(place)}), or a URI"
+            f"{what} {text!r}: is relative, and a job runs in a folder of its own; give the path "
+            f"that every node sees (here it would be {os.path.abspath(text)}), or a URI"
         )
 
 

@@ -341,6 +341,14 @@ class Rebinding(nn.Module):
         return (x * self.w + self.c).sum(-1)
 
 
+class Clamping(nn.Linear):
+    """Gives its weight other memory in every forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = self.weight.data.clamp(-9, 9)
+        return super().forward(x)
+
+
 def output(net: nn.Module, batch: tuple[Tensor]) -> Tensor:
     found = net(batch[0])
     return (found[0] if isinstance(found, tuple) else found).flatten(1).square().sum(1)
@@ -376,6 +384,7 @@ def allocation(make: Callable[[], nn.Module], loss: Callable[..., Tensor] = outp
     ("make", "loss", "message"),
     [
         (Rebinding, lambda net, batch: net(batch[0]), "model layer 'c': was replaced"),
+        (lambda: Clamping(2, 2), output, "model layer 'weight': was replaced"),
         (lambda: nn.Linear(2, 2), descending, r"model layer '\w+': the loss ran a backward pass"),
     ],
 )

@@ -34,6 +34,7 @@ def flip(path: Path) -> None:
 DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a shard truncated": ("layers-*.parquet", truncate),
     "a bit of a shard flipped": ("parameters-*.parquet", flip),
+    "a shard emptied": ("units-*.parquet", lambda path: path.write_bytes(b"")),
     "a shard gone": ("intervals-*.parquet", Path.unlink),
     "a bit of the commit flipped": ("commit.json", flip),
     "a commit truncated": ("commit.json", truncate),
@@ -86,6 +87,16 @@ def test_what_cannot_be_looked_at_is_left_alone(out: Path) -> None:
     with pytest.raises(OutputError, match=r"cannot be read .*check access"):
         take_back(out, plan.spans)
     assert (path.parent / "commit.json").exists()
+
+
+def test_what_a_link_leads_to_is_left_alone(out: Path, tmp_path: Path) -> None:
+    folder = out / "shards" / scenes.spans_of(out)[0]
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    before = sorted(path.name for path in (tmp_path / "elsewhere").iterdir())
+    with pytest.raises(CorruptionError, match="a link leads out of"):
+        take_back(out, lcray.open(out).plan.spans)
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == before
 
 
 def test_an_interruption_leaves_a_span_that_does_not_count(

@@ -245,6 +245,20 @@ def test_full_disk_while_committing(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
+def test_a_commit_whose_answer_was_lost_keeps_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_the_answer(path: Path, data: Any, *, exclusive: bool = False) -> bool:
+        assert write_json_atomic(path, data, exclusive=exclusive)
+        raise OutputError("no answer")
+
+    monkeypatch.setattr("lcray.shards.write_json_atomic", lose_the_answer)
+    with pytest.raises(OutputError, match="no answer"):
+        commit_one(tmp_path)
+    commit = read_commit(tmp_path, SPAN)
+    assert commit is not None and check_files(tmp_path, commit) == []
+
+
 def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "shards").write_text("")
     with pytest.raises(OutputError, match=r"cannot be written \(Not a directory\)"):

@@ -22,7 +22,7 @@ class LocalStorage:
     def find(self, folder: Path) -> list[Item]:
         """Every file below `folder`, by name."""
         found = []
-        for top, _, names in os.walk(folder):
+        for top, _, names in os.walk(folder, onerror=_unless_absent):
             for name in names:
                 path = Path(top, name)
                 with suppress(FileNotFoundError):
@@ -95,6 +95,11 @@ class LocalStorage:
 
 
 LOCAL = LocalStorage()
+
+
+def _unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # else what cannot be listed would look empty
+        raise error
 
 
 def _write_synced(path: Path, text: bytes) -> None:
