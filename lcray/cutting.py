@@ -87,5 +87,5 @@ def _due(length: int, left: float, every: int) -> int:
         shorter = -(-length // part)
         shorter = shorter if not every else -(-shorter // every) * every
         if left <= 1 / (2 * part) and shorter >= _SHORTEST:
-            return shorter
+            return min(length, shorter)
     return length

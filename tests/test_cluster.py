@@ -175,6 +175,7 @@ def test_a_set_up_that_dies_once_after_poisonous_spans_ends_nothing(
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_a_worker_that_dies_while_it_probes_is_an_error(plain_run: Path, tmp_path: Path) -> None:
     (tmp_path / "kill").touch()
     task = scenes.with_loss(scenes.deadly_loss, str(tmp_path))
@@ -543,6 +544,7 @@ def test_negative_resources_are_refused(option: str, plain_run: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_an_answer_that_was_lost_costs_no_second_computation(
     plain_run: Path, plain_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

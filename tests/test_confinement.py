@@ -153,7 +153,7 @@ def test_messages_are_one_line_whatever_they_name() -> None:
 
 
 LISTENING = """
-import psutil, sys
+import contextlib, psutil, sys
 import lcray
 from lcray.cluster import connection
 from lcray.resources import Resources
@@ -161,9 +161,10 @@ from lcray.resources import Resources
 def listening():
     me = psutil.Process()
     for process in (me, *me.children(recursive=True)):
-        for socket in process.net_connections("inet"):
-            if socket.status == psutil.CONN_LISTEN:
-                print(process.name(), socket.laddr.ip)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for socket in process.net_connections("inet"):
+                if socket.status == psutil.CONN_LISTEN:
+                    print(process.name(), socket.laddr.ip)
 
 with connection(Resources(workers=2)):
     lcray.analyze(sys.argv[1], "scenes:plain", sys.argv[2], resources=Resources(workers=2),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lcray.cutting import choose_length, cut, cut_tapering, timed_length
@@ -84,6 +84,7 @@ def test_the_last_quarter_in_halves_and_the_last_eighth_in_quarters() -> None:
     assert lengths(512, 64, every=8) == [64] * 6 + [32] * 2 + [16] * 4
 
 
+@example(steps=[0, 1, 2, 3, 4, 5, 6, 7, 8], length=1, every=8)
 @given(
     steps=st.lists(st.integers(0, 10**6), min_size=2, max_size=300, unique=True).map(sorted),
     length=st.integers(1, 255),
