@@ -232,7 +232,7 @@ class Workspace:
         for split, planned in zip(self.bench.splits, plan.splits, strict=True):
             if (split.name, split.groups) != (planned.name, planned.groups):
                 raise TaskError(f"task split {split.name!r}: other groups than in the plan")
-        if span.last >= self.series.steps[-1]:  # the run may have grown since
+        if span.last > self.series.steps[-1]:  # the run has grown since
             self.series = open_series(*self._where)
         release()  # what building, probing or the span before have left
         hashes: dict[int, str] = {}

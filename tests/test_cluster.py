@@ -459,6 +459,7 @@ class TestConnection:
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_every_worker_follows_the_batches_of_the_plan(plain_run: Path, tmp_path: Path) -> None:
     """The settings leave them open, so that a worker by itself would take others."""
     one = Resources(workers=1)

@@ -90,6 +90,7 @@ def test_an_analysis_gives_the_tables_of_a_local_one(
     assert tables(out) == scenes.tables(plain_out)
 
 
+@pytest.mark.slow
 def test_a_network_that_throttles_and_drops_changes_nothing(
     plain_run: Path, plain_out: Path, s3_endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
