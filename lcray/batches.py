@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcray.nested import map_tensors
+from lcray.nested import count_bytes, map_tensors
 
 AHEAD = 2  # batches that a stream may read before they are asked for
 
@@ -75,6 +75,16 @@ class Batches:
             TaskError: if one cannot be read.
         """
         return self._stream() if self._placed is None else iter(self._placed)
+
+    def first(self) -> Batches:
+        """The first of them alone, resident.
+
+        Raises:
+            TaskError: if it cannot be read.
+        """
+        batch = self[0]
+        size = count_bytes([batch])
+        return Batches(1, self._fetch, self._place, self._device, placed=[batch], nbytes=size)
 
     def _stream(self) -> Iterator[Any]:
         pool = ThreadPoolExecutor(1, THREAD, initializer=self._enter_thread)

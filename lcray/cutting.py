@@ -3,7 +3,7 @@
 Short spans pay one more gradient each, and a few bytes an element of the model; long ones lose more
 in a crash, and leave workers idle at the end. So a span takes about three minutes, within bounds:
 
-- at least 8 intervals, or an equal share of the intervals where there are fewer than 8 a worker;
+- at least 8 intervals and about a minute, or an equal share of the intervals where that is less;
 - at most 255, which are counted in 8 bits an element;
 - at most a quarter of a worker's share, so that each worker gets several;
 - no shorter than keeps the rows of `parameters` shards (elements of the model × spans) under a
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from lcray.planning import Span
 
 TARGET_SECONDS = 180.0
+_SHORT_SECONDS = 60.0  # a crash loses little then, and the first gradient weighs the more
 MAX_ELEMENT_ROWS = 1_000_000_000  # of `parameters` shards: elements of the model × spans
 _SHORTEST, _LONGEST = 8, 255  # intervals
 _SPANS_A_WORKER = 4
@@ -43,7 +44,8 @@ def choose_length(
         seconds: an interval; None where nobody knows.
         size: elements of the model.
     """
-    low = min(_SHORTEST, math.ceil(n_intervals / workers))
+    short = max(_SHORTEST, int(min(_SHORT_SECONDS / seconds, _LONGEST))) if seconds else _SHORTEST
+    low = min(short, math.ceil(n_intervals / workers))
     several = math.ceil(n_intervals / (_SPANS_A_WORKER * workers))
     length = several
     if seconds is not None and seconds > 0:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -62,6 +62,20 @@ class SplitData:
     groups: tuple[int, ...]
     sorted_by_group: bool
     sha256: str
+
+    def first_batch(self) -> SplitData:
+        """The first batch alone, resident and without groups."""
+        return replace(
+            self,
+            n_samples=self.batch_sizes[0],
+            batches=self.batches.first(),
+            batch_sizes=self.batch_sizes[:1],
+            labels=(),
+            numbers=(),
+            present=(),
+            groups=(),
+            sorted_by_group=False,
+        )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from lcray.allocation import Accuracy, Scratch, SplitAllocator
 from lcray.checkpoints import open_series
@@ -156,6 +157,8 @@ class Workspace:
     def probe(self) -> Probe:
         """Choose what the settings leave open; evaluate every split twice at the first checkpoint.
 
+        Once without a gradient; that is taken twice of the first batch only.
+
         Raises:
             TaskError: if the loss is not a function of the weights, or breaks the contract.
         """
@@ -163,15 +166,14 @@ class Workspace:
         tuning = tune(self.bench)
         self.bench.adopt(tuning.batch_size, tuning.memory_format)
         self._go_to_first()
-        out = self.bench.engine.new_vector()
         plans, seconds = [], {}
         for split in self.bench.splits:
-            first = self.bench.engine.evaluate(split, out)
-            gradient = out.clone()
+            first = self.bench.engine.evaluate(split, None)
+            out = self.bench.engine.new_vector()
             start = time.perf_counter()
             second = self.bench.engine.evaluate(split, out)
             seconds[split.name] = time.perf_counter() - start
-            same = torch.equal(gradient, out) or not bool(torch.isfinite(out).all())
+            same = self._gradient_repeats(split, out)
             _check_repeatable(split, first, second, same, exact=self.settings.deterministic)
             plans.append(_split_plan(split, first))
         return Probe(
@@ -183,6 +185,14 @@ class Workspace:
             checkpoint_bytes=self._first.nbytes,
             read_seconds=self._read_seconds,
         )
+
+    def _gradient_repeats(self, split: SplitData, out: Tensor) -> bool:
+        """Whether the first batch has the same gradient twice, or none that is finite."""
+        batch, engine = split.first_batch(), self.bench.engine
+        engine.evaluate(batch, out)
+        before = out.clone()
+        engine.evaluate(batch, out)
+        return torch.equal(before, out) or not bool(torch.isfinite(out).all())
 
     def _worker_bytes(self, tuning: Tuning) -> int:
         data = sum(s.batches.nbytes for s in self.bench.splits if s.batches.resident)

@@ -32,16 +32,36 @@ def test_by_number_alone(n: int, workers: int, length: int) -> None:
 @pytest.mark.parametrize(
     ("seconds", "length"),
     [
-        (0.001, 250),  # would be over in a quarter of a second, but that is a quarter of a share
+        (0.001, 255),  # over in a quarter of a second, but more cannot be counted
+        (0.2, 255),
+        (0.24, 250),  # a minute, and a quarter of a worker's share
+        (0.5, 250),
         (1.0, 180),
         (7.0, 25),
         (60.0, 8),
         (1e6, 8),
-        (0.0, 250),
+        (0.0, 250),  # nobody knows
     ],
 )
 def test_by_duration(seconds: float, length: int) -> None:
     assert choose_length(10_000, workers=10, seconds=seconds) == length
+
+
+@pytest.mark.parametrize(
+    ("n", "seconds", "length"),
+    [
+        (32, 3.3, 16),  # a quarter of a share is 4 intervals, and a share less than a minute
+        (40, 3.3, 18),  # a minute
+        (80, 7.0, 10),
+        (80, 8.0, 10),  # a quarter of a share, and more than a minute
+        (40, 8.0, 8),
+        (200, 0.015, 100),
+    ],
+)
+def test_a_share_of_two_that_takes_a_minute_or_less_is_not_divided(
+    n: int, seconds: float, length: int
+) -> None:
+    assert choose_length(n, workers=2, seconds=seconds) == length
 
 
 @pytest.mark.parametrize(
@@ -63,7 +83,8 @@ def test_bounds(n: int, workers: int, every: int, seconds: float | None, size: i
     assert 1 <= length <= 255
     assert not every or length % every == 0
     if seconds:
-        assert length <= max(choose_length(n, workers=workers, every=every), every)
+        by_number = choose_length(n, workers=workers, every=every)
+        assert length <= max(by_number, every) or (length - every) * seconds <= 60
 
 
 def test_a_run_of_unknown_length() -> None:

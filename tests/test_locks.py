@@ -222,14 +222,14 @@ def test_of_two_who_find_a_dead_driver_one_gets_the_lock(bucket: str) -> None:
     out = place(f"{bucket}/out")
     dead = locks.Holder("t", "far", 1, 0.0, "another boot", "then")
     storage_of(out).create(out / locks.LOCK / "00000007.json", dead.encode())
-    start, ended = threading.Barrier(3), threading.Barrier(3)
+    start, ended = threading.Barrier(3), threading.Barrier(3, timeout=60)
     numbers: list[int] = []
     refused: list[str] = []
 
     def take() -> None:
         start.wait()
         try:
-            with locked(out, every=0.1, stale=0.5) as lock:
+            with locked(out, every=0.1, stale=2) as lock:
                 numbers.append(lock.number)
                 ended.wait()
         except OutputError as error:
