@@ -317,7 +317,7 @@ class TestMemory:
     def test_streamed_data_give_the_same_tables(
         self, run: Path, plain_out: Path, tmp_path: Path
     ) -> None:
-        options = {**OPTIONS, "batch_size": 4}
+        options = {**OPTIONS, "batch_size": 4, "steps": "0:4"}
         plans = [
             lcray.plan(run, "scenes:plain", resources=resources, **options)
             for resources in (self.TIGHT, Resources())
@@ -648,7 +648,7 @@ class TestOutputs:
         assert key in one_line(caught)
         assert files(out) == before
 
-    @pytest.mark.parametrize("spans", [0, 2])
+    @pytest.mark.parametrize("spans", [pytest.param(0, marks=pytest.mark.slow), 2])
     def test_a_disk_that_fills_up_loses_nothing(
         self, spans: int, small_disk: Path, run: Path, plain_out: Path, tmp_path: Path
     ) -> None:

@@ -245,6 +245,7 @@ class TestAnalyze:
         assert split["split"] == "val"
         assert split["lc"] == pytest.approx(rows["lc"].sum(), rel=1e-9)
 
+    @pytest.mark.slow
     def test_a_torn_checkpoint(self, command: Lcray, run: Path, tmp_path: Path) -> None:
         path = scenes.checkpoint(run, 4)
         whole = path.read_bytes()
@@ -606,6 +607,7 @@ class TestPrograms:
         out, err = process.communicate(timeout=100)
         return Ran(process.returncode, out, err)
 
+    @pytest.mark.slow
     @pytest.mark.ray
     @pytest.mark.usefixtures("ray_cluster")
     def test_a_module_in_the_folder_and_nobody_elses_ray(
@@ -627,13 +629,8 @@ class TestPrograms:
         assert lcray.verify(project / "out").ok
 
     @pytest.mark.ray
-    @pytest.mark.parametrize(
-        ("number", "code"),
-        [
-            pytest.param(signal.SIGINT, 130),
-            pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
-        ],
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_a_signal_leaves_no_process_and_an_output_to_resume(
         self, number: signal.Signals, code: int, project: Path, mark: str
     ) -> None:

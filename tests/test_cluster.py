@@ -113,6 +113,7 @@ def test_a_worker_killed_in_the_middle_of_a_span_is_replaced(
     assert told.counts == [0, 3, 6, 9, 12]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_span_that_kills_its_workers_is_given_up_and_can_be_resumed(
     plain_run: Path, plain_out: Path, tmp_path: Path
@@ -569,6 +570,7 @@ def test_an_answer_that_was_lost_costs_no_second_computation(
     assert scenes.tables(out) == scenes.tables(plain_out)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_worker_that_ray_ends_for_its_memory_is_a_lost_worker(
     plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,7 @@ from typing import Any
 
 from .suite import Bench
 
-STEPS, QUICK_STEPS = 50, 4  # of the recorded runs
+STEPS, QUICK_STEPS = 50, 4  # of the recorded runs, at least
 TASKS = Path(__file__).with_name("tasks.py")
 
 
@@ -45,7 +45,9 @@ class Net:
 
     def run(self, bench: Bench) -> str:
         """Its recorded run."""
-        return str(bench.example_run(self.script, bench.pick(STEPS, QUICK_STEPS)))
+        return str(
+            bench.example_run(self.script, bench.pick(max(STEPS, 2 * self.intervals), QUICK_STEPS))
+        )
 
 
 def _batch_statistics(size: int) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def _batch_statistics(size: int) -> dict[str, Any]:
     return {"batch_norm": "batch", "batch_size": size}
 
 
-FC = Net("mnist-fc", "mnist_fc", 8000, 25, "sgemm")
+FC = Net("mnist-fc", "mnist_fc", 8000, 100, "sgemm")
 LENET = Net("mnist-lenet", "mnist_lenet", 8000, 4, "conv")
 RESNET = Net("cifar-resnet20-256", "cifar_resnet20", 2048, 1, "conv", 256, _batch_statistics(256))
 RESNET_2000 = Net(
