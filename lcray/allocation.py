@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lcray.data import SplitData
 from lcray.errors import TaskError, UsageError
-from lcray.gradient import Evaluation, GradientEngine
+from lcray.gradient import GradientEngine
 from lcray.interval import (
     NONFINITE_CHECKPOINT,
     OK,
@@ -22,8 +22,10 @@ from lcray.interval import (
     Node,
     Scratch,
 )
+from lcray.parts import Site
 from lcray.path import Segment
 from lcray.quadrature import QuadratureRule
+from lcray.sums import Evaluation
 
 __all__ = ["OK", "Accuracy", "IntervalLC", "Scratch", "SplitAllocator"]
 
@@ -159,15 +161,11 @@ class SplitAllocator:
         factor: float | None,
     ) -> Evaluation:
         """Loss at θ(s); the gradient into the shared total, or `factor` times it added there."""
-        moving, directions = segment.moving_buffers(self._flat), [segment]
-        if following is not None:
-            moving |= following.moving_buffers(self._flat)
-            directions.append(following)
-        self._flat.differentiate_buffers(moving)
-        segment.set_point(self._flat, s)
+        site = Site(segment, s, following)
+        directions = site.enter(self._flat)
         out = self._scratch.total if gradient else None
         share = None if factor is None or self._expected is None else factor / self._expected[1]
-        found = self._engine.evaluate(self._split, out, directions, share=share)
+        found = self._engine.evaluate(self._split, out, directions, share=share, site=site)
         items = (found.n_items, found.total_weight)
         self._expected = self._expected or items
         if items != self._expected:

@@ -13,7 +13,7 @@ from typing import Any
 from lcray.checkpoints import CheckpointSeries, open_series
 from lcray.cluster import Pool, connection
 from lcray.computing import Computation, OnProgress, Progress, explain
-from lcray.costs import estimate
+from lcray.costs import estimate, pass_seconds
 from lcray.drafting import extend_plan, following_length, make_plan, make_settings
 from lcray.errors import CheckpointError, IncompleteError, OutputError, UsageError
 from lcray.files import writing
@@ -21,6 +21,7 @@ from lcray.growth import SECONDS_A_LOOK, Growth
 from lcray.locks import Lock, locked
 from lcray.planning import Plan, Settings
 from lcray.planreport import PlanReport, load_plan
+from lcray.quadrature import get_rule
 from lcray.record import (
     Record,
     carrier_versions,
@@ -216,6 +217,14 @@ class _Job:
                 "leave --threads out"
             )
 
+        team = self.resources.data_parallel
+        self.partial_sums = known.partial_sums if known else settings.partial_sums or max(1, team)
+        if team > self.partial_sums:
+            raise UsageError(
+                f"data-parallel {team}: there are {self.partial_sums} partial sums to share "
+                f"({'the plan says so' if known else '--partial-sums'}); give at most as many"
+            )
+
     def pool(self, settings: Settings) -> Pool:
         limit = len(self.series.steps) - 1 if self.growth is None else _NO_LIMIT
         return Pool(
@@ -226,6 +235,7 @@ class _Job:
             steps=self.steps,
             threads=self.threads,
             limit=limit,
+            partial_sums=self.partial_sums,
         )
 
     def draft(self, pool: Pool) -> PlanReport:
@@ -236,6 +246,8 @@ class _Job:
             description.layers,
             probe.splits,
             workers=pool.size,
+            team=self.resources.data_parallel,
+            partial_sums=self.partial_sums,
             span_length=self.span_length,
             threads=self.threads,
             device_kind=description.device_kind,
@@ -244,9 +256,19 @@ class _Job:
             seconds=probe.seconds,
             read_seconds=probe.read_seconds,
         )
-        cost = estimate(drafted, pool.size, seconds=probe.seconds, worker_bytes=probe.worker_bytes)
-        notes = make_notes(description, drafted.settings)
-        return PlanReport(drafted, cost, pool.size, probe.resident, notes)
+        team, seconds = self.resources.data_parallel, probe.seconds
+        cost = estimate(
+            drafted, pool.size, team=team, seconds=seconds, worker_bytes=probe.worker_bytes
+        )
+        return PlanReport(
+            drafted,
+            cost,
+            pool.size * team,
+            probe.resident,
+            make_notes(description, drafted.settings),
+            team,
+            get_rule(drafted.settings.rule).n_gradients * pass_seconds(drafted, team, seconds),
+        )
 
     def record(
         self,

@@ -25,8 +25,8 @@ class Batches:
     """The batches of a split, in order; they can be iterated any number of times.
 
     Attributes:
-        resident: whether all of them are on the device already.
-        nbytes: bytes of all batches once placed; from the sizes of those seen where not resident.
+        resident: whether they are on the device already, all or those from `first` on.
+        nbytes: bytes of these batches once placed; from the sizes of those seen where not resident.
 
     Args:
         n: how many there are.
@@ -34,7 +34,8 @@ class Batches:
         place: moves a tensor to the device and dtype of the computation.
         device: where `place` moves tensors.
         placed: the batches, placed; None to stream them.
-        nbytes: bytes of all batches once placed.
+        nbytes: bytes of these batches once placed.
+        first: the number of the first of `placed`, where only some of the batches are kept.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class Batches:
         *,
         placed: Sequence[Any] | None,
         nbytes: int,
+        first: int = 0,
     ) -> None:
         self._n, self._device, self._place = n, device, place
         self._read: Callable[[int], Any] | None = read if placed is None else None  # may own data
-        self._placed = None if placed is None else tuple(placed)
+        self._placed = None if placed is None else dict(enumerate(placed, first))
         self.resident = placed is not None
         self.nbytes = nbytes
 
@@ -61,11 +63,12 @@ class Batches:
 
         Raises:
             IndexError: if there is no such batch.
+            KeyError: if it is not kept.
             TaskError: if it cannot be read.
         """
-        if self._placed is not None:
-            return self._placed[index]
         number = range(self._n)[index]
+        if self._placed is not None:
+            return self._placed[number]
         return self._put(self._fetch(number))
 
     def __iter__(self) -> Iterator[Any]:
@@ -74,7 +77,7 @@ class Batches:
         Raises:
             TaskError: if one cannot be read.
         """
-        return self._stream() if self._placed is None else iter(self._placed)
+        return self.only(range(self._n))
 
     def first(self) -> Batches:
         """The first of them alone, resident.
@@ -86,13 +89,25 @@ class Batches:
         size = count_bytes([batch])
         return Batches(1, self._fetch, self._place, self._device, placed=[batch], nbytes=size)
 
-    def _stream(self) -> Iterator[Any]:
+    def only(self, numbers: range) -> Iterator[Any]:
+        """Some batches in order.
+
+        Raises:
+            KeyError: if one is not kept.
+            TaskError: if one cannot be read.
+        """
+        if self._placed is None:
+            return self._stream(numbers)
+        return map(self._placed.__getitem__, numbers)
+
+    def _stream(self, numbers: range) -> Iterator[Any]:
         pool = ThreadPoolExecutor(1, THREAD, initializer=self._enter_thread)
         try:
-            ahead = deque(pool.submit(self._fetch, i) for i in range(min(AHEAD, self._n)))
-            for number in range(AHEAD, self._n + AHEAD):
+            ahead = deque(pool.submit(self._fetch, number) for number in numbers[:AHEAD])
+            later = iter(numbers[AHEAD:])
+            while ahead:
                 batch = self._put(ahead.popleft().result())
-                if number < self._n:
+                if (number := next(later, None)) is not None:
                     ahead.append(pool.submit(self._fetch, number))
                 yield batch
         finally:  # also where the loop is left early

@@ -68,6 +68,11 @@ _SETTINGS = (
     _option("--dtype", "float32 or float64."),
     _option("--batch-size", "Samples a batch  [default: chosen by a short probe].", type=int),
     _option("--memory-format", "contiguous, channels_last, or auto: the faster one."),
+    _option(
+        "--partial-sums",
+        "Parts that gradients are summed in; at least --data-parallel  [default: as many].",
+        type=int,
+    ),
     _option("--batch-seed", "Seed of the batches where they are part of the loss.", type=int),
     _option("--partial", "Checkpoints may lack tensors (adapters).", is_flag=True),
     _option("--window", "Width of the windows of histograms and fits, in steps.", type=int),
@@ -84,6 +89,13 @@ _RUN = (
     click.option("--steps", help="Only checkpoints with a <= step <= b, as in 100:200."),
     click.option("--span-length", type=int, help="Intervals a span, the unit of work and retry."),
     click.option("--workers", type=int, help="Workers; one a GPU, else one a CPU core."),
+    click.option(
+        "--data-parallel",
+        type=int,
+        default=1,
+        show_default=True,
+        help="Workers that share each gradient, as a team; --workers counts all workers.",
+    ),
     click.option("--gpus-per-worker", type=float, help="GPUs each; fractions share one."),
     click.option(
         "--cpus-per-worker", type=float, default=1.0, show_default=True, help="CPUs each."
@@ -199,6 +211,8 @@ def plan(run: str, task: str, save: Path | None, as_json: bool, **options: Any) 
     data = {
         "estimate": asdict(report.estimate),
         "workers": report.workers,
+        "team": report.team,
+        "interval_seconds": report.interval_seconds,
         "resident": report.resident,
         "notes": report.notes,
         "plan": report.plan.to_dict(),

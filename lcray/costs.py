@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lcray.planning import Plan, SplitPlan, vector_bytes
+from lcray.planning import Plan, SplitPlan, largest_share, vector_bytes
 from lcray.quadrature import QuadratureRule, get_rule
 
 #: Bytes a row of shards and tables together, measured on the MNIST-LeNet example.
@@ -51,6 +51,7 @@ def estimate(
     plan: Plan,
     workers: int,
     *,
+    team: int = 1,
     seconds: Mapping[str, float] | None = None,
     worker_bytes: int | None = None,
 ) -> Estimate:
@@ -58,7 +59,8 @@ def estimate(
 
     Args:
         plan: the plan.
-        workers: that share the spans.
+        workers: workers, or teams of them, that share the spans.
+        team: workers that share a gradient.
         seconds: of one gradient, by split, as a probe measured them.
         worker_bytes: of a worker without vectors of the model's size, as a probe found them.
     """
@@ -69,14 +71,13 @@ def estimate(
     if seconds is not None:
         # Idle workers at the end: the longest share counts.
         share = math.ceil(len(plan.spans) / workers) / len(plan.spans)
-        each = [passes_by_group(split) * seconds[split.name] for split in plan.splits]
-        time = share * passes * sum(each)
+        time = share * passes * pass_seconds(plan, team, seconds)
     rows = _rows(plan)
     disk = sum(count * ROW_BYTES[name] for name, count in rows.items())
     size = sum(layer.numel for layer in plan.layers)
     longest = max(len(span.intervals) for span in plan.spans) / plan.n_intervals
     held = sum(rows.get(name, 0) for name in ("units", "groups", "traces"))  # until the span ends
-    vectors = vector_bytes(size, len(plan.splits), plan.settings.dtype)
+    vectors = vector_bytes(size, len(plan.splits), plan.settings.dtype, plan.partial_sums)
     extra = vectors + int(held * longest * 24)
     return Estimate(
         n_intervals=plan.n_intervals,
@@ -86,6 +87,19 @@ def estimate(
         rows={name: count for name, count in rows.items() if name != "borders"},
         memory_bytes=None if worker_bytes is None else worker_bytes + extra,
         is_least=plan.settings.refine or rule.probe_every > 0,
+    )
+
+
+def pass_seconds(plan: Plan, team: int, seconds: Mapping[str, float]) -> float:
+    """What one gradient of every split takes a team, by what it takes a single worker.
+
+    Moving points and gradients is left out.
+    """
+    return sum(
+        passes_by_group(split)
+        * seconds[split.name]
+        * largest_share(min(plan.partial_sums, split.n_batches), team)
+        for split in plan.splits
     )
 
 

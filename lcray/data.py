@@ -100,7 +100,14 @@ class SplitSource:
     _blocks: tuple[Index, ...] = field(repr=False)
     _constants: tuple[int, ...] | None = field(repr=False)  # the label of each block's items
 
-    def cut(self, batch_size: int, *, place: Place, resident_bytes: int | None = None) -> SplitData:
+    def cut(
+        self,
+        batch_size: int,
+        *,
+        place: Place,
+        resident_bytes: int | None = None,
+        keep: Callable[[int], range] | None = None,
+    ) -> SplitData:
         """Cut the split into batches, without hashing it again.
 
         Labels per item are always kept. They are found now, for which every batch is read, unless
@@ -111,25 +118,34 @@ class SplitSource:
             place: moves a tensor to the device and dtype of the computation.
             resident_bytes: the most bytes that the placed batches may take together. Where they
                 take more, they are streamed; None keeps them whatever they take.
+            keep: gives the numbers of the batches that are wanted, of so many; the others have no
+                labels then, and are not kept. None keeps all.
 
         Raises:
             TaskError: if samples cannot be made into batches or have labels that cannot be used.
         """
         cuts = self._cuts(batch_size)
+        kept = range(len(cuts)) if keep is None else keep(len(cuts))
         read = partial(self._read, cuts)
         device = place(torch.zeros(0)).device
         labels: list[Tensor] | None = [] if self._needs_labels else None
-        placed, nbytes = self._place(cuts, read, place, resident_bytes, labels)
+        placed, nbytes = self._place(cuts, kept, read, place, resident_bytes, labels)
+        groups, is_sorted = self.groups, True
         if labels is None:
-            labels, groups, is_sorted = self._constant_labels(batch_size), self.groups, True
+            labels = self._constant_labels(batch_size)
         else:
-            groups = _groups_of(self.name, _distinct(labels))
             is_sorted = self.sorted_by_group and all(len(t.unique()) == 1 for t in labels)
+            groups = _groups_of(self.name, _distinct(labels)) if keep is None else groups
+            missing = torch.empty(0, dtype=torch.int64)
+            after = len(cuts) - kept.start - len(labels)
+            labels = [missing] * kept.start + labels + [missing] * after
         numbers = [_numbers(label, groups) for label in labels]
         return SplitData(
             name=self.name,
             n_samples=self.n_samples,
-            batches=Batches(len(cuts), read, place, device, placed=placed, nbytes=nbytes),
+            batches=Batches(
+                len(cuts), read, place, device, placed=placed, nbytes=nbytes, first=kept.start
+            ),
             batch_sizes=tuple(len(cut) for cut in cuts),
             labels=tuple(labels),
             numbers=tuple(number.to(device) for number in numbers),
@@ -187,18 +203,20 @@ class SplitSource:
     def _place(
         self,
         cuts: Sequence[Index],
+        kept: range,
         read: Callable[[int], Any],
         place: Place,
         most: int | None,
         labels: list[Tensor] | None,
     ) -> tuple[list[Any] | None, int]:
-        """The placed batches, or None where they do not fit, and the bytes of all of them.
+        """The `kept` batches, placed, or None where they do not fit, and the bytes of all of them.
 
-        Adds the labels of each batch to `labels`, if wanted.
+        Adds the labels of each to `labels`, if wanted.
         """
         placed: list[Any] | None = []
         taken = done = nbytes = 0
-        for number, cut in enumerate(cuts):
+        n_samples = sum(len(cuts[number]) for number in kept)
+        for number in kept:
             if placed is None and labels is None:
                 break
             batch = read(number)
@@ -207,8 +225,8 @@ class SplitSource:
             if placed is None:
                 continue
             placed.append(map_tensors(place, batch))
-            taken, done = taken + count_bytes(placed[-1]), done + len(cut)
-            nbytes = -(-taken * self.n_samples // done)
+            taken, done = taken + count_bytes(placed[-1]), done + len(cuts[number])
+            nbytes = -(-taken * n_samples // done)
             if most is not None and nbytes > most:
                 placed = None
         return placed, nbytes

@@ -152,10 +152,11 @@ def plan_table(report: PlanReport) -> Group:
         "splits": ", ".join(f"{s.name} ({s.n_samples:,} samples)" for s in plan.splits),
         "rule": plan.settings.rule + (" with refinement" if plan.settings.refine else ""),
         "gradients": f"{least}{cost.n_gradients:,} full-batch gradients",
-        "time": f"{least}{duration(cost.seconds)} of gradients on {report.workers} workers, and "
-        "about 10 s to start them",
+        "time": f"{least}{duration(cost.seconds)} of gradients on {_workers(report)}, and about "
+        "10 s to start them",
         "memory": f"{size(cost.memory_bytes)} a worker",
         "disk": size(cost.disk_bytes),
+        **_sums_rows(report),
         "BatchNorm": plan.settings.batch_norm,
         "dtype": plan.settings.dtype,
         "batches": f"up to {_chosen(plan.batch_size, plan.settings.batch_size)} samples, "
@@ -176,12 +177,29 @@ def plan_table(report: PlanReport) -> Group:
     return Group(table, "", sizes, *_plan_notes(report))
 
 
+def _workers(report: PlanReport) -> str:
+    if report.team == 1:
+        return f"{report.workers} workers"
+    return f"{_count(report.workers // report.team, 'team')} of {report.team} workers"
+
+
+def _sums_rows(report: PlanReport) -> dict[str, str]:
+    """What there is to say of gradients in parts."""
+    plan, seconds = report.plan, report.interval_seconds
+    rows = {}
+    if plan.partial_sums > 1:
+        rows["sums"] = f"{plan.partial_sums} partial sums, added in their order"
+    if report.team > 1 and seconds is not None:
+        rows["interval"] = f"{seconds:.3g} s of gradients for a team of {report.team}"
+    return rows
+
+
 def _chosen(value: object, asked: object) -> str:
     return f"{value} (automatic)" if asked in (None, "auto") else str(value)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _count(number: int, what: str, several: str = "") -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {several or what + 's'}"
 
 
 def _plan_notes(report: PlanReport) -> Iterable[str]:
@@ -193,6 +211,12 @@ def _plan_notes(report: PlanReport) -> Iterable[str]:
                 f"groups of split {split.name!r} mix within samples or batches: "
                 f"{len(split.groups)} backward passes a gradient instead of one"
             )
+    few = [split for split in plan.splits if split.n_batches < report.team]
+    for split in few:
+        yield (
+            f"split {split.name!r} has {_count(split.n_batches, 'batch', 'batches')} for the "
+            f"{report.team} workers of a team, so some idle; a smaller --batch-size makes more"
+        )
     left_out = [la.name for la in plan.layers if la.name not in plan.unit_layers]
     if left_out and plan.settings.layers is None:
         yield f"no units for {', '.join(left_out)}: more than 10,000 units (--units for all)"

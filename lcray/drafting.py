@@ -22,6 +22,7 @@ from lcray.planning import (
     Plan,
     Settings,
     SplitPlan,
+    largest_share,
     memory_format_of,
 )
 from lcray.quadrature import get_rule
@@ -73,7 +74,7 @@ def check_settings(settings: Settings) -> None:
     for name, valid in choices.items():
         if getattr(settings, name) not in valid:
             raise UsageError(suggest(getattr(settings, name), valid, name.replace("_", "-")))
-    for name in ("batch_size", "max_panels", "window"):
+    for name in ("batch_size", "max_panels", "partial_sums", "window"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UsageError(f"{name.replace('_', '-')} {value}: must be at least 1")
@@ -105,6 +106,8 @@ def make_plan(
     splits: Sequence[SplitPlan],
     *,
     workers: int = 1,
+    team: int = 1,
+    partial_sums: int | None = None,
     span_length: int | None = None,
     threads: int = 1,
     device_kind: str = "cpu",
@@ -120,7 +123,9 @@ def make_plan(
         settings: what was asked for.
         layers: of the model.
         splits: as a probe found them.
-        workers: how many there will be; spans are cut so that each has several.
+        workers: how many there will be, or teams of them; spans are cut so that each has several.
+        team: workers that share a gradient.
+        partial_sums: parts to sum gradients in, where the settings leave it open.
         span_length: intervals a span; `lcray.cutting` chooses where it is None.
         threads: intra-op threads a worker.
         device_kind: ``cpu`` or ``cuda``.
@@ -138,14 +143,14 @@ def make_plan(
         raise UsageError(f"{len(steps)} checkpoints: an interval needs two")
     every = get_rule(settings.rule).probe_every
     expected = None if seconds is None else _interval_seconds(settings, splits, seconds)
+    sums = settings.partial_sums or partial_sums or 1
     detail = _matching(settings, layers)
     if span_length:
         spans = cut(steps, span_length)
     else:
         size = 0 if settings.parameters is False else sum(layer.numel for layer in layers)
-        length = choose_length(
-            n_intervals, workers=workers, every=every, seconds=expected, size=size
-        )
+        pace = None if expected is None else expected * largest_share(sums, team)
+        length = choose_length(n_intervals, workers=workers, every=every, seconds=pace, size=size)
         spans = cut_tapering(steps, length, every)
     chosen = _tables(settings, layers, splits, len(spans))
     rows = max(1, len(detail) * n_intervals * len(splits))
@@ -172,6 +177,7 @@ def make_plan(
         device_kind=device_kind,
         batch_size=settings.batch_size or batch_size or DEFAULT_BATCH_SIZE,
         memory_format=memory_format_of(settings) or memory_format or DEFAULT_MEMORY_FORMAT,
+        partial_sums=sums,
         seconds=None if expected is None else expected + read_seconds,
     )
 
@@ -185,16 +191,19 @@ def check_plan(plan: Plan) -> None:
     check_settings(plan.settings)
     names = [layer.name for layer in plan.layers]
     steps = [span.steps for span in plan.spans]
-    sizes = (plan.window, plan.trace_sample, plan.threads, plan.batch_size)
+    sizes = (plan.window, plan.trace_sample, plan.threads, plan.batch_size, plan.partial_sums)
     counts = (*sizes, *(step for part in steps for step in part))
     problems = {
         "numbers that are no integers": any(type(count) is not int for count in counts),
         "no spans, layers or splits": not (plan.spans and plan.layers and plan.splits),
         "spans without intervals": any(len(part) < 2 for part in steps),
-        "a window, sample, batch size or number of threads out of range": plan.trace_sample < 0
-        or min(plan.window, plan.threads, plan.batch_size) < 1,
-        "another batch size or memory format than its settings": (
+        "a window, sample, batch size or number of threads or sums out of range": (
+            plan.trace_sample < 0
+            or min(plan.window, plan.threads, plan.batch_size, plan.partial_sums) < 1
+        ),
+        "another batch size, number of sums or memory format than its settings": (
             plan.settings.batch_size not in (None, plan.batch_size)
+            or plan.settings.partial_sums not in (None, plan.partial_sums)
             or memory_format_of(plan.settings) not in (None, plan.memory_format)
         ),
         "an unknown memory format": plan.memory_format not in MEMORY_FORMATS,

@@ -54,6 +54,10 @@ class ClusterError(LcrayError):
     """Ray, or a worker on it, that failed for another reason than the task or the files."""
 
 
+class TeamError(ClusterError):
+    """A team of workers that has lost one of them; it must be replaced as a whole."""
+
+
 class OutputError(LcrayError):
     """An output directory that cannot be written, or holds something else."""
 

@@ -5,15 +5,14 @@ Legend: P elements, L layers, G groups, D directions, n items a batch.
     L(θ) = Σ w ℓ(θ) / Σ w,        g(θ) = ∂L/∂θ
 
 over every item of a split exactly once. The passes run in the compute dtype; sums over batches are
-in float64, in the order of the batches, so that a result is a function of the point alone.
+in float64, in the order of the batches and of the parts that the plan cuts them into, so that a
+result is a function of the point alone.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,33 +24,19 @@ from lcray.data import SplitData
 from lcray.errors import TaskError, brief
 from lcray.flat import FlatModel
 from lcray.normalization import Normalization, depends_on_batches
+from lcray.parts import Answer, Colleagues, PartSums, Request, Site, cut_parts
 from lcray.path import Segment
+from lcray.sums import Evaluation, Sums, evaluation_of
 from lcray.task import Task
 from lcray.vectors import zeros
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The loss of a split at a point.
-
-    Attributes:
-        loss: the mean loss; NaN or infinite where the model's is.
-        total_weight: Σ w.
-        n_items: items.
-        group_weights: Σ w of each group, [G].
-        group_dots: the directional derivatives of each group's own mean loss along each direction,
-            by layer, [D, G, L] float64; None without groups or directions.
-    """
-
-    loss: float
-    total_weight: float
-    n_items: int
-    group_weights: tuple[float, ...]
-    group_dots: Tensor | None
-
-
 class GradientEngine:
     """Evaluates loss and gradient of any split at the model's current point.
+
+    Attributes:
+        partial_sums: parts that the batches of a split are summed in.
+        colleagues: workers that take some of them; None where there are none.
 
     Args:
         flat: the model.
@@ -66,6 +51,9 @@ class GradientEngine:
         self._normalization = Normalization(batch_norm, fixed_batches=fixed)
         self._always = fixed
         self._untried = True
+        self.partial_sums = 1
+        self.colleagues: Colleagues | None = None
+        self._part: Tensor | None = None
 
     def new_vector(self) -> Tensor:
         """A float64 vector [P] of zeros on the device, for gradients and their sums."""
@@ -78,6 +66,7 @@ class GradientEngine:
         directions: Sequence[Segment] = (),
         *,
         share: float | None = None,
+        site: Site | None = None,
     ) -> Evaluation:
         """Loss, and gradient where asked for, of `split` at the current point.
 
@@ -87,27 +76,84 @@ class GradientEngine:
             directions: paths along which to take the groups' directional derivatives.
             share: add this times Σ w ∂ℓ/∂θ to `out`, instead of replacing what is there by the
                 gradient of the mean.
+            site: where the model is, for colleagues to go there as well; None does all of it here.
+
+        Raises:
+            TaskError: if the task's loss fails or breaks the contract.
+            ClusterError: if a colleague is lost.
+        """
+        replaces, share = share is None, 1.0 if share is None else share
+        directions = directions if split.labels and out is not None else ()
+        if replaces and out is not None:
+            out.zero_()
+        parts = cut_parts(len(split.batches), self.partial_sums)
+        own = range(len(parts))
+        answers: Iterator[Answer] = iter(())
+        if self.colleagues is not None and site is not None:
+            request = Request(split.name, site, share, out is not None)
+            own, answers = self.colleagues.share_out(request, len(parts))
+        whole = len(parts) <= 1
+        sums = [
+            self._add_part(split, parts[number], whole, out, directions, share) for number in own
+        ]
+        for answer in answers:
+            sums.append(answer.sums)
+            if out is not None and answer.gradient is not None:
+                for where in self.flat.blocks():
+                    out[where] += answer.gradient(where)
+        found = evaluation_of(split, sums, len(directions))
+        if replaces and out is not None:
+            out.div_(found.total_weight)
+        return found
+
+    def _add_part(
+        self,
+        split: SplitData,
+        batches: range,
+        whole: bool,
+        out: Tensor | None,
+        directions: Sequence[Segment],
+        share: float,
+    ) -> PartSums:
+        """Add the sum over a part to `out`; a part that is not the whole has a sum of its own."""
+        if whole or out is None:
+            return self.sum_part(split, batches, out, directions, share)
+        self._part = self.new_vector() if self._part is None else self._part.zero_()
+        sums = self.sum_part(split, batches, self._part, directions, share)
+        out.add_(self._part)
+        return sums
+
+    def sum_part(
+        self,
+        split: SplitData,
+        batches: range,
+        out: Tensor | None,
+        directions: Sequence[Segment],
+        share: float,
+    ) -> PartSums:
+        """Sums over some batches of `split` at the current point.
+
+        Args:
+            split: the batches.
+            batches: the numbers of those to sum over, in order.
+            out: what `share` times Σ w ∂ℓ/∂θ is added to, [P] float64; None for the loss alone.
+            directions: paths along which to take the groups' directional derivatives.
+            share: the factor.
 
         Raises:
             TaskError: if the task's loss fails or breaks the contract.
         """
-        replaces, share = share is None, 1.0 if share is None else share
-        sums = _Sums(self.flat, split, directions if split.labels else (), out, share)
+        sums = Sums(self.flat, split, directions if split.labels else (), out, share)
         if out is not None:
-            if replaces:
-                out.zero_()
             self.flat.forget_gradients()
         with self._functions(), torch.enable_grad():
-            for index, batch in enumerate(split.batches):
+            for index, batch in zip(batches, split.batches.only(batches), strict=True):
                 losses, weights = self._item_losses(split, index, batch)
                 sums.add_losses(index, losses, weights)
                 if out is not None:
                     self._add_gradients(split, index, losses, weights, sums)
         self.flat.check_tied()
-        found = sums.result()
-        if replaces and out is not None:
-            out.div_(found.total_weight)
-        return found
+        return sums.result()
 
     @contextmanager
     def _functions(self) -> Iterator[None]:
@@ -125,7 +171,7 @@ class GradientEngine:
         self._untried = False
 
     def _add_gradients(
-        self, split: SplitData, index: int, losses: Tensor, weights: Tensor | None, sums: _Sums
+        self, split: SplitData, index: int, losses: Tensor, weights: Tensor | None, sums: Sums
     ) -> None:
         weighted = losses if weights is None else torch.where(weights > 0, losses, 0) * weights
         parts = sums.parts(index, weighted)
@@ -164,124 +210,6 @@ class GradientEngine:
                 "groups must give one label per item"
             )
         return losses, weights
-
-
-class _Sums:
-    """Sums over the batches of one evaluation, all float64.
-
-    What a batch gives stays on the device until the end: fetching it would make the device wait.
-    """
-
-    def __init__(
-        self,
-        flat: FlatModel,
-        split: SplitData,
-        directions: Sequence[Segment],
-        out: Tensor | None,
-        share: float,
-    ) -> None:
-        self._flat, self._split, self._share = flat, split, share
-        self._targets = [] if out is None else [out[where] for where in flat.slices]
-        self._directions = () if out is None else directions
-        shape = (len(self._directions), len(split.groups), len(flat.layers))
-        self._dots = torch.zeros(shape, dtype=torch.float64, device=flat.theta.device)
-        self._losses: list[Tensor] = []
-        self._weights: list[Tensor] = []
-        self._lowest: list[Tensor] = []  # weights, where there are any
-        self._group_weights: list[Tensor] = []
-        self._n_items = 0
-
-    def add_losses(self, index: int, losses: Tensor, weights: Tensor | None) -> None:
-        exact = losses.detach().double()
-        if weights is None:
-            mass = torch.ones_like(exact)
-        else:
-            mass = weights.double()
-            exact = torch.where(mass > 0, exact, 0.0) * mass
-            if mass.numel():
-                self._lowest.append(mass.min())
-        self._losses.append(exact.sum())
-        self._weights.append(mass.sum())
-        self._n_items += len(losses)
-        if self._split.labels:
-            self._add_group_weights(self._split.numbers[index], mass)
-
-    def _add_group_weights(self, numbers: Tensor, mass: Tensor) -> None:
-        # One place more, at the end, for items of no group: label < 0.
-        found = torch.zeros(len(self._split.groups) + 1, dtype=torch.float64, device=mass.device)
-        self._group_weights.append(found.index_add_(0, numbers, mass))
-
-    def parts(self, index: int, weighted: Tensor) -> list[tuple[int | None, Tensor]]:
-        """What to differentiate in turn: everything at once, or one group after another."""
-        if not self._directions:
-            return [(None, weighted)]
-        present = self._split.present[index]
-        none = len(self._split.groups)
-        if len(present) == 1:
-            return [(present[0] if present[0] < none else None, weighted)]
-        numbers = self._split.numbers[index]
-        return [(k, weighted[numbers == k]) for k in present if k < none]
-
-    def add_gradient(self, group: int | None, number: int, gradient: Tensor) -> None:
-        """Take a layer's gradient [n] of the part of a batch that is of `group`."""
-        if len(gradient) <= self._flat.block:
-            self._targets[number].add_(gradient, alpha=self._share)
-            if group is not None:
-                self._add_dots(group, number, 0, gradient)
-            return
-        # In blocks: whole, the float64 copy of a large layer would be one more vector.
-        for start in range(0, len(gradient), self._flat.block):
-            piece = gradient[start : start + self._flat.block]
-            self._targets[number][start : start + len(piece)].add_(piece, alpha=self._share)
-            if group is not None:
-                self._add_dots(group, number, start, piece)
-
-    def _add_dots(self, group: int, number: int, start: int, piece: Tensor) -> None:
-        first = self._flat.slices[number].start + start
-        where = slice(first, first + len(piece))
-        for dots, direction in zip(self._dots, self._directions, strict=True):
-            dots[group, number] += (direction.difference(where) * piece).sum()
-
-    def result(self) -> Evaluation:
-        losses, weights, lowest = (
-            torch.stack(found).tolist() if found else []
-            for found in (self._losses, self._weights, self._lowest)
-        )
-        weight = math.fsum(weights) if all(map(math.isfinite, weights)) else math.nan
-        if not math.isfinite(weight) or any(not low >= 0 for low in lowest):
-            raise TaskError(
-                f"task loss on split {self._split.name!r}: weights must be finite and not negative"
-            )
-        if not weight > 0:
-            raise TaskError(
-                f"task loss: the weights of split {self._split.name!r} add up to {weight}"
-            )
-        # A plain sum first: fsum refuses sums that overflow or mix infinities.
-        total = sum(losses)
-        total = math.fsum(losses) if math.isfinite(total) else total
-        masses = self._masses()
-        dots = None
-        if self._directions:
-            scale = torch.tensor([m if m > 0 else 1.0 for m in masses], dtype=torch.float64)
-            dots = self._dots / scale.to(self._dots.device)[None, :, None]
-        return Evaluation(
-            loss=total / weight,
-            total_weight=weight,
-            n_items=self._n_items,
-            group_weights=masses,
-            group_dots=dots,
-        )
-
-    def _masses(self) -> tuple[float, ...]:
-        if not self._group_weights:
-            return (0.0,) * len(self._split.groups)
-        *masses, stray = torch.stack(self._group_weights).sum(0).tolist()
-        if stray > 0:
-            raise TaskError(
-                f"task groups: negative label in split {self._split.name!r} for an item with "
-                "weight; labels must be >= 0 where the weight is positive"
-            )
-        return tuple(masses)
 
 
 def layer_dots(flat: FlatModel, gradient: Tensor, segment: Segment) -> Tensor:

@@ -23,6 +23,7 @@ DEFAULT_MEMORY_FORMAT = "contiguous"
 # hands on among them: for one split, and for each
 # further one that shares a pass over the checkpoints.
 _VECTOR_BYTES, _STATE_BYTES = 63, 27
+_PART_BYTES = 8  # more where gradients are summed in parts: the sum of the part at hand
 _SHARED_BYTES = 1 << 26  # above, reading the checkpoints again is the smaller cost
 
 
@@ -43,6 +44,8 @@ class Settings:
             the loss.
         memory_format: ``contiguous``, ``channels_last`` (convolutions compute on images with the
             channels innermost) or ``auto``, which has a probe choose.
+        partial_sums: parts that the batches of a split are summed in, so that as many workers may
+            share a gradient; None for as many as do (see `lcray.Resources.data_parallel`).
         batch_seed: seed of the permutation that cuts the batches where they are part of the loss.
         partial: checkpoints may lack tensors, which then keep the values of the task's model.
         window: width of the base windows in steps; None chooses about ten a run.
@@ -64,6 +67,7 @@ class Settings:
     dtype: str = "float32"
     batch_size: int | None = None
     memory_format: str = "auto"
+    partial_sums: int | None = None
     batch_seed: int = 0
     partial: bool = False
     window: int | None = None
@@ -152,8 +156,10 @@ class Plan:
         device_kind: ``cpu`` or ``cuda``.
         batch_size: the most samples a batch holds: what the settings say, or a probe chose.
         memory_format: ``contiguous`` or ``channels_last``, likewise.
-        seconds: that an interval takes, as the probe found; None without one. It decides nothing
-            in the tables: only when a worker is taken to hang or to straggle.
+        partial_sums: parts that the batches of a split are summed in; parts are added in their
+            order, whoever computed them.
+        seconds: that an interval takes one worker, as the probe found; None without one. It decides
+            nothing in the tables: only when a worker is taken to hang or to straggle.
     """
 
     settings: Settings
@@ -169,6 +175,7 @@ class Plan:
     device_kind: str = "cpu"
     batch_size: int = DEFAULT_BATCH_SIZE
     memory_format: str = DEFAULT_MEMORY_FORMAT
+    partial_sums: int = 1
     seconds: float | None = field(default=None, compare=False)
 
     @property
@@ -194,6 +201,7 @@ class Plan:
             "splits": [asdict(split) for split in self.splits],
             "spans": [list(span.steps) for span in self.spans],
             **data,
+            "partial_sums": self.partial_sums,
             "seconds": self.seconds,
         }
 
@@ -211,6 +219,7 @@ class Plan:
             splits=tuple(build(SplitPlan, split) for split in data["splits"]),
             spans=tuple(build(Span, {"steps": steps}) for steps in data["spans"]),
             **{name: value_of(hints[name], data[name], name) for name in _PLAIN},
+            partial_sums=value_of(int, data.get("partial_sums", 1), "partial_sums"),
             seconds=value_of(hints["seconds"], data.get("seconds"), "seconds"),
         )
         _check(plan)
@@ -248,8 +257,9 @@ def _check(plan: Plan) -> None:
         _check_layer(layer)
     if plan.settings.dtype not in ("float32", "float64"):
         raise ValueError(f"unknown dtype {plan.settings.dtype!r}")
-    if min(plan.window, plan.threads, plan.batch_size, plan.trace_sample + 1) < 1:
-        raise ValueError("a window, batch size, sample or number of threads out of range")
+    sizes = (plan.window, plan.threads, plan.batch_size, plan.trace_sample + 1)
+    if min(*sizes, plan.partial_sums) < 1:
+        raise ValueError("a window, batch size, sample or number of threads or sums out of range")
 
 
 def _check_layer(layer: Layer) -> None:
@@ -269,16 +279,24 @@ def shares_pass(size: int, n_splits: int) -> bool:
     return _STATE_BYTES * size * (n_splits - 1) <= _SHARED_BYTES
 
 
-def vector_bytes(size: int, n_splits: int, dtype: str) -> int:
+def largest_share(partial_sums: int, team: int) -> float:
+    """The part of a gradient that the busiest of a team computes, where it is summed in parts."""
+    return -(-partial_sums // team) / max(1, partial_sums)
+
+
+def vector_bytes(size: int, n_splits: int, dtype: str, partial_sums: int = 1) -> int:
     """Memory that a worker needs for vectors of the model's size, whatever the rule.
 
     Args:
         size: elements of all layers.
         n_splits: splits that are analyzed.
         dtype: ``float32`` or ``float64``.
+        partial_sums: of the plan.
     """
     shared = n_splits - 1 if shares_pass(size, n_splits) else 0
-    return size * (_VECTOR_BYTES + _STATE_BYTES * shared) * (2 if dtype == "float64" else 1)
+    part = _PART_BYTES if partial_sums > 1 else 0
+    each = (_VECTOR_BYTES + _STATE_BYTES * shared) * (2 if dtype == "float64" else 1) + part
+    return size * each
 
 
 def memory_format_of(settings: Settings) -> str | None:

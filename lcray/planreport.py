@@ -24,6 +24,8 @@ class PlanReport:
         plan: the plan.
         estimate: time, memory and disk, from a short probe.
         workers: the number it was made for.
+        team: workers that share a gradient.
+        interval_seconds: that an interval takes such a team.
         resident: whether a worker keeps the data of a split in memory, by split; else it streams
             them, to the same results.
         notes: what to keep in mind about the numbers, one line each.
@@ -34,6 +36,8 @@ class PlanReport:
     workers: int
     resident: dict[str, bool] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    team: int = 1
+    interval_seconds: float | None = None
 
     def __repr__(self) -> str:
         cost = self.estimate

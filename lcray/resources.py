@@ -14,6 +14,8 @@ class Resources:
 
     Attributes:
         workers: actors; None for one a GPU, or one a CPU core where there is no GPU.
+        data_parallel: workers that share each gradient, as a team: each takes some of its partial
+            sums, so that an interval takes less time. 1: workers share nothing.
         gpus_per_worker: GPUs each (fractions share one); None for 1 where the cluster has GPUs.
         cpus_per_worker: CPU cores each.
         custom: custom resources of the cluster that each takes, by name.
@@ -28,6 +30,7 @@ class Resources:
     """
 
     workers: int | None = None
+    data_parallel: int = 1
     gpus_per_worker: float | None = None
     cpus_per_worker: float = 1.0
     custom: Mapping[str, float] = field(default_factory=dict)
@@ -42,12 +45,13 @@ class Placement:
     """The workers of an analysis.
 
     Attributes:
-        workers: how many.
+        workers: how many, or how many teams.
         cpus: CPU cores each.
         gpus: GPUs each.
         custom: custom resources each.
         memory: bytes each may take; None for a share of what is free.
         sharers: workers that such a share is of: those that fit on one node, or one GPU.
+        team: workers that share a gradient.
     """
 
     workers: int
@@ -56,6 +60,7 @@ class Placement:
     custom: Mapping[str, float]
     memory: int | None
     sharers: int
+    team: int = 1
 
 
 def place_workers(
@@ -85,12 +90,31 @@ def place_workers(
             "less"
         )
     rooms = [_room(node, needs) for node in nodes]
-    count = min(resources.workers or max(1, sum(rooms)), max(1, limit))
+    count = min(_teams(resources, sum(rooms), any(needs.values())), max(1, limit))
     together = 1 / gpus if gpus else max(rooms)
     memory = None if resources.memory is None else int(resources.memory * 2**30)
-    return Placement(
-        count, needs["CPU"], gpus, resources.custom, memory, max(1, min(count, int(together)))
-    )
+    team = resources.data_parallel
+    sharers = max(1, min(count * team, int(together)))
+    return Placement(count, needs["CPU"], gpus, resources.custom, memory, sharers, team)
+
+
+def _teams(resources: Resources, room: int, countable: bool) -> int:
+    """Workers, or teams of them, that were asked for, or fit into `room`."""
+    team, workers = resources.data_parallel, resources.workers or max(1, room)
+    if team == 1:
+        return workers
+    if not countable:
+        raise UsageError(
+            f"data-parallel {team}: workers that take no CPU, GPU or resource cannot be placed as "
+            "teams; give --cpus-per-worker"
+        )
+    if room < team:
+        raise UsageError(f"data-parallel {team}: only {room} workers fit; give a smaller number")
+    if workers < team:
+        raise UsageError(
+            f"workers {workers}: fewer than the {team} of a team (--data-parallel); give more"
+        )
+    return workers // team
 
 
 def _check(resources: Resources) -> None:
@@ -106,6 +130,8 @@ def _check(resources: Resources) -> None:
         raise UsageError(f"memory {resources.memory:g}: must be positive, in GiB")
     if resources.patience is not None and not resources.patience > 0:
         raise UsageError(f"patience {resources.patience:g}: must be positive, in seconds")
+    if resources.data_parallel < 1:
+        raise UsageError(f"data-parallel {resources.data_parallel}: must be at least 1")
     if resources.workers is not None and resources.workers < 1:
         raise UsageError(f"workers {resources.workers}: must be at least 1")
 

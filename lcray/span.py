@@ -6,7 +6,6 @@ is computed once; while an interval computes, the next checkpoint is read.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -19,17 +18,18 @@ from lcray.allocation import Accuracy, Scratch, SplitAllocator
 from lcray.checkpoints import open_series
 from lcray.data import SplitData
 from lcray.errors import TaskError
-from lcray.gradient import Evaluation
 from lcray.layers import Layer
 from lcray.outcomes import Outcome as Outcome
 from lcray.outcomes import SpanReport as SpanReport
 from lcray.outcomes import Tally
+from lcray.parts import Seat
 from lcray.path import Segment
 from lcray.planning import Plan, Settings, Span, SplitPlan, shares_pass
 from lcray.quadrature import get_rule
 from lcray.rowgroups import ElementsWriter
 from lcray.shards import ShardWriter
 from lcray.storage import Place
+from lcray.sums import Evaluation
 from lcray.tabulation import SplitTables
 from lcray.task import Task, source_hash
 from lcray.tuning import Tuning, tune
@@ -105,6 +105,8 @@ class Workspace:
         threads: intra-op threads; None leaves torch as it is.
         memory: bytes that this process may take; None for a share of what is free.
         sharers: processes that what is free is divided by.
+        partial_sums: parts to sum gradients in, before there is a plan.
+        seat: which worker of a team this is; one that has colleagues is the lead.
 
     Raises:
         TaskError: if model or data break the contract.
@@ -122,11 +124,20 @@ class Workspace:
         threads: int | None = 1,
         memory: int | None = None,
         sharers: int = 1,
+        partial_sums: int = 1,
+        seat: Seat | None = None,
     ) -> None:
         self.series = open_series(run, steps)
         self._where = run, steps
         self.bench = Workbench(
-            task, settings, device=device, threads=threads, memory=memory, sharers=sharers
+            task,
+            settings,
+            device=device,
+            threads=threads,
+            memory=memory,
+            sharers=sharers,
+            partial_sums=partial_sums,
+            seat=seat,
         )
         self.settings, self.task, self.flat = settings, task, self.bench.flat
         start = time.perf_counter()
@@ -136,12 +147,11 @@ class Workspace:
 
     def describe(self) -> Description:
         """What decides the numbers beside the settings."""
-        base = self.flat.base
         return Description(
             layers=self.flat.layers,
             split_hashes=self.bench.hashes,
             source_hash=source_hash(self.task, self.flat.model),
-            base_hash="" if base is None else hashlib.sha256(base.numpy().data).hexdigest(),
+            base_hash=self.bench.base_hash(),
             first_hash=self._first.sha256,
             device_kind=self.bench.device.type,
             device=torch.cuda.get_device_name() if self.bench.device.type == "cuda" else "cpu",
@@ -164,7 +174,8 @@ class Workspace:
         """
         self._go_to_first()
         tuning = tune(self.bench)
-        self.bench.adopt(tuning.batch_size, tuning.memory_format)
+        partial_sums = self.bench.engine.partial_sums
+        self.bench.adopt(tuning.batch_size, tuning.memory_format, partial_sums)
         self._go_to_first()
         plans, seconds = [], {}
         for split in self.bench.splits:
@@ -211,7 +222,7 @@ class Workspace:
 
         Without gradients.
         """
-        self.bench.adopt(plan.batch_size, plan.memory_format)
+        self.bench.adopt(plan.batch_size, plan.memory_format, plan.partial_sums)
         self._go_to_first()
         engine = self.bench.engine
         return {split.name: engine.evaluate(split, None).loss for split in self.bench.splits}
@@ -238,7 +249,9 @@ class Workspace:
                 nothing is committed then.
         """
         start = time.perf_counter()
-        self.bench.adopt(plan.batch_size, plan.memory_format)
+        self.bench.adopt(plan.batch_size, plan.memory_format, plan.partial_sums, whole=False)
+        if self.bench.engine.colleagues is not None:
+            self.bench.engine.colleagues.start(plan)
         for split, planned in zip(self.bench.splits, plan.splits, strict=True):
             if (split.name, split.groups) != (planned.name, planned.groups):
                 raise TaskError(f"task split {split.name!r}: other groups than in the plan")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from functools import partial
 
 import psutil
 import torch
@@ -14,6 +16,7 @@ from lcray.flat import FlatModel
 from lcray.gradient import GradientEngine
 from lcray.memory import available_bytes
 from lcray.normalization import depends_on_batches
+from lcray.parts import Seat, batches_of
 from lcray.planning import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_MEMORY_FORMAT,
@@ -36,6 +39,7 @@ class Workbench:
         flat: the model.
         engine: evaluates losses and gradients.
         hashes: SHA-256 of each split's data, in the task's order.
+        seat: which worker of a team this is.
         fixed_batches: whether batches are part of the loss, so that their size must not be tuned.
         batch_size: the most samples a batch holds.
         memory_format: of the model and its data, ``contiguous`` or ``channels_last``.
@@ -50,6 +54,8 @@ class Workbench:
         memory: bytes that this process may take, of the GPU's memory if it is on one; None for a
             share of what is free.
         sharers: processes that what is free is divided by.
+        partial_sums: parts to sum gradients in.
+        seat: which worker of a team this is.
 
     Raises:
         TaskError: if model or data break the contract.
@@ -65,6 +71,8 @@ class Workbench:
         threads: int | None = None,
         memory: int | None = None,
         sharers: int = 1,
+        partial_sums: int | None = None,
+        seat: Seat | None = None,
     ) -> None:
         _configure_torch(threads, settings.deterministic, device)
         self.device = _open_device(device)
@@ -73,6 +81,9 @@ class Workbench:
         model = call_model(task)
         self.flat = FlatModel(model, self.device, self._dtype, partial=settings.partial)
         self.engine = GradientEngine(self.flat, task, settings.batch_norm)
+        self.engine.partial_sums = settings.partial_sums or partial_sums or 1
+        self.seat = seat or Seat()
+        self._kept: int | None = None  # the parts that the seat's share was cut by; None: all
         self.fixed_batches = depends_on_batches(model, settings.batch_norm)
         self._sources: tuple[SplitSource, ...] | None = self._open()
         self.hashes = {source.name: source.sha256 for source in self._sources}
@@ -100,16 +111,33 @@ class Workbench:
                 self._sources = None  # copies of what batches hold now
         return self._splits
 
-    def adopt(self, batch_size: int, memory_format: str) -> None:
+    def adopt(
+        self, batch_size: int, memory_format: str, partial_sums: int = 1, *, whole: bool = True
+    ) -> None:
         """Take what a plan says; data and model are laid out anew only where that differs.
+
+        Args:
+            batch_size: the most samples a batch holds.
+            memory_format: ``contiguous`` or ``channels_last``.
+            partial_sums: parts to sum gradients in.
+            whole: whether all batches are needed, or only those of this seat.
 
         Raises:
             TaskError: if samples cannot be made into batches of this size.
         """
-        if batch_size != self.batch_size:
-            self.batch_size, self._splits = batch_size, None
+        kept = None if whole or self.seat.team == 1 else partial_sums
+        if batch_size != self.batch_size or not self._serves(kept):
+            self.batch_size, self._splits, self._kept = batch_size, None, kept
+        self.engine.partial_sums = partial_sums
         self._adopted = True
         self.set_memory_format(memory_format)
+
+    def _serves(self, kept: int | None) -> bool:
+        """Whether the splits are at hand: only these batches, or all of them, resident."""
+        all_there = self._kept is None and self._splits is not None
+        return self._kept == kept or (
+            all_there and all(split.batches.resident for split in self.splits)
+        )
 
     def set_memory_format(self, memory_format: str) -> None:
         """Lay out model and data in `memory_format`."""
@@ -117,6 +145,11 @@ class Workbench:
             self._splits = None
             self.flat.set_memory_format(memory_format)
             self.memory_format = memory_format
+
+    def base_hash(self) -> str:
+        """SHA-256 of the model's own values where checkpoints are partial, else empty."""
+        base = self.flat.base
+        return "" if base is None else hashlib.sha256(base.numpy().data).hexdigest()
 
     def excerpt(self, number: int, batch_size: int, count: int = 1) -> SplitData:
         """The largest `count` batches of a split cut to `batch_size`, without groups."""
@@ -129,8 +162,9 @@ class Workbench:
 
     def _cut(self) -> tuple[SplitData, ...]:
         splits, left = [], self.room // 2  # the other half is for activations
+        keep = None if self._kept is None else partial(batches_of, self.seat, self._kept)
         for source in self.sources:
-            split = source.cut(self.batch_size, place=self._place, resident_bytes=left)
+            split = source.cut(self.batch_size, place=self._place, resident_bytes=left, keep=keep)
             left -= split.batches.nbytes if split.batches.resident else 0
             splits.append(split)
         return tuple(splits)
@@ -148,7 +182,8 @@ class Workbench:
             room = int(_SHARE * available_bytes(self.device) / sharers)
         else:
             room = memory - self.base_bytes
-        vectors = vector_bytes(self.flat.layout.size, len(self.hashes), self.settings.dtype)
+        sizes = self.flat.layout.size, len(self.hashes)
+        vectors = vector_bytes(*sizes, self.settings.dtype, self.engine.partial_sums)
         return max(0, room - vectors)
 
 

@@ -244,10 +244,14 @@ class InlinePool:
         steps: str | None,
         threads: int,
         limit: int,
+        partial_sums: int = 1,
     ) -> None:
         self._worker = Worker()
         placement = place_workers(resources, [{"CPU": 2.0}], limit)
-        self._setup = Shipment.pack(source), run, settings, steps, threads, placement
+        self._setup = (
+            *(Shipment.pack(source), run, settings, steps, threads),
+            *(partial_sums, placement),
+        )
         self._description: Description | None = None
 
     def __enter__(self) -> InlinePool:

@@ -173,6 +173,12 @@ def test_memory_for_vectors(size: int, n_splits: int, dtype: str, n_bytes: int) 
     assert shares_pass(size, n_splits) is (size < 10_000 or n_splits < 3)
 
 
+def test_sums_in_parts_take_a_float64_vector_more() -> None:
+    for dtype in ("float32", "float64"):
+        whole = vector_bytes(1000, 2, dtype)
+        assert vector_bytes(1000, 2, dtype, 2) == vector_bytes(1000, 2, dtype, 9) == whole + 8000
+
+
 def test_any_memory_format_is_none_in_particular() -> None:
     asked = [Settings(), Settings(memory_format="contiguous")]
     assert [memory_format_of(settings) for settings in asked] == [None, "contiguous"]

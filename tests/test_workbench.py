@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from lcray.drafting import make_settings
 from lcray.errors import TaskError, UsageError
-from lcray.gradient import Evaluation
+from lcray.sums import Evaluation
 from lcray.task import Task
 from lcray.workbench import Workbench
 

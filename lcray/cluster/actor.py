@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import ray.cloudpickle
 
+from lcray.cluster.calls import plainly
 from lcray.cluster.connecting import in_one_line
-from lcray.errors import ClusterError, LcrayError, TaskError
+from lcray.cluster.team import Team
+from lcray.errors import ClusterError, TaskError
 from lcray.outcomes import SpanReport, report_of
+from lcray.parts import Seat
 from lcray.planning import Plan, Settings, Span
 from lcray.process import tune_process
 from lcray.reduction import Reduction, merge
@@ -22,9 +24,7 @@ from lcray.resources import Placement
 from lcray.shards import committed
 from lcray.span import Description, Probe, Workspace
 from lcray.storage import place
-from lcray.task import TaskSource
-
-T = TypeVar("T")
+from lcray.task import Task, TaskSource
 
 _SECONDS_A_BEAT = 1.0
 
@@ -49,6 +49,14 @@ class Shipment:
             raise TaskError(
                 f"task: cannot be sent to workers ({in_one_line(error)}); name it module:attribute"
             ) from error
+
+    def load(self) -> Task:
+        """The task, here; see `unpack`.
+
+        Raises:
+            TaskError: if it cannot be loaded.
+        """
+        return self.unpack().load()
 
     def unpack(self) -> TaskSource:
         """The source, importable here wherever the driver's folders exist here as well."""
@@ -78,12 +86,17 @@ class Worker:
         settings: Settings,
         steps: str | None,
         threads: int,
+        partial_sums: int,
         placement: Placement,
+        group: Any = None,
     ) -> Description:
-        """Build model and data."""
+        """Build model and data; the lead of a team has its members do so meanwhile."""
 
         def work() -> Description:
-            task = shipped.unpack().load()
+            team = None
+            if group is not None:
+                team = Team(group, placement, (shipped.load, settings, threads, partial_sums))
+            task = shipped.load()
             self._workspace = Workspace(
                 task,
                 run,
@@ -93,18 +106,23 @@ class Worker:
                 threads=threads,
                 memory=placement.memory,
                 sharers=placement.sharers,
+                partial_sums=partial_sums,
+                seat=Seat(0, placement.team),
             )
+            if team is not None:
+                team.welcome(self._workspace.bench, task)
+                self._workspace.bench.engine.colleagues = team
             return self._workspace.describe()
 
-        return _plainly(work)
+        return plainly(work)
 
     def probe(self) -> Probe:
         """Evaluate the splits at the first checkpoint."""
-        return _plainly(self._ready().probe)
+        return plainly(self._ready().probe)
 
     def losses(self, plan: Plan) -> dict[str, float]:
         """The mean loss of each split at the first checkpoint."""
-        return _plainly(lambda: self._ready().losses(plan))
+        return plainly(lambda: self._ready().losses(plan))
 
     def run_span(
         self, plan: Plan, span: Span, out: str, attempt: str, beats: Any = None
@@ -127,11 +145,11 @@ class Worker:
                 return report_of(found)
             return self._ready().run(plan, span, place(out), attempt, tell)
 
-        return _plainly(work)
+        return plainly(work)
 
     def reduce(self, out: str, allow_missing: bool) -> Reduction:
         """Merge the shards of `out`, here rather than in the driver."""
-        return _plainly(lambda: merge(out, allow_missing=allow_missing))
+        return plainly(lambda: merge(out, allow_missing=allow_missing))
 
     def _ready(self) -> Workspace:
         if self._workspace is None:
@@ -171,13 +189,3 @@ class _Telling:
         if now >= self._next:
             self._next = now + _SECONDS_A_BEAT
             self._beats.tell.remote(self._attempt, done)
-
-
-def _plainly(work: Callable[[], T]) -> T:
-    """Run `work`; what it raises leaves the worker as an error that any process can read."""
-    try:
-        return work()
-    except LcrayError as error:
-        raise type(error)(str(error)) from None
-    except Exception as error:
-        raise ClusterError(f"worker: {in_one_line(error)}") from error

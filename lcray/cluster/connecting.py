@@ -21,7 +21,7 @@ from lcray.process import environment, worker_environment
 from lcray.resources import Resources
 
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-_OBJECT_STORE = 128 * 2**20  # bytes; nothing but plans goes through it
+_OBJECT_STORE = 128 * 2**20  # bytes; nothing but plans goes through it, unless there are teams
 
 
 @contextmanager
@@ -38,7 +38,9 @@ def connection(resources: Resources) -> Iterator[None]:
     options: dict[str, Any] = {"address": address, "log_to_driver": False}
     options["logging_level"] = logging.ERROR
     if address == "local":
-        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+        options["include_dashboard"] = False
+        if resources.data_parallel == 1:
+            options["object_store_memory"] = _OBJECT_STORE
     handler = signal.getsignal(signal.SIGTERM)
     on_gpus = resources.gpus_per_worker != 0 and torch.cuda.device_count() > 0
     variables = worker_environment("cuda" if on_gpus else "cpu", resources.threads or 1)

@@ -7,38 +7,26 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from lcray.cluster.actor import Worker
+from lcray.cluster.calls import Reference, result
 from lcray.cluster.connecting import in_one_line
-from lcray.errors import ClusterError, LcrayError, TaskError, UsageError
-from lcray.resources import Resources, place_workers
+from lcray.cluster.team import give_back, options_of, reserve
+from lcray.errors import ClusterError, TaskError, TeamError, UsageError
+from lcray.resources import Placement, Resources, place_workers
 from lcray.span import Description
-
-Reference = Any  # of a result on the cluster: ray.ObjectRef
 
 _EARLY_DEATHS = 3  # a worker, in a row and while they set up, until the analysis ends
 
 _ASKED = 3  # workers for the same, until it is taken to be what kills them
 
 
-def result(reference: Reference) -> Any:
-    """What a call gave; an `LcrayError` of the worker's is raised as it was.
-
-    Raises:
-        RayError: if the worker is lost.
-    """
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, LcrayError):
-            raise type(cause)(str(cause)) from error
-        raise ClusterError(f"worker: {in_one_line(cause)}") from error
-
-
 class Crew:
     """Workers by number: those that are ready, and those that set up.
+
+    Where workers share gradients, a worker here is the lead of a team, which is placed, lost and
+    ended with it.
 
     Args:
         setup: the first arguments of `Worker.set_up`.
@@ -57,13 +45,19 @@ class Crew:
         self._numbers = itertools.count()
         self.ready: dict[int, Any] = {}  # actors
         self._starting: dict[Reference, tuple[int, Any]] = {}
+        self._rooms: dict[int, Any] = {}  # of teams
         self.description: Description | None = None
         self._early = 0  # deaths in a row
 
     @property
     def wanted(self) -> int:
-        """The number of workers that were asked for, or fit."""
+        """The number of workers, or teams, that were asked for, or fit."""
         return self._placed.workers
+
+    @property
+    def team(self) -> int:
+        """Workers that share a gradient."""
+        return self._placed.team
 
     @property
     def patience(self) -> float | None:
@@ -88,22 +82,22 @@ class Crew:
         surplus = len(self.ready) + len(self._starting) - self.wanted
         if self._resources.workers is None:
             for reference in list(self._starting)[-surplus:] if surplus > 0 else ():
-                ray.kill(self._starting.pop(reference)[1])
+                self._let_go(*self._starting.pop(reference))
 
     def fill(self, most: int) -> None:
         """Start workers until there are as many as are wanted, or `most`."""
         while len(self.ready) + len(self._starting) < min(self.wanted, most):
-            placed = self._placed
-            worker: Any = ray.remote(Worker)
-            actor = worker.options(
-                num_cpus=placed.cpus,
-                num_gpus=placed.gpus,
-                resources=dict(placed.custom),
-                scheduling_strategy="SPREAD",
-                max_restarts=0,
-            ).remote()
-            reference = actor.set_up.remote(*self._setup, placed)
-            self._starting[reference] = next(self._numbers), actor
+            number, placed, room = next(self._numbers), self._placed, None
+            if placed.team > 1:
+                room = self._rooms[number] = reserve(placed)
+            actor = _start(placed, room)
+            reference = actor.set_up.remote(*self._setup, placed, room)
+            self._starting[reference] = number, actor
+
+    def _let_go(self, number: int, actor: Any) -> None:
+        ray.kill(actor)
+        if number in self._rooms:
+            give_back(self._rooms.pop(number))
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """What a worker that is ready answers; another one is asked where it dies.
@@ -147,8 +141,8 @@ class Crew:
         number, actor = self._starting.pop(reference)
         try:
             found: Description = result(reference)
-        except RayError as error:
-            ray.kill(actor)
+        except (RayError, TeamError) as error:
+            self._let_go(number, actor)
             self._early += 1
             if self._early > _EARLY_DEATHS * self.wanted:
                 raise ClusterError(
@@ -169,14 +163,27 @@ class Crew:
 
     def end(self, number: int) -> None:
         """End a worker that is lost, hangs, or is no longer needed."""
-        ray.kill(self.ready.pop(number))
+        self._let_go(number, self.ready.pop(number))
 
     def dismiss(self) -> None:
         """End all of them."""
-        for actor in [*self.ready.values(), *(actor for _, actor in self._starting.values())]:
-            ray.kill(actor)
+        for number, actor in [*self.ready.items(), *self._starting.values()]:
+            self._let_go(number, actor)
         self.ready.clear()
         self._starting.clear()
+
+
+def _start(placed: Placement, room: Any) -> Any:
+    worker: Any = ray.remote(Worker)
+    if room is not None:
+        return worker.options(**options_of(placed, room, 0)).remote()
+    return worker.options(
+        num_cpus=placed.cpus,
+        num_gpus=placed.gpus,
+        resources=dict(placed.custom),
+        scheduling_strategy="SPREAD",
+        max_restarts=0,
+    ).remote()
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -12,12 +12,13 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lcray.cluster.actor import Beats
+from lcray.cluster.calls import Reference, result
 from lcray.cluster.connecting import in_one_line
-from lcray.cluster.crew import Crew, Reference, result
+from lcray.cluster.crew import Crew
 from lcray.cluster.metrics import Metrics
-from lcray.errors import LcrayError, TaskError
+from lcray.errors import LcrayError, TaskError, TeamError
 from lcray.outcomes import Outcome, SpanInHand, SpanReport, View
-from lcray.planning import Plan, Span
+from lcray.planning import Plan, Span, largest_share
 from lcray.quadrature import get_rule
 from lcray.scheduling import Assign, Decision, GiveUp, Policy, Replace, Scheduler
 from lcray.storage import Place
@@ -48,8 +49,8 @@ class Dispatch:
         self._scheduler = Scheduler(
             [len(span.intervals) for span in spans],
             policy=Policy() if crew.patience is None else Policy(patience=crew.patience, slack=0.0),
-            seconds=plan.seconds,
-            step_seconds=_step_seconds(plan),
+            seconds=_seconds(plan, crew.team),
+            step_seconds=_step_seconds(plan, crew.team),
         )
         self._outcome = Outcome()
         self._metrics = metrics
@@ -101,9 +102,10 @@ class Dispatch:
         held, now = self._scheduler.running.get(number), time.monotonic()
         try:
             report: SpanReport = result(reference)
-        except RayError as error:
+        except (RayError, TeamError) as error:
             self._crew.end(number)
-            reason = f"its worker died ({in_one_line(error)})"
+            lead = f"its worker died ({in_one_line(error)})"
+            reason = str(error) if isinstance(error, TeamError) else lead
             self._carry_out(self._scheduler.worker_lost(number, reason, now))
         except LcrayError as error:
             final = isinstance(error, TaskError)
@@ -175,15 +177,21 @@ class Dispatch:
             SpanInHand(self._spans[r.span], r.attempt, r.done, now - r.started)
             for r in self._scheduler.running.values()
         )
-        return View(len(self._crew.ready), running, self._outcome.failures)
+        return View(len(self._crew.ready) * self._crew.team, running, self._outcome.failures)
 
 
-def _step_seconds(plan: Plan) -> float | None:
+def _seconds(plan: Plan, team: int) -> float | None:
+    """What an interval should take."""
+    return plan.seconds and plan.seconds * largest_share(plan.partial_sums, team)
+
+
+def _step_seconds(plan: Plan, team: int) -> float | None:
     """The longest that one split of one interval should take: with all that refining may add."""
-    if plan.seconds is None:
+    seconds = _seconds(plan, team)
+    if seconds is None:
         return None
     refines = plan.settings.refine or get_rule(plan.settings.rule).probe_every > 0
-    return plan.seconds * (plan.settings.max_panels if refines else 1)
+    return seconds * (plan.settings.max_panels if refines else 1)
 
 
 def _start_beats() -> Any:

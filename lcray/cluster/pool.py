@@ -32,7 +32,8 @@ class Pool:
         resources: what may be used.
         steps: the range of steps to analyze, ``a:b``.
         threads: intra-op threads a worker.
-        limit: the most workers that there is work for.
+        limit: the most workers, or teams, that there is work for.
+        partial_sums: parts to sum gradients in, before there is a plan.
     """
 
     def __init__(
@@ -45,13 +46,14 @@ class Pool:
         steps: str | None,
         threads: int,
         limit: int,
+        partial_sums: int = 1,
     ) -> None:
-        setup = (Shipment.pack(source), run, settings, steps, threads)
+        setup = (Shipment.pack(source), run, settings, steps, threads, partial_sums)
         self._crew = Crew(setup, resources, limit)
 
     @property
     def size(self) -> int:
-        """The number of workers that were asked for, or fit."""
+        """The number of workers, or teams of them, that were asked for, or fit."""
         return self._crew.wanted
 
     def __enter__(self) -> Pool:

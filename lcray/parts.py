@@ -1,0 +1,151 @@
+"""Sums over the batches of a split in parts, which several workers may compute.
+
+Legend: P elements, L layers, G groups, D directions, k parts.
+
+The plan says how many parts the batches of a split are cut into. Each part has sums of its own, in
+the order of its batches, and the parts are added in their order, whoever computed them. So a result
+depends on their number alone, and losses not even on that: they are summed exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lcray.flat import FlatModel
+from lcray.path import Segment
+from lcray.planning import Plan
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A worker's place in a team.
+
+    Attributes:
+        index: from 0, which is the lead's.
+        team: workers of the team.
+    """
+
+    index: int = 0
+    team: int = 1
+
+
+def cut_parts(n_batches: int, partial_sums: int) -> tuple[range, ...]:
+    """The batches of each part: contiguous, none empty, sizes that differ by at most one."""
+    return _cut(n_batches, min(partial_sums, n_batches))
+
+
+def deal(n_parts: int, team: int) -> tuple[range, ...]:
+    """The parts that each worker of a team takes; the last ones may go empty-handed."""
+    return _cut(n_parts, team)
+
+
+def batches_of(seat: Seat, partial_sums: int, n_batches: int) -> range:
+    """The batches that the worker at `seat` needs."""
+    parts = cut_parts(n_batches, partial_sums)
+    own = [parts[number] for number in deal(len(parts), seat.team)[seat.index]]
+    return range(own[0].start, own[-1].stop) if own else range(0)
+
+
+def _cut(n: int, parts: int) -> tuple[range, ...]:
+    """The larger ones first."""
+    sizes = [n // parts + (number < n % parts) for number in range(parts)]
+    return tuple(range(a, b) for a, b in pairwise(accumulate(sizes, initial=0)))
+
+
+@dataclass(frozen=True)
+class PartSums:
+    """What the batches of a part come to, beside the gradient.
+
+    Attributes:
+        losses: Σ wℓ of each batch.
+        weights: Σ w of each batch.
+        lowest: the lowest weight of each batch that has weights.
+        n_items: items.
+        masses: Σ w of each group and, last, of items of none, [G + 1]; None without groups.
+        dots: directional derivatives of Σ wℓ of each group by layer, [D, G, L].
+    """
+
+    losses: tuple[float, ...]
+    weights: tuple[float, ...]
+    lowest: tuple[float, ...]
+    n_items: int
+    masses: Tensor | None
+    dots: Tensor
+
+    def to(self, device: torch.device | str) -> PartSums:
+        """The same on `device`."""
+        masses = None if self.masses is None else self.masses.to(device)
+        return replace(self, masses=masses, dots=self.dots.to(device))
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an evaluation takes place: θ(s) of a path, and the path after it if there is one."""
+
+    segment: Segment
+    s: float
+    following: Segment | None = None
+
+    def enter(self, flat: FlatModel) -> list[Segment]:
+        """Move the model there, and have gradients reach the buffers that move.
+
+        Returns:
+            the directions of the groups' derivatives.
+        """
+        directions = [self.segment] + ([] if self.following is None else [self.following])
+        moving = frozenset[int]().union(*(path.moving_buffers(flat) for path in directions))
+        flat.differentiate_buffers(moving)
+        self.segment.set_point(flat, self.s)
+        return directions
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of colleagues.
+
+    Attributes:
+        split: the name of the split.
+        site: where to evaluate it.
+        share: the factor of Σ w ∂ℓ/∂θ.
+        gradient: whether the gradient is wanted, beside the loss.
+    """
+
+    split: str
+    site: Site
+    share: float
+    gradient: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A part that a colleague has computed.
+
+    Attributes:
+        sums: its sums.
+        gradient: gives the elements of a slice of the part's gradient, float64 on the device; None
+            where none was asked for.
+    """
+
+    sums: PartSums
+    gradient: Callable[[slice], Tensor] | None
+
+
+class Colleagues(Protocol):
+    """The other workers of a team, as its lead sees them."""
+
+    def start(self, plan: Plan) -> None:
+        """A span of `plan` begins."""
+
+    def share_out(self, request: Request, n_parts: int) -> tuple[range, Iterator[Answer]]:
+        """Have the colleagues begin with their parts.
+
+        Returns:
+            the parts that are left to the lead, the first ones; and the others in their order, each
+            waited for as it is asked for.
+        """
