@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,9 +61,13 @@ def fill(cluster: Any) -> Any:
     return node
 
 
-def kill_node(cluster: Any) -> Any:
-    """Kill the raylet of a node that is not the head: its worker is an orphan, and may write on."""
-    node = next(node for node in cluster.list_all_nodes() if not node.head)
+def kill_node(cluster: Any, of: Collection[int] | None = None) -> Any:
+    """Kill the raylet of a node that is not the head: its worker is an orphan, and may write on.
+
+    With `of`, of a node that has started one of these processes.
+    """
+    nodes = [node for node in cluster.list_all_nodes() if not node.head]
+    node = next(node for node in nodes if of is None or workers_of(node) & {*of})
     process = node.all_processes["raylet"][0].process
     process.kill()
     process.wait()
@@ -91,12 +95,13 @@ class Undisturbed:
     tables: dict[str, bytes] = field(repr=False)
 
 
-def analyze_undisturbed(folder: Path) -> Undisturbed:
+def analyze_undisturbed(folder: Path, **options: Any) -> Undisturbed:
     """In this process, without Ray."""
     run = scenes.record(scenes.plain, folder / "run", steps=STEPS)
     with pytest.MonkeyPatch.context() as patch:
         scenes.work_inline(patch)
-        found = lcray.analyze(run, "scenes:plain", folder / "out", span_length=SPAN, elements=True)
+        options |= {"span_length": SPAN, "elements": True}
+        found = lcray.analyze(run, "scenes:plain", folder / "out", **options)
     return Undisturbed(run, found.plan, scenes.tables(folder / "out"))
 
 

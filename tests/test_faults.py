@@ -92,6 +92,24 @@ def test_a_node_leaves_and_another_one_joins(job: Job, cluster: Any) -> None:
     job.check()
 
 
+def test_a_node_leaves_with_a_worker_of_a_team(cluster: Any, tmp_path: Path) -> None:
+    """A team of two on two nodes: what is left of it is ended, and its room given back."""
+    undisturbed = jobs.analyze_undisturbed(tmp_path / "undisturbed", partial_sums=2)
+    jobs.fill(cluster)
+    job = jobs.make_job(tmp_path, cluster.address, undisturbed)
+    driver = job.start("--data-parallel", 2)
+    first: set[int] = job.wait(lambda: found if len(found := job.at_work()) == 2 else None)
+    assert len({psutil.Process(pid).ppid() for pid in first}) == 2, "one a node"
+    before = job.done()
+    cluster.remove_node(jobs.kill_node(cluster, first), allow_graceful=False)
+    job.wait(lambda: len(job.at_work() - first) == 2)
+    job.wait(lambda: job.done() > before)
+    job.finish(driver)
+    soon(lambda: not any(map(alive, first)))
+    assert max(job.tries()) >= 2
+    job.check()
+
+
 def test_the_driver_is_killed_and_started_again(job: Job) -> None:
     driver = job.start("--workers", 3)
     job.wait(lambda: job.done() >= 3)
