@@ -2,7 +2,8 @@
 
 Every sample is in exactly one batch, and the sizes of the batches of a block differ by at most
 one. A block is the whole split in its natural order; or, where groups cost nothing, the samples
-of one group; or, where batches are part of the loss, a seeded permutation of the split.
+of one group; or, where batches are part of the loss, a seeded permutation of the split. Of a sample
+of the split, a block is what one replicate has of that.
 
 A split is read and hashed once, when it is opened; it can then be cut to any batch size.
 """
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 from lcray.batches import Batches
-from lcray.errors import TaskError
+from lcray.errors import TaskError, UsageError
 from lcray.nested import Digest, count_bytes, map_tensors
 from lcray.samples import FEW, Index, Samples, open_samples
+from lcray.sampling import Draw, draw
 from lcray.task import Data, Task
 
 MAX_GROUPS = 10_000
@@ -39,7 +41,7 @@ class SplitData:
 
     Attributes:
         name: of the split.
-        n_samples: samples in all.
+        n_samples: samples that are evaluated.
         batches: on the device, or streamed to it; floats in the compute dtype. They are copies, so
             that a loss that writes into its batch does not reach the user's data.
         batch_sizes: samples a batch.
@@ -50,6 +52,9 @@ class SplitData:
         groups: the labels that occur, ascending.
         sorted_by_group: whether each batch holds one group.
         sha256: of the samples in their natural order, however they are cut.
+        drawn_from: samples in the data set, if some were drawn from it.
+        replicates: the replicate of each batch; empty unless some were drawn.
+        n_replicates: how many there are; 0 unless some were drawn.
     """
 
     name: str
@@ -62,6 +67,9 @@ class SplitData:
     groups: tuple[int, ...]
     sorted_by_group: bool
     sha256: str
+    drawn_from: int | None = None
+    replicates: tuple[int, ...] = ()
+    n_replicates: int = 0
 
     def first_batch(self) -> SplitData:
         """The first batch alone, resident and without groups."""
@@ -84,10 +92,11 @@ class SplitSource:
 
     Attributes:
         name: of the split.
-        n_samples: samples in all.
+        n_samples: samples to evaluate.
         groups: the group labels that occur, ascending.
         sorted_by_group: whether batches will hold one group each.
         sha256: of the samples in their natural order.
+        draw: the samples that were drawn from the data set; None where all are evaluated.
     """
 
     name: str
@@ -95,10 +104,12 @@ class SplitSource:
     groups: tuple[int, ...]
     sorted_by_group: bool
     sha256: str
+    draw: Draw | None
     _task: Task = field(repr=False)
     _samples: Samples = field(repr=False)
     _blocks: tuple[Index, ...] = field(repr=False)
     _constants: tuple[int, ...] | None = field(repr=False)  # the label of each block's items
+    _replicates: tuple[int, ...] = field(repr=False)  # of each block, where samples were drawn
 
     def cut(self, batch_size: int, *, place: Place, resident_bytes: int | None = None) -> SplitData:
         """Cut the split into batches, without hashing it again.
@@ -137,6 +148,9 @@ class SplitSource:
             groups=groups,
             sorted_by_group=bool(labels) and is_sorted,
             sha256=self.sha256,
+            drawn_from=None if self.draw is None else self.draw.population,
+            replicates=self._by_batch(self._replicates, batch_size),
+            n_replicates=0 if self.draw is None else self.draw.n_replicates,
         )
 
     def excerpt(self, batch_size: int, count: int, *, place: Place) -> SplitData:
@@ -184,6 +198,12 @@ class SplitSource:
             for cut in _cut(block, batch_size)
         ]
 
+    def _by_batch(self, by_block: tuple[int, ...], batch_size: int) -> tuple[int, ...]:
+        if not by_block:
+            return ()
+        pairs = zip(self._blocks, by_block, strict=True)
+        return tuple(number for block, number in pairs for _ in _cut(block, batch_size))
+
     def _place(
         self,
         cuts: Sequence[Index],
@@ -215,7 +235,14 @@ class SplitSource:
 
 
 def open_split(
-    name: str, data: Data, task: Task, *, fixed_seed: int | None, chunk: int = CHUNK
+    name: str,
+    data: Data,
+    task: Task,
+    *,
+    fixed_seed: int | None,
+    chunk: int = CHUNK,
+    samples: int | None = None,
+    sample_seed: int = 0,
 ) -> SplitSource:
     """Read a split once: hash it, and find its groups and the order of its samples.
 
@@ -225,16 +252,26 @@ def open_split(
         task: for its collate function and its groups.
         fixed_seed: the seed of the permutation where batches are part of the loss, else None.
         chunk: samples that are read at a time.
+        samples: the most to take, drawn at random; the others are never read. None takes all.
+        sample_seed: seed of the draw.
 
     Raises:
         TaskError: if samples cannot be read or made into batches, differ when read twice, or have
             group labels that cannot be used.
+        UsageError: if samples would be drawn where batches are part of the loss.
     """
-    samples = open_samples(name, data, task)
-    n = len(samples)
+    population = len(data[0] if isinstance(data, tuple) else data)  # type: ignore[arg-type]
+    drawn = draw(name, population, samples, sample_seed)
+    if drawn is not None and fixed_seed is not None:
+        raise UsageError(
+            f"samples {samples}: BatchNorm takes the statistics of a batch, so a loss is one of "
+            f"batches, not of samples; use --batch-norm running, or all of split {name!r}"
+        )
+    taken = open_samples(name, data, task, None if drawn is None else drawn.numbers)
+    n = len(taken)
     digest = Digest()
     survey = _Survey(sort=fixed_seed is None)
-    for size, make in samples.scan(digest, chunk):
+    for size, make in taken.scan(digest, chunk):
         if task.groups is not None:
             survey.add(_labels(name, task, make()).numpy(), size)
     groups = _groups_of(name, survey.known)
@@ -244,22 +281,30 @@ def open_split(
         rng = np.random.default_rng([fixed_seed, zlib.crc32(name.encode())])
         blocks = (rng.permutation(n),)
     by_sample = survey.labels()
-    if by_sample is not None and not _confirmed(name, task, samples, by_sample):
+    if by_sample is not None and not _confirmed(name, task, taken, by_sample):
         by_sample = None
     if by_sample is not None:
         found = np.unique(by_sample).tolist()
         blocks = tuple(_as_range(np.flatnonzero(by_sample == label)) for label in found)
         constants = tuple(found) if survey.one_item else None
+    replicates: tuple[int, ...] = ()
+    if drawn is not None:
+        parts = [(b, *part) for b, block in enumerate(blocks) for part in drawn.parts(block)]
+        blocks = tuple(_as_range(part) for _, _, part in parts)
+        replicates = tuple(replicate for _, replicate, _ in parts)
+        constants = None if constants is None else tuple(constants[b] for b, _, _ in parts)
     return SplitSource(
         name=name,
         n_samples=n,
         groups=groups,
         sorted_by_group=by_sample is not None,
         sha256=digest.hexdigest(),
+        draw=drawn,
         _task=task,
-        _samples=samples,
+        _samples=taken,
         _blocks=blocks,
         _constants=constants,
+        _replicates=replicates,
     )
 
 

@@ -77,7 +77,9 @@ def check_settings(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UsageError(f"{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("batch_seed", "trace_seed"):
+    if settings.samples is not None and settings.samples < 2:
+        raise UsageError(f"samples {settings.samples}: must be at least 2, to tell how they differ")
+    for name in ("batch_seed", "trace_seed", "sample_seed"):
         if getattr(settings, name) < 0:
             seed = getattr(settings, name)
             raise UsageError(f"{name.replace('_', '-')} {seed}: must not be negative")
@@ -280,6 +282,8 @@ def _tables(
         "layers": True,
         "units": True,
         "groups": any(split.groups for split in splits),
+        "replicates": any(split.replicate_weights for split in splits),
+        "replicate_layers": any(split.replicate_weights for split in splits),
         "histograms": True,
         "parameters": parameters,
         "traces": parameters,

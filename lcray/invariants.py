@@ -48,6 +48,9 @@ def relations(plan: Plan, spans: Collection[str]) -> dict[str, pa.Table]:
             {
                 "split": pa.array([s.name for s in plan.splits], pa.string()),
                 "n_groups": pa.array([len(s.groups) for s in plan.splits], pa.int64()),
+                "n_replicates": pa.array(
+                    [len(s.replicate_weights) for s in plan.splits], pa.int64()
+                ),
                 "one_pass": pa.array([s.sorted_by_group for s in plan.splits], pa.bool_()),
             }
         ),
@@ -118,6 +121,19 @@ def coverage(plan: Plan) -> Iterator[Invariant]:
         WHERE coalesce(n, 0) != n_groups ORDER BY ALL""",
     )
     yield Invariant(
+        "replicates has every replicate once",
+        ("replicates", "intervals"),
+        f"""WITH {_DUE}, found AS (
+            SELECT split, start_step, count(*) AS n, min(replicate) AS low, max(replicate) AS high
+            FROM replicates GROUP BY ALL)
+        SELECT split, start_step, n AS rows, n_replicates AS expected
+        FROM (SELECT * FROM due JOIN plan_splits USING (split))
+        FULL JOIN found USING (split, start_step)
+        WHERE NOT coalesce(n = n_replicates AND low = 0 AND high = n_replicates - 1,
+            n_replicates = 0, false) ORDER BY ALL""",
+    )
+    yield _complete("replicate_layers", "replicate", "n_replicates", "n_replicates > 0")
+    yield Invariant(
         "parameters has every element of a layer once",
         ("parameters",),
         """WITH found AS (
@@ -157,7 +173,8 @@ def _complete(table: str, column: str, size: str, which: str) -> Invariant:
             SELECT split, start_step, layer, count(*) AS n, min({column}) AS low,
                 max({column}) AS high FROM {table} GROUP BY ALL)
         SELECT split, start_step, layer, n AS rows, {size} AS expected
-        FROM (SELECT * FROM due CROSS JOIN plan_layers WHERE {which})
+        FROM (SELECT * FROM due JOIN plan_splits USING (split) CROSS JOIN plan_layers
+            WHERE {which})
         LEFT JOIN found USING (split, start_step, layer)
         WHERE NOT coalesce(n = {size} AND low = 0 AND high = {size} - 1, {size} = 0)
         ORDER BY ALL""",
@@ -169,6 +186,7 @@ def invariants(plan: Plan) -> Iterator[Invariant]:
     yield from _losses(plan)
     yield from _layers()
     yield from _parts(plan)
+    yield from _replicates(plan)
     yield from _over_time(plan)
 
 
@@ -280,6 +298,49 @@ def _parts(plan: Plan) -> Iterator[Invariant]:
         SELECT split, start_step, layer, total AS sum, lc
         FROM ok JOIN sums USING (split, start_step, layer)
         WHERE NOT coalesce(abs(total - lc) <= 1e-7 * scale + 1.5e-45 * numel, false)
+        ORDER BY ALL""",
+    )
+
+
+def _replicates(plan: Plan) -> Iterator[Invariant]:
+    rounded = _ROUNDED[plan.settings.dtype]
+    yield Invariant(
+        "weighted LC of replicate_layers adds up to that of layers",
+        ("intervals", "layers", "replicate_layers"),
+        f"""WITH {_OK}, sums AS (
+            SELECT split, start_step, layer, fsum(lc * weight) AS total,
+                sum(abs(lc * weight)) AS parts FROM replicate_layers GROUP BY ALL)
+        SELECT split, start_step, layer, total AS sum, lc
+        FROM ok JOIN sums USING (split, start_step, layer)
+        WHERE NOT coalesce(abs(total - lc) <= {max(_SUM, rounded)!r} * (scale + parts)
+            + {rounded!r} * coalesce(update_norm * gradient_norm, 0), false)
+        ORDER BY ALL""",
+    )
+    yield Invariant(
+        "LC and weight of replicates are those of replicate_layers",
+        ("replicates", "replicate_layers"),
+        f"""WITH sums AS (
+            SELECT split, start_step, replicate, fsum(lc) AS total, sum(abs(lc)) AS scale,
+                min(weight) AS low, max(weight) AS high FROM replicate_layers GROUP BY ALL)
+        SELECT split, start_step, replicate, total AS sum, lc, weight
+        FROM replicates LEFT JOIN sums USING (split, start_step, replicate)
+        WHERE NOT coalesce(abs(total - lc) <= {_SUM!r} * scale AND low = weight AND high = weight,
+            false) ORDER BY ALL""",
+    )
+    yield Invariant(
+        "weighted losses of replicates add up to those of intervals",
+        ("intervals", "replicates"),
+        f"""WITH sums AS (
+            SELECT split, start_step, any_value(end_step) AS last, count(DISTINCT end_step) AS ends,
+                fsum(loss_start * weight) AS before, fsum(loss_end * weight) AS after,
+                fsum(loss_change * weight) AS change, fsum(weight) AS share,
+                sum((abs(loss_start) + abs(loss_end)) * weight) AS scale
+            FROM replicates GROUP BY ALL)
+        SELECT split, start_step, before, loss_start, after, loss_end, change, loss_change, share
+        FROM intervals JOIN sums USING (split, start_step)
+        WHERE NOT coalesce(last = end_step AND ends = 1 AND abs(share - 1) <= {_SUM!r}
+            AND greatest(abs(before - loss_start), abs(after - loss_end),
+                abs(change - loss_change)) <= {_SUM!r} * scale, false)
         ORDER BY ALL""",
     )
 

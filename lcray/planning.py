@@ -36,6 +36,8 @@ class Settings:
         rtol: an interval has converged when |gap| <= max(rtol·|loss change|, atol).
         max_panels: the cap of the refinement.
         splits: the splits to analyze; None for all of the task's.
+        samples: the most samples of a split that are taken, drawn at random; None takes all.
+        sample_seed: seed of the draw.
         layers: a pattern (``conv*``) for the layers that get rows in the tables below `layers`.
         batch_norm: ``running`` (the checkpoint's statistics) or ``batch`` (the batch's own).
         dtype: of the forward and backward pass, ``float32`` or ``float64``.
@@ -59,6 +61,8 @@ class Settings:
     rtol: float = 1e-3
     max_panels: int = 16
     splits: tuple[str, ...] | None = None
+    samples: int | None = None
+    sample_seed: int = 0
     layers: str | None = None
     batch_norm: str = "running"
     dtype: str = "float32"
@@ -112,7 +116,7 @@ class SplitPlan:
 
     Attributes:
         name: of the split.
-        n_samples: samples in the data set.
+        n_samples: samples that are evaluated.
         n_items: items the loss is a mean over.
         total_weight: Σ w over the items.
         first_loss: the mean loss at the first checkpoint; it scales atol; None if not finite.
@@ -120,6 +124,9 @@ class SplitPlan:
         groups: the labels of the groups, in order; empty where the task has none.
         group_weights: Σ w of each group.
         sorted_by_group: whether every batch holds one group, so that groups cost nothing.
+        drawn_from: samples in the data set, where some were drawn from it; None where all are
+            evaluated.
+        replicate_weights: Σ w of each replicate of the samples that were drawn.
     """
 
     name: str
@@ -131,6 +138,8 @@ class SplitPlan:
     groups: tuple[int, ...] = ()
     group_weights: tuple[float, ...] = ()
     sorted_by_group: bool = False
+    drawn_from: int | None = None
+    replicate_weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -246,10 +255,22 @@ def _check(plan: Plan) -> None:
             raise ValueError("a layer or split twice")
     for layer in plan.layers:
         _check_layer(layer)
+    for split in plan.splits:
+        _check_sample(split)
     if plan.settings.dtype not in ("float32", "float64"):
         raise ValueError(f"unknown dtype {plan.settings.dtype!r}")
     if min(plan.window, plan.threads, plan.batch_size, plan.trace_sample + 1) < 1:
         raise ValueError("a window, batch size, sample or number of threads out of range")
+
+
+def _check_sample(split: SplitPlan) -> None:
+    weights, count = split.replicate_weights, len(split.replicate_weights)
+    if split.drawn_from is None:
+        sound = count == 0
+    else:
+        sound = 2 <= count <= split.n_samples < split.drawn_from
+    if not sound or (weights and not (min(weights) >= 0 and 0 < sum(weights) < math.inf)):
+        raise ValueError(f"split {split.name!r} with an impossible sample")
 
 
 def _check_layer(layer: Layer) -> None:

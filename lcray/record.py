@@ -126,6 +126,12 @@ def make_notes(description: Description, settings: Settings) -> tuple[str, ...]:
     """What to keep in mind about numbers from such a run."""
     few, many = description.low_precision, description.double_precision
     notes = []
+    for name, (taken, population) in description.drawn.items():
+        notes.append(
+            f"split {name!r}: {taken:,} of {population:,} samples, drawn at random with seed "
+            f"{settings.sample_seed}: losses and LC are estimates; confidence() of lcray.open says "
+            "how far they may be off"
+        )
     if description.fixed_batches and settings.batch_size is None:
         notes.append(
             f"batches of up to {DEFAULT_BATCH_SIZE} samples: BatchNorm takes their statistics, so "

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from lcray.arrow import largest_group
 from lcray.checkpoints.naming import matches
+from lcray.confidence import frame, sums
 from lcray.errors import CorruptionError, OutputError, UsageError, suggest
 from lcray.files import FileEntry, confined, exists, read_json, read_sealed
 from lcray.planning import Plan, read_notes
@@ -34,6 +35,8 @@ _OPTIONS = {
     "traces": "analyze with --parameters",
     "units": "analyze with --units",
     "groups": "give the task groups, and analyze",
+    "replicates": "analyze with --samples",
+    "replicate_layers": "analyze with --samples",
 }
 
 
@@ -151,6 +154,16 @@ class Results:
         """LC of each group's mean loss; raises as `arrow`."""
         return self.table("groups", steps=steps, layers=layers)
 
+    def replicates(self, *, steps: str | None = None) -> pd.DataFrame:
+        """Loss and LC on each replicate of a sample; raises as `arrow`."""
+        return self.table("replicates", steps=steps)
+
+    def replicate_layers(
+        self, *, steps: str | None = None, layers: str | None = None
+    ) -> pd.DataFrame:
+        """LC of every layer on each replicate of a sample; raises as `arrow`."""
+        return self.table("replicate_layers", steps=steps, layers=layers)
+
     def histograms(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
         """Absolute LC on a logarithmic scale; raises as `arrow`."""
         return self.table("histograms", steps=steps, layers=layers)
@@ -170,6 +183,24 @@ class Results:
     def fits(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
         """Distributions fitted to absolute LC; window -1 is the whole run; raises as `arrow`."""
         return self.table("fits", steps=steps, layers=layers)
+
+    def confidence(
+        self, *, steps: str | None = None, layers: str | None = None, level: float = 0.95
+    ) -> pd.DataFrame:
+        """Loss change and LC over some intervals, and how far a sample of the data may be off.
+
+        Returns:
+            Columns split, quantity (``loss_change``, ``lc``), layer (empty for all together),
+            estimate, se, low and high; see `lcray.confidence`. Splits that were taken whole have
+            se 0. Intervals that are not ok count nothing.
+
+        Raises:
+            UsageError: for `steps`, `layers` or a level, not in (0, 1), that cannot be used.
+            CorruptionError: if the tables cannot be read.
+        """
+        asked = sums(*_bounds(steps or ":"), replicated="replicates" in self.tables)
+        names = self._layers(layers)
+        return frame(self.plan.splits, names, self.sql_arrow(asked).to_pandas(), level)
 
     def table(
         self, name: str, *, steps: str | None = None, layers: str | None = None
@@ -306,26 +337,26 @@ class Results:
     def _within(self, name: str, steps: str | None) -> pc.Expression | None:
         if steps is None:
             return None
-        match = re.fullmatch(r"(\d*):(\d*)", steps)
-        if match is None:
-            raise UsageError(f"steps {steps!r}: give a range such as '0:100', '100:' or ':100'")
+        first, last = _bounds(steps)
         column = next((c for c in TABLES[name].key if c in _TIME), None)
         if column is None:
             raise UsageError(f"table {name!r} is over the whole run: leave steps out")
-        first, last = match.groups()
-        condition = pc.field(column) >= int(first or 0)
-        return condition & (pc.field(column) < int(last)) if last else condition
+        condition = pc.field(column) >= first
+        return condition if last is None else condition & (pc.field(column) < last)
 
     def _matching(self, name: str, pattern: str | None) -> pc.Expression | None:
         if pattern is None:
             return None
         if "layer" not in TABLES[name].key:
             raise UsageError(f"table {name!r} has no layers: leave the pattern out")
+        return pc.field("layer").cast(pa.string()).isin(self._layers(pattern))
+
+    def _layers(self, pattern: str | None) -> list[str]:
         names = [layer.name for layer in self.plan.layers]
-        matching = [layer for layer in names if matches(layer, pattern)]
+        matching = [layer for layer in names if pattern is None or matches(layer, pattern)]
         if not matching:
-            raise UsageError(suggest(pattern, names, "layer"))
-        return pc.field("layer").cast(pa.string()).isin(matching)
+            raise UsageError(suggest(str(pattern), names, "layer"))
+        return matching
 
     def _frame(self, table: pa.Table) -> pd.DataFrame:
         """A frame whose missing integers and booleans stay such, splits and layers in order."""
@@ -346,6 +377,14 @@ class Results:
             elif table.column(field.name).null_count and pa.types.is_boolean(field.type):
                 frame[field.name] = frame[field.name].astype("boolean")
         return frame
+
+
+def _bounds(steps: str) -> tuple[int, int | None]:
+    match = re.fullmatch(r"(\d*):(\d*)", steps)
+    if match is None:
+        raise UsageError(f"steps {steps!r}: give a range such as '0:100', '100:' or ':100'")
+    first, last = match.groups()
+    return int(first or 0), int(last) if last else None
 
 
 def _distinct(names: list[str]) -> list[str]:

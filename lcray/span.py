@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Description:
         low_precision: layers that the first checkpoint stores in 16 bits or fewer.
         double_precision: layers that it stores in 64 bits.
         fixed_batches: whether batches are part of the loss, so that their size is never tuned.
+        drawn: samples taken and samples in the data set, of each split that is not taken whole.
     """
 
     layers: tuple[Layer, ...]
@@ -67,6 +68,7 @@ class Description:
     low_precision: tuple[str, ...] = ()
     double_precision: tuple[str, ...] = ()
     fixed_batches: bool = False
+    drawn: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class Workspace:
             low_precision=self._stored_in(1, 2),
             double_precision=self._stored_in(8),
             fixed_batches=self.bench.fixed_batches,
+            drawn=self.bench.drawn,
         )
 
     def _stored_in(self, *sizes: int) -> tuple[str, ...]:
@@ -242,6 +245,9 @@ class Workspace:
         for split, planned in zip(self.bench.splits, plan.splits, strict=True):
             if (split.name, split.groups) != (planned.name, planned.groups):
                 raise TaskError(f"task split {split.name!r}: other groups than in the plan")
+            sample = split.drawn_from, split.n_replicates
+            if sample != (planned.drawn_from, len(planned.replicate_weights)):
+                raise TaskError(f"task split {split.name!r}: another sample than in the plan")
         if span.last > self.series.steps[-1]:  # the run has grown since
             self.series = open_series(*self._where)
         release()  # what building, probing or the span before have left
@@ -316,6 +322,8 @@ def _split_plan(split: SplitData, found: Evaluation) -> SplitPlan:
         groups=split.groups,
         group_weights=found.group_weights,
         sorted_by_group=split.sorted_by_group,
+        drawn_from=split.drawn_from,
+        replicate_weights=found.replicate_weights,
     )
 
 

@@ -112,7 +112,7 @@ DAMAGE = {
 def test_every_damaged_parquet_file_is_found(sound: Path, tmp_path: Path, damage: str) -> None:
     out = copied(sound, tmp_path / "out")
     paths = sorted(out.rglob("*.parquet"))
-    assert len(paths) == 3 * 9 + 9
+    assert len(paths) == 3 * 11 + 11
     for path in paths:
         if DAMAGE[damage] is None:
             path.unlink()
@@ -250,6 +250,36 @@ BROKEN: dict[str, tuple[str, Callable[[list[Row]], list[Row]], str]] = {
         at(2, weight=SMALL),
         "weighted LC of groups adds up to that of layers",
     ),
+    "LC of a layer on a replicate": (
+        "replicate_layers",
+        at(2, lc=SMALL),
+        "weighted LC of replicate_layers adds up to that of layers",
+    ),
+    "weight of a replicate": (
+        "replicates",
+        at(2, weight=SMALL),
+        "LC and weight of replicates are those of replicate_layers",
+    ),
+    "LC of a replicate": (
+        "replicates",
+        at(2, lc=SMALL),
+        "LC and weight of replicates are those of replicate_layers",
+    ),
+    "loss change of a replicate": (
+        "replicates",
+        at(2, loss_change=SMALL),
+        "weighted losses of replicates add up to those of intervals",
+    ),
+    "loss of a replicate": (
+        "replicates",
+        at(2, loss_end=lambda _: None),
+        "weighted losses of replicates add up to those of intervals",
+    ),
+    "the end of a replicate's interval": (
+        "replicates",
+        at(2, end_step=1),
+        "weighted losses of replicates add up to those of intervals",
+    ),
     "helping LC": ("layers", at(2, lc_helping=-SMALL), "lc_helping + lc_hurting = lc"),
     "helping and hurting LC exchanged": (
         "layers",
@@ -349,6 +379,12 @@ BROKEN: dict[str, tuple[str, Callable[[list[Row]], list[Row]], str]] = {
     "a unit missing": ("units", without(3), "units has every unit of a layer once"),
     "the last unit missing": ("units", without(2), "units has every unit of a layer once"),
     "a group missing": ("groups", without(3), "groups has every group of a layer or none"),
+    "a replicate missing": ("replicates", without(3), "replicates has every replicate once"),
+    "a layer missing on a replicate": (
+        "replicate_layers",
+        without(3),
+        "replicate_layers has every replicate of a layer once",
+    ),
     "an element missing": ("elements", without(3), "elements has every index of a layer once"),
     "a parameter missing": (
         "parameters",
