@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import output_factory as factory
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -30,6 +31,7 @@ from lcray.drafting import make_settings
 from lcray.errors import TaskError, UsageError
 from lcray.in_memory import allocate
 from lcray.planning import Plan, SplitPlan
+from lcray.reduction import reduce
 from lcray.sampling import draw
 from lcray.span import Workspace
 from lcray.task import Task
@@ -319,6 +321,42 @@ class TestTables:
             row = found.loc[("train", *key)]
             assert row["se"] == pytest.approx(error, rel=1e-9)
             assert row["high"] - row["low"] == pytest.approx(2 * 2.2621572 * error, rel=1e-7)
+
+    def test_intervals_that_are_not_ok_count_nothing(self, tmp_path: Path) -> None:
+        """On planted tables: shares ¼, ⅜, ⅜ of 2, 3 and 3 samples, of 20."""
+        world = factory.make_world(bad={("train", 4): "nonfinite_gradient"})
+        factory.write_analysis(tmp_path, world)
+        for span in world.plan.spans:
+            rows = factory.intervals(world, factory.span_range(world, span))
+            for row in rows:
+                if row["status"] != "ok":
+                    row["loss_change"] = 100.0
+            factory.write_span(tmp_path, world, span, rows={"intervals": rows})
+        reduce(tmp_path)
+        found = lcray.open(tmp_path).confidence().set_index(["split", "quantity", "layer"])
+        for split in ("val", "train"):
+            ts = [t for t in range(6) if world.ok(split, t)]
+            change = sum(world.loss[split][t + 1] - world.loss[split][t] for t in ts)
+            row = found.loc[(split, "loss_change", "")]
+            assert row["estimate"] == pytest.approx(change, rel=1e-12)
+            lc = sum(world.lc[split, "a.bias"][t].sum() for t in ts)
+            row = found.loc[(split, "lc", "a.bias")]
+            assert row["estimate"] == pytest.approx(lc, rel=1e-12)
+            parts = np.zeros(3)
+            for line in factory.replicate_layers(world, range(6)):
+                if (line["split"], line["layer"]) == (split, "a.bias"):
+                    parts[line["replicate"]] += line["lc"]
+            spread = (np.array(factory.DRAWN) ** 2 * (parts - lc) ** 2).sum()
+            error = math.sqrt((1 - 8 / 20) * spread / (1 - (4 + 9 + 9) / 64))
+            assert row["se"] == pytest.approx(error, rel=1e-9)
+
+    @pytest.mark.slow
+    @pytest.mark.ray
+    @pytest.mark.usefixtures("ray_cluster")
+    def test_workers_change_nothing(self, out: Path, plain_run: Path, tmp_path: Path) -> None:
+        plan, resources = lcray.open(out).plan, lcray.Resources(workers=3)
+        lcray.analyze(plain_run, "scenes:plain", tmp_path / "out", plan=plan, resources=resources)
+        assert scenes.tables(tmp_path / "out") == scenes.tables(out)
 
     def test_layers_levels_and_steps_are_chosen(self, out: Path) -> None:
         tables = lcray.open(out)
