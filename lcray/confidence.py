@@ -38,15 +38,15 @@ _SUMS = """
         fsum(loss_change) AS value FROM intervals WHERE status = 'ok' AND {when} GROUP BY ALL
     UNION ALL SELECT split, 'lc', '', -1, fsum(lc)
         FROM intervals WHERE status = 'ok' AND {when} GROUP BY ALL
-    UNION ALL SELECT split, 'lc', layer, -1, fsum(lc)
+    UNION ALL SELECT split, 'lc of layer', layer, -1, fsum(lc)
         FROM layers WHERE lc IS NOT NULL AND {when} GROUP BY ALL"""
 _REPLICATE_SUMS = """
     UNION ALL SELECT split, 'loss_change', '', replicate, fsum(loss_change)
-        FROM replicates WHERE {when} GROUP BY ALL
+        FROM replicates WHERE replicate >= 0 AND {when} GROUP BY ALL
     UNION ALL SELECT split, 'lc', '', replicate, fsum(lc)
-        FROM replicates WHERE {when} GROUP BY ALL
-    UNION ALL SELECT split, 'lc', layer, replicate, fsum(lc)
-        FROM replicate_layers WHERE {when} GROUP BY ALL"""
+        FROM replicates WHERE replicate >= 0 AND {when} GROUP BY ALL
+    UNION ALL SELECT split, 'lc of layer', layer, replicate, fsum(lc)
+        FROM replicate_layers WHERE replicate >= 0 AND {when} GROUP BY ALL"""
 
 
 @dataclass(frozen=True)
@@ -154,17 +154,18 @@ def frame(
     Args:
         splits: of the plan.
         layers: the layers to have rows, in order.
-        rows: what `sums` gives: split, quantity (``loss_change`` or ``lc``), layer (empty for all
-            of them together), replicate (-1 for all of the sample), value.
+        rows: what `sums` gives: split, quantity, layer, replicate (-1 for all of the sample),
+            value.
         level: of confidence.
 
     Returns:
-        split, quantity, layer, and `columns`.
+        split, quantity (``loss_change`` or ``lc``), layer (empty for all of them together), and
+        `columns`.
 
     Raises:
         UsageError: for a level that is not between 0 and 1.
     """
-    keys = [("loss_change", ""), ("lc", ""), *(("lc", layer) for layer in layers)]
+    keys = [("loss_change", ""), ("lc", ""), *(("lc of layer", name) for name in layers)]
     parts = []
     for split in splits:
         mine = rows[rows["split"] == split.name].astype({"quantity": str, "layer": str})
@@ -174,6 +175,7 @@ def frame(
         values = wide.to_numpy(np.float64)
         found = columns(replication(split), values[:, 0], values[:, 1:], level)
         names = pd.DataFrame(keys, columns=["quantity", "layer"])
+        names["quantity"] = names["quantity"].replace("lc of layer", "lc")
         parts.append(names.assign(**found).assign(split=split.name))
     joined = pd.concat(parts, ignore_index=True)
     return joined[["split", *(name for name in joined.columns if name != "split")]]

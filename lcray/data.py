@@ -11,10 +11,9 @@ A split is read and hashed once, when it is opened; it can then be cut to any ba
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor
 from lcray.batches import Batches
 from lcray.errors import TaskError, UsageError
 from lcray.nested import Digest, count_bytes, map_tensors
-from lcray.samples import FEW, Index, Samples, open_samples
+from lcray.samples import FEW, Index, Samples, as_range, cut_block, open_samples
 from lcray.sampling import Draw, draw
 from lcray.task import Data, Task
 
@@ -72,7 +71,7 @@ class SplitData:
     n_replicates: int = 0
 
     def first_batch(self) -> SplitData:
-        """The first batch alone, resident and without groups."""
+        """The first batch alone, resident, without groups and replicates."""
         return replace(
             self,
             n_samples=self.batch_sizes[0],
@@ -82,6 +81,8 @@ class SplitData:
             numbers=(),
             present=(),
             groups=(),
+            replicates=(),
+            n_replicates=0,
             sorted_by_group=False,
         )
 
@@ -179,7 +180,7 @@ class SplitSource:
         )
 
     def _cuts(self, batch_size: int) -> list[Index]:
-        return [cut for block in self._blocks for cut in _cut(block, batch_size)]
+        return [cut for block in self._blocks for cut in cut_block(block, batch_size)]
 
     def _read(self, cuts: Sequence[Index], number: int) -> Any:
         where = f"task split {self.name!r}, batch {number}"
@@ -195,14 +196,14 @@ class SplitSource:
         return [
             torch.full((len(cut),), label)
             for block, label in zip(self._blocks, self._constants, strict=True)
-            for cut in _cut(block, batch_size)
+            for cut in cut_block(block, batch_size)
         ]
 
     def _by_batch(self, by_block: tuple[int, ...], batch_size: int) -> tuple[int, ...]:
         if not by_block:
             return ()
         pairs = zip(self._blocks, by_block, strict=True)
-        return tuple(number for block, number in pairs for _ in _cut(block, batch_size))
+        return tuple(number for block, number in pairs for _ in cut_block(block, batch_size))
 
     def _place(
         self,
@@ -285,12 +286,12 @@ def open_split(
         by_sample = None
     if by_sample is not None:
         found = np.unique(by_sample).tolist()
-        blocks = tuple(_as_range(np.flatnonzero(by_sample == label)) for label in found)
+        blocks = tuple(as_range(np.flatnonzero(by_sample == label)) for label in found)
         constants = tuple(found) if survey.one_item else None
     replicates: tuple[int, ...] = ()
     if drawn is not None:
         parts = [(b, *part) for b, block in enumerate(blocks) for part in drawn.parts(block)]
-        blocks = tuple(_as_range(part) for _, _, part in parts)
+        blocks = tuple(as_range(part) for _, _, part in parts)
         replicates = tuple(replicate for _, replicate, _ in parts)
         constants = None if constants is None else tuple(constants[b] for b, _, _ in parts)
     return SplitSource(
@@ -353,21 +354,6 @@ def _confirmed(name: str, task: Task, samples: Samples, labels: np.ndarray[Any, 
         if not len(own) or (own.numpy() != labels[i]).any():
             return False
     return True
-
-
-def _cut(block: Index, size: int) -> Iterator[Index]:
-    """`block` in as few parts as possible that hold at most `size` and differ by at most one."""
-    parts = -(-len(block) // size)
-    small, larger = divmod(len(block), parts)
-    for start, stop in pairwise(i * small + min(i, larger) for i in range(parts + 1)):
-        yield _as_range(block[start:stop])
-
-
-def _as_range(index: Index) -> Index:
-    """`index` as a range where its numbers follow each other."""
-    if isinstance(index, range) or (np.diff(index) != 1).any():
-        return index
-    return range(int(index[0]), int(index[-1]) + 1)
 
 
 def _labels(name: str, task: Task, batch: Any) -> Tensor:

@@ -193,6 +193,7 @@ class _Sums:
         n_rows = len(split.groups) + split.n_replicates
         shape = (len(self._directions), n_rows, len(flat.layers))
         self._dots = torch.zeros(shape, dtype=torch.float64, device=flat.theta.device)
+        self._indices: list[int] = []  # of the batches that the lists below are of
         self._losses: list[Tensor] = []
         self._weights: list[Tensor] = []
         self._lowest: list[Tensor] = []  # weights, where there are any
@@ -208,6 +209,7 @@ class _Sums:
             exact = torch.where(mass > 0, exact, 0.0) * mass
             if mass.numel():
                 self._lowest.append(mass.min())
+        self._indices.append(index)
         self._losses.append(exact.sum())
         self._weights.append(mass.sum())
         self._n_items += len(losses)
@@ -296,8 +298,9 @@ class _Sums:
     def _by_replicate(self, batches: Sequence[float]) -> tuple[float, ...]:
         """Sums of what the batches gave, [R]."""
         parts: list[list[float]] = [[] for _ in range(self._split.n_replicates)]
-        for replicate, part in zip(self._split.replicates, batches, strict=False):
-            parts[replicate].append(part)
+        if parts:
+            for index, part in zip(self._indices, batches, strict=True):
+                parts[self._split.replicates[index]].append(part)
         return tuple(math.fsum(p) if math.isfinite(sum(p)) else sum(p) for p in parts)
 
     def _masses(self) -> tuple[float, ...]:

@@ -196,15 +196,17 @@ def check_same_losses(out: Place, record: Record, losses: Mapping[str, float]) -
 
 
 def check_plan_fits(plan: Plan, description: Description) -> None:
-    """Refuse a plan that was made for another model, other splits or another kind of device.
+    """Refuse a plan that was made for another model, other data or another kind of device.
 
     Raises:
         UsageError: naming what differs.
     """
     planned = [split.name for split in plan.splits]
+    drawn = {s.name: (s.n_samples, s.drawn_from) for s in plan.splits if s.drawn_from}
     differences = {
         "layers": (plan.layers, description.layers),
         "splits": (planned, list(description.split_hashes)),
+        "samples": (drawn, dict(description.drawn)),
         "device": (plan.device_kind, description.device_kind),
     }
     for name, (there, here) in differences.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,21 @@ Index = range | np.ndarray[Any, Any]
 _HELD = 1 << 26  # bytes of samples that a scan holds at a time, beside the first few
 
 FEW = 16  # samples that are tried in a batch of another size than the rest
+
+
+def cut_block(block: Index, size: int) -> Iterator[Index]:
+    """`block` in as few parts as possible that hold at most `size` and differ by at most one."""
+    parts = -(-len(block) // size)
+    small, larger = divmod(len(block), parts)
+    for start, stop in pairwise(i * small + min(i, larger) for i in range(parts + 1)):
+        yield as_range(block[start:stop])
+
+
+def as_range(index: Index) -> Index:
+    """`index` as a range where its numbers follow each other."""
+    if isinstance(index, range) or (np.diff(index) != 1).any():
+        return index
+    return range(int(index[0]), int(index[-1]) + 1)
 
 
 class Samples(Protocol):
