@@ -148,7 +148,7 @@ def analyze(
         tell(Progress("start"))
         with connection(job.resources), job.pool(settings) as pool:
             record = job.record(pool, path, record, given, tell)
-            with StatusFile(path, record.plan) as file:
+            with StatusFile(path, record.plan, lock.holds) as file:
                 _compute(job, pool, path, record, file, lock, tell)
     return open_output(path)
 
