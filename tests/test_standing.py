@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -159,7 +160,10 @@ def test_a_driver_that_has_lost_its_lock_says_nothing_more(out: Path) -> None:
         locked(out, every=60) as lock,
         StatusFile(out, plan, lock.holds) as file,
     ):
-        file.state("running")
+        file.state("following")
+        while read_json(out / "status.json")["state"] != "following":
+            time.sleep(0.01)
+        time.sleep(0.2)
         # Another machine finds no beat, takes over, and has it finished before this one wakes.
         following = out / LOCK / f"{lock.number + 1:08d}.json"
         taken = storage_of(out).create(following, Holder.this().encode())
