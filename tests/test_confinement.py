@@ -153,6 +153,10 @@ def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
         read_json(tmp_path / "analysis.json")
     with pytest.raises(RecorderError, match="cannot be read"):
         runfile.load(tmp_path)
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "step-1.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        open_series(tmp_path / "run", minimum=1).read(1)
     out = factory.write_output(tmp_path / "out", WORLD)
     path = out / "shards" / WORLD.plan.spans[0].name / "layers-a0.parquet"
     path.unlink()
