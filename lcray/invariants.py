@@ -120,6 +120,11 @@ def coverage(plan: Plan) -> Iterator[Invariant]:
         FROM expected LEFT JOIN found USING (split, start_step, layer)
         WHERE coalesce(n, 0) != n_groups ORDER BY ALL""",
     )
+    yield from _extents(plan)
+
+
+def _extents(plan: Plan) -> Iterator[Invariant]:
+    """Elements that must be there."""
     yield Invariant(
         "replicates has every replicate once",
         ("replicates", "intervals"),

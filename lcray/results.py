@@ -369,8 +369,10 @@ class Results:
         }
         for field in table.schema:
             if pa.types.is_dictionary(field.type) and field.name in orders:
-                ordered = pd.CategoricalDtype(orders[field.name], ordered=True)
-                frame[field.name] = frame[field.name].astype(ordered)
+                found = frame[field.name].cat.remove_unused_categories()
+                if found.cat.categories.isin(orders[field.name]).all():  # else no name is lost
+                    ordered = pd.CategoricalDtype(orders[field.name], ordered=True)
+                    frame[field.name] = found.astype(ordered)
             elif table.column(field.name).null_count and pa.types.is_integer(field.type):
                 frame[field.name] = table.column(field.name).to_pandas(integer_object_nulls=True)
                 frame[field.name] = frame[field.name].astype("Int64")

@@ -126,6 +126,7 @@ class Workspace:
         sharers: int = 1,
     ) -> None:
         self.series = open_series(run, steps)
+        self._whole = self.series.steps[-2]  # a checkpoint that others follow is written whole
         self._where = run, steps
         self.bench = Workbench(
             task, settings, device=device, threads=threads, memory=memory, sharers=sharers
@@ -248,8 +249,9 @@ class Workspace:
             sample = split.drawn_from, split.n_replicates
             if sample != (planned.drawn_from, len(planned.replicate_weights)):
                 raise TaskError(f"task split {split.name!r}: another sample than in the plan")
-        if span.last > self.series.steps[-1]:  # the run has grown since
+        if span.last > self._whole:  # since it was listed, it has grown or been finished
             self.series = open_series(*self._where)
+            self._whole = max(span.last, self.series.steps[-2])
         release()  # what building, probing or the span before have left
         hashes: dict[int, str] = {}
         n_intervals = len(span.intervals)
