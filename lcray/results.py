@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +18,14 @@ import pyarrow.parquet as pq
 from lcray.arrow import largest_group
 from lcray.checkpoints.naming import matches
 from lcray.confidence import frame, sums
-from lcray.errors import CorruptionError, OutputError, UsageError, suggest
-from lcray.files import FileEntry, confined, exists, read_json, read_sealed
+from lcray.errors import CorruptionError, UsageError, suggest
+from lcray.files import confined, exists, read_json
+from lcray.manifest import read_manifest
 from lcray.planning import Plan, read_notes
-from lcray.reduction import MANIFEST
 from lcray.sandbox import connect, query_room, select, shut, sql_path
-from lcray.schema import FORMAT_VERSION, TABLES
+from lcray.schema import TABLES
 from lcray.shards import read_plan
 from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
-from lcray.strict import build, value_of
 
 _TIME = ("start_step", "step", "window")
 _OPTIONS = {
@@ -38,51 +37,6 @@ _OPTIONS = {
     "replicates": "analyze with --samples",
     "replicate_layers": "analyze with --samples",
 }
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What ``tables/manifest.json`` says.
-
-    Attributes:
-        plan: checksum of the plan that the tables were reduced by.
-        spans: names of the spans that they hold.
-        tables: the file of each table.
-    """
-
-    plan: str
-    spans: tuple[str, ...]
-    tables: Mapping[str, FileEntry]
-
-
-def read_manifest(out: Place) -> Manifest:
-    """The manifest of the tables in `out`.
-
-    Raises:
-        OutputError: if there is none, or another version wrote it.
-        CorruptionError: if it is damaged.
-    """
-    path = confined(out, out / "tables" / MANIFEST)
-    if not exists(path):
-        raise OutputError(
-            f"{out}: has no tables yet; run the analysis again to finish it, or lcray reduce {out}"
-        )
-    data = read_sealed(path)
-    if data.get("format_version") != FORMAT_VERSION:
-        raise OutputError(
-            f"{path}: format version {data.get('format_version')!r}, this lcray reads "
-            f"{FORMAT_VERSION}; run lcray reduce {out}"
-        )
-    try:
-        tables = {table: build(FileEntry, entry) for table, entry in data["tables"].items()}
-        known = all(t in TABLES and e.name == f"{t}.parquet" for t, e in tables.items())
-        spans = value_of(tuple[str, ...], data["spans"], "spans")
-        manifest = Manifest(value_of(str, data["plan"], "plan"), spans, tables)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptionError(f"{path}: not a manifest; run lcray reduce {out}") from error
-    if not known:
-        raise CorruptionError(f"{path}: names unknown tables; run lcray reduce {out}")
-    return manifest
 
 
 def open_output(out: PlaceLike) -> Results:

@@ -23,9 +23,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lcray.checkpoints import open_series
+from lcray.completeness import Invariant, coverage, relations
 from lcray.errors import CheckpointError, LcrayError, brief, one_line
 from lcray.files import confined
-from lcray.invariants import Invariant, coverage, invariants, relations
+from lcray.invariants import invariants
+from lcray.manifest import Manifest, read_manifest
 from lcray.planning import Plan
 from lcray.reduction import (
     MALFORMED,
@@ -35,7 +37,6 @@ from lcray.reduction import (
     plan_digest,
     tables_of,
 )
-from lcray.results import Manifest, read_manifest
 from lcray.sandbox import connect, shut, sql_path
 from lcray.schema import TABLES
 from lcray.shards import Commit, check_files, file_problems, read_commit, read_plan

@@ -261,7 +261,7 @@ def test_verification_runs_confined(
     home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Should anything of a plan ever reach the SQL of the invariants, it reaches no file."""
-    from lcray.invariants import Invariant
+    from lcray.completeness import Invariant
 
     reaching = f"SELECT content FROM read_text('{home}/secret.txt')"
     writing = f"COPY (SELECT 1) TO '{tmp_path}/x.csv'"

@@ -11,7 +11,7 @@ import output_factory as factory
 import pyarrow.parquet as pq
 import pytest
 
-from lcray import invariants, verification
+from lcray import completeness, invariants, verification
 from lcray.errors import CorruptionError
 from lcray.files import TableFile, encode_json, read_sealed, seal
 from lcray.reduction import reduce
@@ -56,7 +56,7 @@ def test_a_sound_output_has_no_problems(tmp_path: Path, world: dict[str, Any]) -
     assert result.problems == ()
     assert result.ok
     assert len(set(result.checks)) == len(result.checks)
-    every = [*invariants.coverage(made.plan), *invariants.invariants(made.plan)]
+    every = [*completeness.coverage(made.plan), *invariants.invariants(made.plan)]
     possible = [c.name for c in every if {*c.tables} <= {*made.plan.tables, "fits"}]
     if "tables" not in world:
         assert len(possible) == len(every)
@@ -424,7 +424,7 @@ def test_what_is_broken_is_reported(sound: Path, tmp_path: Path, name: str) -> N
 
 def test_every_invariant_is_among_the_broken() -> None:
     plan = factory.make_world().plan
-    every = [*invariants.coverage(plan), *invariants.invariants(plan)]
+    every = [*completeness.coverage(plan), *invariants.invariants(plan)]
     assert {check.name for check in every} == {check for _, _, check in BROKEN.values()}
 
 
@@ -484,7 +484,7 @@ def test_groups_of_other_passes_agree_less_closely(tmp_path: Path) -> None:
 
 
 def test_a_check_that_fails_is_a_problem(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = invariants.Invariant("wrong", ("layers",), "SELECT nothing FROM layers")
+    wrong = completeness.Invariant("wrong", ("layers",), "SELECT nothing FROM layers")
     monkeypatch.setattr(verification, "coverage", lambda plan: [wrong])
     (problem,) = verify(sound).problems
     assert "wrong: cannot be checked" in problem
