@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, cast, get_type_hints
 
@@ -185,10 +186,14 @@ class Plan:
         """The steps of all checkpoints, in order."""
         return tuple(s for span in self.spans for s in span.steps[:-1]) + self.spans[-1].steps[-1:]
 
-    @property
+    @cached_property
     def n_intervals(self) -> int:
         """The number of intervals."""
         return sum(len(span.steps) - 1 for span in self.spans)
+
+    def without_spans(self) -> Plan:
+        """What a worker needs beside its span: of the same size however long the run is."""
+        return replace(self, spans=())
 
     def window_of(self, start_step: int) -> int:
         """The first step of the base window that an interval starting at `start_step` is in."""

@@ -15,11 +15,12 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
+from lcray.commits import each_commit
 from lcray.errors import LcrayError
 from lcray.files import confined, read_json, write_json_atomic
 from lcray.outcomes import SpanReport, View, report_of
 from lcray.planning import Plan, Span
-from lcray.shards import committed, read_plan
+from lcray.shards import read_plan
 from lcray.storage import Place, PlaceLike, place
 from lcray.strict import build
 
@@ -141,7 +142,7 @@ def status(out: PlaceLike) -> Status:
             return said
         said = replace(said, silent=True, workers=0, running=(), rate=None, seconds_left=None)
     tally = Standing(plan)
-    for span, commit in committed(folder, plan.spans).items():
+    for span, commit in each_commit(folder, plan.spans):
         tally.add(span, report_of(commit))
     return tally.status(said or Status("unknown", 0, 0, 0, 0))
 

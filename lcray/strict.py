@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import is_dataclass
+from functools import cache
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -25,11 +26,16 @@ def build(kind: type[_T], data: object) -> _T:
     """
     if not isinstance(data, Mapping):
         raise TypeError(f"no object where {kind.__name__} should be")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]  # classes are hashable
     for name in data:
         if name not in hints:
             raise TypeError(f"{kind.__name__} has no field {name!r}")
     return kind(**{n: value_of(hints[n], v, f"{kind.__name__}.{n}") for n, v in data.items()})
+
+
+@cache
+def _hints(kind: Hashable) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def value_of(hint: Any, value: object, where: str) -> Any:

@@ -53,6 +53,7 @@ ORDER = (
     "arrow",
     "files",
     "locks",
+    "commits",
     "shards",
     "shard_files",
     "accumulators",
