@@ -149,8 +149,9 @@ class SplitAllocator:
         if wanted:
             out.copy_(self._scratch.total)
         dots = found.group_dots
-        by_group = (None, None) if dots is None else (dots[0], dots[-1])
-        return Node(found.loss, out if wanted else None, *by_group)
+        incoming, outgoing = (None, None) if dots is None else (dots[0], dots[-1])
+        gradient = out if wanted else None
+        return Node(found.loss, gradient, incoming, outgoing, found.replicate_losses)
 
     def _evaluate(
         self,

@@ -121,37 +121,56 @@ def analyze(
         ClusterError: if Ray fails.
     """
     tell = on_progress or (lambda progress: None)
-    given = load_plan(plan) if isinstance(plan, str | os.PathLike) else plan
-    if given is not None and (options or steps or span_length):
-        raise UsageError("a plan decides settings, steps and spans: leave the other options out")
     if idle is not None and not follow:
         raise UsageError(f"idle {idle:g}: is for --follow")
-    if given is not None and follow:
-        raise UsageError("a plan has its steps: --follow is for analyses without --plan")
+    given = _given(plan, follow=follow, others=bool(options or steps or span_length))
     settings = given.settings if given else make_settings(options)
-    if given is not None:
-        steps = f"{given.steps[0]}:"  # the first checkpoint is the plan's, as when it was made
+    # Of a plan the first checkpoint is as well, as when it was made.
+    steps = f"{given.steps[0]}:" if given else steps
     path = place(out)
     record = read_record(path)
     if record is not None:
         check_same_settings(path, record, settings)
-    known = record.plan if record else given
     growth = Growth(run, steps, idle) if follow else None
+    known = record.plan if record else given
     job = _Job(run, task, resources, steps, span_length, settings, known, growth)
-    if isinstance(path, Path):
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
+    _make_folder(path)
     with locked(path) as lock:
         if read_record(path) != record:
             raise OutputError(f"{path}: has just changed; run the same command again")
         if repair and record is not None:
             take_back(path, record.plan.spans)
-        tell(Progress("start"))
-        with connection(job.resources), job.pool(settings) as pool:
-            record = job.record(pool, path, record, given, tell)
-            with StatusFile(path, record.plan) as file:
-                _compute(job, pool, path, record, file, lock, tell)
+        _work(job, path, record, given, lock, tell)
     return open_output(path)
+
+
+def _given(
+    plan: Plan | str | os.PathLike[str] | None, *, follow: bool, others: bool
+) -> Plan | None:
+    """The plan that was given, if one was; it leaves nothing for other options to say."""
+    given = load_plan(plan) if isinstance(plan, str | os.PathLike) else plan
+    if given is not None and others:
+        raise UsageError("a plan decides settings, steps and spans: leave the other options out")
+    if given is not None and follow:
+        raise UsageError("a plan has its steps: --follow is for analyses without --plan")
+    return given
+
+
+def _make_folder(path: Place) -> None:
+    if isinstance(path, Path):
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+
+
+def _work(
+    job: _Job, path: Place, known: Record | None, given: Plan | None, lock: Lock, tell: OnProgress
+) -> None:
+    """All that takes workers, by the record that is known or a new one."""
+    tell(Progress("start"))
+    with connection(job.resources), job.pool(job.settings) as pool:
+        record = job.record(pool, path, known, given, tell)
+        with StatusFile(path, record.plan, lock.holds) as file:
+            _compute(job, pool, path, record, file, lock, tell)
 
 
 def _compute(

@@ -63,6 +63,13 @@ _SETTINGS = (
     _option("--rtol", "Tolerance of the gap, relative to the loss change.", type=float),
     _option("--max-panels", "Cap of the refinement.", type=int),
     click.option("--split", "splits", multiple=True, help="Only this split (repeatable)."),
+    _option(
+        "--samples",
+        "Samples of a split to take at most, drawn at random; results are then estimates with "
+        "confidence intervals  [default: all].",
+        type=int,
+    ),
+    _option("--sample-seed", "Seed of that draw.", type=int),
     _option("--layers", "Only these layers in the detailed tables, as in 'conv*'."),
     _option("--batch-norm", "running: the checkpoint's statistics; batch: the batch's own."),
     _option("--dtype", "float32 or float64."),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lcray.commits import each_commit
 from lcray.outcomes import SpanReport, View, report_of
 from lcray.planning import Plan, Span
-from lcray.shards import committed
 from lcray.standing import StatusFile
 from lcray.storage import Place
 
@@ -55,9 +55,15 @@ class Computation:
         self.failures: dict[Span, str] = {}
         self._pool, self._out, self._plan = pool, out, plan
         self._file, self._check, self._tell = file, check, tell
-        done = committed(out, plan.spans)
-        self._todo = [span for span in plan.spans if span not in done]
-        count = file.resume((span, report_of(commit)) for span, commit in done.items())
+        done: set[str] = set()
+
+        def reports() -> Iterator[tuple[Span, SpanReport]]:
+            for span, commit in each_commit(out, plan.spans):
+                done.add(span.name)
+                yield span, report_of(commit)
+
+        count = file.resume(reports())
+        self._todo = [span for span in plan.spans if span.name not in done]
         tell(Progress("spans", count, plan.n_intervals))
 
     def extend(self, plan: Plan) -> None:

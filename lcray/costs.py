@@ -15,6 +15,8 @@ ROW_BYTES = {
     "layers": 180,
     "units": 20,
     "groups": 22,
+    "replicates": 90,
+    "replicate_layers": 22,
     "histograms": 22,
     "parameters": 42,
     "traces": 44,
@@ -76,7 +78,8 @@ def estimate(
     disk = sum(count * ROW_BYTES[name] for name, count in rows.items())
     size = sum(layer.numel for layer in plan.layers)
     longest = max(len(span.intervals) for span in plan.spans) / plan.n_intervals
-    held = sum(rows.get(name, 0) for name in ("units", "groups", "traces"))  # until the span ends
+    kept = ("units", "groups", "replicate_layers", "traces")  # until the span ends
+    held = sum(rows.get(name, 0) for name in kept)
     vectors = vector_bytes(size, len(plan.splits), plan.settings.dtype, plan.partial_sums)
     extra = vectors + int(held * longest * 24)
     return Estimate(
@@ -124,6 +127,7 @@ def _rows(plan: Plan) -> dict[str, int]:
     ends = plan.window_of(plan.steps[0]), plan.window_of(plan.steps[-2])
     windows = (ends[1] - ends[0]) // plan.window + 1
     groups = sum(len(split.groups) for split in plan.splits)
+    replicates = sum(len(split.replicate_weights) for split in plan.splits)
     samples = sum(min(plan.trace_sample, layer.numel) for layer in detail)
     bins = sum(2 * min(_HISTOGRAM_BINS, layer.numel) for layer in detail)
     rows = {
@@ -131,6 +135,8 @@ def _rows(plan: Plan) -> dict[str, int]:
         "layers": splits * intervals * len(plan.layers),
         "units": splits * intervals * sum(layers[name].n_units for name in plan.unit_layers),
         "groups": groups * intervals * len(plan.layers),
+        "replicates": replicates * intervals,
+        "replicate_layers": replicates * intervals * len(plan.layers),
         "histograms": splits * windows * bins,
         "parameters": splits * size,
         "traces": splits * intervals * samples,

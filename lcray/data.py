@@ -2,7 +2,8 @@
 
 Every sample is in exactly one batch, and the sizes of the batches of a block differ by at most
 one. A block is the whole split in its natural order; or, where groups cost nothing, the samples
-of one group; or, where batches are part of the loss, a seeded permutation of the split.
+of one group; or, where batches are part of the loss, a seeded permutation of the split. Of a sample
+of the split, a block is what one replicate has of that.
 
 A split is read and hashed once, when it is opened; it can then be cut to any batch size.
 """
@@ -10,10 +11,9 @@ A split is read and hashed once, when it is opened; it can then be cut to any ba
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from lcray.batches import Batches
-from lcray.errors import TaskError
+from lcray.errors import UsageError
+from lcray.labels import Survey, confirmed, distinct, groups_of, labels_of, numbers_of
 from lcray.nested import Digest, count_bytes, map_tensors
-from lcray.samples import FEW, Index, Samples, open_samples
+from lcray.samples import Index, Samples, as_range, cut_block, open_samples
+from lcray.sampling import Draw, draw
 from lcray.task import Data, Task
-
-MAX_GROUPS = 10_000
 
 CHUNK = 256  # samples that are read at a time when a split is opened
 
@@ -39,7 +39,7 @@ class SplitData:
 
     Attributes:
         name: of the split.
-        n_samples: samples in all.
+        n_samples: samples that are evaluated.
         batches: on the device, or streamed to it; floats in the compute dtype. They are copies, so
             that a loss that writes into its batch does not reach the user's data.
         batch_sizes: samples a batch.
@@ -50,6 +50,9 @@ class SplitData:
         groups: the labels that occur, ascending.
         sorted_by_group: whether each batch holds one group.
         sha256: of the samples in their natural order, however they are cut.
+        drawn_from: samples in the data set, if some were drawn from it.
+        replicates: the replicate of each batch; empty unless some were drawn.
+        n_replicates: how many there are; 0 unless some were drawn.
     """
 
     name: str
@@ -62,9 +65,12 @@ class SplitData:
     groups: tuple[int, ...]
     sorted_by_group: bool
     sha256: str
+    drawn_from: int | None = None
+    replicates: tuple[int, ...] = ()
+    n_replicates: int = 0
 
     def first_batch(self) -> SplitData:
-        """The first batch alone, resident and without groups."""
+        """The first batch alone, resident, without groups and replicates."""
         return replace(
             self,
             n_samples=self.batch_sizes[0],
@@ -74,6 +80,8 @@ class SplitData:
             numbers=(),
             present=(),
             groups=(),
+            replicates=(),
+            n_replicates=0,
             sorted_by_group=False,
         )
 
@@ -84,10 +92,11 @@ class SplitSource:
 
     Attributes:
         name: of the split.
-        n_samples: samples in all.
+        n_samples: samples to evaluate.
         groups: the group labels that occur, ascending.
         sorted_by_group: whether batches will hold one group each.
         sha256: of the samples in their natural order.
+        draw: the samples that were drawn from the data set; None where all are evaluated.
     """
 
     name: str
@@ -95,10 +104,12 @@ class SplitSource:
     groups: tuple[int, ...]
     sorted_by_group: bool
     sha256: str
+    draw: Draw | None
     _task: Task = field(repr=False)
     _samples: Samples = field(repr=False)
     _blocks: tuple[Index, ...] = field(repr=False)
     _constants: tuple[int, ...] | None = field(repr=False)  # the label of each block's items
+    _replicates: tuple[int, ...] = field(repr=False)  # of each block, where samples were drawn
 
     def cut(
         self,
@@ -135,11 +146,11 @@ class SplitSource:
             labels = self._constant_labels(batch_size)
         else:
             is_sorted = self.sorted_by_group and all(len(t.unique()) == 1 for t in labels)
-            groups = _groups_of(self.name, _distinct(labels)) if keep is None else groups
+            groups = groups_of(self.name, distinct(labels)) if keep is None else groups
             missing = torch.empty(0, dtype=torch.int64)
             after = len(cuts) - kept.start - len(labels)
             labels = [missing] * kept.start + labels + [missing] * after
-        numbers = [_numbers(label, groups) for label in labels]
+        numbers = [numbers_of(label, groups) for label in labels]
         return SplitData(
             name=self.name,
             n_samples=self.n_samples,
@@ -153,6 +164,9 @@ class SplitSource:
             groups=groups,
             sorted_by_group=bool(labels) and is_sorted,
             sha256=self.sha256,
+            drawn_from=None if self.draw is None else self.draw.population,
+            replicates=self._by_batch(self._replicates, batch_size),
+            n_replicates=0 if self.draw is None else self.draw.n_replicates,
         )
 
     def excerpt(self, batch_size: int, count: int, *, place: Place) -> SplitData:
@@ -181,7 +195,7 @@ class SplitSource:
         )
 
     def _cuts(self, batch_size: int) -> list[Index]:
-        return [cut for block in self._blocks for cut in _cut(block, batch_size)]
+        return [cut for block in self._blocks for cut in cut_block(block, batch_size)]
 
     def _read(self, cuts: Sequence[Index], number: int) -> Any:
         where = f"task split {self.name!r}, batch {number}"
@@ -197,8 +211,14 @@ class SplitSource:
         return [
             torch.full((len(cut),), label)
             for block, label in zip(self._blocks, self._constants, strict=True)
-            for cut in _cut(block, batch_size)
+            for cut in cut_block(block, batch_size)
         ]
+
+    def _by_batch(self, by_block: tuple[int, ...], batch_size: int) -> tuple[int, ...]:
+        if not by_block:
+            return ()
+        pairs = zip(self._blocks, by_block, strict=True)
+        return tuple(number for block, number in pairs for _ in cut_block(block, batch_size))
 
     def _place(
         self,
@@ -221,7 +241,7 @@ class SplitSource:
                 break
             batch = read(number)
             if labels is not None:
-                labels.append(_labels(self.name, self._task, batch))
+                labels.append(labels_of(self.name, self._task, batch))
             if placed is None:
                 continue
             placed.append(map_tensors(place, batch))
@@ -233,7 +253,14 @@ class SplitSource:
 
 
 def open_split(
-    name: str, data: Data, task: Task, *, fixed_seed: int | None, chunk: int = CHUNK
+    name: str,
+    data: Data,
+    task: Task,
+    *,
+    fixed_seed: int | None,
+    chunk: int = CHUNK,
+    samples: int | None = None,
+    sample_seed: int = 0,
 ) -> SplitSource:
     """Read a split once: hash it, and find its groups and the order of its samples.
 
@@ -243,41 +270,59 @@ def open_split(
         task: for its collate function and its groups.
         fixed_seed: the seed of the permutation where batches are part of the loss, else None.
         chunk: samples that are read at a time.
+        samples: the most to take, drawn at random; the others are never read. None takes all.
+        sample_seed: seed of the draw.
 
     Raises:
         TaskError: if samples cannot be read or made into batches, differ when read twice, or have
             group labels that cannot be used.
+        UsageError: if samples would be drawn where batches are part of the loss.
     """
-    samples = open_samples(name, data, task)
-    n = len(samples)
+    population = len(data[0] if isinstance(data, tuple) else data)  # type: ignore[arg-type]
+    drawn = draw(name, population, samples, sample_seed)
+    if drawn is not None and fixed_seed is not None:
+        raise UsageError(
+            f"samples {samples}: BatchNorm takes the statistics of a batch, so a loss is one of "
+            f"batches, not of samples; use --batch-norm running, or all of split {name!r}"
+        )
+    taken = open_samples(name, data, task, None if drawn is None else drawn.numbers)
+    n = len(taken)
     digest = Digest()
-    survey = _Survey(sort=fixed_seed is None)
-    for size, make in samples.scan(digest, chunk):
+    survey = Survey(sort=fixed_seed is None)
+    for size, make in taken.scan(digest, chunk):
         if task.groups is not None:
-            survey.add(_labels(name, task, make()).numpy(), size)
-    groups = _groups_of(name, survey.known)
+            survey.add(labels_of(name, task, make()).numpy(), size)
+    groups = groups_of(name, survey.known)
     blocks: tuple[Index, ...] = (range(n),)
     constants = None
     if fixed_seed is not None:
         rng = np.random.default_rng([fixed_seed, zlib.crc32(name.encode())])
         blocks = (rng.permutation(n),)
     by_sample = survey.labels()
-    if by_sample is not None and not _confirmed(name, task, samples, by_sample):
+    if by_sample is not None and not confirmed(name, task, taken, by_sample):
         by_sample = None
     if by_sample is not None:
         found = np.unique(by_sample).tolist()
-        blocks = tuple(_as_range(np.flatnonzero(by_sample == label)) for label in found)
+        blocks = tuple(as_range(np.flatnonzero(by_sample == label)) for label in found)
         constants = tuple(found) if survey.one_item else None
+    replicates: tuple[int, ...] = ()
+    if drawn is not None:
+        parts = [(b, *part) for b, block in enumerate(blocks) for part in drawn.parts(block)]
+        blocks = tuple(as_range(part) for _, _, part in parts)
+        replicates = tuple(replicate for _, replicate, _ in parts)
+        constants = None if constants is None else tuple(constants[b] for b, _, _ in parts)
     return SplitSource(
         name=name,
         n_samples=n,
         groups=groups,
         sorted_by_group=by_sample is not None,
         sha256=digest.hexdigest(),
+        draw=drawn,
         _task=task,
-        _samples=samples,
+        _samples=taken,
         _blocks=blocks,
         _constants=constants,
+        _replicates=replicates,
     )
 
 
@@ -286,95 +331,3 @@ def prepare_split(
 ) -> SplitData:
     """Open a split and cut it into resident batches; see `open_split` and `SplitSource.cut`."""
     return open_split(name, data, task, fixed_seed=fixed_seed).cut(batch_size, place=place)
-
-
-class _Survey:
-    """What the labels of all chunks tell: those that occur, and those of samples of one group.
-
-    Attributes:
-        known: the labels that occur, ascending.
-        one_item: whether every sample has one item.
-    """
-
-    def __init__(self, *, sort: bool) -> None:
-        self.known = np.empty(0, np.int64)
-        self.one_item = True
-        self._found: list[np.ndarray[Any, Any]] | None = [] if sort else None
-
-    def add(self, labels: np.ndarray[Any, Any], size: int) -> None:
-        """Add the labels of a chunk of `size` samples, item by item."""
-        self.known = np.union1d(self.known, labels)
-        self.one_item &= len(labels) == size
-        if self._found is None:
-            return
-        rows = labels.reshape(size, -1) if len(labels) % size == 0 else labels[:0, None]
-        if rows.size and (rows == rows[:, :1]).all():
-            self._found.append(rows[:, 0].copy())
-        else:
-            self._found = None
-
-    def labels(self) -> np.ndarray[Any, Any] | None:
-        """The group of each sample where all items of a sample share theirs, else None."""
-        return np.concatenate(self._found) if self._found else None
-
-
-def _confirmed(name: str, task: Task, samples: Samples, labels: np.ndarray[Any, Any]) -> bool:
-    """Whether batches of one sample confirm that items come sample by sample."""
-    n = len(labels)
-    for i in {*range(min(n, FEW)), n - 1}:
-        own = _labels(name, task, samples.batch(range(i, i + 1), f"task split {name!r}"))
-        if not len(own) or (own.numpy() != labels[i]).any():
-            return False
-    return True
-
-
-def _cut(block: Index, size: int) -> Iterator[Index]:
-    """`block` in as few parts as possible that hold at most `size` and differ by at most one."""
-    parts = -(-len(block) // size)
-    small, larger = divmod(len(block), parts)
-    for start, stop in pairwise(i * small + min(i, larger) for i in range(parts + 1)):
-        yield _as_range(block[start:stop])
-
-
-def _as_range(index: Index) -> Index:
-    """`index` as a range where its numbers follow each other."""
-    if isinstance(index, range) or (np.diff(index) != 1).any():
-        return index
-    return range(int(index[0]), int(index[-1]) + 1)
-
-
-def _labels(name: str, task: Task, batch: Any) -> Tensor:
-    assert task.groups is not None
-    try:
-        labels = task.groups(batch)
-    except Exception as error:
-        raise TaskError(
-            f"task groups: failed on split {name!r}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
-    whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
-    if not whole or labels.dim() != 1:
-        given = type(labels).__name__
-        if isinstance(labels, Tensor):
-            given = f"{labels.dtype} {list(labels.shape)}"
-        raise TaskError(
-            f"task groups: must give one integer per item, [n], gave {given} on split {name!r}"
-        )
-    return labels.detach().cpu().long()
-
-
-def _distinct(labels: Sequence[Tensor]) -> np.ndarray[Any, Any]:
-    return torch.cat(list(labels)).unique().numpy() if labels else np.empty(0, np.int64)
-
-
-def _numbers(labels: Tensor, groups: tuple[int, ...]) -> Tensor:
-    """Positions of `labels` in `groups`; its length for negative ones."""
-    places = torch.searchsorted(torch.tensor(groups, dtype=torch.int64), labels)
-    return torch.where(labels >= 0, places, len(groups))
-
-
-def _groups_of(name: str, known: np.ndarray[Any, Any]) -> tuple[int, ...]:
-    """The groups among the labels that occur; negative ones are none."""
-    if len(known) > MAX_GROUPS:
-        raise TaskError(f"task groups: {len(known)} groups in split {name!r}; at most {MAX_GROUPS}")
-    return tuple(label for label in known.tolist() if label >= 0)

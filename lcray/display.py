@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lcray.checkpoints import Audit
 from lcray.errors import one_line
+from lcray.planning import Plan, SplitPlan
 from lcray.planreport import PlanReport
 from lcray.results import Results
 from lcray.standing import Status
@@ -112,6 +113,22 @@ def closure_table(results: Results) -> Table:
     return table
 
 
+def confidence_table(results: Results, level: float = 0.95) -> Table:
+    """Per split: how far a sample may be off the loss change and the LC of all its data."""
+    found = results.confidence(level=level)
+    found = found[found["layer"] == ""].assign(half=lambda rows: (rows["high"] - rows["low"]) / 2)
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.title = f"All of the data, {level:.0%} confidence"
+    table.add_column("split")
+    for column in ("loss change", "Σ LC"):
+        table.add_column(column, justify="right")
+    for split in results.plan.splits:
+        rows = found[found["split"] == split.name]
+        cells = zip(rows["estimate"], rows["half"], strict=True)
+        table.add_row(split.name, *(f"{value:+.4f} ± {half:.4f}" for value, half in cells))
+    return table
+
+
 def _share(part: float, whole: float, digits: int = 3) -> str:
     return f"{part / whole:.{digits}%}" if whole else "–"
 
@@ -120,6 +137,8 @@ def summary(results: Results) -> Group:
     """What an analysis found, and where to go on."""
     frame = results.intervals()
     lines: list[RenderableType] = [closure_table(results), ""]
+    if any(split.drawn_from for split in results.plan.splits):
+        lines += [confidence_table(results), ""]
     bad = frame[frame["status"] != "ok"]
     if len(bad):
         lines.append(Text(f"{len(bad)} intervals have no LC: {_statuses(bad)}", "yellow"))
@@ -149,7 +168,7 @@ def plan_table(report: PlanReport) -> Group:
     rows = {
         "intervals": f"{cost.n_intervals:,} in {len(plan.spans)} spans of up to "
         f"{max(len(span.steps) - 1 for span in plan.spans)}",
-        "splits": ", ".join(f"{s.name} ({s.n_samples:,} samples)" for s in plan.splits),
+        "splits": ", ".join(f"{split.name} ({_samples(plan, split)})" for split in plan.splits),
         "rule": plan.settings.rule + (" with refinement" if plan.settings.refine else ""),
         "gradients": f"{least}{cost.n_gradients:,} full-batch gradients",
         "time": f"{least}{duration(cost.seconds)} of gradients on {_workers(report)}, and about "
@@ -192,6 +211,15 @@ def _sums_rows(report: PlanReport) -> dict[str, str]:
     if report.team > 1 and seconds is not None:
         rows["interval"] = f"{seconds:.3g} s of gradients for a team of {report.team}"
     return rows
+
+
+def _samples(plan: Plan, split: SplitPlan) -> str:
+    if split.drawn_from is None:
+        return f"{split.n_samples:,} samples"
+    return (
+        f"{split.n_samples:,} of {split.drawn_from:,} samples, seed {plan.settings.sample_seed}, "
+        f"in {len(split.replicate_weights)} replicates"
+    )
 
 
 def _chosen(value: object, asked: object) -> str:

@@ -21,6 +21,7 @@ from lcray.planning import (
     DEFAULT_MEMORY_FORMAT,
     Plan,
     Settings,
+    Span,
     SplitPlan,
     largest_share,
     memory_format_of,
@@ -78,7 +79,9 @@ def check_settings(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UsageError(f"{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("batch_seed", "trace_seed"):
+    if settings.samples is not None and settings.samples < 2:
+        raise UsageError(f"samples {settings.samples}: must be at least 2, to tell how they differ")
+    for name in ("batch_seed", "trace_seed", "sample_seed"):
         if getattr(settings, name) < 0:
             seed = getattr(settings, name)
             raise UsageError(f"{name.replace('_', '-')} {seed}: must not be negative")
@@ -141,7 +144,6 @@ def make_plan(
     n_intervals = len(steps) - 1
     if n_intervals < 1:
         raise UsageError(f"{len(steps)} checkpoints: an interval needs two")
-    every = get_rule(settings.rule).probe_every
     expected = None if seconds is None else _interval_seconds(settings, splits, seconds)
     sums = settings.partial_sums or partial_sums or 1
     detail = _matching(settings, layers)
@@ -150,14 +152,10 @@ def make_plan(
     else:
         size = 0 if settings.parameters is False else sum(layer.numel for layer in layers)
         pace = None if expected is None else expected * largest_share(sums, team)
-        length = choose_length(n_intervals, workers=workers, every=every, seconds=pace, size=size)
-        spans = cut_tapering(steps, length, every)
+        spans = _spans(steps, workers, get_rule(settings.rule).probe_every, pace, size)
     chosen = _tables(settings, layers, splits, len(spans))
     rows = max(1, len(detail) * n_intervals * len(splits))
-    if "traces" in chosen:
-        _check_traces(settings, layers)
-    elif settings.trace:
-        raise UsageError(f"trace {settings.trace[0]!r}: the traces table is off; use --parameters")
+    _check_traces(settings, layers, on="traces" in chosen)
     return Plan(
         settings=settings,
         layers=tuple(layers),
@@ -165,12 +163,7 @@ def make_plan(
         spans=spans,
         window=settings.window or _nice(steps[-1] - steps[0]),
         tables=chosen,
-        unit_layers=tuple(
-            layer.name
-            for layer in layers
-            if settings.units or layer.n_units <= _MAX_UNITS
-            if layer.name in detail or (layer.kind == "buffer" and _wanted(settings, layer.name))
-        ),
+        unit_layers=_with_units(settings, layers, detail),
         detail_layers=detail,
         trace_sample=min(_TRACE_SAMPLE, _MAX_TRACE_ROWS // rows),
         threads=threads,
@@ -273,6 +266,26 @@ def _matching(settings: Settings, layers: Sequence[Layer]) -> tuple[str, ...]:
     return found
 
 
+def _spans(
+    steps: Sequence[int], workers: int, every: int, seconds: float | None, size: int
+) -> tuple[Span, ...]:
+    intervals = len(steps) - 1
+    length = choose_length(intervals, workers=workers, every=every, seconds=seconds, size=size)
+    return cut_tapering(steps, length, every)
+
+
+def _with_units(
+    settings: Settings, layers: Sequence[Layer], detail: Sequence[str]
+) -> tuple[str, ...]:
+    """The layers that the units table has."""
+    return tuple(
+        layer.name
+        for layer in layers
+        if settings.units or layer.n_units <= _MAX_UNITS
+        if layer.name in detail or (layer.kind == "buffer" and _wanted(settings, layer.name))
+    )
+
+
 def _wanted(settings: Settings, name: str) -> bool:
     return settings.layers is None or matches(name, settings.layers)
 
@@ -289,6 +302,8 @@ def _tables(
         "layers": True,
         "units": True,
         "groups": any(split.groups for split in splits),
+        "replicates": any(split.replicate_weights for split in splits),
+        "replicate_layers": any(split.replicate_weights for split in splits),
         "histograms": True,
         "parameters": parameters,
         "traces": parameters,
@@ -297,7 +312,9 @@ def _tables(
     return tuple(name for name, on in wanted.items() if on)
 
 
-def _check_traces(settings: Settings, layers: Sequence[Layer]) -> None:
+def _check_traces(settings: Settings, layers: Sequence[Layer], *, on: bool) -> None:
+    if settings.trace and not on:
+        raise UsageError(f"trace {settings.trace[0]!r}: the traces table is off; use --parameters")
     sizes = {layer.name: layer.numel for layer in layers if layer.kind == "parameter"}
     for item in settings.trace:
         name, _, index = item.rpartition(":")

@@ -1,6 +1,6 @@
 """The full-batch loss and gradient at a point: the hot loop.
 
-Legend: P elements, L layers, G groups, D directions, n items a batch.
+Legend: P elements, L layers, G groups, R replicates of a sample, D directions, n items a batch.
 
     L(θ) = Σ w ℓ(θ) / Σ w,        g(θ) = ∂L/∂θ
 
@@ -73,7 +73,8 @@ class GradientEngine:
         Args:
             split: the batches.
             out: where the gradient goes, [P] float64; None evaluates the loss alone.
-            directions: paths along which to take the groups' directional derivatives.
+            directions: paths along which to take the directional derivatives of groups and
+                replicates.
             share: add this times Σ w ∂ℓ/∂θ to `out`, instead of replacing what is there by the
                 gradient of the mean.
             site: where the model is, for colleagues to go there as well; None does all of it here.
@@ -83,7 +84,8 @@ class GradientEngine:
             ClusterError: if a colleague is lost.
         """
         replaces, share = share is None, 1.0 if share is None else share
-        directions = directions if split.labels and out is not None else ()
+        divided = split.labels or split.replicates
+        directions = directions if divided and out is not None else ()
         if replaces and out is not None:
             out.zero_()
         parts = cut_parts(len(split.batches), self.partial_sums)
@@ -137,13 +139,15 @@ class GradientEngine:
             split: the batches.
             batches: the numbers of those to sum over, in order.
             out: what `share` times Σ w ∂ℓ/∂θ is added to, [P] float64; None for the loss alone.
-            directions: paths along which to take the groups' directional derivatives.
+            directions: paths along which to take the directional derivatives of groups and
+                replicates.
             share: the factor.
 
         Raises:
             TaskError: if the task's loss fails or breaks the contract.
         """
-        sums = Sums(self.flat, split, directions if split.labels else (), out, share)
+        divided = split.labels or split.replicates
+        sums = Sums(self.flat, split, directions if divided else (), out, share)
         if out is not None:
             self.flat.forget_gradients()
         with self._functions(), torch.enable_grad():
@@ -175,8 +179,8 @@ class GradientEngine:
     ) -> None:
         weighted = losses if weights is None else torch.where(weights > 0, losses, 0) * weights
         parts = sums.parts(index, weighted)
-        for number, (group, part) in enumerate(parts):
-            self.flat.receiver = partial(sums.add_gradient, group)
+        for number, (rows, part) in enumerate(parts):
+            self.flat.receiver = partial(sums.add_gradient, rows)
             try:
                 part.sum().backward(retain_graph=number + 1 < len(parts))
             except Exception as error:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from lcray.checkpoints import CheckpointSeries, open_series
+from lcray.checkpoints.folders import open_folders
 from lcray.checkpoints.runfile import NAME as RUN_FILE
 from lcray.checkpoints.runfile import load
 from lcray.errors import CheckpointError, RecorderError, UsageError
@@ -44,7 +44,8 @@ class Growth:
         """The series as soon as it has an interval.
 
         Raises:
-            CheckpointError: if there is no such directory, or the run ends before.
+            CheckpointError: if there is no such run (on object storage: nothing below its address),
+                or it ends before.
         """
         while True:
             series = self.look()
@@ -58,15 +59,15 @@ class Growth:
         """The series as far as it can be used now; None if that is no interval yet.
 
         Raises:
-            CheckpointError: if the run cannot be listed.
+            CheckpointError: if there is no such run, or it cannot be listed.
         """
         content = self._content()
         ended = content is not None and bool(content.get("ended"))
         try:
             series = open_series(self._run, self._steps, minimum=1)
         except CheckpointError:
-            if isinstance(self._run, Path) and not self._run.is_dir():
-                raise
+            folders = open_folders(self._run)
+            folders.entries(folders.root)  # an address without a run is none to wait at
             series = None
         now = time.monotonic()
         if series is not None and series.steps[-1] != self._newest:

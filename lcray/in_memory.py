@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lcray.allocation import Accuracy, IntervalLC, SplitAllocator
 from lcray.checkpoints.naming import canonical_names
+from lcray.confidence import Replication, columns
+from lcray.data import SplitData
 from lcray.drafting import make_settings
 from lcray.errors import CheckpointError, UsageError
 from lcray.layers import Layer
@@ -35,6 +39,8 @@ class Allocation:
         layer_error: |Σ_i (rule_i − embedded_i)| by layer; empty without an embedded rule.
         converged: whether |gap| met the tolerance.
         panels: of the rule in the end.
+        replication: the sample that was drawn; None where all data were taken.
+        replicates: loss change, LC and LC of each layer on each replicate, [2 + L, R] float64.
     """
 
     split: str
@@ -45,6 +51,8 @@ class Allocation:
     layer_error: dict[str, float]
     converged: bool
     panels: int
+    replication: Replication | None = None
+    replicates: NDArray[Any] | None = None
 
     def __repr__(self) -> str:
         return f"Allocation({self.split!r}, loss_change={self.loss_change:g}, lc={self.lc:g})"
@@ -63,6 +71,25 @@ class Allocation:
     def gap(self) -> float:
         """The completeness gap: ΣLC minus the measured change of the loss."""
         return self.lc - self.loss_change
+
+    def confidence(self, *, level: float = 0.95) -> pd.DataFrame:
+        """Loss change and LC with how far a sample of the data may be off.
+
+        Columns quantity (``loss_change``, ``lc``), layer (empty for all of them together), and
+        estimate, se, low and high as `lcray.confidence` has them.
+
+        Args:
+            level: of confidence.
+
+        Raises:
+            UsageError: for a level that is not between 0 and 1.
+        """
+        lc = [float(values.sum()) for values in self.elements.values()]
+        whole = [self.loss_change, self.lc, *lc]
+        quantity = ["loss_change"] + ["lc"] * (1 + len(lc))
+        names = {"quantity": quantity, "layer": ["", "", *self.elements]}
+        found = columns(self.replication, whole, self.replicates, level)
+        return pd.DataFrame({**names, **found})
 
     def layers(self) -> pd.DataFrame:
         """One row a layer: lc, lc_helping, lc_hurting, n_helping, n_hurting, n_zero."""
@@ -143,8 +170,8 @@ def _point(bench: Workbench, state: Mapping[str, Tensor], step: int) -> Point:
 def _allocate(bench: Workbench, settings: Settings, index: int, segment: Segment) -> Allocation:
     split = bench.splits[index]
     segment.set_point(bench.flat, 0.0)
-    first = bench.engine.evaluate(split, None).loss
-    accuracy = Accuracy.of(settings, first)
+    first = bench.engine.evaluate(split, None)
+    accuracy = Accuracy.of(settings, first.loss)
     allocator = SplitAllocator(bench.engine, split, get_rule(settings.rule), accuracy)
     result = allocator.advance(segment)
     if result.lc is None:
@@ -163,7 +190,23 @@ def _allocate(bench: Workbench, settings: Settings, index: int, segment: Segment
         layer_error=_by_layer(layers, result.layer_error),
         converged=result.converged,
         panels=result.panels,
+        replication=_replication(split, first.replicate_weights),
+        replicates=_replicates(split, result),
     )
+
+
+def _replication(split: SplitData, weights: tuple[float, ...]) -> Replication | None:
+    if split.drawn_from is None:
+        return None
+    return Replication(split.n_samples, split.drawn_from, weights)
+
+
+def _replicates(split: SplitData, result: IntervalLC) -> NDArray[Any] | None:
+    if split.drawn_from is None or result.group_lc is None:
+        return None
+    lc = result.group_lc[len(split.groups) :].T.cpu().numpy()
+    before, after = np.array(result.replicate_losses)
+    return np.vstack([after - before, lc.sum(axis=0), lc])
 
 
 def _by_layer(layers: tuple[Layer, ...], values: Tensor | None) -> dict[str, float]:
@@ -177,4 +220,5 @@ def _groups(
 ) -> dict[int, dict[str, float]]:
     if result.group_lc is None:
         return {}
-    return {g: _by_layer(layers, row) for g, row in zip(groups, result.group_lc, strict=True)}
+    rows = result.group_lc[: len(groups)]
+    return {g: _by_layer(layers, row) for g, row in zip(groups, rows, strict=True)}

@@ -1,6 +1,6 @@
 """One interval to loss change allocation: LC_i = Δ_i · ∫₀¹ g_i(θ(s)) ds, by quadrature.
 
-Legend: P elements, L layers, G groups, K nodes, n panels.
+Legend: P elements, L layers, G groups, R replicates of a sample, K nodes, n panels.
 
 Refinement halves uniformly. With T_n the trapezoid and M_n the midpoint sum on n panels,
 T_2n = (T_n + M_n)/2 and Simpson on n panels is S_n = (T_n + 2 M_n)/3, so two running sums hold
@@ -78,10 +78,12 @@ class IntervalLC:
         layer_error: |Σ_i (rule_i − embedded_i)| by layer, [L]; None without an embedded rule.
         first_order: Δ·g(0) by layer, [L]; None where the rule has no node at 0.
         start_gradient: g(0), [P] in the compute dtype; None likewise.
-        group_lc: LC of each group's own mean loss by layer, [G, L]; None without groups.
+        group_lc: LC of each group's own mean loss, then of each replicate's, by layer, [G + R, L];
+            None without groups and replicates.
         panels: of the rule in the end.
         n_gradients: without the left endpoint that is shared.
         converged: whether the tolerance was met.
+        replicate_losses: the mean loss of each replicate at the start and at the end, [2, R].
     """
 
     start_step: int
@@ -98,6 +100,7 @@ class IntervalLC:
     panels: int = 1
     n_gradients: int = 0
     converged: bool = False
+    replicate_losses: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
 
 
 @dataclass(frozen=True)
@@ -107,14 +110,17 @@ class Node:
     Attributes:
         loss: the mean loss.
         gradient: [P] in the compute dtype; None where no rule needs it.
-        incoming: group dots along the interval that ends here, [G, L]; None without groups.
+        incoming: dots of groups and replicates along the interval that ends here, [G + R, L]; None
+            without any.
         outgoing: along the one that starts here.
+        replicate_losses: the mean loss of each replicate, [R].
     """
 
     loss: float
     gradient: Tensor | None
     incoming: Tensor | None = None
     outgoing: Tensor | None = None
+    replicate_losses: tuple[float, ...] = ()
 
 
 class Scratch:
@@ -351,6 +357,7 @@ class Interval:
             panels=panels,
             n_gradients=n_gradients,
             converged=converged,
+            replicate_losses=(self._left.replicate_losses, self.right.replicate_losses),
         )
 
 

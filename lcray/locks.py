@@ -20,18 +20,18 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from lcray.errors import OutputError
 from lcray.files import confined, writing
 from lcray.storage import Place, Remote, storage_of
+from lcray.strict import build
 
 LOCK = ".locks"  # the name of the folder in an output
 BEAT = 5.0  # seconds between two beats
@@ -83,7 +83,7 @@ class Holder:
             return False
         try:
             return abs(psutil.Process(self.pid).create_time() - self.started) > 1
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, ValueError):  # negative, or beyond what a pid can be
             return True
 
 
@@ -107,6 +107,14 @@ class Lock:
         """Raise an OutputError if another has taken the lock."""
         if self._lost:
             raise OutputError(f"{self.out}: {self._lost}; what is committed is kept")
+
+    def holds(self) -> bool:
+        """Whether the lock is this one's still, by what is there now and not at the last beat.
+
+        Raises:
+            OutputError: if that cannot be read.
+        """
+        return not self._lost and newest(self.out) == self.number
 
     def beat(self) -> None:
         """Raise the counter, unless another has taken the lock."""
@@ -306,27 +314,15 @@ def _read(out: Place, number: int) -> Holder | None:
     except FileNotFoundError:
         return None
     try:
-        return _holder(json.loads(text))
-    except (KeyError, RecursionError, TypeError, ValueError):
+        holder = build(Holder, json.loads(text))
+    except (RecursionError, TypeError, ValueError):
         return Holder("", "", 0, 0.0, "", "")
+    return replace(holder, host=_word(holder.host), since=_word(holder.since))
 
 
-def _holder(data: Mapping[str, Any]) -> Holder:
-    return Holder(
-        token=str(data["token"]),
-        host=_word(data["host"]),
-        pid=int(data["pid"]),
-        started=float(data["started"]),
-        machine=str(data["machine"]),
-        since=_word(data["since"]),
-        beat=int(data["beat"]),
-        released=data["released"] is True,
-    )
-
-
-def _word(text: Any) -> str:
+def _word(text: str) -> str:
     """What may stand in a message of one line."""
-    return "".join(c for c in str(text)[:80] if c.isprintable())
+    return "".join(c for c in text[:80] if c.isprintable())
 
 
 def _machine() -> str:

@@ -18,16 +18,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.arrow import make_table
+from lcray.commits import Commit, Outline
 from lcray.errors import CorruptionError
 from lcray.planning import Plan
 from lcray.shard_files import ShardFile, open_shard
-from lcray.shards import Commit
 from lcray.storage import Place
 from lcray.summary import bin_edges
 
 #: Rows that a block may hold; a layer with more elements is cut (`parameters`) or streamed.
 BLOCK = 1 << 19
 
+Attempt = Commit | Outline
 Arrays = dict[str, NDArray[Any]]
 Range = tuple[tuple[str, str], int, int]
 
@@ -49,7 +50,7 @@ class Source:
 
     out: Place
     plan: Plan
-    commits: tuple[Commit, ...]
+    commits: tuple[Attempt, ...]
     block: int = BLOCK
 
     @cached_property
@@ -62,7 +63,7 @@ class Source:
         """The names of the layers, in the model's order."""
         return [layer.name for layer in self.plan.layers]
 
-    def files(self, table: str) -> Iterator[tuple[Commit, ShardFile]]:
+    def files(self, table: str) -> Iterator[tuple[Attempt, ShardFile]]:
         """The committed files of a table, one open at a time."""
         for commit in self.commits:
             file = open_shard(self.out, commit, table)
@@ -112,7 +113,7 @@ def concatenated(source: Source, table: str) -> Iterator[pa.Table]:
 def layers(source: Source) -> Iterator[pa.Table]:
     """Rows of `layers`, with the flips between the last interval of a span and the next one."""
     for split in source.splits:
-        before: Commit | None = None
+        before: Attempt | None = None
         for commit, file in source.files("layers"):
             flips = None
             if before is not None and before.span.last == commit.span.first:
@@ -125,7 +126,7 @@ def layers(source: Source) -> Iterator[pa.Table]:
 
 
 def _with_flips(
-    source: Source, rows: pa.Table, commit: Commit, flips: NDArray[np.int64]
+    source: Source, rows: pa.Table, commit: Attempt, flips: NDArray[np.int64]
 ) -> pa.Table:
     first = rows.column("start_step").to_numpy() == commit.span.first
     counts = np.where(first, flips[source.codes(rows, "layer")], rows.column("n_flips").to_numpy())
@@ -133,7 +134,7 @@ def _with_flips(
     return rows.set_column(at, rows.schema.field(at), pa.array(counts, pa.int64()))
 
 
-def _flips_by_layer(source: Source, split: str, left: Commit, right: Commit) -> NDArray[np.int64]:
+def _flips_by_layer(source: Source, split: str, left: Attempt, right: Attempt) -> NDArray[np.int64]:
     """LC flips between two adjacent spans, for each layer, [layers]."""
     flips = np.zeros(len(source.layers), np.int64)
     with ExitStack() as stack:
@@ -237,13 +238,13 @@ def _add_known(total: NDArray[Any], known: NDArray[Any], column: pa.ChunkedArray
     known &= column.is_valid().to_numpy()
 
 
-def _no_borders(source: Source, commit: Commit) -> CorruptionError:
+def _no_borders(source: Source, commit: Attempt) -> CorruptionError:
     return CorruptionError(
         f"{source.out}: span {commit.span.name} has no borders; run lcray verify"
     )
 
 
-def _border(source: Source, commit: Commit, ranges: list[Range]) -> pa.Table:
+def _border(source: Source, commit: Attempt, ranges: list[Range]) -> pa.Table:
     file = open_shard(source.out, commit, "borders")
     if file is None:
         raise _no_borders(source, commit)

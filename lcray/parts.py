@@ -1,6 +1,6 @@
 """Sums over the batches of a split in parts, which several workers may compute.
 
-Legend: P elements, L layers, G groups, D directions, k parts.
+Legend: P elements, L layers, G groups, R replicates of a sample, D directions, k parts.
 
 The plan says how many parts the batches of a split are cut into. Each part has sums of its own, in
 the order of its batches, and the parts are added in their order, whoever computed them. So a result
@@ -68,7 +68,8 @@ class PartSums:
         lowest: the lowest weight of each batch that has weights.
         n_items: items.
         masses: Σ w of each group and, last, of items of none, [G + 1]; None without groups.
-        dots: directional derivatives of Σ wℓ of each group by layer, [D, G, L].
+        dots: directional derivatives of Σ wℓ of each group, then of each replicate, by layer,
+            [D, G + R, L].
     """
 
     losses: tuple[float, ...]
@@ -96,7 +97,7 @@ class Site:
         """Move the model there, and have gradients reach the buffers that move.
 
         Returns:
-            the directions of the groups' derivatives.
+            the directions of the derivatives of groups and replicates.
         """
         directions = [self.segment] + ([] if self.following is None else [self.following])
         moving = frozenset[int]().union(*(path.moving_buffers(flat) for path in directions))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, cast, get_type_hints
 
@@ -37,6 +38,8 @@ class Settings:
         rtol: an interval has converged when |gap| <= max(rtol·|loss change|, atol).
         max_panels: the cap of the refinement.
         splits: the splits to analyze; None for all of the task's.
+        samples: the most samples of a split that are taken, drawn at random; None takes all.
+        sample_seed: seed of the draw.
         layers: a pattern (``conv*``) for the layers that get rows in the tables below `layers`.
         batch_norm: ``running`` (the checkpoint's statistics) or ``batch`` (the batch's own).
         dtype: of the forward and backward pass, ``float32`` or ``float64``.
@@ -62,6 +65,8 @@ class Settings:
     rtol: float = 1e-3
     max_panels: int = 16
     splits: tuple[str, ...] | None = None
+    samples: int | None = None
+    sample_seed: int = 0
     layers: str | None = None
     batch_norm: str = "running"
     dtype: str = "float32"
@@ -116,7 +121,7 @@ class SplitPlan:
 
     Attributes:
         name: of the split.
-        n_samples: samples in the data set.
+        n_samples: samples that are evaluated.
         n_items: items the loss is a mean over.
         total_weight: Σ w over the items.
         first_loss: the mean loss at the first checkpoint; it scales atol; None if not finite.
@@ -124,6 +129,9 @@ class SplitPlan:
         groups: the labels of the groups, in order; empty where the task has none.
         group_weights: Σ w of each group.
         sorted_by_group: whether every batch holds one group, so that groups cost nothing.
+        drawn_from: samples in the data set, where some were drawn from it; None where all are
+            evaluated.
+        replicate_weights: Σ w of each replicate of the samples that were drawn.
     """
 
     name: str
@@ -135,6 +143,8 @@ class SplitPlan:
     groups: tuple[int, ...] = ()
     group_weights: tuple[float, ...] = ()
     sorted_by_group: bool = False
+    drawn_from: int | None = None
+    replicate_weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,10 +193,14 @@ class Plan:
         """The steps of all checkpoints, in order."""
         return tuple(s for span in self.spans for s in span.steps[:-1]) + self.spans[-1].steps[-1:]
 
-    @property
+    @cached_property
     def n_intervals(self) -> int:
         """The number of intervals."""
         return sum(len(span.steps) - 1 for span in self.spans)
+
+    def without_spans(self) -> Plan:
+        """What a worker needs beside its span: of the same size however long the run is."""
+        return replace(self, spans=())
 
     def window_of(self, start_step: int) -> int:
         """The first step of the base window that an interval starting at `start_step` is in."""
@@ -255,11 +269,23 @@ def _check(plan: Plan) -> None:
             raise ValueError("a layer or split twice")
     for layer in plan.layers:
         _check_layer(layer)
+    for split in plan.splits:
+        _check_sample(split)
     if plan.settings.dtype not in ("float32", "float64"):
         raise ValueError(f"unknown dtype {plan.settings.dtype!r}")
     sizes = (plan.window, plan.threads, plan.batch_size, plan.trace_sample + 1)
     if min(*sizes, plan.partial_sums) < 1:
         raise ValueError("a window, batch size, sample or number of threads or sums out of range")
+
+
+def _check_sample(split: SplitPlan) -> None:
+    weights, count = split.replicate_weights, len(split.replicate_weights)
+    if split.drawn_from is None:
+        sound = count == 0
+    else:
+        sound = 2 <= count <= split.n_samples < split.drawn_from
+    if not sound or (weights and not (min(weights) >= 0 and 0 < sum(weights) < math.inf)):
+        raise ValueError(f"split {split.name!r} with an impossible sample")
 
 
 def _check_layer(layer: Layer) -> None:

@@ -126,6 +126,12 @@ def make_notes(description: Description, settings: Settings) -> tuple[str, ...]:
     """What to keep in mind about numbers from such a run."""
     few, many = description.low_precision, description.double_precision
     notes = []
+    for name, (taken, population) in description.drawn.items():
+        notes.append(
+            f"split {name!r}: {taken:,} of {population:,} samples, drawn at random with seed "
+            f"{settings.sample_seed}: losses and LC are estimates; confidence() of lcray.open says "
+            "how far they may be off"
+        )
     if description.fixed_batches and settings.batch_size is None:
         notes.append(
             f"batches of up to {DEFAULT_BATCH_SIZE} samples: BatchNorm takes their statistics, so "
@@ -190,15 +196,17 @@ def check_same_losses(out: Place, record: Record, losses: Mapping[str, float]) -
 
 
 def check_plan_fits(plan: Plan, description: Description) -> None:
-    """Refuse a plan that was made for another model, other splits or another kind of device.
+    """Refuse a plan that was made for another model, other data or another kind of device.
 
     Raises:
         UsageError: naming what differs.
     """
     planned = [split.name for split in plan.splits]
+    drawn = {s.name: (s.n_samples, s.drawn_from) for s in plan.splits if s.drawn_from}
     differences = {
         "layers": (plan.layers, description.layers),
         "splits": (planned, list(description.split_hashes)),
+        "samples": (drawn, dict(description.drawn)),
         "device": (plan.device_kind, description.device_kind),
     }
     for name, (there, here) in differences.items():

@@ -23,13 +23,14 @@ import pyarrow as pa
 
 from lcray import merging
 from lcray.arrow import make_table
+from lcray.commits import Commit, Outline, each_commit
 from lcray.errors import CorruptionError, IncompleteError, brief
 from lcray.files import FileEntry, TableFile, confined, seal, writing
 from lcray.locks import locked
 from lcray.merging import Arrays, Source, merge_bins
 from lcray.planning import Plan
 from lcray.schema import FORMAT_VERSION, WHOLE_RUN, table_schema
-from lcray.shards import Commit, check_files, committed, read_plan, write_json_atomic
+from lcray.shards import check_files, read_plan, write_json_atomic
 from lcray.storage import Place, PlaceLike, place, storage_of, sync_folder
 from lcray.summary import bin_edges
 from lcray.weibull import fit_weibull
@@ -76,7 +77,7 @@ def merge(out: PlaceLike, *, allow_missing: bool = False) -> Reduction:
     out = place(out)
     confined(out, out / "tables")
     plan = read_plan(out)
-    commits = tuple(committed(out, plan.spans).values())
+    commits, problems = _survey(out, plan)
     missing = missing_intervals(plan, commits)
     if missing and (not allow_missing or not commits):
         raise IncompleteError(
@@ -84,17 +85,33 @@ def merge(out: PlaceLike, *, allow_missing: bool = False) -> Reduction:
             f"{name_intervals(missing)}; run the analysis again to finish them"
             + (", or merge what there is with --allow-missing" if commits else "")
         )
-    for problem in disagreements(out, commits):
+    for problem in problems:
         raise CorruptionError(problem)
-    for commit in commits:
-        problems = check_files(out, commit)
-        if problems:
-            raise CorruptionError(problems[0])
+    for _, commit in each_commit(out, [outline.span for outline in commits]):
+        for problem in check_files(out, commit):
+            raise CorruptionError(problem)
     entries = _write_tables(out / "tables", Source(out, plan, commits))
     return Reduction({table: entry.rows for table, entry in entries.items()}, missing)
 
 
-def missing_intervals(plan: Plan, commits: Iterable[Commit]) -> tuple[tuple[int, int], ...]:
+def _survey(out: Place, plan: Plan) -> tuple[tuple[Outline, ...], list[str]]:
+    """Every commit in outline, and where two disagree; at most two are in memory as a whole."""
+    outlines = []
+
+    def commits() -> Iterator[Commit]:
+        for span, commit in each_commit(out, plan.spans):
+            tables = shared.setdefault(commit.tables, commit.tables)
+            outlines.append(Outline(span, commit.attempt, tables))
+            yield commit
+
+    shared: dict[frozenset[str], frozenset[str]] = {}
+    problems = list(disagreements(out, commits()))
+    return tuple(outlines), problems
+
+
+def missing_intervals(
+    plan: Plan, commits: Iterable[Commit | Outline]
+) -> tuple[tuple[int, int], ...]:
     """The intervals of the plan that no commit covers, in order."""
     present = {commit.span for commit in commits}
     return tuple(i for span in plan.spans if span not in present for i in span.intervals)

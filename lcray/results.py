@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 
 from lcray.arrow import largest_group
 from lcray.checkpoints.naming import matches
-from lcray.errors import CorruptionError, OutputError, UsageError, suggest
-from lcray.files import FileEntry, confined, exists, read_json, read_sealed
+from lcray.confidence import frame, sums
+from lcray.errors import CorruptionError, UsageError, suggest
+from lcray.files import confined, exists, read_json
+from lcray.manifest import read_manifest
 from lcray.planning import Plan, read_notes
-from lcray.reduction import MANIFEST
 from lcray.sandbox import connect, query_room, select, shut, sql_path
-from lcray.schema import FORMAT_VERSION, TABLES
+from lcray.schema import TABLES
 from lcray.shards import read_plan
 from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
-from lcray.strict import build, value_of
 
 _TIME = ("start_step", "step", "window")
 _OPTIONS = {
@@ -34,52 +34,9 @@ _OPTIONS = {
     "traces": "analyze with --parameters",
     "units": "analyze with --units",
     "groups": "give the task groups, and analyze",
+    "replicates": "analyze with --samples",
+    "replicate_layers": "analyze with --samples",
 }
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What ``tables/manifest.json`` says.
-
-    Attributes:
-        plan: checksum of the plan that the tables were reduced by.
-        spans: names of the spans that they hold.
-        tables: the file of each table.
-    """
-
-    plan: str
-    spans: tuple[str, ...]
-    tables: Mapping[str, FileEntry]
-
-
-def read_manifest(out: Place) -> Manifest:
-    """The manifest of the tables in `out`.
-
-    Raises:
-        OutputError: if there is none, or another version wrote it.
-        CorruptionError: if it is damaged.
-    """
-    path = confined(out, out / "tables" / MANIFEST)
-    if not exists(path):
-        raise OutputError(
-            f"{out}: has no tables yet; run the analysis again to finish it, or lcray reduce {out}"
-        )
-    data = read_sealed(path)
-    if data.get("format_version") != FORMAT_VERSION:
-        raise OutputError(
-            f"{path}: format version {data.get('format_version')!r}, this lcray reads "
-            f"{FORMAT_VERSION}; run lcray reduce {out}"
-        )
-    try:
-        tables = {table: build(FileEntry, entry) for table, entry in data["tables"].items()}
-        known = all(t in TABLES and e.name == f"{t}.parquet" for t, e in tables.items())
-        spans = value_of(tuple[str, ...], data["spans"], "spans")
-        manifest = Manifest(value_of(str, data["plan"], "plan"), spans, tables)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptionError(f"{path}: not a manifest; run lcray reduce {out}") from error
-    if not known:
-        raise CorruptionError(f"{path}: names unknown tables; run lcray reduce {out}")
-    return manifest
 
 
 def open_output(out: PlaceLike) -> Results:
@@ -151,6 +108,16 @@ class Results:
         """LC of each group's mean loss; raises as `arrow`."""
         return self.table("groups", steps=steps, layers=layers)
 
+    def replicates(self, *, steps: str | None = None) -> pd.DataFrame:
+        """Loss and LC on each replicate of a sample; raises as `arrow`."""
+        return self.table("replicates", steps=steps)
+
+    def replicate_layers(
+        self, *, steps: str | None = None, layers: str | None = None
+    ) -> pd.DataFrame:
+        """LC of every layer on each replicate of a sample; raises as `arrow`."""
+        return self.table("replicate_layers", steps=steps, layers=layers)
+
     def histograms(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
         """Absolute LC on a logarithmic scale; raises as `arrow`."""
         return self.table("histograms", steps=steps, layers=layers)
@@ -170,6 +137,24 @@ class Results:
     def fits(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
         """Distributions fitted to absolute LC; window -1 is the whole run; raises as `arrow`."""
         return self.table("fits", steps=steps, layers=layers)
+
+    def confidence(
+        self, *, steps: str | None = None, layers: str | None = None, level: float = 0.95
+    ) -> pd.DataFrame:
+        """Loss change and LC over some intervals, and how far a sample of the data may be off.
+
+        Returns:
+            Columns split, quantity (``loss_change``, ``lc``), layer (empty for all together),
+            estimate, se, low and high; see `lcray.confidence`. Splits that were taken whole have
+            se 0. Intervals that are not ok count nothing.
+
+        Raises:
+            UsageError: for `steps`, `layers` or a level, not in (0, 1), that cannot be used.
+            CorruptionError: if the tables cannot be read.
+        """
+        asked = sums(*_bounds(steps or ":"), replicated="replicates" in self.tables)
+        names = self._layers(layers)
+        return frame(self.plan.splits, names, self.sql_arrow(asked).to_pandas(), level)
 
     def table(
         self, name: str, *, steps: str | None = None, layers: str | None = None
@@ -306,26 +291,26 @@ class Results:
     def _within(self, name: str, steps: str | None) -> pc.Expression | None:
         if steps is None:
             return None
-        match = re.fullmatch(r"(\d*):(\d*)", steps)
-        if match is None:
-            raise UsageError(f"steps {steps!r}: give a range such as '0:100', '100:' or ':100'")
+        first, last = _bounds(steps)
         column = next((c for c in TABLES[name].key if c in _TIME), None)
         if column is None:
             raise UsageError(f"table {name!r} is over the whole run: leave steps out")
-        first, last = match.groups()
-        condition = pc.field(column) >= int(first or 0)
-        return condition & (pc.field(column) < int(last)) if last else condition
+        condition = pc.field(column) >= first
+        return condition if last is None else condition & (pc.field(column) < last)
 
     def _matching(self, name: str, pattern: str | None) -> pc.Expression | None:
         if pattern is None:
             return None
         if "layer" not in TABLES[name].key:
             raise UsageError(f"table {name!r} has no layers: leave the pattern out")
+        return pc.field("layer").cast(pa.string()).isin(self._layers(pattern))
+
+    def _layers(self, pattern: str | None) -> list[str]:
         names = [layer.name for layer in self.plan.layers]
-        matching = [layer for layer in names if matches(layer, pattern)]
+        matching = [layer for layer in names if pattern is None or matches(layer, pattern)]
         if not matching:
-            raise UsageError(suggest(pattern, names, "layer"))
-        return pc.field("layer").cast(pa.string()).isin(matching)
+            raise UsageError(suggest(str(pattern), names, "layer"))
+        return matching
 
     def _frame(self, table: pa.Table) -> pd.DataFrame:
         """A frame whose missing integers and booleans stay such, splits and layers in order."""
@@ -338,14 +323,24 @@ class Results:
         }
         for field in table.schema:
             if pa.types.is_dictionary(field.type) and field.name in orders:
-                ordered = pd.CategoricalDtype(orders[field.name], ordered=True)
-                frame[field.name] = frame[field.name].astype(ordered)
+                found = frame[field.name].cat.remove_unused_categories()
+                if found.cat.categories.isin(orders[field.name]).all():  # else no name is lost
+                    ordered = pd.CategoricalDtype(orders[field.name], ordered=True)
+                    frame[field.name] = found.astype(ordered)
             elif table.column(field.name).null_count and pa.types.is_integer(field.type):
                 frame[field.name] = table.column(field.name).to_pandas(integer_object_nulls=True)
                 frame[field.name] = frame[field.name].astype("Int64")
             elif table.column(field.name).null_count and pa.types.is_boolean(field.type):
                 frame[field.name] = frame[field.name].astype("boolean")
         return frame
+
+
+def _bounds(steps: str) -> tuple[int, int | None]:
+    match = re.fullmatch(r"(\d*):(\d*)", steps)
+    if match is None:
+        raise UsageError(f"steps {steps!r}: give a range such as '0:100', '100:' or ':100'")
+    first, last = match.groups()
+    return int(first or 0), int(last) if last else None
 
 
 def _distinct(names: list[str]) -> list[str]:

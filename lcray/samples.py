@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
@@ -22,6 +24,21 @@ Index = range | np.ndarray[Any, Any]
 _HELD = 1 << 26  # bytes of samples that a scan holds at a time, beside the first few
 
 FEW = 16  # samples that are tried in a batch of another size than the rest
+
+
+def cut_block(block: Index, size: int) -> Iterator[Index]:
+    """`block` in as few parts as possible that hold at most `size` and differ by at most one."""
+    parts = -(-len(block) // size)
+    small, larger = divmod(len(block), parts)
+    for start, stop in pairwise(i * small + min(i, larger) for i in range(parts + 1)):
+        yield as_range(block[start:stop])
+
+
+def as_range(index: Index) -> Index:
+    """`index` as a range where its numbers follow each other."""
+    if isinstance(index, range) or (np.diff(index) != 1).any():
+        return index
+    return range(int(index[0]), int(index[-1]) + 1)
 
 
 class Samples(Protocol):
@@ -40,18 +57,31 @@ class Samples(Protocol):
         """
 
 
-def open_samples(name: str, data: Data, task: Task) -> Samples:
+def open_samples(name: str, data: Data, task: Task, numbers: NDArray[Any] | None = None) -> Samples:
     """The samples of `data`, the split called `name`.
+
+    Args:
+        name: of the split.
+        data: its samples.
+        task: for its collate function.
+        numbers: the samples to take, ascending, [n]; no others are read. None takes all.
 
     Raises:
         TaskError: if a tuple holds something else than tensors.
     """
     if isinstance(data, tuple):
         make = getattr(data, "_make", tuple)  # a named tuple stays one
-        return TensorSamples(_as_tensors(name, data), make)
+        return TensorSamples(_rows(_as_tensors(name, data), numbers), make)
     if type(data) is TensorDataset and task.collate is None:
-        return TensorSamples(data.tensors, list)  # what its samples make when collated
-    return CollatedSamples(name, data, task.collate or default_collate)
+        # What its samples make when collated.
+        return TensorSamples(_rows(data.tensors, numbers), list)
+    return CollatedSamples(name, data, task.collate or default_collate, numbers)
+
+
+def _rows(tensors: Sequence[Tensor], numbers: NDArray[Any] | None) -> Sequence[Tensor]:
+    if numbers is None:
+        return tensors
+    return [tensor[torch.from_numpy(numbers)] for tensor in tensors]
 
 
 class TensorSamples:
@@ -82,11 +112,17 @@ class TensorSamples:
 class CollatedSamples:
     """A map-style data set and the function that makes a batch of its samples."""
 
-    def __init__(self, name: str, data: Any, collate: Callable[[list[Any]], Any]) -> None:
-        self._name, self._data, self._collate = name, data, collate
+    def __init__(
+        self,
+        name: str,
+        data: Any,
+        collate: Callable[[list[Any]], Any],
+        numbers: NDArray[Any] | None = None,
+    ) -> None:
+        self._name, self._data, self._collate, self._numbers = name, data, collate, numbers
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self._data if self._numbers is None else self._numbers)
 
     def batch(self, index: Index, where: str) -> Any:
         """The samples, collated.
@@ -131,6 +167,7 @@ class CollatedSamples:
             raise TaskError(f"{where}: its samples differ when read twice; switch augmentation off")
 
     def _read(self, number: int, where: str) -> Any:
+        number = number if self._numbers is None else int(self._numbers[number])
         try:
             return self._data[number]
         except Exception as error:

@@ -180,6 +180,27 @@ _GROUPS = (
     ),
 )
 
+_REPLICATES = (
+    _SPLIT,
+    _START,
+    _count("replicate", "number of the replicate: a random part of the samples that were drawn"),
+    _END,
+    _float("loss_start", _LOSS, "the replicate's own mean loss at the start"),
+    _float("loss_end", _LOSS, "its mean loss at the end"),
+    _float("loss_change", _LOSS, "loss_end - loss_start"),
+    _float("lc", _LOSS, "LC of its mean loss, over all layers"),
+    _float("weight", "1", "its share of the total weight: lc * weight adds up to the interval"),
+)
+
+_REPLICATE_LAYERS = (
+    _SPLIT,
+    _START,
+    _LAYER,
+    _count("replicate", "number of the replicate, as in replicates"),
+    _float("lc", _LOSS, "LC of the replicate's own mean loss"),
+    _float("weight", "1", "its share of the total weight: lc * weight adds up to the layer"),
+)
+
 _HISTOGRAMS = (
     _SPLIT,
     _WINDOW,
@@ -290,6 +311,18 @@ _ALL = (
     _table("layers", "split start_step layer", _LAYERS, "LC of every layer and interval"),
     _table("units", "split start_step layer unit", _UNITS, "LC of every unit and interval"),
     _table("groups", "split start_step layer group", _GROUPS, "LC of the mean loss of each group"),
+    _table(
+        "replicates",
+        "split start_step replicate",
+        _REPLICATES,
+        "loss and LC of every replicate of a sample, which say how far estimates may be off",
+    ),
+    _table(
+        "replicate_layers",
+        "split start_step layer replicate",
+        _REPLICATE_LAYERS,
+        "LC of every layer on every replicate of a sample",
+    ),
     _table(
         "histograms",
         "split window layer sign bin",

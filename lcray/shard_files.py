@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lcray.commits import Commit, Outline, shard_name, span_folder
 from lcray.errors import CorruptionError
 from lcray.files import confined
-from lcray.shards import PARTITIONS, Commit, span_folder
+from lcray.shards import PARTITIONS
 from lcray.storage import Place, Remote, open_seekable
 
 
@@ -139,13 +140,13 @@ class ShardFile:
         )
 
 
-def open_shard(out: Place, commit: Commit, table: str) -> ShardFile | None:
+def open_shard(out: Place, commit: Commit | Outline, table: str) -> ShardFile | None:
     """The file of `table` in a commit, or None if the attempt wrote no rows of it.
 
     Raises:
         CorruptionError: if it cannot be read.
     """
-    entry = commit.files.get(table)
-    if entry is None:
+    if table not in commit.tables:
         return None
-    return ShardFile(confined(out, span_folder(out, commit.span) / entry.name))
+    path = span_folder(out, commit.span) / shard_name(table, commit.attempt)
+    return ShardFile(confined(out, path))

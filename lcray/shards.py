@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lcray.arrow import largest_group
+from lcray.commits import (
+    ATTEMPT,
+    Commit,
+    committed,
+    listed,
+    other_version,
+    read_commit,
+    shard_name,
+    span_folder,
+)
+from lcray.commits import NAME as COMMIT
 from lcray.errors import CorruptionError, LcrayError, OutputError, UsageError
 from lcray.files import (
     FileEntry,
@@ -31,7 +42,6 @@ from lcray.files import (
     confined,
     exists,
     read_json,
-    read_sealed,
     seal,
     write_json_atomic,
     writing,
@@ -39,7 +49,7 @@ from lcray.files import (
 from lcray.locks import newest
 from lcray.planning import Plan, Span
 from lcray.schema import FORMAT_VERSION, TABLES, table_schema
-from lcray.storage import Item, Place, Remote, open_uncached, place, sha256_of, storage_of
+from lcray.storage import Place, Remote, open_uncached, place, sha256_of, storage_of
 
 __all__ = [
     "Commit",
@@ -55,11 +65,7 @@ __all__ = [
     "write_json_atomic",
 ]
 
-_COMMIT = "commit.json"
-_READERS = 16
 PARTITIONS = "lcray.partitions"
-_ATTEMPT = re.compile(r"[A-Za-z0-9_.-]{1,80}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def read_plan(out: Place) -> Plan:
@@ -73,22 +79,11 @@ def read_plan(out: Place) -> Plan:
     data = read_json(path)
     version = data.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
-        raise OutputError(f"{path}: {_other_version(version)}")
+        raise OutputError(f"{path}: {other_version(version)}")
     try:
         return Plan.from_dict(data["plan"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"{path}: holds no valid plan ({error}); restore it") from error
-
-
-def _other_version(version: object) -> str:
-    return (
-        f"format version {version!r}, this lcray reads {FORMAT_VERSION}; analyze into a new output"
-    )
-
-
-def span_folder(out: Place, span: Span) -> Place:
-    """Where the shards of `span` are."""
-    return out / "shards" / span.name
 
 
 class ShardWriter:
@@ -105,7 +100,7 @@ class ShardWriter:
     """
 
     def __init__(self, out: Place, span: Span, attempt: str) -> None:
-        if not _ATTEMPT.fullmatch(attempt):
+        if not ATTEMPT.fullmatch(attempt):
             raise UsageError(f"attempt {attempt!r}: use letters, digits, '.', '_' and '-' only")
         out = place(out)
         self.span = span
@@ -146,7 +141,7 @@ class ShardWriter:
         """
         schema = table_schema(table)
         if table not in self._open:
-            path = self.folder / f"{table}-{self.attempt}.parquet"
+            path = self.folder / shard_name(table, self.attempt)
             self._open[table] = TableFile(path, schema)
             self._partitions[table] = []
         for start, stop in _runs(data, schema.partition):
@@ -187,7 +182,7 @@ class ShardWriter:
             self.abort()
             raise
         try:
-            won = write_json_atomic(self.folder / _COMMIT, seal(data), exclusive=True)
+            won = write_json_atomic(self.folder / COMMIT, seal(data), exclusive=True)
         except BaseException:
             if self._may_count():
                 self._let_go()
@@ -201,7 +196,7 @@ class ShardWriter:
     def _may_count(self) -> bool:
         """Whether a commit may be there although writing it failed: its answer may be lost."""
         try:
-            return exists(self.folder / _COMMIT)
+            return exists(self.folder / COMMIT)
         except LcrayError:
             return True
 
@@ -237,104 +232,6 @@ def _runs(data: pa.Table, columns: Iterable[str]) -> list[tuple[int, int]]:
         change |= np.diff(codes.to_numpy(zero_copy_only=False)) != 0
     edges = [0, *(np.flatnonzero(change) + 1).tolist(), data.num_rows]
     return list(itertools.pairwise(edges))
-
-
-@dataclass(frozen=True)
-class Commit:
-    """The commit of a span: the one attempt that counts.
-
-    Attributes:
-        span: the span.
-        attempt: the attempt's id.
-        files: the files of the attempt, by table.
-        checkpoints: the sha256 of the checkpoints that were read, by step.
-        info: whatever else was kept.
-    """
-
-    span: Span
-    attempt: str
-    files: Mapping[str, FileEntry]
-    checkpoints: Mapping[int, str]
-    info: Mapping[str, Any]
-
-
-def read_commit(out: Place, span: Span) -> Commit | None:
-    """The commit of `span`, or None if it has none.
-
-    Raises:
-        CorruptionError: if ``commit.json`` is damaged.
-        OutputError: if it cannot be read, or belongs to another version or plan.
-    """
-    path = confined(out, span_folder(out, span) / _COMMIT)
-    if not exists(path):
-        return None
-    data = read_sealed(path)
-    if data.get("format_version") != FORMAT_VERSION:
-        raise OutputError(f"{path}: {_other_version(data.get('format_version'))}")
-    if data.get("span") != list(span.steps):
-        raise OutputError(
-            f"{path}: its checkpoints are not those of the plan; analyze into a new output"
-        )
-    try:
-        return _commit(data, span)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptionError(
-            f"{path}: not a valid commit ({error}); remove its folder and run the analysis again"
-        ) from error
-
-
-def _commit(data: dict[str, Any], span: Span) -> Commit:
-    attempt = _typed(data, "attempt", str)
-    if not _ATTEMPT.fullmatch(attempt):
-        raise ValueError("attempt")
-    files = {}
-    for table, entry in _typed(data, "files", dict).items():
-        files[table] = FileEntry(
-            _typed(entry, "name", str),
-            _typed(entry, "rows", int),
-            _typed(entry, "bytes", int),
-            _typed(entry, "sha256", str),
-        )
-        # The one name that the writer gives: no path can lead out of the folder.
-        if table not in TABLES or files[table].name != f"{table}-{attempt}.parquet":
-            raise ValueError(f"file {files[table].name!r} of table {table!r}")
-        if not _SHA256.fullmatch(files[table].sha256) or files[table].rows < 0:
-            raise ValueError(f"entry of table {table!r}")
-    checkpoints = {int(k): v for k, v in _typed(data, "checkpoints", dict).items()}
-    if not all(isinstance(v, str) and k in span.steps for k, v in checkpoints.items()):
-        raise ValueError("checkpoints")
-    return Commit(span, attempt, files, checkpoints, _typed(data, "info", dict))
-
-
-def _typed(data: Any, name: str, kind: type) -> Any:
-    value = data[name]
-    if type(value) is not kind:  # a bool is no row count
-        raise TypeError(f"{name!r} is no {kind.__name__}")
-    return value
-
-
-def committed(out: Place, spans: Iterable[Span]) -> dict[Span, Commit]:
-    """The commits of those of `spans` that have one, in the order of `spans`.
-
-    Raises:
-        CorruptionError, OutputError: as `read_commit`.
-    """
-    if not isinstance(out, Remote):
-        commits = ((span, read_commit(out, span)) for span in spans)
-        return {span: commit for span, commit in commits if commit is not None}
-    there = {item.name.partition("/")[0] for item in _listed(out) if item.name.endswith(_COMMIT)}
-    wanted = [span for span in spans if span.name in there]
-    with ThreadPoolExecutor(_READERS, "lcray-commits") as readers:  # each waits for the network
-        found = readers.map(lambda span: read_commit(out, span), wanted)
-        return {s: c for s, c in zip(wanted, found, strict=True) if c is not None}
-
-
-def _listed(out: Place) -> list[Item]:
-    """Every file of every attempt, in one listing."""
-    try:
-        return storage_of(out).find(out / "shards")
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be listed ({error.strerror}); check access") from error
 
 
 def check_files(out: Place, commit: Commit) -> list[str]:
@@ -381,20 +278,47 @@ def file_problems(path: Place, entry: FileEntry, table: str) -> list[str]:
 def remove_strays(out: Place, spans: Iterable[Span]) -> list[Place]:
     """Removes what losing or killed attempts left beside a commit, and returns the paths.
 
-    Folders without a commit are left alone: an attempt may be at work there.
+    Folders without a commit are left alone: an attempt may be at work there. Of the others only
+    those are looked into that hold more than a commit and the files of one attempt.
     """
-    commits = {span.name: commit for span, commit in committed(out, spans).items()}
+    known = {span.name: span for span in spans}
     strays = []
-    for item in _listed(out) if commits else []:
-        folder, _, name = item.name.rpartition("/")
-        commit = commits.get(folder)
-        if commit is None or not name.endswith((".parquet", ".tmp")):
+    for folder, names in _folders(out):
+        span = known.get(folder)
+        if span is None or not _may_hold_strays(names):
             continue
-        if name not in {entry.name for entry in commit.files.values()}:
-            strays.append(out / "shards" / item.name)
+        commit = read_commit(out, span)
+        kept = {entry.name for entry in commit.files.values()} if commit is not None else set(names)
+        found = (name for name in names if name.endswith((".parquet", ".tmp")))
+        strays += [out / "shards" / folder / name for name in found if name not in kept]
     removed = []
     for path in strays:
         with suppress(OSError):
             storage_of(path).delete([path])
             removed.append(path)
     return removed
+
+
+def _folders(out: Place) -> Iterator[tuple[str, list[str]]]:
+    """The name of each folder of shards, and of the files in it, folder by folder."""
+    if isinstance(out, Remote):
+        pairs = (item.name.rpartition("/")[::2] for item in listed(out))
+        for folder, group in itertools.groupby(pairs, key=itemgetter(0)):
+            yield folder, [name for _, name in group]
+        return
+    top = confined(out, out / "shards")
+    try:
+        with os.scandir(top) as scan:
+            folders = sorted(entry.name for entry in scan if entry.is_dir(follow_symlinks=False))
+        for folder in folders:
+            yield folder, sorted(os.listdir(top / folder))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be listed ({error.strerror}); check access") from error
+
+
+def _may_hold_strays(names: Sequence[str]) -> bool:
+    """Whether these are not just the files of one attempt, and its commit."""
+    attempts = {name.partition("-")[2] for name in names if name.endswith(".parquet")}
+    return COMMIT in names and (len(attempts) > 1 or any(name.endswith(".tmp") for name in names))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Description:
         low_precision: layers that the first checkpoint stores in 16 bits or fewer.
         double_precision: layers that it stores in 64 bits.
         fixed_batches: whether batches are part of the loss, so that their size is never tuned.
+        drawn: samples taken and samples in the data set, of each split that is not taken whole.
     """
 
     layers: tuple[Layer, ...]
@@ -67,6 +68,7 @@ class Description:
     low_precision: tuple[str, ...] = ()
     double_precision: tuple[str, ...] = ()
     fixed_batches: bool = False
+    drawn: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Workspace:
         seat: Seat | None = None,
     ) -> None:
         self.series = open_series(run, steps)
+        self._whole = self.series.steps[-2]  # a checkpoint that others follow is written whole
         self._where = run, steps
         self.bench = Workbench(
             task,
@@ -158,6 +161,7 @@ class Workspace:
             low_precision=self._stored_in(1, 2),
             double_precision=self._stored_in(8),
             fixed_batches=self.bench.fixed_batches,
+            drawn=self.bench.drawn,
         )
 
     def _stored_in(self, *sizes: int) -> tuple[str, ...]:
@@ -255,8 +259,12 @@ class Workspace:
         for split, planned in zip(self.bench.splits, plan.splits, strict=True):
             if (split.name, split.groups) != (planned.name, planned.groups):
                 raise TaskError(f"task split {split.name!r}: other groups than in the plan")
-        if span.last > self.series.steps[-1]:  # the run has grown since
+            sample = split.drawn_from, split.n_replicates
+            if sample != (planned.drawn_from, len(planned.replicate_weights)):
+                raise TaskError(f"task split {split.name!r}: another sample than in the plan")
+        if span.last > self._whole:  # since it was listed, it has grown or been finished
             self.series = open_series(*self._where)
+            self._whole = max(span.last, self.series.steps[-2])
         release()  # what building, probing or the span before have left
         hashes: dict[int, str] = {}
         n_intervals = len(span.intervals)
@@ -329,6 +337,8 @@ def _split_plan(split: SplitData, found: Evaluation) -> SplitPlan:
         groups=split.groups,
         group_weights=found.group_weights,
         sorted_by_group=split.sorted_by_group,
+        drawn_from=split.drawn_from,
+        replicate_weights=found.replicate_weights,
     )
 
 

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
+from lcray.commits import each_commit
 from lcray.errors import LcrayError
 from lcray.files import confined, read_json, write_json_atomic
 from lcray.outcomes import SpanReport, View, report_of
 from lcray.planning import Plan, Span
-from lcray.shards import committed, read_plan
+from lcray.shards import read_plan
 from lcray.storage import Place, PlaceLike, place
+from lcray.strict import build
 
 NAME = "status.json"
 _SECONDS_A_WRITE = 5.0
 _SILENT = 30.0  # seconds: later, the driver may be gone
+_AT_WORK = ("running", "following", "reducing")
+_STATES = (*_AT_WORK, "finished", "failed", "interrupted")
 
 
 @dataclass(frozen=True)
@@ -132,28 +136,25 @@ def status(out: PlaceLike) -> Status:
     folder = place(out)
     plan = read_plan(folder)
     said = _read(folder / NAME)
-    if said is not None and said.state in ("running", "following", "reducing"):
+    if said is not None and said.state in _AT_WORK:
         age = (datetime.now(UTC) - datetime.fromisoformat(said.written)).total_seconds()
         if abs(age) <= _SILENT:
             return said
         said = replace(said, silent=True, workers=0, running=(), rate=None, seconds_left=None)
     tally = Standing(plan)
-    for span, commit in committed(folder, plan.spans).items():
+    for span, commit in each_commit(folder, plan.spans):
         tally.add(span, report_of(commit))
     return tally.status(said or Status("unknown", 0, 0, 0, 0))
 
 
 def _read(path: Place) -> Status | None:
     """What the driver said; None if it never did, or nothing that can be understood."""
-    with suppress(LcrayError, KeyError, TypeError, ValueError, AttributeError):
-        data = read_json(confined(path.parent, path))
-        if datetime.fromisoformat(data["written"]).tzinfo is None:
-            return None
-        known = {f.name: data[f.name] for f in fields(Status)}
-        known["running"] = tuple(RunningSpan(**span) for span in data["running"])
-        known["failed"] = tuple(FailedSpan(**span) for span in data["failed"])
-        known["gaps"] = {split: Gap(**gap) for split, gap in data["gaps"].items()}
-        return Status(**known)
+    with suppress(LcrayError, TypeError, ValueError):
+        said = build(Status, read_json(confined(path.parent, path)))
+        counts = (said.spans, said.spans_done, said.intervals, said.intervals_done, said.workers)
+        zone = datetime.fromisoformat(said.written).tzinfo
+        if said.state in _STATES and min(counts) >= 0 and zone is not None:
+            return said
     return None
 
 
@@ -206,10 +207,11 @@ class StatusFile:
     Args:
         out: the output directory.
         plan: the plan.
+        holds: whether `out` is this driver's still; where it is not, nothing more is said.
     """
 
-    def __init__(self, out: Place, plan: Plan) -> None:
-        self._path = out / NAME
+    def __init__(self, out: Place, plan: Plan, holds: Callable[[], bool] = lambda: True) -> None:
+        self._path, self._holds = out / NAME, holds
         self._standing = Standing(plan)
         self._latest = Status("running", 0, 0, 0, 0)
         self._started, self._before, self._new = time.monotonic(), 0, 0
@@ -297,4 +299,5 @@ class StatusFile:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         data: dict[str, Any] = asdict(replace(self._latest, written=now))
         with suppress(LcrayError, ValueError):
-            write_json_atomic(self._path, data)
+            if self._holds():
+                write_json_atomic(self._path, data)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import is_dataclass
+from functools import cache
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -13,20 +16,26 @@ _LIMIT = 2**63  # whole numbers end where those of Arrow and torch do
 def build(kind: type[_T], data: object) -> _T:
     """The dataclass `kind` from a JSON object; fields with defaults may be left out.
 
-    Lists become tuples, and whole numbers are accepted for float fields. Nothing else is
-    converted: a bool is no integer, a string no number.
+    Lists become tuples, objects dataclasses where a field is one, and whole numbers are accepted
+    for float fields. Nothing else is converted: a bool is no integer, a string no number.
 
     Raises:
         TypeError: for a value of another type than its field's, an unknown or a missing field.
-        ValueError: for a whole number beyond 64 bits, or a string that is not Unicode.
+        ValueError: for a number that is not finite, a whole number beyond 64 bits, or a string that
+            is not Unicode.
     """
     if not isinstance(data, Mapping):
         raise TypeError(f"no object where {kind.__name__} should be")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]  # classes are hashable
     for name in data:
         if name not in hints:
             raise TypeError(f"{kind.__name__} has no field {name!r}")
     return kind(**{n: value_of(hints[n], v, f"{kind.__name__}.{n}") for n, v in data.items()})
+
+
+@cache
+def _hints(kind: Hashable) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def value_of(hint: Any, value: object, where: str) -> Any:
@@ -41,6 +50,13 @@ def value_of(hint: Any, value: object, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise TypeError(f"{where} is no list")
         return tuple(value_of(options[0], item, where) for item in value)
+    if get_origin(hint) is Mapping:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{where} is no object")
+        key, each = options
+        return {value_of(key, k, where): value_of(each, v, where) for k, v in value.items()}
+    if isinstance(hint, type) and is_dataclass(hint):
+        return build(hint, value)
     if type(value) is not hint and not (hint is float and type(value) is int):
         raise TypeError(f"{where} is no {hint.__name__}")
     _check_range(value, where)
@@ -48,6 +64,8 @@ def value_of(hint: Any, value: object, where: str) -> Any:
 
 
 def _check_range(value: object, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is not finite")
     if isinstance(value, int) and not -_LIMIT <= value < _LIMIT:
         raise ValueError(f"{where} does not fit into 64 bits")
     if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):

@@ -101,21 +101,30 @@ def submit(
     given = ["--plan", _PLAN] if plan is not None else []
     command = ["lcray", "analyze", run, "--task", package.reference, "--out", out, *given]
     command += arguments(options, resources)
-    if on_package is not None:
-        on_package(package)
+    (on_package or _ignore)(package)
     client = jobs.connect(address)
+    job = _send(client, package, plan, command, dict(env or {}))
+    submitted = Submission(job, client.address)
+    (on_submit or _ignore)(submitted)
+    if not wait:
+        return submitted
+    ended = jobs.follow(client, job, on_log or _ignore)
+    return Submission(job, client.address, ended.exit_code, ended.message)
+
+
+def _ignore(told: object) -> None:
+    """Nobody wants to know."""
+
+
+def _send(
+    client: Any, package: Package, plan: PathLike | None, command: list[str], env: dict[str, str]
+) -> str:
+    """Submit the command with its code and plan; Ray's id of the job."""
     with tempfile.TemporaryDirectory(prefix="lcray-") as folder:
         package.write(Path(folder))
         if plan is not None:
             Path(folder, _PLAN).write_bytes(Path(plan).read_bytes())
-        job = jobs.submit(client, shlex.join(command), folder, dict(env or {}))
-    submitted = Submission(job, client.address)
-    if on_submit is not None:
-        on_submit(submitted)
-    if not wait:
-        return submitted
-    ended = jobs.follow(client, job, on_log or (lambda text: None))
-    return Submission(job, client.address, ended.exit_code, ended.message)
+        return jobs.submit(client, shlex.join(command), folder, env)
 
 
 def _check_place(what: str, text: str) -> None:

@@ -1,6 +1,6 @@
-"""Sums over batches: losses, weights and gradients, of everything and of each group.
+"""Sums over batches: losses, weights, gradients; of everything, each group and each replicate.
 
-Legend: P elements, L layers, G groups, D directions, n items a batch.
+Legend: P elements, L layers, G groups, R replicates of a sample, D directions, n items a batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ class Evaluation:
         n_items: items.
         group_weights: Σ w of each group, [G].
         group_dots: the directional derivatives of each group's own mean loss along each direction,
-            by layer, [D, G, L] float64; None without groups or directions.
+            then of each replicate's, by layer, [D, G + R, L] float64; None without groups and
+            replicates, or without directions.
+        replicate_weights: Σ w of each replicate, [R]; empty unless samples were drawn.
+        replicate_losses: the mean loss of each, [R]; 0 where it has no weight.
     """
 
     loss: float
@@ -37,6 +40,8 @@ class Evaluation:
     n_items: int
     group_weights: tuple[float, ...]
     group_dots: Tensor | None
+    replicate_weights: tuple[float, ...] = ()
+    replicate_losses: tuple[float, ...] = ()
 
 
 class Sums:
@@ -56,7 +61,8 @@ class Sums:
         self._flat, self._split, self._share = flat, split, share
         self._targets = [] if out is None else [out[where] for where in flat.slices]
         self._directions = () if out is None else directions
-        shape = (len(self._directions), len(split.groups), len(flat.layers))
+        n_rows = len(split.groups) + split.n_replicates
+        shape = (len(self._directions), n_rows, len(flat.layers))
         self._dots = torch.zeros(shape, dtype=torch.float64, device=flat.theta.device)
         self._losses: list[Tensor] = []
         self._weights: list[Tensor] = []
@@ -85,36 +91,44 @@ class Sums:
         found = torch.zeros(len(self._split.groups) + 1, dtype=torch.float64, device=mass.device)
         self._group_weights.append(found.index_add_(0, numbers, mass))
 
-    def parts(self, index: int, weighted: Tensor) -> list[tuple[int | None, Tensor]]:
-        """What to differentiate in turn: everything at once, or one group after another."""
-        if not self._directions:
-            return [(None, weighted)]
-        present = self._split.present[index]
-        none = len(self._split.groups)
-        if len(present) == 1:
-            return [(present[0] if present[0] < none else None, weighted)]
-        numbers = self._split.numbers[index]
-        return [(k, weighted[numbers == k]) for k in present if k < none]
+    def parts(self, index: int, weighted: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
+        """What to differentiate in turn: everything at once, or one group after another.
 
-    def add_gradient(self, group: int | None, number: int, gradient: Tensor) -> None:
-        """Take a layer's gradient [n] of the part of a batch that is of `group`."""
+        With the rows of the dots that each counts in: its group's, and its replicate's.
+        """
+        if not self._directions:
+            return [((), weighted)]
+        split, none = self._split, len(self._split.groups)
+        sample = (none + split.replicates[index],) if split.replicates else ()
+        if not split.labels:
+            return [(sample, weighted)]
+        present = split.present[index]
+        if len(present) == 1:
+            return [((*(k for k in present if k < none), *sample), weighted)]
+        numbers = split.numbers[index]
+        return [((k, *sample), weighted[numbers == k]) for k in present if k < none]
+
+    def add_gradient(self, rows: tuple[int, ...], number: int, gradient: Tensor) -> None:
+        """Take a layer's gradient [n] of the part of a batch that counts in `rows`."""
         if len(gradient) <= self._flat.block:
             self._targets[number].add_(gradient, alpha=self._share)
-            if group is not None:
-                self._add_dots(group, number, 0, gradient)
+            if rows:
+                self._add_dots(rows, number, 0, gradient)
             return
         # In blocks: whole, the float64 copy of a large layer would be one more vector.
         for start in range(0, len(gradient), self._flat.block):
             piece = gradient[start : start + self._flat.block]
             self._targets[number][start : start + len(piece)].add_(piece, alpha=self._share)
-            if group is not None:
-                self._add_dots(group, number, start, piece)
+            if rows:
+                self._add_dots(rows, number, start, piece)
 
-    def _add_dots(self, group: int, number: int, start: int, piece: Tensor) -> None:
+    def _add_dots(self, rows: tuple[int, ...], number: int, start: int, piece: Tensor) -> None:
         first = self._flat.slices[number].start + start
         where = slice(first, first + len(piece))
         for dots, direction in zip(self._dots, self._directions, strict=True):
-            dots[group, number] += (direction.difference(where) * piece).sum()
+            found = (direction.difference(where) * piece).sum()
+            for row in rows:
+                dots[row, number] += found
 
     def result(self) -> PartSums:
         """What all batches have come to."""
@@ -146,10 +160,10 @@ def evaluation_of(split: SplitData, parts: Sequence[PartSums], n_directions: int
     # A plain sum first: fsum refuses sums that overflow or mix infinities.
     total = sum(losses)
     total = math.fsum(losses) if math.isfinite(total) else total
-    masses = _masses(split, parts)
+    masses, of_replicates = _masses(split, parts), _by_replicate(split, weights)
     dots = None
     if n_directions:
-        scale = torch.tensor([m if m > 0 else 1.0 for m in masses], dtype=torch.float64)
+        scale = torch.tensor([m or 1.0 for m in masses + of_replicates], dtype=torch.float64)
         first, *others = (part.dots for part in parts)
         dots = sum(others, first) / scale.to(first.device)[None, :, None]
     return Evaluation(
@@ -158,7 +172,21 @@ def evaluation_of(split: SplitData, parts: Sequence[PartSums], n_directions: int
         n_items=sum(part.n_items for part in parts),
         group_weights=masses,
         group_dots=dots,
+        replicate_weights=of_replicates,
+        replicate_losses=tuple(
+            part / (mass or 1.0)
+            for part, mass in zip(_by_replicate(split, losses), of_replicates, strict=True)
+        ),
     )
+
+
+def _by_replicate(split: SplitData, batches: Sequence[float]) -> tuple[float, ...]:
+    """Sums of what all batches gave, in their order, [R]."""
+    parts: list[list[float]] = [[] for _ in range(split.n_replicates)]
+    if parts:
+        for replicate, part in zip(split.replicates, batches, strict=True):
+            parts[replicate].append(part)
+    return tuple(math.fsum(p) if math.isfinite(sum(p)) else sum(p) for p in parts)
 
 
 def _masses(split: SplitData, parts: Sequence[PartSums]) -> tuple[float, ...]:

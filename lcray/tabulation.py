@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -70,7 +70,15 @@ class SplitTables:
         self._intervals: dict[str, list[Any]] = defaultdict(list)
         self._layers = IntervalRows("layers", self._fixed_layers(), self._write)
         self._unit_rows = IntervalRows("units", self._fixed_units(units), self._write)
-        self._groups = IntervalRows("groups", self._fixed_groups(), self._write)
+        shares = np.asarray(split.group_weights) / split.total_weight
+        self._groups = IntervalRows(
+            "groups", self._fixed_parts("group", split.groups, shares), self._write
+        )
+        shares = np.asarray(split.replicate_weights) / split.total_weight
+        own = {"replicate": np.arange(len(shares)), "weight": shares}
+        self._replicates = IntervalRows("replicates", own, self._write)
+        own = self._fixed_parts("replicate", range(len(shares)), shares)
+        self._replicate_layers = IntervalRows("replicate_layers", own, self._write)
         self._window = -1
         self._histograms = LayerHistograms(len(self._detail)) if has_histograms else None
         samples = trace_indices(plan) if "traces" in plan.tables else {}
@@ -97,8 +105,7 @@ class SplitTables:
             steps = {"start_step": result.start_step}
             self._unit_rows.add(steps, {"lc": sums.units[:-1]})
             if result.group_lc is not None:
-                # [G, L] to rows sorted by layer, then group.
-                self._groups.add(steps, {"lc": result.group_lc.cpu().numpy().T.reshape(-1)})
+                self._add_parts(result, result.group_lc.cpu().numpy())
             self._moves.append((result.start_step, result.end_step))
             if "elements" in self._plan.tables:
                 self._add_elements(result.start_step, lc)
@@ -112,7 +119,8 @@ class SplitTables:
         Raises:
             OutputError: if the disk refuses, now or for `elements` before.
         """
-        for rows in (self._layers, self._unit_rows, self._groups):
+        by_interval = (self._layers, self._unit_rows, self._groups)
+        for rows in (*by_interval, self._replicates, self._replicate_layers):
             rows.flush()
         self._write("intervals", self._intervals)
         self._write_histograms()
@@ -139,16 +147,30 @@ class SplitTables:
     def _fixed_units(self, units: Units) -> dict[str, Any]:
         return {"layer": self._named(units.numbers), "unit": units.index}
 
-    def _fixed_groups(self) -> dict[str, Any]:
-        split, layers = self._split, len(self._plan.layers)
-        if "groups" not in self._plan.tables:
-            layers = 0
-        share = np.asarray(split.group_weights) / split.total_weight
+    def _fixed_parts(
+        self, part: str, numbers: Sequence[int], shares: NDArray[Any]
+    ) -> dict[str, Any]:
+        """Of the table ``<part>s`` by layer: every group or replicate of the first, and so on."""
+        layers = np.arange(len(self._plan.layers), dtype=np.int32)
+        if part == "group" and "groups" not in self._plan.tables:
+            layers = layers[:0]
         return {
-            "layer": self._named(np.repeat(np.arange(layers, dtype=np.int32), len(split.groups))),
-            "group": np.tile(np.asarray(split.groups, np.int64), layers),
-            "weight": np.tile(share, layers),
+            "layer": self._named(np.repeat(layers, len(numbers))),
+            part: np.tile(np.asarray(numbers, np.int64), len(layers)),
+            "weight": np.tile(shares, len(layers)),
         }
+
+    def _add_parts(self, result: IntervalLC, lc: NDArray[Any]) -> None:
+        """Add LC of groups and replicates, [G + R, L], as rows sorted by layer first."""
+        steps = {"start_step": result.start_step}
+        groups, replicates = np.split(lc, [len(self._split.groups)])
+        self._groups.add(steps, {"lc": groups.T.reshape(-1)})
+        self._replicate_layers.add(steps, {"lc": replicates.T.reshape(-1)})
+        if len(replicates):
+            before, after = map(np.array, result.replicate_losses)
+            columns = {"loss_start": before, "loss_end": after, "loss_change": after - before}
+            columns["lc"] = np.array([math.fsum(row) for row in replicates])
+            self._replicates.add({**steps, "end_step": result.end_step}, columns)
 
     def _named(self, numbers: NDArray[Any]) -> tuple[NDArray[Any], list[str]]:
         return numbers, [layer.name for layer in self._plan.layers]

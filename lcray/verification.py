@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lcray.checkpoints import open_series
+from lcray.completeness import Invariant, coverage, relations
 from lcray.errors import CheckpointError, LcrayError, brief, one_line
 from lcray.files import confined
-from lcray.invariants import Invariant, coverage, invariants, relations
+from lcray.invariants import invariants
+from lcray.manifest import Manifest, read_manifest
 from lcray.planning import Plan
 from lcray.reduction import (
     MALFORMED,
@@ -35,7 +37,6 @@ from lcray.reduction import (
     plan_digest,
     tables_of,
 )
-from lcray.results import Manifest, read_manifest
 from lcray.sandbox import connect, shut, sql_path
 from lcray.schema import TABLES
 from lcray.shards import Commit, check_files, file_problems, read_commit, read_plan
@@ -78,7 +79,7 @@ def verify(out: PlaceLike, *, run: PlaceLike | None = None) -> Verification:
     with report.check("analysis.json"):
         where = place(out)
         plan = read_plan(where)
-        commits = _verify_shards(where, plan, report)
+        commits = _verify_shards(where, plan, report, run)
         if run is not None:
             with report.check("checkpoints of the run"):
                 report.problems += _changed(place(run), commits)
@@ -156,13 +157,13 @@ def _verify_tables(out: Place, plan: Plan, commits: list[Commit], report: _Repor
             _verify_rows(out, folder, plan, manifest, sound, report)
 
 
-def _verify_shards(out: Place, plan: Plan, report: _Report) -> list[Commit]:
+def _verify_shards(out: Place, plan: Plan, report: _Report, run: PlaceLike | None) -> list[Commit]:
     commits = []
     for span in plan.spans:
         with report.check(f"span {span.name}"):
             commit = read_commit(out, span)
             if commit is not None:
-                commits.append(commit)
+                commits.append(_trimmed(commit, whole=run is not None))
                 report.problems += check_files(out, commit)
     report.checks.append("every interval is committed")
     missing = missing_intervals(plan, commits)
@@ -174,6 +175,13 @@ def _verify_shards(out: Place, plan: Plan, report: _Report) -> list[Commit]:
     report.checks.append("neighbouring spans read the same checkpoint")
     report.problems += disagreements(out, commits)
     return commits
+
+
+def _trimmed(commit: Commit, *, whole: bool) -> Commit:
+    """What is needed later of a commit: all checkpoints, or those that its neighbours share."""
+    ends = (commit.span.first, commit.span.last)
+    kept = {s: d for s, d in commit.checkpoints.items() if whole or s in ends}
+    return replace(commit, files={}, info={}, checkpoints=kept)
 
 
 def _stale(out: Place, plan: Plan, commits: list[Commit], manifest: Manifest) -> Iterator[str]:

@@ -38,7 +38,8 @@ class Workbench:
         settings: of the analysis.
         flat: the model.
         engine: evaluates losses and gradients.
-        hashes: SHA-256 of each split's data, in the task's order.
+        hashes: SHA-256 of each split's data, in the task's order; of what is drawn from it.
+        drawn: samples taken and samples in the data set, of each split that is not taken whole.
         seat: which worker of a team this is.
         fixed_batches: whether batches are part of the loss, so that their size must not be tuned.
         batch_size: the most samples a batch holds.
@@ -59,7 +60,7 @@ class Workbench:
 
     Raises:
         TaskError: if model or data break the contract.
-        UsageError: for a split that does not exist.
+        UsageError: for a split that does not exist, or samples that cannot be drawn.
     """
 
     def __init__(
@@ -87,6 +88,11 @@ class Workbench:
         self.fixed_batches = depends_on_batches(model, settings.batch_norm)
         self._sources: tuple[SplitSource, ...] | None = self._open()
         self.hashes = {source.name: source.sha256 for source in self._sources}
+        self.drawn = {
+            source.name: (source.n_samples, source.draw.population)
+            for source in self._sources
+            if source.draw is not None
+        }
         self._adopted = False
         self._splits: tuple[SplitData, ...] | None = None
         self.base_bytes = _taken_bytes(self.device)
@@ -158,7 +164,17 @@ class Workbench:
     def _open(self) -> tuple[SplitSource, ...]:
         seed = self.settings.batch_seed if self.fixed_batches else None
         data = split_data(self._task, self.settings.splits)
-        return tuple(open_split(k, v, self._task, fixed_seed=seed) for k, v in data.items())
+        return tuple(
+            open_split(
+                name,
+                part,
+                self._task,
+                fixed_seed=seed,
+                samples=self.settings.samples,
+                sample_seed=self.settings.sample_seed,
+            )
+            for name, part in data.items()
+        )
 
     def _cut(self) -> tuple[SplitData, ...]:
         splits, left = [], self.room // 2  # the other half is for activations

@@ -152,7 +152,7 @@ def _sealed(document: Any, text: bytes) -> bytes:
         parsed = json.loads(text)
         parsed.pop("checksum", None)
         return encode_json(seal(parsed))
-    except (AttributeError, ValueError, RecursionError):
+    except (AttributeError, TypeError, ValueError, RecursionError):  # no object, no checksum
         return text
 
 

@@ -170,6 +170,16 @@ class Job:
                     found.add(pid(path))
         return found
 
+    def commits(self) -> dict[str, tuple[int, int, bytes]]:
+        """As `scenes.commits`, without what killed attempts have left beside a commit."""
+        found = scenes.commits(self.out)
+        counting = {}
+        for name, state in found.items():
+            commit = json.loads(found[f"{os.path.dirname(name)}/commit.json"][2])
+            if name.endswith(("commit.json", f"-{commit['attempt']}.parquet")):
+                counting[name] = state
+        return counting
+
     def tries(self) -> list[int]:
         """Which try at each span was the one that counts."""
         files = self.out.glob("shards/*/commit.json")

@@ -29,11 +29,14 @@ LAYERS = (
     Layer("scale", "", "parameter", (), None, True),
 )
 SHARES = (0.25, 0.75)
+DRAWN = (0.25, 0.375, 0.375)  # the shares of the replicates, of 2, 3 and 3 samples
 ALL = (
     "intervals",
     "layers",
     "units",
     "groups",
+    "replicates",
+    "replicate_layers",
     "histograms",
     "parameters",
     "traces",
@@ -78,7 +81,19 @@ def make_world(
     rng = np.random.default_rng(seed)
     parameters = tuple(layer.name for layer in layers if layer.kind == "parameter")
     splits = tuple(
-        SplitPlan(name, 8, 8, 8.0, 1.0, 2, (3, 7), tuple(8 * s for s in SHARES), True)
+        SplitPlan(
+            name,
+            8,
+            8,
+            8.0,
+            1.0,
+            2,
+            (3, 7),
+            tuple(8 * s for s in SHARES),
+            True,
+            20,
+            tuple(8 * s for s in DRAWN),
+        )
         for name in ("val", "train")  # not in alphabetical order, and neither are the layers
     )
     plan = Plan(
@@ -234,6 +249,60 @@ def groups(world: World, ts: range) -> Rows:
     return rows
 
 
+def _on_replicates(total: float, t: int, salt: int) -> list[float]:
+    """What a quantity is on each replicate, so that their mean is `total`."""
+    first = [math.sin(t + salt + r) * 1e-3 for r in range(len(DRAWN) - 1)]
+    rest = total - math.fsum(x * share for x, share in zip(first, DRAWN, strict=False))
+    return [*first, rest / DRAWN[-1]]
+
+
+def replicate_layers(world: World, ts: range) -> Rows:
+    return [
+        {
+            "split": split.name,
+            "start_step": world.steps[t],
+            "layer": layer.name,
+            "replicate": replicate,
+            "lc": lc,
+            "weight": DRAWN[replicate],
+        }
+        for split in world.plan.splits
+        for t in ts
+        if world.ok(split.name, t)
+        for layer in world.plan.layers
+        for replicate, lc in enumerate(
+            _on_replicates(math.fsum(world.lc[split.name, layer.name][t]), t, layer.numel)
+        )
+    ]
+
+
+def replicates(world: World, ts: range) -> Rows:
+    by_layer: dict[tuple[str, int, int], list[float]] = {}
+    for row in replicate_layers(world, ts):
+        key = (row["split"], row["start_step"], row["replicate"])
+        by_layer.setdefault(key, []).append(row["lc"])
+    rows = []
+    for split in world.plan.splits:
+        loss = world.loss[split.name]
+        for t in ts:
+            before, after = (_on_replicates(loss[t + end], t + end, 100) for end in (0, 1))
+            for r, share in enumerate(DRAWN if world.ok(split.name, t) else ()):
+                rows.append(
+                    {
+                        "split": split.name,
+                        "start_step": world.steps[t],
+                        "replicate": r,
+                        "end_step": world.steps[t + 1],
+                        "loss_start": before[r],
+                        "loss_end": after[r],
+                        "loss_change": after[r] - before[r],
+                        "lc": math.fsum(by_layer[split.name, world.steps[t], r]),
+                        "weight": share,
+                    }
+                )
+    return rows
+
+
 def bin_of(x: float) -> int:
     """The bin of |x| from its definition: edges (1 + m/8)·2^e."""
     if x == 0:
@@ -380,6 +449,8 @@ DERIVE = {
     "layers": layers,
     "units": units,
     "groups": groups,
+    "replicates": replicates,
+    "replicate_layers": replicate_layers,
     "histograms": histograms,
     "parameters": parameters,
     "traces": traces,

@@ -67,6 +67,21 @@ def test_a_million_axes_take_no_time() -> None:
         header.parse(json.dumps({"w": entry}).encode(), 4)
 
 
+@pytest.mark.parametrize(("shape", "stop"), [([4], 8), ([1], 8), ([2, 2], 12), ([], 8)])
+def test_shape_and_byte_range_agree(shape: list[int], stop: int) -> None:
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, stop]}
+    with pytest.raises(ValueError, match=r"shape .* and byte range .* disagree"):
+        header.parse(json.dumps({"w": entry}).encode(), stop)
+
+
+def test_a_header_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"w": zeros(3)}, tmp_path / "step-1.safetensors")
+    open_series(tmp_path, minimum=1).read(1)
+    monkeypatch.setattr(header, "MAX_HEADER", 40)
+    with pytest.raises(CheckpointError, match=r"a header of \d+ bytes does not fit"):
+        open_series(tmp_path, minimum=1).read(1)
+
+
 def test_an_index_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(header, "MAX_HEADER", 1000)
     (tmp_path / "model-1.safetensors.index.json").write_text(
@@ -138,6 +153,10 @@ def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
         read_json(tmp_path / "analysis.json")
     with pytest.raises(RecorderError, match="cannot be read"):
         runfile.load(tmp_path)
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "step-1.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        open_series(tmp_path / "run", minimum=1).read(1)
     out = factory.write_output(tmp_path / "out", WORLD)
     path = out / "shards" / WORLD.plan.spans[0].name / "layers-a0.parquet"
     path.unlink()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from lcray import data as data_module
+from lcray import labels as labels_module
 from lcray import samples as samples_module
 from lcray.data import SplitData, SplitSource, open_split, prepare_split
 from lcray.errors import TaskError
@@ -232,7 +232,7 @@ class TestGroupLabels:
         assert message.startswith("task groups: failed on split 'train': TypeError: tuple indices")
 
     def test_too_many(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(data_module, "MAX_GROUPS", 5)
+        monkeypatch.setattr(labels_module, "MAX_GROUPS", 5)
         assert len(prepare((torch.arange(5),), groups=lambda b: b[0]).groups) == 5
         message = refusal((torch.arange(6),), groups=lambda b: b[0])
         assert message == "task groups: 6 groups in split 'train'; at most 5"

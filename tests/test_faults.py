@@ -66,7 +66,7 @@ def everybody(job: Job) -> set[int]:
 
 
 def test_every_worker_is_killed_in_turn(job: Job) -> None:
-    driver = job.start("--workers", 3)
+    driver = job.start("--workers", 3, "--cpus-per-worker", 0.25)  # all would fit on one node
     first = everybody(job)
     assert len({psutil.Process(pid).ppid() for pid in first}) == 3, "one a node"
     for number, pid in enumerate(first, 1):
@@ -123,6 +123,46 @@ def test_the_driver_is_killed_and_started_again(job: Job) -> None:
     again = job.start("--workers", 3)
     job.finish(again)
     assert kept.items() <= scenes.commits(job.out).items()
+    job.check()
+
+
+def test_ctrl_c_sigterm_and_a_second_driver(job: Job) -> None:
+    kept: dict[str, Any] = {}
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        driver = job.start("--workers", 3)
+        workers = everybody(job)
+        before = len(kept)
+        job.wait(lambda: len(job.commits()) > before)  # noqa: B023 - called at once
+        if number == signal.SIGINT:
+            second = job.start("--workers", 3)
+            _, err = second.communicate(timeout=100)
+            assert second.returncode == 1
+            refused = rf"^lcray: .*out: another lcray process \(on .*, pid {driver.pid}, since"
+            assert re.match(refused, err.splitlines()[-1])
+        driver.send_signal(number)
+        _, err = driver.communicate(timeout=100)
+        assert driver.returncode == code, err
+        assert err.splitlines()[-1] == "lcray: interrupted; run the same command again to go on"
+        assert "Traceback" not in err
+        soon(lambda: not any(map(alive, workers)))  # noqa: B023 - called at once
+        assert (lcray.status(job.out).state, lcray.status(job.out).workers) == ("interrupted", 0)
+        assert kept.items() <= job.commits().items()
+        kept = job.commits()
+    assert job.done() < 12
+    job.finish(job.start("--workers", 3))
+    assert kept.items() <= job.commits().items()
+    job.check()
+
+
+def test_a_straggler_is_overtaken(job: Job) -> None:
+    """It is patiently waited for, and would take ten minutes."""
+    driver = job.start("--workers", 3, "--patience", 500)
+    everybody(job)
+    (job.folder / "hold").touch()
+    held = jobs.pid(job.wait(lambda: next(iter(job.folder.glob("held-*")), None)))
+    job.finish(driver)
+    soon(lambda: not alive(held))
+    assert sorted(job.tries()) == [1] * 11 + [2]
     job.check()
 
 
@@ -189,15 +229,57 @@ def test_a_checkpoint_that_cannot_be_read_once_and_one_that_never_can(job: Job) 
     job.check()
 
 
-def test_a_disk_that_fills_up(job: Job) -> None:
-    disk = job.folder / "out"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "lcray-test", str(disk)]
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system of its own at `folder`."""
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "lcray-test", str(folder)]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("a file system can be mounted by root only")
     try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_when_tables_are_merged(job: Job) -> None:
+    driver = job.start("--workers", 3)
+    job.wait(lambda: job.done() >= 1)
+    with small_disk(job.out / "tables", "32k"):
+        err = job.finish(driver, code=1)
+        assert re.match(r"lcray: .*out/tables.* \(No space left on device\)", err.splitlines()[-1])
+        assert job.done() == 12
+        assert list((job.out / "tables").iterdir()) == [], "no half of a table"
+    kept = scenes.commits(job.out)
+    job.finish(job.start("--workers", 3))
+    assert scenes.commits(job.out) == kept
+    job.check()
+
+
+def test_shards_that_are_damaged_later(job: Job) -> None:
+    job.finish(job.start("--workers", 3))
+    kept = scenes.commits(job.out)
+    shards = sorted(job.out.glob("shards/*/layers-*.parquet"))
+    torn, flipped = shards[2], shards[7]
+    torn.write_bytes(torn.read_bytes()[:-1])
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 4
+    flipped.write_bytes(content)
+    problems = lcray.verify(job.out).problems
+    for path in (torn, flipped):
+        assert any(str(path) in problem for problem in problems)
+    job.finish(job.start("--workers", 3, "--repair"))
+    again = {path.parent.name for path in (torn, flipped)}
+    for name, state in scenes.commits(job.out).items():
+        assert (name in kept and kept[name] == state) == (Path(name).parent.name not in again)
+    job.check()
+
+
+def test_a_disk_that_fills_up(job: Job) -> None:
+    disk = job.out
+    with small_disk(disk, "8m"):
         driver = job.start("--workers", 2)
         job.wait(lambda: job.done() >= 2)
         with open(disk / ".ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -210,5 +292,3 @@ def test_a_disk_that_fills_up(job: Job) -> None:
         job.finish(job.start("--workers", 2))
         assert kept.items() <= scenes.commits(job.out).items()
         job.check()
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import output_factory as factory
 import pytest
 import torch
 from fuzzing import (
+    LONGEST,
     damaged,
     documents,
     inputs,
@@ -33,9 +34,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import lcray
+from lcray import locks
 from lcray.analysis import load_plan
 from lcray.checkpoints import Recorder, open_series
+from lcray.display import status_text
+from lcray.errors import CheckpointError
 from lcray.files import encode_json, read_json, read_sealed, seal
+from lcray.locks import LOCK, Holder
 from lcray.record import read_record
 from lcray.reduction import reduce
 from lcray.results import open_output
@@ -117,6 +122,23 @@ def safetensors_files(draw: st.DrawFn) -> bytes:
 CLAIM = {"w": {"dtype": "F32", "shape": [2**58], "data_offsets": [0, 2**60]}}
 AXES = {"w": {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}}
 LONG = {"w": {"dtype": "F32", "shape": [2**63 - 1] * 300_000, "data_offsets": [0, 4]}}
+
+
+def test_what_decides_here_can_fail() -> None:
+    def fails(error: Exception) -> Callable[[], None]:
+        def call() -> None:
+            raise error
+
+        return call
+
+    assert survives(lambda: None)
+    assert not survives(fails(CheckpointError("torn")))
+    for error in (KeyError("x"), RecursionError(), MemoryError()):
+        with pytest.raises(type(error)):
+            survives(fails(error))
+    for message in ("", "a\nb", "\x1b[31m", "x" * (LONGEST + 1)):
+        with pytest.raises(AssertionError):
+            is_line(message)
 
 
 @inputs(0.36)
@@ -248,6 +270,44 @@ def checked(out: Path) -> bool:
     for problem in found.problems:
         is_line(problem)
     return found.ok
+
+
+STATUS = {
+    "state": "running",
+    **{"spans": 2, "spans_done": 1, "intervals": 3, "intervals_done": 2, "workers": 1},
+    "running": [{"first": 4, "last": 6, "attempt": 2, "done": 0.5, "intervals": 1, "seconds": 2.5}],
+    "failed": [{"first": 0, "last": 4, "reason": "why"}],
+    **{"rate": 0.5, "seconds_left": 2.0},
+    "gaps": {"train": {"loss_change": -1.0, "lc": -1.25}},
+    **{"error": "", "written": "2026-01-01T00:00:00+00:00", "silent": False},
+}
+
+
+@inputs(0.02)
+@example(text_of(STATUS | {"rate": 1e308, "seconds_left": 1e308}).encode())
+@example(text_of(STATUS | {"written": "9999-12-31T23:59:59-23:59"}).encode())
+@given(json_files(STATUS))
+def test_what_a_driver_said(home: Path, content: bytes) -> None:
+    path = home / "out" / "status.json"
+    path.touch()
+    with replaced(path, content):
+        for line in status_text(lcray.status(home / "out")).splitlines():
+            is_line(line)
+    path.unlink()
+
+
+@inputs(0.02)
+@example(text_of(vars(Holder.this()) | {"pid": float("inf")}).encode())
+@example(text_of(vars(Holder.this()) | {"pid": -1}).encode())
+@given(json_files(vars(Holder.this())))
+def test_locks(home: Path, content: bytes) -> None:
+    folder = home / "locked"
+    (folder / LOCK).mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK / "00000001.json"
+    path.write_bytes(content)
+    holder = locks._read(folder, 1)
+    assert holder is not None and holder.is_dead in (True, False)
+    is_line(str(locks._refusal(folder, holder)))
 
 
 ENTRY = {"name": "layers-a0.parquet", "rows": 1, "bytes": 1, "sha256": "0" * 64}

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import lcray
 from lcray import analysis, growth
 from lcray.errors import CheckpointError, UsageError
 from lcray.growth import Growth
+from lcray.storage import place, storage_of
 
 
 @pytest.fixture
@@ -92,6 +94,29 @@ class TestLooking:
             Growth(str(run), None, None).look()
         with pytest.raises(UsageError, match="idle 0: must be positive"):
             Growth(str(run), None, 0)
+
+    def test_an_address_without_a_run(self) -> None:
+        base = f"memory://{uuid.uuid4().hex}"
+        growth = Growth(f"{base}/run", None, None)
+        with pytest.raises(CheckpointError, match=f"{base}/run: no such run"):
+            growth.first()
+        folder = place(f"{base}/run")
+        storage_of(folder).write(folder / "run.json", b'{"ended": false}')
+        assert growth.look() is None  # it has not begun
+        assert not growth.ended
+
+    def test_an_address_that_cannot_be_reached(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LCRAY_STORAGE_PATIENCE", "0")
+        run = place(f"memory://{uuid.uuid4().hex}/run")
+        storage_of(run).write(run / "step-1.safetensors", b"")
+
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(13, "not yours")
+
+        monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.find", refuse)
+        monkeypatch.setattr(growth, "exists", lambda path: False)
+        with pytest.raises(CheckpointError, match="run: cannot be listed: not yours"):
+            Growth(run, None, None).first()
 
     def test_a_run_that_has_not_begun_is_waited_for(
         self, run: Path, monkeypatch: pytest.MonkeyPatch

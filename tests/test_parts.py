@@ -112,13 +112,20 @@ def work(run: Path, task: Task, out: Path, k: int, team: int, **options: Any) ->
 
 
 MIXED = replace(scenes.tied, groups=lambda batch: batch[0][:, 1:].flatten() % 3)
+POINTS = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+MANY = replace(scenes.plain, splits={"train": (POINTS, POINTS[:, :3].argmax(1))})
 CASES = [
     (scenes.plain, {"batch_size": 2}),
     (scenes.batchnorm, {"batch_norm": "batch", "batch_size": 4}),
     (scenes.batchnorm, {"batch_size": 3, "refine": True}),
     (MIXED, {"batch_size": 2, "rule": "auto", "rtol": 0.1}),
+    (MANY, {"batch_size": 1, "samples": 41}),
+    (MIXED, {"batch_size": 1, "samples": 7}),
 ]
-IDS = ["groups", "batch statistics", "buffers, refined", "mixed groups, auto"]
+IDS = [
+    "groups", "batch statistics", "buffers, refined", "mixed groups, auto",
+    "replicates in groups", "replicates, mixed groups",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("task", "options"), CASES, ids=IDS)
@@ -129,6 +136,7 @@ def test_who_takes_which_part_does_not_change_a_bit(
     for k, teams in ((3, (2, 3)), (2, (2,))):
         alone, nobody, plan = work(run, task, tmp_path / f"{k}-1", k, 1, **options)
         assert nobody == [] and plan.partial_sums == k
+        assert any(name.startswith("replicates-") for name, _ in alone) == ("samples" in options)
         for team in teams:
             shared, computed, _ = work(run, task, tmp_path / f"{k}-{team}", k, team, **options)
             assert computed and max(computed) == k - 1, "others took the last parts"

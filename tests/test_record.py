@@ -117,6 +117,7 @@ def test_other_layers(record: Record) -> None:
         ({"layers": ()}, "layers"),
         ({"split_hashes": {"val": "bb", "train": "aa"}}, "splits"),
         ({"device_kind": "cuda"}, "device"),
+        ({"drawn": {"train": (10, 17)}}, "samples"),
     ],
 )
 def test_a_plan_must_fit(change: dict[str, Any], named: str, record: Record) -> None:

@@ -78,6 +78,13 @@ def test_categories_are_in_the_plan_s_order(results: Results) -> None:
     assert list(results.units(layers="a*")["layer"].cat.categories) == names
 
 
+def test_names_that_the_plan_does_not_have_are_not_lost(results: Results) -> None:
+    """As in a table that was damaged: pandas would make them missing values."""
+    names = pa.array(["train", "wal"]).dictionary_encode()
+    frame = results._frame(pa.table({"split": names}))
+    assert frame["split"].to_list() == ["train", "wal"]
+
+
 def test_missing_integers_stay_integers(results: Results) -> None:
     assert results.parameters()["gradient_flips"].dtype == "Int64"
     assert results.intervals()["converged"].dtype == "boolean"

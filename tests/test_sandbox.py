@@ -261,7 +261,7 @@ def test_verification_runs_confined(
     home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Should anything of a plan ever reach the SQL of the invariants, it reaches no file."""
-    from lcray.invariants import Invariant
+    from lcray.completeness import Invariant
 
     reaching = f"SELECT content FROM read_text('{home}/secret.txt')"
     writing = f"COPY (SELECT 1) TO '{tmp_path}/x.csv'"
@@ -321,3 +321,11 @@ def test_a_query_may_take_half_of_what_is_left() -> None:
 
     room = sandbox.query_room()
     assert 1 << 28 <= room <= max(1 << 28, psutil.virtual_memory().total // 2)
+
+
+def test_what_is_shut_stays_shut(tmp_path: Path) -> None:
+    with sandbox.connect(1 << 28) as connection:
+        sandbox.shut(connection, [tmp_path / "x.parquet"])
+        for setting in ("memory_limit='64GB'", "python_enable_replacements=true", "threads=99"):
+            with pytest.raises(duckdb.Error, match="configuration has been locked"):
+                connection.execute(f"SET {setting}")

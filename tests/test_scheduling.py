@@ -30,6 +30,14 @@ class TestHandingOut:
         assert assigned(scheduler.span_done("b", 5)) == [("b", 2)]
         assert assigned(scheduler.span_done("a", 6)) == [("a", 3)]
 
+    def test_so_it_is_where_several_are_free(self) -> None:
+        scheduler = Scheduler([1] * 2, policy=Policy(backoff=1))
+        for worker in "ab":
+            scheduler.worker_ready(worker, 0)
+        assert scheduler.span_failed("b", "no", 1) == scheduler.span_failed("a", "no", 1.5) == []
+        assert scheduler.tick(2) == [Assign("b", 1, 2)]
+        assert scheduler.tick(2.5) == [Assign("a", 0, 2)]
+
     def test_one_span_a_worker_and_none_twice(self) -> None:
         scheduler = Scheduler([1] * 2)
         given = [assigned(scheduler.worker_ready(name, 0)) for name in "abc"]
@@ -157,8 +165,8 @@ class TestStragglers:
         scheduler = self.late()
         assert scheduler.tick(100) == []
         assert scheduler.tick(101) == [Assign("fast", 0, 2)]
-        scheduler.worker_ready("third", 102)
-        assert scheduler.tick(500) == []  # two are enough
+        assert scheduler.worker_ready("third", 102) == []  # two are enough
+        assert scheduler.tick(500) == []
 
     def test_whoever_is_second_does_no_harm(self) -> None:
         for first, second in (("slow", "fast"), ("fast", "slow")):

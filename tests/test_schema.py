@@ -19,6 +19,8 @@ DESIGN = {
     "lc_hurting n_helping n_hurting n_zero first_order_lc update_norm gradient_norm n_flips",
     "units": "split start_step layer unit | lc",
     "groups": "split start_step layer group | lc weight",
+    "replicates": "split start_step replicate | end_step loss_start loss_end loss_change lc weight",
+    "replicate_layers": "split start_step layer replicate | lc weight",
     "histograms": "split window layer sign bin | lower upper count sum",
     "parameters": "split layer index | lc abs_lc n_helping n_hurting n_zero n_flips displacement "
     "path_length displacement_flips gradient_flips",

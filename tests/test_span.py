@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +28,13 @@ from lcray.reduction import reduce
 from lcray.results import Results, open_output
 from lcray.shards import check_files, read_commit, span_folder
 from lcray.span import Workspace
+from lcray.storage import Place, place, storage_of
 from lcray.task import Task
 
 STEPS = tuple(range(13))
 
 
-def workspace(task: Task, run: Path, **options: Any) -> Workspace:
+def workspace(task: Task, run: Place, **options: Any) -> Workspace:
     return Workspace(task, str(run), make_settings(options))
 
 
@@ -198,20 +200,26 @@ def assert_close(a: pd.DataFrame, b: pd.DataFrame, atol: float, name: str) -> No
 
 class TestReading:
     @pytest.mark.parametrize("length", [1, 2, 3, 12])
-    def test_each_checkpoint_is_read_once_a_span(self, tiny_task, tiny_run, tmp_path, length):
+    def test_each_checkpoint_is_read_once_a_span(
+        self, tiny_task, tiny_run, tmp_path, length, monkeypatch
+    ):
         work = workspace(tiny_task, tiny_run)
         plan = draft(work, length)
         work.series = reads = Reads(work.series)
+        monkeypatch.setattr("lcray.span.open_series", lambda *where: reads)
         for span in plan.spans[:4]:
             reads.read_steps.clear()
             work.run(plan, span, tmp_path, "a")
             assert reads.read_steps == list(span.steps)
 
-    def test_reading_runs_ahead_but_not_away(self, tiny_task, tiny_run, tmp_path) -> None:
+    def test_reading_runs_ahead_but_not_away(
+        self, tiny_task, tiny_run, tmp_path, monkeypatch
+    ) -> None:
         """While interval k computes, at most two checkpoints beyond the next are in memory."""
         work = workspace(replace(tiny_task, splits={"train": tiny_task.splits["train"]}), tiny_run)
         plan = draft(work, 12)
         work.series = reads = Reads(work.series)
+        monkeypatch.setattr("lcray.span.open_series", lambda *where: reads)
         seen: list[int] = []
         evaluate = work.bench.engine.evaluate
 
@@ -226,6 +234,45 @@ class TestReading:
         assert len(seen) == len(interval)
         assert all(read <= k + 4 for read, k in zip(seen, interval, strict=True))
         assert all(read >= k + 2 for read, k in zip(seen, interval, strict=True))
+
+
+class TestWhileTrainingWrites:
+    @pytest.fixture
+    def remote(self, tiny_run: Path) -> Place:
+        """The run on a storage where files grow visibly; the newest is not whole yet."""
+        folder = place(f"memory://{uuid.uuid4().hex}/run")
+        for step in range(8):
+            content = file_of(tiny_run, step).read_bytes()
+            storage_of(folder).write(folder / file_of(tiny_run, step).name, content)
+        storage_of(folder).write(folder / file_of(tiny_run, 7).name, content[: len(content) // 2])
+        return folder
+
+    def test_a_checkpoint_that_was_not_whole_when_it_was_listed(
+        self, tiny_task: Task, tiny_run: Path, remote: Place, tmp_path: Path
+    ) -> None:
+        work = workspace(tiny_task, remote)
+        plan = draft(work, 1)
+        for step in (7, 8):
+            content = file_of(tiny_run, step).read_bytes()
+            storage_of(remote).write(remote / file_of(tiny_run, step).name, content)
+        assert work.run(plan, plan.spans[-1], tmp_path / "out", "a").committed
+        local = workspace(tiny_task, tiny_run)
+        assert local.run(plan, plan.spans[-1], tmp_path / "local", "a").committed
+        found, expected = (read_commit(tmp_path / o, plan.spans[-1]) for o in ("out", "local"))
+        assert found is not None and expected is not None
+        assert found.files == expected.files
+
+    def test_it_is_listed_again_only_where_it_may_have_changed(
+        self, tiny_task: Task, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        work = workspace(tiny_task, tiny_run)
+        plan, listings = draft(work, 1), []
+        monkeypatch.setattr(
+            "lcray.span.open_series", lambda *where: listings.append(where) or work.series
+        )
+        for number, span in enumerate((*plan.spans, plan.spans[-1])):
+            work.run(plan, span, tmp_path / "out", str(number))
+        assert len(listings) == 1
 
 
 class TestDamage:

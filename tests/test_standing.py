@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,8 +16,10 @@ import scenes
 import lcray
 from lcray.errors import IncompleteError, OutputError
 from lcray.files import read_json
+from lcray.locks import LOCK, Holder, locked
 from lcray.outcomes import SpanInHand, SpanReport, View
 from lcray.standing import Gap, RunningSpan, StatusFile
+from lcray.storage import storage_of
 
 OPTIONS: dict[str, Any] = {"span_length": 3, "elements": True}
 
@@ -58,6 +61,41 @@ def test_where_no_driver_said_anything_commits_are_counted(out: Path) -> None:
     assert found.gaps != whole.gaps
 
 
+HELD = {"first": 3, "last": 6, "attempt": 1, "done": 1.5, "intervals": 3, "seconds": 9.0}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"state": "idle"},
+        {"state": 3},
+        {"spans": "4"},
+        {"intervals_done": -1},
+        {"workers": 2.0},
+        {"rate": float("inf")},
+        {"seconds_left": "soon"},
+        {"running": [HELD | {"first": None}]},
+        {"running": [[]]},
+        {"failed": [{"first": 0, "last": 3}]},
+        {"failed": [{"first": 0, "last": 3, "reason": ["why"]}]},
+        {"gaps": {"train": {"loss_change": "1", "lc": 2.0}}},
+        {"gaps": []},
+        {"error": None},
+        {"written": ""},
+        {"written": "2026-01-01T00:00:00"},
+        {"silent": 0},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_every_field_is_what_a_driver_writes(wrong: dict[str, Any], out: Path) -> None:
+    said: dict[str, Any] = {"state": "running", "running": [HELD], "spans_done": 1}
+    edit(out, **said, written=ago(0))
+    assert lcray.status(out).state == "running"
+    edit(out, **wrong)
+    assert (lcray.status(out).state, lcray.status(out).spans_done) == ("unknown", 4)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"state": "running"}'])
 def test_a_file_that_says_nonsense_is_as_good_as_none(text: str, out: Path) -> None:
     (out / "status.json").write_text(text)
@@ -65,8 +103,7 @@ def test_a_file_that_says_nonsense_is_as_good_as_none(text: str, out: Path) -> N
 
 
 def test_a_driver_at_work_is_believed_until_it_has_been_silent(out: Path) -> None:
-    held = {"first": 3, "last": 6, "attempt": 1, "done": 1.5, "intervals": 3, "seconds": 9.0}
-    said = {"state": "running", "spans_done": 1, "running": [held], "workers": 2, "rate": 0.5}
+    said = {"state": "running", "spans_done": 1, "running": [HELD], "workers": 2, "rate": 0.5}
     edit(out, **said, written=ago(15))
     found = lcray.status(out)
     assert (found.state, found.spans_done, found.workers) == ("running", 1, 2)
@@ -114,6 +151,28 @@ def test_the_end_is_said(error: BaseException | None, state: str, text: str, out
         assert raised is error
     data = read_json(out / "status.json")
     assert (data["state"], data["error"]) == (state, text)
+
+
+def test_a_driver_that_has_lost_its_lock_says_nothing_more(out: Path) -> None:
+    plan = lcray.open(out).plan
+    with (
+        pytest.raises(OutputError, match="lost to another"),
+        locked(out, every=60) as lock,
+        StatusFile(out, plan, lock.holds) as file,
+    ):
+        file.state("following")
+        while read_json(out / "status.json")["state"] != "following":
+            time.sleep(0.01)
+        time.sleep(0.2)
+        # Another machine finds no beat, takes over, and has it finished before this one wakes.
+        following = out / LOCK / f"{lock.number + 1:08d}.json"
+        taken = storage_of(out).create(following, Holder.this().encode())
+        edit(out, state="finished", written=ago(0))
+        file.state("reducing")
+        lock.beat()
+        raise KeyboardInterrupt
+    assert taken
+    assert read_json(out / "status.json")["state"] == "finished"
 
 
 class TestWhileItRuns:

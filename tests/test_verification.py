@@ -11,7 +11,7 @@ import output_factory as factory
 import pyarrow.parquet as pq
 import pytest
 
-from lcray import invariants, verification
+from lcray import completeness, invariants, verification
 from lcray.errors import CorruptionError
 from lcray.files import TableFile, encode_json, read_sealed, seal
 from lcray.reduction import reduce
@@ -56,7 +56,7 @@ def test_a_sound_output_has_no_problems(tmp_path: Path, world: dict[str, Any]) -
     assert result.problems == ()
     assert result.ok
     assert len(set(result.checks)) == len(result.checks)
-    every = [*invariants.coverage(made.plan), *invariants.invariants(made.plan)]
+    every = [*completeness.coverage(made.plan), *invariants.invariants(made.plan)]
     possible = [c.name for c in every if {*c.tables} <= {*made.plan.tables, "fits"}]
     if "tables" not in world:
         assert len(possible) == len(every)
@@ -112,7 +112,7 @@ DAMAGE = {
 def test_every_damaged_parquet_file_is_found(sound: Path, tmp_path: Path, damage: str) -> None:
     out = copied(sound, tmp_path / "out")
     paths = sorted(out.rglob("*.parquet"))
-    assert len(paths) == 3 * 9 + 9
+    assert len(paths) == 3 * 11 + 11
     for path in paths:
         if DAMAGE[damage] is None:
             path.unlink()
@@ -250,6 +250,36 @@ BROKEN: dict[str, tuple[str, Callable[[list[Row]], list[Row]], str]] = {
         at(2, weight=SMALL),
         "weighted LC of groups adds up to that of layers",
     ),
+    "LC of a layer on a replicate": (
+        "replicate_layers",
+        at(2, lc=SMALL),
+        "weighted LC of replicate_layers adds up to that of layers",
+    ),
+    "weight of a replicate": (
+        "replicates",
+        at(2, weight=SMALL),
+        "LC and weight of replicates are those of replicate_layers",
+    ),
+    "LC of a replicate": (
+        "replicates",
+        at(2, lc=SMALL),
+        "LC and weight of replicates are those of replicate_layers",
+    ),
+    "loss change of a replicate": (
+        "replicates",
+        at(2, loss_change=SMALL),
+        "weighted losses of replicates add up to those of intervals",
+    ),
+    "loss of a replicate": (
+        "replicates",
+        at(2, loss_end=lambda _: None),
+        "weighted losses of replicates add up to those of intervals",
+    ),
+    "the end of a replicate's interval": (
+        "replicates",
+        at(2, end_step=1),
+        "weighted losses of replicates add up to those of intervals",
+    ),
     "helping LC": ("layers", at(2, lc_helping=-SMALL), "lc_helping + lc_hurting = lc"),
     "helping and hurting LC exchanged": (
         "layers",
@@ -349,6 +379,12 @@ BROKEN: dict[str, tuple[str, Callable[[list[Row]], list[Row]], str]] = {
     "a unit missing": ("units", without(3), "units has every unit of a layer once"),
     "the last unit missing": ("units", without(2), "units has every unit of a layer once"),
     "a group missing": ("groups", without(3), "groups has every group of a layer or none"),
+    "a replicate missing": ("replicates", without(3), "replicates has every replicate once"),
+    "a layer missing on a replicate": (
+        "replicate_layers",
+        without(3),
+        "replicate_layers has every replicate of a layer once",
+    ),
     "an element missing": ("elements", without(3), "elements has every index of a layer once"),
     "a parameter missing": (
         "parameters",
@@ -388,7 +424,7 @@ def test_what_is_broken_is_reported(sound: Path, tmp_path: Path, name: str) -> N
 
 def test_every_invariant_is_among_the_broken() -> None:
     plan = factory.make_world().plan
-    every = [*invariants.coverage(plan), *invariants.invariants(plan)]
+    every = [*completeness.coverage(plan), *invariants.invariants(plan)]
     assert {check.name for check in every} == {check for _, _, check in BROKEN.values()}
 
 
@@ -448,7 +484,7 @@ def test_groups_of_other_passes_agree_less_closely(tmp_path: Path) -> None:
 
 
 def test_a_check_that_fails_is_a_problem(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = invariants.Invariant("wrong", ("layers",), "SELECT nothing FROM layers")
+    wrong = completeness.Invariant("wrong", ("layers",), "SELECT nothing FROM layers")
     monkeypatch.setattr(verification, "coverage", lambda plan: [wrong])
     (problem,) = verify(sound).problems
     assert "wrong: cannot be checked" in problem

@@ -54,7 +54,7 @@ class Dispatch:
         )
         self._outcome = Outcome()
         self._metrics = metrics
-        self._plan = ray.put(plan)
+        self._plan = ray.put(plan.without_spans())  # workers read it anew with every span
         self._busy: dict[Reference, int] = {}
         self._names: dict[int, str] = {}  # the attempt that a worker is at
         self._beats = _start_beats()

@@ -48,6 +48,18 @@ def test_what_is_here_is_not_fetched_again(tmp_path: Path) -> None:
     assert origin.fetched == ["a"]
 
 
+def test_what_is_here_but_torn_is_fetched_again(tmp_path: Path) -> None:
+    cache, origin = Cache(tmp_path / "c", MIB), Origin()
+    for _ in range(2):
+        file = origin.open(cache, remote("a", 5))
+        assert file is not None
+        with file:
+            assert file.read() == b"xxxxx"
+        (path,) = (p for p in cache.folder.iterdir() if not p.name.startswith("lock"))
+        path.write_bytes(b"xxx")
+    assert origin.fetched == ["a", "a"]
+
+
 @pytest.mark.parametrize("other", [remote("b", 5), remote("a", 6), remote("a", 5, "2")])
 def test_address_size_and_stamp_tell_objects_apart(tmp_path: Path, other: Remote) -> None:
     cache, origin = Cache(tmp_path / "c", MIB), Origin()

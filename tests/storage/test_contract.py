@@ -29,6 +29,12 @@ def test_a_folder_without_files_is_empty(root: Place) -> None:
     assert storage_of(root).find(root) == []
 
 
+def test_what_cannot_be_listed_is_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        storage_of(tmp_path).find(tmp_path / "file")
+
+
 def test_what_was_written_is_read(root: Place) -> None:
     storage, file = storage_of(root), root / "a/b.bin"
     data = bytes(range(256)) * 11

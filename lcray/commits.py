@@ -1,0 +1,207 @@
+"""Commits: which attempt at a span counts, read one by one, since there may be 100,000 of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcray.errors import CorruptionError, OutputError
+from lcray.files import FileEntry, confined, exists, read_sealed
+from lcray.planning import Span
+from lcray.schema import FORMAT_VERSION, TABLES
+from lcray.storage import Item, Place, Remote, storage_of
+
+NAME = "commit.json"
+ATTEMPT = re.compile(r"[A-Za-z0-9_.-]{1,80}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_READERS = 16
+_LINKED = -1  # what `confined` has to judge, or no plain file
+_AHEAD = 512  # commits that are asked for at a time
+
+
+def other_version(version: object) -> str:
+    """What to say about files of another version."""
+    return (
+        f"format version {version!r}, this lcray reads {FORMAT_VERSION}; analyze into a new output"
+    )
+
+
+def span_folder(out: Place, span: Span) -> Place:
+    """Where the shards of `span` are."""
+    return out / "shards" / span.name
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The commit of a span: the one attempt that counts.
+
+    Attributes:
+        span: the span.
+        attempt: the attempt's id.
+        files: the files of the attempt, by table.
+        checkpoints: the sha256 of the checkpoints that were read, by step.
+        info: whatever else was kept.
+    """
+
+    span: Span
+    attempt: str
+    files: Mapping[str, FileEntry]
+    checkpoints: Mapping[int, str]
+    info: Mapping[str, Any]
+
+    @property
+    def tables(self) -> frozenset[str]:
+        """The tables that it has files of."""
+        return frozenset(self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What it takes to find the files of a commit; small, for whoever holds all of them.
+
+    Attributes:
+        span: the span.
+        attempt: the attempt's id.
+        tables: those that it has files of.
+    """
+
+    span: Span
+    attempt: str
+    tables: frozenset[str]
+
+
+def shard_name(table: str, attempt: str) -> str:
+    """The name of an attempt's file of a table, within the folder of its span."""
+    return f"{table}-{attempt}.parquet"
+
+
+def read_commit(out: Place, span: Span) -> Commit | None:
+    """The commit of `span`, or None if it has none.
+
+    Raises:
+        CorruptionError: if ``commit.json`` is damaged.
+        OutputError: if it cannot be read, or belongs to another version or plan.
+    """
+    path = confined(out, span_folder(out, span) / NAME)
+    return _read(path, span) if exists(path) else None
+
+
+def _read(path: Place, span: Span, size: int | None = None) -> Commit:
+    data = read_sealed(path, size)
+    if data.get("format_version") != FORMAT_VERSION:
+        raise OutputError(f"{path}: {other_version(data.get('format_version'))}")
+    if data.get("span") != list(span.steps):
+        raise OutputError(
+            f"{path}: its checkpoints are not those of the plan; analyze into a new output"
+        )
+    try:
+        return _commit(data, span)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptionError(
+            f"{path}: not a valid commit ({error}); remove its folder and run the analysis again"
+        ) from error
+
+
+def _commit(data: dict[str, Any], span: Span) -> Commit:
+    attempt = _typed(data, "attempt", str)
+    if not ATTEMPT.fullmatch(attempt):
+        raise ValueError("attempt")
+    files = {}
+    for table, entry in _typed(data, "files", dict).items():
+        files[table] = FileEntry(
+            _typed(entry, "name", str),
+            _typed(entry, "rows", int),
+            _typed(entry, "bytes", int),
+            _typed(entry, "sha256", str),
+        )
+        # The one name that the writer gives: no path can lead out of the folder.
+        if table not in TABLES or files[table].name != shard_name(table, attempt):
+            raise ValueError(f"file {files[table].name!r} of table {table!r}")
+        if not _SHA256.fullmatch(files[table].sha256) or files[table].rows < 0:
+            raise ValueError(f"entry of table {table!r}")
+    checkpoints = {int(k): v for k, v in _typed(data, "checkpoints", dict).items()}
+    if not all(isinstance(v, str) and k in span.steps for k, v in checkpoints.items()):
+        raise ValueError("checkpoints")
+    return Commit(span, attempt, files, checkpoints, _typed(data, "info", dict))
+
+
+def _typed(data: Any, name: str, kind: type) -> Any:
+    value = data[name]
+    if type(value) is not kind:  # a bool is no row count
+        raise TypeError(f"{name!r} is no {kind.__name__}")
+    return value
+
+
+def committed(out: Place, spans: Iterable[Span]) -> dict[Span, Commit]:
+    """All of `each_commit`, by span."""
+    return dict(each_commit(out, spans))
+
+
+def each_commit(out: Place, spans: Iterable[Span]) -> Iterator[tuple[Span, Commit]]:
+    """The commits of those of `spans` that have one, in the order of `spans`.
+
+    Whoever takes them one by one holds one, and the 512 after it where they come over a network.
+
+    Raises:
+        CorruptionError, OutputError: as `read_commit`.
+    """
+    if isinstance(out, Remote):
+        yield from _fetched(out, list(spans))
+        return
+    shards = os.path.realpath(confined(out, out / "shards"))
+    for span in spans:
+        found = _look(os.path.join(shards, span.name))
+        path: Place = Path(shards, span.name, NAME)
+        if found == _LINKED:
+            path = confined(out, out / "shards" / span.name / NAME)
+            if exists(path):
+                yield span, _read(path, span)
+        elif found is not None:
+            yield span, _read(path, span, found)
+
+
+def _look(folder: str) -> int | None:
+    """The size of the commit in a folder; None if there is none, or `_LINKED`.
+
+    There are many: two calls of the system instead of the dozens that `confined` takes.
+    """
+    try:
+        status = os.lstat(os.path.join(folder, NAME))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        return _LINKED  # `exists` says what is wrong
+    plain = stat.S_ISREG(status.st_mode) and not os.path.islink(folder)
+    return status.st_size if plain else _LINKED
+
+
+def _fetched(out: Remote, spans: list[Span]) -> Iterator[tuple[Span, Commit]]:
+    """One listing says which there are, and how large; then one request each."""
+    there = {item.name: item.size for item in listed(out) if item.name.endswith("/" + NAME)}
+    sizes = [there.get(f"{span.name}/{NAME}") for span in spans]
+    wanted = [(span, size) for span, size in zip(spans, sizes, strict=True) if size is not None]
+
+    def read(pair: tuple[Span, int]) -> tuple[Span, Commit]:
+        return pair[0], _read(span_folder(out, pair[0]) / NAME, *pair)
+
+    with ThreadPoolExecutor(_READERS, "lcray-commits") as readers:  # each waits for the network
+        for start in range(0, len(wanted), _AHEAD):
+            yield from readers.map(read, wanted[start : start + _AHEAD])
+
+
+def listed(out: Place) -> list[Item]:
+    """Every file of every attempt, in one listing.
+
+    Raises:
+        OutputError: if that cannot be had.
+    """
+    try:
+        return storage_of(out).find(out / "shards")
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be listed ({error.strerror}); check access") from error

@@ -1,0 +1,58 @@
+"""The manifest of an output's tables: which there are, and what they were reduced from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lcray.errors import CorruptionError, OutputError
+from lcray.files import FileEntry, confined, exists, read_sealed
+from lcray.reduction import MANIFEST
+from lcray.schema import FORMAT_VERSION, TABLES
+from lcray.storage import Place
+from lcray.strict import build, value_of
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``tables/manifest.json`` says.
+
+    Attributes:
+        plan: checksum of the plan that the tables were reduced by.
+        spans: names of the spans that they hold.
+        tables: the file of each table.
+    """
+
+    plan: str
+    spans: tuple[str, ...]
+    tables: Mapping[str, FileEntry]
+
+
+def read_manifest(out: Place) -> Manifest:
+    """The manifest of the tables in `out`.
+
+    Raises:
+        OutputError: if there is none, or another version wrote it.
+        CorruptionError: if it is damaged.
+    """
+    path = confined(out, out / "tables" / MANIFEST)
+    if not exists(path):
+        raise OutputError(
+            f"{out}: has no tables yet; run the analysis again to finish it, or lcray reduce {out}"
+        )
+    data = read_sealed(path)
+    if data.get("format_version") != FORMAT_VERSION:
+        raise OutputError(
+            f"{path}: format version {data.get('format_version')!r}, this lcray reads "
+            f"{FORMAT_VERSION}; run lcray reduce {out}"
+        )
+    try:
+        tables = {table: build(FileEntry, entry) for table, entry in data["tables"].items()}
+        known = all(t in TABLES and e.name == f"{t}.parquet" for t, e in tables.items())
+        spans = value_of(tuple[str, ...], data["spans"], "spans")
+        manifest = Manifest(value_of(str, data["plan"], "plan"), spans, tables)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptionError(f"{path}: not a manifest; run lcray reduce {out}") from error
+    if not known:
+        raise CorruptionError(f"{path}: names unknown tables; run lcray reduce {out}")
+    return manifest
