@@ -40,6 +40,11 @@ _OPTIONS = {
 }
 
 
+def recipe_for(table: str) -> str:
+    """What gives an output the table that it lacks, in a few words."""
+    return f"{_OPTIONS.get(table, 'analyze')} into a new output"
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What ``tables/manifest.json`` says.
@@ -331,8 +336,7 @@ class Results:
             return path
         if name not in TABLES or name == "borders":
             raise UsageError(suggest(name, self.tables, "table"))
-        option = _OPTIONS.get(name, "analyze")
-        raise UsageError(f"{self.path}: has no table {name!r}; {option} into a new output")
+        raise UsageError(f"{self.path}: has no table {name!r}; {recipe_for(name)}")
 
     def _within(self, name: str, steps: str | None) -> pc.Expression | None:
         if steps is None:

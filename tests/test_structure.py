@@ -68,6 +68,8 @@ ORDER = (
     "reduction",
     "sandbox",
     "results",
+    "analyses",
+    "concluding",
     "invariants",
     "verification",
     "record",
@@ -86,6 +88,7 @@ ORDER = (
     "progress",
     "display",
     "submit_command",
+    "findings_command",
     "cli",
     "__main__",
 )
@@ -94,6 +97,7 @@ SPEAKS = {
     "lcray.__main__",
     "lcray.cli",
     "lcray.display",
+    "lcray.findings_command",
     "lcray.progress",
     "lcray.submit_command",
 }
