@@ -303,7 +303,7 @@ def findings_summary(found: Findings) -> Group:
             continue
         table = found[finding.name]
         frame = table.to_pandas()
-        if "window" in frame:
+        if "resolution" in frame or "end_step" in frame:
             frame = frame[frame["window"] == RUN]
         frame = frame[[*finding.shown]] if finding.shown else frame
         if "layer" in frame:

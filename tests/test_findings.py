@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import output_factory as factory
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 import lcray
 from lcray import concluding
-from lcray.analyses.registry import FINDINGS
+from lcray.analyses.registry import FINDINGS, Finding
 from lcray.analyses.series import layer_series
 from lcray.analyses.windows import Window, Windows
+from lcray.cli import app
 from lcray.errors import InapplicableError, OutputError, UsageError
 from lcray.reduction import reduce
 
@@ -150,3 +153,56 @@ def test_a_link_out_of_the_output_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="leads out of"):
         lcray.findings(path)
     assert [*(tmp_path / "elsewhere").iterdir()] == []
+
+
+DOCS = (Path(__file__).parents[1] / "docs" / "findings.md").read_text()
+
+
+@pytest.mark.parametrize("finding", FINDINGS, ids=lambda f: f.name)
+def test_every_finding_is_explained_with_its_columns(finding: Finding, out: Path) -> None:
+    section = DOCS.split(f"## `{finding.name}`\n")[1].split("\n## ")[0]
+    assert ("Needs" in section and "Read: " in section) or finding.name == "memorising"
+    assert all(f"`{table}`" in section for table in finding.needs)
+    listed = re.findall(r"`(\w+)`", section.split("Columns: ")[1].split("\n\n")[0])
+    found = lcray.findings(out)
+    if finding.name in found:
+        assert listed == found[finding.name].column_names
+        assert set(finding.shown) <= set(listed)
+
+
+def test_the_command_prints_what_there_is(out: Path) -> None:
+    shown = CliRunner().invoke(app, ["findings", str(out), "--windows", "early=:6"])
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    found = lcray.findings(out, windows={"early": ":6"})
+    for finding in FINDINGS:
+        if finding.name in found:
+            assert finding.title in shown.output
+        else:
+            assert f"no {finding.name}: {found.impossible[finding.name]}" in shown.output
+    assert str(out / "findings") in shown.output
+    assert "windows of 4 steps hold fewer than 8 intervals" in shown.output  # a note
+
+
+def test_the_command_for_scripts(out: Path) -> None:
+    arguments = ["findings", str(out), "--only", "shares", "--window", "6", "--seed", "4", "--json"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0
+    data = json.loads(shown.output)
+    assert data["path"] == str(out / "findings") and data["impossible"] == {}
+    (name, rows), *more = data["findings"].items()
+    assert name == "shares" and not more
+    assert {row["window"] for row in rows if row["resolution"] != "interval"} == {
+        "run",
+        "0:6",
+        "6:12",
+    }
+    stored = pq.read_table(out / "findings" / "shares.parquet")
+    assert stored.schema.metadata[b"lcray.seed"] == b"4"
+    assert len(rows) == stored.num_rows
+
+
+@pytest.mark.parametrize("text", ["early", "a=0:2,a=2:4", ""])
+def test_the_command_refuses_windows_without_form(text: str, out: Path) -> None:
+    shown = CliRunner().invoke(app, ["findings", str(out), "--windows", text])
+    assert shown.exit_code == 2
+    assert "name=a:b" in shown.stderr

@@ -8,6 +8,10 @@ from typing import Protocol
 import pyarrow as pa
 
 from lcray.analyses.first_order import first_order
+from lcray.analyses.fits import fits
+from lcray.analyses.habits import habits
+from lcray.analyses.memorising import memorising, overfitting
+from lcray.analyses.shares import shares
 from lcray.analyses.windows import Ranges
 from lcray.results import Results
 
@@ -56,19 +60,55 @@ class Finding:
 
 FINDINGS: tuple[Finding, ...] = (
     Finding(
-        "first_order",
-        "First order against the rule that was used",
-        first_order,
-        ("intervals",),
+        "shares",
+        "Helping and hurting: share of the parameters, run",
+        shares,
+        ("layers",),
+        ("split", "layer", "helping", "helping_low", "helping_high", "zero", "helping_of_nonzero"),
+    ),
+    Finding(
+        "habits",
+        "How often each parameter helps: distribution over parameters",
+        habits,
+        ("parameters",),
         (
             "split",
-            "rule",
-            "gradients",
-            "loss_change",
-            "lc",
-            "gap_percent",
-            "abs_gap_percent",
-            "bias",
+            "layer",
+            "denominator",
+            "mean",
+            "sd",
+            "sd_if_independent",
+            "near_half",
+            "q05",
+            "q95",
         ),
+    ),
+    Finding(
+        "fits",
+        "Distribution of |LC|, run",
+        fits,
+        ("histograms",),
+        ("split", "layer", "sign", "distribution", "shape", "shape_se_blocks", "ks", "rank"),
+    ),
+    Finding(
+        "first_order",
+        "First order against the rule that was used, run",
+        first_order,
+        ("intervals",),
+        ("split", "rule", "gradients", "loss_change", "gap_percent", "abs_gap_percent", "bias"),
+    ),
+    Finding(
+        "memorising",
+        "Learning against memorising: LC on two splits, run",
+        memorising,
+        ("layers",),
+        ("train", "other", "layer", "lc_train", "lc_other", "difference", "difference_low"),
+    ),
+    Finding(
+        "overfitting",
+        "When each layer starts to overfit",
+        overfitting,
+        ("layers",),
+        ("train", "other", "layer", "onset", "lc_train_after", "lc_other_after"),
     ),
 )
