@@ -12,7 +12,6 @@ from rich.text import Text
 
 from lcray.analyses.registry import FINDINGS
 from lcray.analyses.tidy import notes_of
-from lcray.analyses.windows import RUN
 from lcray.checkpoints import Audit
 from lcray.concluding import Findings
 from lcray.errors import one_line
@@ -303,8 +302,8 @@ def findings_summary(found: Findings) -> Group:
             continue
         table = found[finding.name]
         frame = table.to_pandas()
-        if "resolution" in frame or "end_step" in frame:
-            frame = frame[frame["window"] == RUN]
+        for column, value in finding.rows:
+            frame = frame[frame[column] == value]
         frame = frame[[*finding.shown]] if finding.shown else frame
         if "layer" in frame:
             frame = frame.assign(layer=frame["layer"].astype(object).replace("", "all"))

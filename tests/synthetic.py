@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -337,3 +338,7 @@ def _lenet_groups(plan: Plan, rng: np.random.Generator) -> dict[str, Any]:
         "lc": rng.normal(-1e-3, 3e-3, split.size),
         "weight": np.full(split.size, 0.1),
     }
+
+
+if __name__ == "__main__":
+    lenet(Path(sys.argv[1]), int(sys.argv[2]))

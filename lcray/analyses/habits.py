@@ -46,7 +46,7 @@ _FORM = tidy.schema(
 
 _SQL = """
     SELECT split, layer, n_helping, n_helping + n_hurting AS nonzero, n_zero, count(*) AS n
-    FROM parameters GROUP BY ALL
+    FROM parameters GROUP BY ALL ORDER BY ALL
 """
 
 

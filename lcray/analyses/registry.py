@@ -12,7 +12,7 @@ from lcray.analyses.fits import fits
 from lcray.analyses.habits import habits
 from lcray.analyses.memorising import memorising, overfitting
 from lcray.analyses.shares import shares
-from lcray.analyses.windows import Ranges
+from lcray.analyses.windows import RUN, Ranges
 from lcray.results import Results
 
 
@@ -49,6 +49,7 @@ class Finding:
         compute: from results to its table.
         needs: the tables without which there is none.
         shown: the columns that a summary shows; all where empty.
+        rows: column and value of the rows that it shows; a finding without windows has no `window`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Finding:
     compute: Compute
     needs: tuple[str, ...]
     shown: tuple[str, ...] = ()
+    rows: tuple[tuple[str, str], ...] = (("window", RUN),)
 
 
 FINDINGS: tuple[Finding, ...] = (
@@ -82,6 +84,7 @@ FINDINGS: tuple[Finding, ...] = (
             "q05",
             "q95",
         ),
+        (("denominator", "nonzero"),),
     ),
     Finding(
         "fits",
@@ -89,6 +92,7 @@ FINDINGS: tuple[Finding, ...] = (
         fits,
         ("histograms",),
         ("split", "layer", "sign", "distribution", "shape", "shape_se_blocks", "ks", "rank"),
+        (("window", RUN), ("distribution", "weibull")),
     ),
     Finding(
         "first_order",
@@ -110,5 +114,6 @@ FINDINGS: tuple[Finding, ...] = (
         overfitting,
         ("layers",),
         ("train", "other", "layer", "onset", "lc_train_after", "lc_other_after"),
+        (),
     ),
 )
