@@ -96,16 +96,16 @@ def memorising(
     """
     series = layer_series(results, [], ("parameter", "buffer"))
     chosen = Windows.of(results, window, windows)
-    rows: list[dict[str, Any]] = []
+    draws = Bootstrap(seed, level=level)
+    pieces: list[dict[str, Any]] = []
     for names, pair, ok in _pairs(series, train):
-        draws = Bootstrap(seed, level=level)
         for item in chosen:
-            resolution = "run" if item.name == RUN else "window"
-            rows += _rows(series, names, pair, ok, item, resolution, draws)
-        for start, end in zip(series.starts[ok], series.ends[ok], strict=True):
-            item = Window(f"{start}:{end}", int(start), int(end))
-            rows += _rows(series, names, pair, ok, item, "interval", None)
-    return tidy.table(_SIDE_BY_SIDE, rows, parameters={"seed": seed, "level": level})
+            pieces += _window(series, names, pair, ok, item, draws)
+        if ok.any():
+            pieces.append(_intervals(series, names, pair, ok))
+    form = _SIDE_BY_SIDE
+    columns = {name: np.concatenate([p[name] for p in pieces]) for name in form.names if pieces}
+    return tidy.stamped(tidy.from_columns(form, columns), parameters={"seed": seed, "level": level})
 
 
 def overfitting(
@@ -193,40 +193,69 @@ def _pairs(
             yield {"train": train, "other": other}, pair, ok
 
 
-def _rows(
+def _window(
     series: Series,
     names: dict[str, str],
     pair: Floats,
     ok: NDArray[np.bool_],
     item: Window,
-    resolution: str,
-    draws: Bootstrap | None,
-) -> list[dict[str, Any]]:
+    draws: Bootstrap,
+) -> Iterator[dict[str, Any]]:
+    """The columns of one window, a row for each layer; none where it has no interval."""
     here = ok & item.holds(series.starts)
     if not here.any():
-        return []
-    total = pair[:, here].sum(axis=1)
-    until = pair[:, series.starts < item.end].sum(axis=1)
-    bounds = _bounds(pair[:, here], draws) if draws else None
-    rows = []
-    for k, layer in enumerate(_layers(series)):
-        row = {
-            **names,
-            "resolution": resolution,
-            "window": item.name,
-            "first_step": item.first,
-            "end_step": item.end,
-            "layer": layer,
-            "n_intervals": int(here.sum()),
-            "cumulative_train": until[0, k],
-            "cumulative_other": until[1, k],
-        }
+        return
+    resolution = "run" if item.name == RUN else "window"
+    until = pair[:2, series.starts < item.end].sum(axis=1)
+    found = _columns(series, names, resolution, pair[:, here].sum(axis=1), until)
+    times: dict[str, str | int] = {"window": item.name, "first_step": item.first}
+    times |= {"end_step": item.end, "n_intervals": int(here.sum())}
+    rows = len(found["layer"])
+    found |= {name: _repeated(value, rows) for name, value in times.items()}
+    bounds = _bounds(pair[:, here], draws)
+    if bounds is not None:
         for i, name in enumerate(_OF):
-            row[name] = total[i, k]
-            if bounds is not None:
-                row[f"{name}_low"], row[f"{name}_high"] = bounds[0][i, k], bounds[1][i, k]
-        rows.append(row)
-    return rows
+            found |= {f"{name}_low": bounds[0][i], f"{name}_high": bounds[1][i]}
+    yield found
+
+
+def _intervals(
+    series: Series, names: dict[str, str], pair: Floats, ok: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """The columns of all intervals at once, layer after layer within each."""
+    until = np.cumsum(pair[:2], axis=1)[:, ok].reshape(2, -1)
+    found = _columns(series, names, "interval", pair[:, ok].reshape(3, -1), until)
+    starts, ends = series.starts[ok], series.ends[ok]
+    windows = np.array([f"{a}:{b}" for a, b in zip(starts, ends, strict=True)], object)
+    n_layers = pair.shape[2]
+    return found | {
+        "window": np.repeat(windows, n_layers),
+        "first_step": np.repeat(starts, n_layers),
+        "end_step": np.repeat(ends, n_layers),
+        "n_intervals": np.ones(len(starts) * n_layers, np.int64),
+    }
+
+
+def _columns(
+    series: Series, names: dict[str, str], resolution: str, lc: Floats, until: Floats
+) -> dict[str, Any]:
+    """What rows have in common: LC [3, rows], cumulative [2, rows]; rows go round the layers."""
+    rows = lc.shape[1]
+    layers = np.array(_layers(series), object)
+    nothing = np.full(rows, np.nan)
+    return {
+        **{name: _repeated(value, rows) for name, value in names.items()},
+        "resolution": _repeated(resolution, rows),
+        "layer": np.tile(layers, rows // len(layers)),
+        **dict(zip(_OF, lc, strict=True)),
+        **{f"{name}_{end}": nothing for name in _OF for end in ("low", "high")},
+        "cumulative_train": until[0],
+        "cumulative_other": until[1],
+    }
+
+
+def _repeated(value: str | int, times: int) -> NDArray[Any]:
+    return np.full(times, value, object if isinstance(value, str) else np.int64)
 
 
 def _bounds(pair: Floats, draws: Bootstrap) -> tuple[Floats, Floats] | None:
