@@ -14,7 +14,8 @@ from lcray.analyses.registry import FINDINGS, Finding
 from lcray.analyses.windows import Ranges
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.files import confined, writing
-from lcray.results import Results, open_output, read_manifest, recipe_for
+from lcray.recipes import recipe_for
+from lcray.results import Results, open_output, read_manifest
 from lcray.storage import Place, PlaceLike, storage_of
 
 #: The folder of the findings in an output.

@@ -21,6 +21,7 @@ from lcray.confidence import frame, sums
 from lcray.errors import CorruptionError, OutputError, UsageError, suggest
 from lcray.files import FileEntry, confined, exists, read_json, read_sealed
 from lcray.planning import Plan, read_notes
+from lcray.recipes import OPTIONS, recipe_for
 from lcray.reduction import MANIFEST
 from lcray.sandbox import connect, query_room, select, shut, sql_path
 from lcray.schema import FORMAT_VERSION, TABLES
@@ -29,20 +30,6 @@ from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable,
 from lcray.strict import build, value_of
 
 _TIME = ("start_step", "step", "window")
-_OPTIONS = {
-    "elements": "analyze with --elements",
-    "parameters": "analyze with --parameters",
-    "traces": "analyze with --parameters",
-    "units": "analyze with --units",
-    "groups": "give the task groups, and analyze",
-    "replicates": "analyze with --samples",
-    "replicate_layers": "analyze with --samples",
-}
-
-
-def recipe_for(table: str) -> str:
-    """What gives an output the table that it lacks, in a few words."""
-    return f"{_OPTIONS.get(table, 'analyze')} into a new output"
 
 
 @dataclass(frozen=True)
@@ -291,7 +278,7 @@ class Results:
         """What to do where a query asks for a table that this output does not have."""
         for name in TABLES:
             if name not in self.tables and re.search(rf"\b{name}\b", query, re.IGNORECASE):
-                how = _OPTIONS.get(name, "see lcray analyze --help")
+                how = OPTIONS.get(name, "see lcray analyze --help")
                 return f"there is no table {name!r} in {self.path}: {how}"
         return None
 

@@ -67,6 +67,7 @@ ORDER = (
     "merging",
     "reduction",
     "sandbox",
+    "recipes",
     "results",
     "analyses",
     "concluding",
