@@ -17,6 +17,7 @@ _PUBLIC = {
     "allocate": "lcray.in_memory",
     "analyze": "lcray.analysis",
     "demo": "lcray.digits",
+    "findings": "lcray.concluding",
     "inspect": "lcray.checkpoints",
     "open": "lcray.results",
     "plan": "lcray.analysis",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lcray.analysis import plan as plan
     from lcray.checkpoints import Recorder as Recorder
     from lcray.checkpoints import inspect as inspect
+    from lcray.concluding import findings as findings
     from lcray.digits import demo as demo
     from lcray.errors import LcrayError as LcrayError
     from lcray.in_memory import allocate as allocate

@@ -27,7 +27,11 @@ def make_table(name: str, columns: Mapping[str, Any]) -> pa.Table:
         ValueError: for an unknown or missing column, lengths that differ, values that do not fit
             the type, or nulls where the type has none.
     """
-    schema = table_schema(name).schema
+    return fill(name, table_schema(name).schema, columns)
+
+
+def fill(name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
+    """As `make_table`, for any `schema`; `name` is what errors call it."""
     unknown = [column for column in columns if column not in schema.names]
     if unknown:
         raise ValueError(suggest(unknown[0], schema.names, f"column of {name!r}"))

@@ -18,7 +18,7 @@ import click
 from rich.console import Console
 
 import lcray
-from lcray import submit_command
+from lcray import findings_command, submit_command
 from lcray.errors import LcrayError, UsageError
 from lcray.planning import Settings
 
@@ -252,6 +252,7 @@ def analyze(
 
 
 app.add_command(submit_command.like(analyze))
+app.add_command(findings_command.findings)
 
 
 @app.command()

@@ -29,7 +29,7 @@ STATUSES = ("ok", "nonfinite_checkpoint", "nonfinite_loss", "nonfinite_gradient"
 
 #: The type of dictionary columns.
 STRING = pa.dictionary(pa.int32(), pa.string())
-_INT, _SIGN, _FLOAT, _SINGLE = pa.int64(), pa.int8(), pa.float64(), pa.float32()
+COUNT, SIGN, FLOAT, _SINGLE = pa.int64(), pa.int8(), pa.float64(), pa.float32()
 _LOSS = "loss"  # nats for cross-entropy; else whatever the task's loss is measured in
 
 
@@ -82,30 +82,31 @@ def _encoding(kind: pa.DataType) -> str | None:
     return "DELTA_BINARY_PACKED" if pa.types.is_integer(kind) else None
 
 
-def _column(
+def column(
     name: str, kind: pa.DataType, unit: str, description: str, nullable: bool = False
 ) -> pa.Field:
+    """A field whose metadata hold its unit and description; not nullable unless told."""
     return pa.field(name, kind, nullable, {"unit": unit, "description": description})
 
 
 def _float(name: str, unit: str, description: str) -> pa.Field:
-    return _column(name, _FLOAT, unit, description, nullable=True)
+    return column(name, FLOAT, unit, description, nullable=True)
 
 
 def _count(name: str, description: str) -> pa.Field:
-    return _column(name, _INT, "1", description)
+    return column(name, COUNT, "1", description)
 
 
-_SPLIT = _column("split", STRING, "", "named data set that the loss is taken over")
-_LAYER = _column("layer", STRING, "", "named tensor of the model; tied tensors are one layer")
-_START = _column("start_step", _INT, "step", "step of the checkpoint that the interval starts at")
-_END = _column("end_step", _INT, "step", "step of the checkpoint that the interval ends at")
-_INDEX = _column("index", _INT, "1", "position in the layer's tensor, flattened row by row")
-_WINDOW = _column(
-    "window", _INT, "step", "first step of the base window: start_step // width * width"
+_SPLIT = column("split", STRING, "", "named data set that the loss is taken over")
+_LAYER = column("layer", STRING, "", "named tensor of the model; tied tensors are one layer")
+_START = column("start_step", COUNT, "step", "step of the checkpoint that the interval starts at")
+_END = column("end_step", COUNT, "step", "step of the checkpoint that the interval ends at")
+_INDEX = column("index", COUNT, "1", "position in the layer's tensor, flattened row by row")
+_WINDOW = column(
+    "window", COUNT, "step", "first step of the base window: start_step // width * width"
 )
-_SIGN_COLUMN = _column(
-    "sign", _SIGN, "1", "-1 helps, +1 hurts, 0 exact zeros (which are in the underflow bin)"
+_SIGN_COLUMN = column(
+    "sign", SIGN, "1", "-1 helps, +1 hurts, 0 exact zeros (which are in the underflow bin)"
 )
 
 
@@ -128,13 +129,13 @@ _INTERVALS = (
     _float("lc", _LOSS, "loss change allocated to all layers"),
     _float("gap", _LOSS, "completeness gap: lc - loss_change"),
     _float("first_order_lc", _LOSS, "LC by the gradient at the start; null without a node at 0"),
-    _column("rule", STRING, "", "quadrature rule, before refinement"),
+    column("rule", STRING, "", "quadrature rule, before refinement"),
     _count("panels", "equal panels that the interval was cut into"),
     _count("n_gradients", "full-batch gradients; a shared left endpoint is not counted"),
-    _column(
+    column(
         "converged", pa.bool_(), "", "whether the gap is within its bound; null if not ok", True
     ),
-    _column("status", STRING, "", "one of " + ", ".join(STATUSES)),
+    column("status", STRING, "", "one of " + ", ".join(STATUSES)),
     *_counts("of the interval"),
 )
 
@@ -143,8 +144,8 @@ _LAYERS = (
     _START,
     _LAYER,
     _END,
-    _column("module", STRING, "", "module that owns the layer; empty for the root"),
-    _column("kind", STRING, "", "parameter or buffer"),
+    column("module", STRING, "", "module that owns the layer; empty for the root"),
+    column("kind", STRING, "", "parameter or buffer"),
     _count("numel", "elements of the layer"),
     _float("lc", _LOSS, "loss change allocated to the layer"),
     _float("lc_error", _LOSS, "|sum of rule - embedded rule|: an upper indication of lc's error"),
@@ -207,7 +208,7 @@ _HISTOGRAMS = (
     _LAYER,
     _SIGN_COLUMN,
     _count("bin", "number of the bin; edges are (1 + m/8) * 2**e"),
-    _column("lower", _FLOAT, _LOSS, "lower edge, inclusive"),
+    column("lower", FLOAT, _LOSS, "lower edge, inclusive"),
     _float("upper", _LOSS, "upper edge, exclusive; null if infinite"),
     _count("count", "parameter elements x intervals with this sign and |LC| in the bin"),
     _float("sum", _LOSS, "sum of their |LC|"),
@@ -226,9 +227,9 @@ _PARAMETERS = (
     _float("displacement", "parameter", "sum of the movements"),
     _float("path_length", "parameter", "sum of the absolute movements"),
     _count("displacement_flips", "neighbouring intervals with movements of opposite sign"),
-    _column(
+    column(
         "gradient_flips",
-        _INT,
+        COUNT,
         "1",
         "neighbouring intervals with gradients (at their starts) of opposite sign; null without a "
         "node at 0",
@@ -240,7 +241,7 @@ _TRACES = (
     _SPLIT,
     _LAYER,
     _INDEX,
-    _column("step", _INT, "step", "step of the checkpoint"),
+    column("step", COUNT, "step", "step of the checkpoint"),
     _float("weight", "parameter", "value at the checkpoint"),
     _float("gradient", "loss/parameter", "gradient at the checkpoint"),
     _float("lc", _LOSS, "LC of the interval that starts here; null if there is none"),
@@ -251,16 +252,16 @@ _ELEMENTS = (
     _LAYER,
     _START,
     _INDEX,
-    _column("lc", _SINGLE, _LOSS, "loss change allocated to the element", True),
+    column("lc", _SINGLE, _LOSS, "loss change allocated to the element", True),
 )
 
 _FITS = (
     _SPLIT,
-    _column("window", _INT, "step", "first step of the base window; -1 stands for the whole run"),
+    column("window", COUNT, "step", "first step of the base window; -1 stands for the whole run"),
     _LAYER,
-    _column("sign", _SIGN, "1", "-1 helps, +1 hurts"),
-    _column("distribution", STRING, "", "fitted to |LC| of this sign"),
-    _column(
+    column("sign", SIGN, "1", "-1 helps, +1 hurts"),
+    column("distribution", STRING, "", "fitted to |LC| of this sign"),
+    column(
         "parameter",
         STRING,
         "",
@@ -276,7 +277,7 @@ _BORDERS = (
     _LAYER,
     _INDEX,
     *(
-        _column(f"{what}_{end}", _SIGN, "1", f"sign of the {words} in the span's {end} interval", n)
+        column(f"{what}_{end}", SIGN, "1", f"sign of the {words} in the span's {end} interval", n)
         for what, words, n in (
             ("lc", "LC", False),
             ("displacement", "movement", False),

@@ -69,7 +69,10 @@ ORDER = (
     "reduction",
     "sandbox",
     "manifest",
+    "recipes",
     "results",
+    "analyses",
+    "concluding",
     "completeness",
     "invariants",
     "verification",
@@ -89,6 +92,7 @@ ORDER = (
     "progress",
     "display",
     "submit_command",
+    "findings_command",
     "cli",
     "__main__",
 )
@@ -97,6 +101,7 @@ SPEAKS = {
     "lcray.__main__",
     "lcray.cli",
     "lcray.display",
+    "lcray.findings_command",
     "lcray.progress",
     "lcray.submit_command",
 }

@@ -10,10 +10,21 @@ import time
 import traceback
 from pathlib import Path
 
-from . import economy, growth, machine, memory, recorder, scale, speed, storage, wall
+from . import (
+    economy,
+    findings,
+    growth,
+    machine,
+    memory,
+    recorder,
+    scale,
+    speed,
+    storage,
+    wall,
+)
 from .suite import Bench, Case, Row, chosen, format_table, save
 
-MODULES = (machine, speed, memory, economy, recorder, storage, growth, scale, wall)
+MODULES = (machine, speed, memory, economy, recorder, storage, growth, scale, findings, wall)
 CASES: dict[str, Case] = {name: case for module in MODULES for name, case in module.CASES.items()}
 CORES = 2
 
