@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from lcray.analyses import tidy
+from lcray.analyses.sampled import literal
 from lcray.analyses.windows import Ranges
 from lcray.errors import UsageError
 from lcray.results import Results
@@ -66,7 +67,7 @@ def extremes(
         for direction, sign in (("helps", 1), ("hurts", -1)):
             query = f"""
                 SELECT layer, {", ".join(_COLUMNS)} FROM parameters
-                WHERE split = {_literal(split.name)} AND lc * {sign} < 0
+                WHERE split = {literal(split.name)} AND lc * {sign} < 0
                 ORDER BY lc * {sign}, {_position(results)}, index LIMIT {top}"""
             found = results.sql_arrow(query).to_pylist()
             head = {"split": split.name, "direction": direction}
@@ -74,10 +75,6 @@ def extremes(
     return tidy.table(_FORM, rows, parameters={"top": top})
 
 
-def _literal(name: str) -> str:
-    return "'" + name.replace("'", "''") + "'"
-
-
 def _position(results: Results) -> str:
-    names = ", ".join(_literal(layer.name) for layer in results.plan.layers)
+    names = ", ".join(literal(layer.name) for layer in results.plan.layers)
     return f"list_position([{names}], CAST(layer AS VARCHAR))"

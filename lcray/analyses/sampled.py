@@ -9,14 +9,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lcray.results import Results
 from lcray.tracing import trace_indices
 
 Floats = NDArray[np.float64]
+
+
+def literal(text: str) -> str:
+    """`text` as SQL takes it."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,11 @@ def sampled_layers(results: Results) -> Iterator[Sampled]:
 
 
 def _read(results: Results, split: str, layer: str, index: NDArray[np.int64]) -> Sampled | None:
-    words = {"split": split, "layer": layer}
-    filters = [pc.field(name).cast(pa.string()) == word for name, word in words.items()]
-    columns = ["index", "step", "weight", "gradient", "lc"]
-    table = results.arrow("traces", columns=columns, filters=filters[0] & filters[1])
+    # DuckDB reads the row groups of this layer alone.
+    table = results.sql_arrow(
+        f"""SELECT index, step, weight, gradient, lc FROM traces
+        WHERE split = {literal(split)} AND layer = {literal(layer)}"""
+    )
     steps = np.array(results.plan.steps)
     element, step = table["index"].to_numpy(), table["step"].to_numpy()
     n, t = np.searchsorted(index, element), np.searchsorted(steps, step)
