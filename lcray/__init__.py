@@ -16,6 +16,7 @@ _PUBLIC = {
     "LcrayError": "lcray.errors",
     "allocate": "lcray.in_memory",
     "analyze": "lcray.analysis",
+    "compare": "lcray.analyses.comparison",
     "demo": "lcray.digits",
     "findings": "lcray.concluding",
     "inspect": "lcray.checkpoints",
@@ -25,6 +26,7 @@ _PUBLIC = {
     "reduce": "lcray.reduction",
     "status": "lcray.standing",
     "submit": "lcray.submission",
+    "trace": "lcray.retracing",
     "verify": "lcray.verification",
 }
 _RENAMED = {"open": "open_output"}
@@ -32,6 +34,7 @@ _RENAMED = {"open": "open_output"}
 __all__ = [*_PUBLIC]
 
 if TYPE_CHECKING:
+    from lcray.analyses.comparison import compare as compare
     from lcray.analysis import analyze as analyze
     from lcray.analysis import plan as plan
     from lcray.checkpoints import Recorder as Recorder
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from lcray.results import Results as Results
     from lcray.results import open_output as open  # noqa: F401
     from lcray.results import query as query
+    from lcray.retracing import trace as trace
     from lcray.standing import status as status
     from lcray.submission import submit as submit
     from lcray.task import Task as Task

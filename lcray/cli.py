@@ -18,7 +18,7 @@ import click
 from rich.console import Console
 
 import lcray
-from lcray import findings_command, submit_command
+from lcray import compare_command, findings_command, submit_command, trace_command
 from lcray.errors import LcrayError, UsageError
 from lcray.planning import Settings
 
@@ -252,7 +252,9 @@ def analyze(
 
 
 app.add_command(submit_command.like(analyze))
+app.add_command(trace_command.like(analyze))
 app.add_command(findings_command.findings)
+app.add_command(compare_command.compare)
 
 
 @app.command()

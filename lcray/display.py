@@ -298,7 +298,7 @@ def findings_summary(found: Findings) -> Group:
     """Of every finding the rows about the whole run, and why others could not be had."""
     parts: list[RenderableType] = []
     for finding in FINDINGS:
-        if finding.name not in found:
+        if finding.name not in found or not finding.brief:
             continue
         table = found[finding.name]
         frame = table.to_pandas()

@@ -148,7 +148,7 @@ def make_plan(
         spans = _spans(steps, workers, get_rule(settings.rule).probe_every, expected, size)
     chosen = _tables(settings, layers, splits, len(spans))
     rows = max(1, len(detail) * n_intervals * len(splits))
-    _check_traces(settings, layers, on="traces" in chosen)
+    check_traces(settings, layers, on="traces" in chosen)
     return Plan(
         settings=settings,
         layers=tuple(layers),
@@ -301,7 +301,12 @@ def _tables(
     return tuple(name for name, on in wanted.items() if on)
 
 
-def _check_traces(settings: Settings, layers: Sequence[Layer], *, on: bool) -> None:
+def check_traces(settings: Settings, layers: Sequence[Layer], *, on: bool = True) -> None:
+    """Refuse named elements that the layers do not have, or any where the table is not `on`.
+
+    Raises:
+        UsageError: naming the first.
+    """
     if settings.trace and not on:
         raise UsageError(f"trace {settings.trace[0]!r}: the traces table is off; use --parameters")
     sizes = {layer.name: layer.numel for layer in layers if layer.kind == "parameter"}
@@ -309,6 +314,8 @@ def _check_traces(settings: Settings, layers: Sequence[Layer], *, on: bool) -> N
         name, _, index = item.rpartition(":")
         if not index.isdecimal() or not name:
             raise UsageError(f"trace {item!r}: must have the form layer:index")
+        if name == "top" and name not in sizes:
+            raise UsageError(f"trace {item!r}: known only once LC is: lcray trace, afterwards")
         if name not in sizes:
             raise UsageError(suggest(name, sizes, "layer"))
         if int(index) >= sizes[name]:

@@ -11,10 +11,10 @@ import click
 import lcray
 
 
-def _ranges(
+def ranges(
     context: click.Context, parameter: click.Parameter, given: str | None
 ) -> dict[str, str] | None:
-    """``name=a:b,…``."""
+    """Windows by name, from ``name=a:b,…``."""
     if given is None:
         return None
     found = {}
@@ -34,7 +34,7 @@ def _ranges(
 @click.option(
     "--windows",
     metavar="NAME=A:B,…",
-    callback=_ranges,
+    callback=ranges,
     help="Windows by name: the intervals with A <= start step < B, as in early=0:100,late=900:.",
 )
 @click.option("--only", multiple=True, help="Only this finding (repeatable).")

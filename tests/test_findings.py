@@ -196,7 +196,7 @@ def test_the_command_prints_what_there_is(out: Path, found: Findings) -> None:
     assert (shown.exit_code, shown.stderr) == (0, "")
     for finding in FINDINGS:
         if finding.name in found:
-            assert finding.title in shown.output
+            assert (finding.title in shown.output) == finding.brief
         else:
             assert f"no {finding.name}: {found.impossible[finding.name]}" in shown.output
     assert str(out / "findings") in shown.output

@@ -87,12 +87,15 @@ ORDER = (
     "repairing",
     "cluster",
     "analysis",
+    "retracing",
     "submission",
     "digits",
     "progress",
     "display",
     "submit_command",
     "findings_command",
+    "compare_command",
+    "trace_command",
     "cli",
     "__main__",
 )
@@ -100,10 +103,12 @@ ORDER = (
 SPEAKS = {
     "lcray.__main__",
     "lcray.cli",
+    "lcray.compare_command",
     "lcray.display",
     "lcray.findings_command",
     "lcray.progress",
     "lcray.submit_command",
+    "lcray.trace_command",
 }
 NO_PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 

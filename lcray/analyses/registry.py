@@ -7,11 +7,18 @@ from typing import Protocol
 
 import pyarrow as pa
 
+from lcray.analyses.extremes import extremes
 from lcray.analyses.first_order import first_order
 from lcray.analyses.fits import fits
 from lcray.analyses.habits import habits
+from lcray.analyses.lags import lag_profiles, lags
+from lcray.analyses.layer_totals import layer_totals
 from lcray.analyses.memorising import memorising, overfitting
+from lcray.analyses.oscillation import oscillation
+from lcray.analyses.run_length import run_lengths
 from lcray.analyses.shares import shares
+from lcray.analyses.synchrony import coincidences, peaks_of_learning, synchrony
+from lcray.analyses.trajectories import trajectories
 from lcray.analyses.windows import RUN, Ranges
 from lcray.results import Results
 
@@ -50,6 +57,7 @@ class Finding:
         needs: the tables without which there is none.
         shown: the columns that a summary shows; all where empty.
         rows: column and value of the rows that it shows; a finding without windows has no `window`.
+        brief: whether a summary shows it at all; long tables are for plots.
     """
 
     name: str
@@ -58,6 +66,7 @@ class Finding:
     needs: tuple[str, ...]
     shown: tuple[str, ...] = ()
     rows: tuple[tuple[str, str], ...] = (("window", RUN),)
+    brief: bool = True
 
 
 FINDINGS: tuple[Finding, ...] = (
@@ -116,4 +125,57 @@ FINDINGS: tuple[Finding, ...] = (
         ("train", "other", "layer", "onset", "lc_train_after", "lc_other_after"),
         (),
     ),
+    Finding(
+        "oscillation",
+        "How often signs flip, and how much of the traffic is progress",
+        oscillation,
+        ("layers",),
+        ("split", "layer", "quantity", "source", "flip_rate", "half_period", "net"),
+    ),
+    Finding("run_lengths", "How long signs last", run_lengths, ("traces",), brief=False),
+    Finding(
+        "extremes",
+        "The parameters that help and hurt most",
+        extremes,
+        ("parameters",),
+        ("split", "direction", "rank", "layer", "index", "lc", "abs_lc", "n_flips"),
+        (),
+    ),
+    Finding(
+        "layer_totals",
+        "Layers that help, and layers that hurt",
+        layer_totals,
+        ("layers",),
+        ("split", "layer", "numel", "lc", "lc_low", "lc_high", "hurts", "share"),
+    ),
+    Finding("trajectories", "Cumulative LC of layers", trajectories, ("layers",), brief=False),
+    Finding(
+        "lags",
+        "By how many intervals motion follows the gradient",
+        lags,
+        ("traces",),
+        ("split", "layer", "lag", "lag_low", "lag_high", "correlation", "p_value"),
+    ),
+    Finding(
+        "lag_profiles",
+        "Cross-correlation of motion and gradient, lag by lag",
+        lag_profiles,
+        ("traces",),
+        brief=False,
+    ),
+    Finding(
+        "synchrony",
+        "Whether layers, and groups, learn at the same iterations",
+        synchrony,
+        ("layers",),
+        ("split", "kind", "group", "n_peaks", "coincidences", "expected", "p_value"),
+    ),
+    Finding(
+        "coincidences",
+        "Coincident peaks of pairs of layers, and of groups",
+        coincidences,
+        ("layers",),
+        brief=False,
+    ),
+    Finding("peaks", "Peaks of learning", peaks_of_learning, ("layers",), brief=False),
 )
