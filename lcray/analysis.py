@@ -262,8 +262,15 @@ class _Job:
             memory_format=probe.tuning.memory_format,
             seconds=probe.seconds,
             read_seconds=probe.read_seconds,
+            fisher_seconds=probe.fisher_seconds,
         )
-        cost = estimate(drafted, pool.size, seconds=probe.seconds, worker_bytes=probe.worker_bytes)
+        cost = estimate(
+            drafted,
+            pool.size,
+            seconds=probe.seconds,
+            worker_bytes=probe.worker_bytes,
+            fisher_seconds=probe.fisher_seconds,
+        )
         notes = make_notes(description, drafted.settings)
         return PlanReport(drafted, cost, pool.size, probe.resident, notes)
 

@@ -83,6 +83,19 @@ _SETTINGS = (
     _option("--units", "Write units also for layers with more than 10,000.", is_flag=True),
     click.option("--trace", multiple=True, help="Trace this element, as layer:index (repeatable)."),
     _option("--trace-seed", "Seed of the sample of traced elements.", type=int),
+    _option(
+        "--fisher",
+        "Write the fisher table, at every step or, as --fisher=K, at the multiples of K: the trace "
+        "of each layer's Fisher information, by targets that the model draws (sample_targets of "
+        "the task) and by those of the data.",
+        type=int,
+        is_flag=False,
+        flag_value=1,
+        metavar="[=K]",
+    ),
+    _option("--fisher-kind", "both, or empirical: by the data's targets alone."),
+    _option("--fisher-samples", "The most samples of a split that fisher takes.", type=int),
+    _option("--fisher-seed", "Seed of these samples, and of the targets drawn.", type=int),
     _option("--deterministic/--no-deterministic", "Enforce deterministic algorithms on CUDA."),
 )
 _RUN = (

@@ -21,6 +21,7 @@ ROW_BYTES = {
     "parameters": 42,
     "traces": 44,
     "elements": 8,
+    "fisher": 45,
     "borders": 2,
 }
 _HISTOGRAM_BINS = 250  # non-empty bins of a layer, sign and window
@@ -55,6 +56,7 @@ def estimate(
     *,
     seconds: Mapping[str, float] | None = None,
     worker_bytes: int | None = None,
+    fisher_seconds: float = 0.0,
 ) -> Estimate:
     """Estimate time, memory and disk of `plan`.
 
@@ -63,6 +65,7 @@ def estimate(
         workers: that share the spans.
         seconds: of one gradient, by split, as a probe measured them.
         worker_bytes: of a worker without vectors of the model's size, as a probe found them.
+        fisher_seconds: of the Fisher information of all splits at a step.
     """
     rule = get_rule(plan.settings.rule)
     shared = len(plan.spans) if rule.has_left and rule.has_right else 0
@@ -72,7 +75,7 @@ def estimate(
         # Idle workers at the end: the longest share counts.
         share = math.ceil(len(plan.spans) / workers) / len(plan.spans)
         each = [passes_by_group(split) * seconds[split.name] for split in plan.splits]
-        time = share * passes * sum(each)
+        time = share * (passes * sum(each) + n_fisher(plan) * fisher_seconds)
     rows = _rows(plan)
     disk = sum(count * ROW_BYTES[name] for name, count in rows.items())
     size = sum(layer.numel for layer in plan.layers)
@@ -90,6 +93,11 @@ def estimate(
         memory_bytes=None if worker_bytes is None else worker_bytes + extra,
         is_least=plan.settings.refine or rule.probe_every > 0,
     )
+
+
+def n_fisher(plan: Plan) -> int:
+    """Steps that get rows in `fisher`."""
+    return sum(len(plan.fisher_steps(span)) for span in plan.spans)
 
 
 def passes_by_group(split: SplitPlan) -> int:
@@ -127,6 +135,7 @@ def _rows(plan: Plan) -> dict[str, int]:
         "parameters": splits * size,
         "traces": splits * intervals * samples,
         "elements": splits * intervals * size,
+        "fisher": splits * n_fisher(plan) * sum(layer.trainable for layer in plan.layers),
     }
     chosen = {name: rows[name] for name in plan.tables}
     chosen["borders"] = splits * size * len(plan.spans)

@@ -163,6 +163,15 @@ class SplitSource:
             TaskError: if samples cannot be made into batches.
         """
         cuts = sorted(self._cuts(batch_size), key=len, reverse=True)[:count]
+        return self._without_groups(cuts, place)
+
+    def pick(self, count: int, seed: int, batch_size: int, *, place: Place) -> SplitData:
+        """`count` samples drawn without replacement, all if there are fewer; as `excerpt`."""
+        rng = np.random.default_rng([seed, zlib.crc32(self.name.encode())])
+        chosen = np.sort(rng.permutation(self.n_samples)[:count])
+        return self._without_groups(list(_cut(chosen, batch_size)), place)
+
+    def _without_groups(self, cuts: list[Index], place: Place) -> SplitData:
         read = partial(self._read, cuts)
         placed = [map_tensors(place, read(number)) for number in range(len(cuts))]
         device, nbytes = place(torch.zeros(0)).device, count_bytes(placed)

@@ -14,6 +14,7 @@ from lcray.analyses.registry import FINDINGS
 from lcray.analyses.tidy import notes_of
 from lcray.checkpoints import Audit
 from lcray.concluding import Findings
+from lcray.costs import n_fisher
 from lcray.errors import one_line
 from lcray.planning import Plan, SplitPlan
 from lcray.planreport import PlanReport
@@ -190,6 +191,12 @@ def plan_table(report: PlanReport) -> Group:
         + ("" if plan.settings.deterministic else ", deterministic algorithms off"),
         "windows": f"{plan.window} steps wide",
     }
+    if plan.settings.fisher is not None:
+        kinds = {"both": "true and empirical", "empirical": "empirical"}
+        rows["Fisher"] = (
+            f"{kinds[plan.settings.fisher_kind]}, {_count(n_fisher(plan), 'step')}, at most "
+            f"{plan.settings.fisher_samples:,} samples a split; its time is in the above"
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     sizes = Table("table", "rows", box=None, pad_edge=False)

@@ -7,6 +7,7 @@ OPTIONS = {
     "elements": "analyze with --elements",
     "parameters": "analyze with --parameters",
     "traces": "analyze with --parameters",
+    "fisher": "analyze with --fisher",
     "units": "analyze with --units",
     "groups": "give the task groups, and analyze",
     "replicates": "analyze with --samples",

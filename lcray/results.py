@@ -126,6 +126,10 @@ class Results:
         """LC of every element and interval; raises as `arrow`."""
         return self.table("elements", steps=steps, layers=layers)
 
+    def fisher(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
+        """Traces of the Fisher information of every layer; raises as `arrow`."""
+        return self.table("fisher", steps=steps, layers=layers)
+
     def fits(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
         """Distributions fitted to absolute LC; window -1 is the whole run; raises as `arrow`."""
         return self.table("fits", steps=steps, layers=layers)

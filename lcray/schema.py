@@ -272,6 +272,22 @@ _FITS = (
     _float("se", "", "standard error of a parameter, else null"),
 )
 
+_FISHER = (
+    _SPLIT,
+    column("step", COUNT, "step", "step of the checkpoint"),
+    _LAYER,
+    *(
+        _float(f"trace_{kind}{end}", "loss**2/parameter**2", what + words)
+        for kind, words in (("true", "targets that the model draws"), ("empirical", "the data's"))
+        for end, what in (
+            ("", "mean squared norm of scores by "),
+            ("_se", "standard error over samples, by "),
+        )
+    ),
+    _count("n_items", "items with weight among the samples that were taken"),
+    _count("seed", "of the samples and of the targets that the model draws"),
+)
+
 _BORDERS = (
     _SPLIT,
     _LAYER,
@@ -352,6 +368,12 @@ _ALL = (
         "LC of every element and interval",
         "split start_step layer",
         1 << 20,
+    ),
+    _table(
+        "fisher",
+        "split step layer",
+        _FISHER,
+        "trace of the Fisher information of every layer that is trained",
     ),
     _table(
         "fits",

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from lcray.allocation import Accuracy, Scratch, SplitAllocator
+from lcray.arrow import make_table
 from lcray.checkpoints import open_series
 from lcray.data import SplitData
 from lcray.errors import TaskError
+from lcray.fisher import FisherMeter, check_task
 from lcray.gradient import Evaluation
 from lcray.layers import Layer
 from lcray.outcomes import Outcome as Outcome
 from lcray.outcomes import SpanReport as SpanReport
 from lcray.outcomes import Tally
-from lcray.path import Segment
+from lcray.path import Point, Segment
 from lcray.planning import Plan, Settings, Span, SplitPlan, shares_pass
 from lcray.quadrature import get_rule
 from lcray.rowgroups import ElementsWriter
@@ -84,6 +86,7 @@ class Probe:
             without what it needs for each element of the model.
         checkpoint_bytes: of the first checkpoint.
         read_seconds: to read it.
+        fisher_seconds: of the Fisher information of all splits at a step, where it is asked for.
     """
 
     splits: tuple[SplitPlan, ...]
@@ -93,6 +96,7 @@ class Probe:
     worker_bytes: int
     checkpoint_bytes: int
     read_seconds: float
+    fisher_seconds: float = 0.0
 
 
 class Workspace:
@@ -125,6 +129,8 @@ class Workspace:
         memory: int | None = None,
         sharers: int = 1,
     ) -> None:
+        if settings.fisher is not None:
+            check_task(task, settings)
         self.series = open_series(run, steps)
         self._whole = self.series.steps[-2]  # a checkpoint that others follow is written whole
         self._where = run, steps
@@ -136,6 +142,7 @@ class Workspace:
         self._first = replace(self.series.read(self.series.steps[0]), tensors={})
         self._read_seconds = time.perf_counter() - start
         self._dtypes = self._first.dtypes
+        self._meters: dict[str, FisherMeter] = {}
 
     def describe(self) -> Description:
         """What decides the numbers beside the settings."""
@@ -151,7 +158,7 @@ class Workspace:
             low_precision=self._stored_in(1, 2),
             double_precision=self._stored_in(8),
             fixed_batches=self.bench.fixed_batches,
-            drawn=self.bench.drawn,
+            drawn=self.bench.fisher_splits,
         )
 
     def _stored_in(self, *sizes: int) -> tuple[str, ...]:
@@ -188,6 +195,7 @@ class Workspace:
             worker_bytes=self._worker_bytes(tuning),
             checkpoint_bytes=self._first.nbytes,
             read_seconds=self._read_seconds,
+            fisher_seconds=self._fisher_seconds(),
         )
 
     def _gradient_repeats(self, split: SplitData, out: Tensor) -> bool:
@@ -198,6 +206,32 @@ class Workspace:
         engine.evaluate(batch, out)
         return torch.equal(before, out) or not bool(torch.isfinite(out).all())
 
+    def _fisher_seconds(self) -> float:
+        """What Fisher information takes at a step, beside a checkpoint to read; 0 without it."""
+        if self.settings.fisher is None:
+            return 0.0
+        point, meter = self._read_first(), self._fisher_meter()
+        for split in self.bench.fisher_splits:  # once unmeasured, as anything is slow at first
+            meter.measure(split, point)
+        start = time.perf_counter()
+        for split in self.bench.fisher_splits:
+            meter.measure(split, point)
+        return time.perf_counter() - start + self._read_seconds
+
+    def _fisher_meter(self) -> FisherMeter:
+        """One for each memory format: what it decides may depend on that, and on nothing else."""
+        bench = self.bench
+        if bench.memory_format not in self._meters:
+            self._meters[bench.memory_format] = FisherMeter(
+                bench.flat,
+                bench.engine,
+                self.task,
+                self.settings,
+                bench.fisher_splits,
+                self._read_first(),
+            )
+        return self._meters[bench.memory_format]
+
     def _worker_bytes(self, tuning: Tuning) -> int:
         data = sum(s.batches.nbytes for s in self.bench.splits if s.batches.resident)
         widest = max(max(split.batch_sizes) for split in self.bench.splits)
@@ -205,10 +239,13 @@ class Workspace:
         return own + data + math.ceil(tuning.sample_bytes * widest)
 
     def _go_to_first(self) -> None:
+        point = self._read_first()
+        Segment(point, point).set_point(self.flat, 0.0)
+
+    def _read_first(self) -> Point:
         known = {self._first.step: self._first.sha256}
         with Walk(self.series, self.flat, self._dtypes, known) as walk:
-            point = walk.read(self._first.step)
-        Segment(point, point).set_point(self.flat, 0.0)
+            return walk.read(self._first.step)
 
     def losses(self, plan: Plan) -> dict[str, float]:
         """The mean loss of each split at the first checkpoint, in the batches of `plan`.
@@ -263,6 +300,7 @@ class Workspace:
 
             for names in self._passes(plan):
                 self._pass(plan, span, names, hashes, tables_of, tally)
+            self._write_fisher(plan, span, hashes, writer, tally)
             seconds = time.perf_counter() - start
             info = {
                 "seconds": seconds,
@@ -272,6 +310,18 @@ class Workspace:
             }
             committed = writer.commit(checkpoints=hashes, info=info)
         return SpanReport(committed, tally.n_gradients, seconds, tally.sums)
+
+    def _write_fisher(
+        self, plan: Plan, span: Span, hashes: dict[int, str], writer: ShardWriter, tally: Tally
+    ) -> None:
+        steps = plan.fisher_steps(span)
+        if not steps:
+            return
+        meter = self._fisher_meter()
+        with Walk(self.series, self.flat, self._dtypes, hashes) as walk:
+            found = meter.rows(walk.read, steps, lambda: tally.tell(0.0))
+        for split in plan.splits:
+            writer.write("fisher", make_table("fisher", {**found[split.name], "split": split.name}))
 
     def _passes(self, plan: Plan) -> list[list[str]]:
         """The splits that share a pass over the checkpoints: all, unless their state is large."""
