@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scenes
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from lcray.errors import TaskError, UsageError
 from lcray.task import Task, load_task
-from tests import scenes
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DATA = os.environ.get("LCRAY_DATA", "")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scenes
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +24,6 @@ from lcray.results import Results, open_output
 from lcray.span import Workspace
 from lcray.task import Task
 from lcray.workbench import Workbench
-from tests import scenes
 
 
 def sample_classes(output: Tensor, batch: Any, generator: torch.Generator) -> Any:

@@ -11,6 +11,7 @@ from lcray.analyses.extremes import extremes
 from lcray.analyses.first_order import first_order
 from lcray.analyses.fits import fits
 from lcray.analyses.habits import habits
+from lcray.analyses.information import fisher
 from lcray.analyses.lags import lag_profiles, lags
 from lcray.analyses.layer_totals import layer_totals
 from lcray.analyses.memorising import memorising, overfitting
@@ -178,4 +179,21 @@ FINDINGS: tuple[Finding, ...] = (
         brief=False,
     ),
     Finding("peaks", "Peaks of learning", peaks_of_learning, ("layers",), brief=False),
+    Finding(
+        "fisher",
+        "Fisher information beside LC, layer by layer",
+        fisher,
+        ("layers", "fisher"),
+        (
+            "split",
+            "layer",
+            "numel",
+            "lc",
+            "lc_share",
+            "trace_true",
+            "trace_true_se",
+            "true_share",
+            "trace_empirical",
+        ),
+    ),
 )
