@@ -169,7 +169,7 @@ class SplitSource:
         """`count` samples drawn without replacement, all if there are fewer; as `excerpt`."""
         rng = np.random.default_rng([seed, zlib.crc32(self.name.encode())])
         chosen = np.sort(rng.permutation(self.n_samples)[:count])
-        return self._without_groups(list(_cut(chosen, batch_size)), place)
+        return self._without_groups(list(cut_block(chosen, batch_size)), place)
 
     def _without_groups(self, cuts: list[Index], place: Place) -> SplitData:
         read = partial(self._read, cuts)

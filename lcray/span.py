@@ -158,7 +158,7 @@ class Workspace:
             low_precision=self._stored_in(1, 2),
             double_precision=self._stored_in(8),
             fixed_batches=self.bench.fixed_batches,
-            drawn=self.bench.fisher_splits,
+            drawn=self.bench.drawn,
         )
 
     def _stored_in(self, *sizes: int) -> tuple[str, ...]:

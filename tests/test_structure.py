@@ -53,6 +53,7 @@ ORDER = (
     "fisher",
     "interval",
     "allocation",
+    "columns",
     "schema",
     "arrow",
     "files",

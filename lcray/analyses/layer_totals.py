@@ -13,8 +13,8 @@ from lcray.analyses import tidy
 from lcray.analyses.blocks import Bootstrap
 from lcray.analyses.series import Series, layer_series
 from lcray.analyses.windows import RUN, Ranges, Windows
+from lcray.columns import SIGN, column
 from lcray.results import Results
-from lcray.schema import SIGN, column
 
 _LAYERS_FOR_RANKS = 5  # fewer say nothing about size
 _VERDICT = "+1: hurts, the interval is above 0; -1: helps, it is below; 0: undecided"

@@ -19,9 +19,9 @@ from lcray.analyses.coincidence import (
 )
 from lcray.analyses.learning import Bundle, bundles
 from lcray.analyses.windows import Ranges, Windows
+from lcray.columns import COUNT, column
 from lcray.errors import UsageError
 from lcray.results import Results
-from lcray.schema import COUNT, column
 
 _KIND = tidy.text("kind", "what the series are: layer (parameters only), or group")
 _GROUP = column(
