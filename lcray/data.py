@@ -33,6 +33,11 @@ CHUNK = 256  # samples that are read at a time when a split is opened
 
 Place = Callable[[Tensor], Tensor]
 
+#: Of a split without groups.
+_UNDIVIDED: dict[str, Any] = dict.fromkeys(("labels", "numbers", "present", "groups"), ()) | {
+    "sorted_by_group": False
+}
+
 
 @dataclass(frozen=True)
 class SplitData:
@@ -77,13 +82,9 @@ class SplitData:
             n_samples=self.batch_sizes[0],
             batches=self.batches.first(),
             batch_sizes=self.batch_sizes[:1],
-            labels=(),
-            numbers=(),
-            present=(),
-            groups=(),
             replicates=(),
             n_replicates=0,
-            sorted_by_group=False,
+            **_UNDIVIDED,
         )
 
 
@@ -180,12 +181,8 @@ class SplitSource:
             n_samples=sum(len(cut) for cut in cuts),
             batches=Batches(len(cuts), read, place, device, placed=placed, nbytes=nbytes),
             batch_sizes=tuple(len(cut) for cut in cuts),
-            labels=(),
-            numbers=(),
-            present=(),
-            groups=(),
-            sorted_by_group=False,
             sha256=self.sha256,
+            **_UNDIVIDED,
         )
 
     def _cuts(self, batch_size: int) -> list[Index]:
