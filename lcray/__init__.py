@@ -16,7 +16,9 @@ _PUBLIC = {
     "LcrayError": "lcray.errors",
     "allocate": "lcray.in_memory",
     "analyze": "lcray.analysis",
+    "compare": "lcray.analyses.comparison",
     "demo": "lcray.digits",
+    "findings": "lcray.concluding",
     "inspect": "lcray.checkpoints",
     "open": "lcray.results",
     "plan": "lcray.analysis",
@@ -24,6 +26,7 @@ _PUBLIC = {
     "reduce": "lcray.reduction",
     "status": "lcray.standing",
     "submit": "lcray.submission",
+    "trace": "lcray.retracing",
     "verify": "lcray.verification",
 }
 _RENAMED = {"open": "open_output"}
@@ -31,10 +34,12 @@ _RENAMED = {"open": "open_output"}
 __all__ = [*_PUBLIC]
 
 if TYPE_CHECKING:
+    from lcray.analyses.comparison import compare as compare
     from lcray.analysis import analyze as analyze
     from lcray.analysis import plan as plan
     from lcray.checkpoints import Recorder as Recorder
     from lcray.checkpoints import inspect as inspect
+    from lcray.concluding import findings as findings
     from lcray.digits import demo as demo
     from lcray.errors import LcrayError as LcrayError
     from lcray.in_memory import allocate as allocate
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
     from lcray.results import Results as Results
     from lcray.results import open_output as open  # noqa: F401
     from lcray.results import query as query
+    from lcray.retracing import trace as trace
     from lcray.standing import status as status
     from lcray.submission import submit as submit
     from lcray.task import Task as Task

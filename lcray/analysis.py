@@ -274,10 +274,16 @@ class _Job:
             memory_format=probe.tuning.memory_format,
             seconds=probe.seconds,
             read_seconds=probe.read_seconds,
+            fisher_seconds=probe.fisher_seconds,
         )
         team, seconds = self.resources.data_parallel, probe.seconds
         cost = estimate(
-            drafted, pool.size, team=team, seconds=seconds, worker_bytes=probe.worker_bytes
+            drafted,
+            pool.size,
+            team=team,
+            seconds=seconds,
+            worker_bytes=probe.worker_bytes,
+            fisher_seconds=probe.fisher_seconds,
         )
         return PlanReport(
             drafted,

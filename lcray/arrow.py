@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lcray.columns import STRING
 from lcray.errors import suggest
-from lcray.schema import STRING, table_schema
+from lcray.schema import table_schema
 
 
 def make_table(name: str, columns: Mapping[str, Any]) -> pa.Table:
@@ -27,7 +28,11 @@ def make_table(name: str, columns: Mapping[str, Any]) -> pa.Table:
         ValueError: for an unknown or missing column, lengths that differ, values that do not fit
             the type, or nulls where the type has none.
     """
-    schema = table_schema(name).schema
+    return fill(name, table_schema(name).schema, columns)
+
+
+def fill(name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
+    """As `make_table`, for any `schema`; `name` is what errors call it."""
     unknown = [column for column in columns if column not in schema.names]
     if unknown:
         raise ValueError(suggest(unknown[0], schema.names, f"column of {name!r}"))

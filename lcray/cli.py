@@ -18,7 +18,7 @@ import click
 from rich.console import Console
 
 import lcray
-from lcray import submit_command
+from lcray import compare_command, findings_command, submit_command, trace_command
 from lcray.errors import LcrayError, UsageError
 from lcray.planning import Settings
 
@@ -75,11 +75,7 @@ _SETTINGS = (
     _option("--dtype", "float32 or float64."),
     _option("--batch-size", "Samples a batch  [default: chosen by a short probe].", type=int),
     _option("--memory-format", "contiguous, channels_last, or auto: the faster one."),
-    _option(
-        "--partial-sums",
-        "Parts that gradients are summed in; at least --data-parallel  [default: as many].",
-        type=int,
-    ),
+    _option("--partial-sums", "Parts of each gradient  [default: --data-parallel].", type=int),
     _option("--batch-seed", "Seed of the batches where they are part of the loss.", type=int),
     _option("--partial", "Checkpoints may lack tensors (adapters).", is_flag=True),
     _option("--window", "Width of the windows of histograms and fits, in steps.", type=int),
@@ -88,6 +84,19 @@ _SETTINGS = (
     _option("--units", "Write units also for layers with more than 10,000.", is_flag=True),
     click.option("--trace", multiple=True, help="Trace this element, as layer:index (repeatable)."),
     _option("--trace-seed", "Seed of the sample of traced elements.", type=int),
+    _option(
+        "--fisher",
+        "Write the fisher table, at every step or, as --fisher=K, at the multiples of K: the trace "
+        "of each layer's Fisher information, by targets that the model draws (sample_targets of "
+        "the task) and by those of the data.",
+        type=int,
+        is_flag=False,
+        flag_value=1,
+        metavar="[=K]",
+    ),
+    _option("--fisher-kind", "both, or empirical: by the data's targets alone."),
+    _option("--fisher-samples", "The most samples of a split that fisher takes.", type=int),
+    _option("--fisher-seed", "Seed of these samples, and of the targets drawn.", type=int),
     _option("--deterministic/--no-deterministic", "Enforce deterministic algorithms on CUDA."),
 )
 _RUN = (
@@ -96,13 +105,7 @@ _RUN = (
     click.option("--steps", help="Only checkpoints with a <= step <= b, as in 100:200."),
     click.option("--span-length", type=int, help="Intervals a span, the unit of work and retry."),
     click.option("--workers", type=int, help="Workers; one a GPU, else one a CPU core."),
-    click.option(
-        "--data-parallel",
-        type=int,
-        default=1,
-        show_default=True,
-        help="Workers that share each gradient, as a team; --workers counts all workers.",
-    ),
+    click.option("--data-parallel", type=int, default=1, help="Workers that share a gradient."),
     click.option("--gpus-per-worker", type=float, help="GPUs each; fractions share one."),
     click.option(
         "--cpus-per-worker", type=float, default=1.0, show_default=True, help="CPUs each."
@@ -266,6 +269,9 @@ def analyze(
 
 
 app.add_command(submit_command.like(analyze))
+app.add_command(trace_command.like(analyze))
+app.add_command(findings_command.findings)
+app.add_command(compare_command.compare)
 
 
 @app.command()

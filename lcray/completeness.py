@@ -1,7 +1,8 @@
 """Which rows the tables must have, by the plan, as one SQL query an invariant.
 
 A query gives the rows where its invariant does not hold, hence none for a sound output. Beside
-the tables it sees the plan as relations: `plan_splits`, `plan_intervals`, `plan_layers`.
+the tables it sees the plan as relations: `plan_splits`, `plan_intervals`,
+`plan_layers`, `plan_fisher`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Invariant:
 
 def relations(plan: Plan, spans: Collection[str]) -> dict[str, pa.Table]:
     """The plan as relations; `spans` are the names of those that the tables hold."""
-    intervals = [i for span in plan.spans if span.name in spans for i in span.intervals]
+    held = [span for span in plan.spans if span.name in spans]
+    intervals = [i for span in held for i in span.intervals]
     parameter = [layer.kind == "parameter" for layer in plan.layers]
     names = [layer.name for layer in plan.layers]
     return {
@@ -54,12 +56,16 @@ def relations(plan: Plan, spans: Collection[str]) -> dict[str, pa.Table]:
                 "end_step": pa.array([end for _, end in intervals], pa.int64()),
             }
         ),
+        "plan_fisher": pa.table(
+            {"step": pa.array([s for span in held for s in plan.fisher_steps(span)], pa.int64())}
+        ),
         "plan_layers": pa.table(
             {
                 "layer": pa.array(names, pa.string()),
                 "kind": pa.array([layer.kind for layer in plan.layers], pa.string()),
                 "numel": pa.array([layer.numel for layer in plan.layers], pa.int64()),
                 "n_units": pa.array([layer.n_units for layer in plan.layers], pa.int64()),
+                "trained": pa.array([layer.trainable for layer in plan.layers], pa.bool_()),
                 "has_units": pa.array([n in plan.unit_layers for n in names], pa.bool_()),
                 "detail": pa.array(
                     [p and n in plan.detail_layers for p, n in zip(parameter, names, strict=True)],
@@ -152,6 +158,17 @@ def _extents(plan: Plan) -> Iterator[Invariant]:
         FROM (SELECT * FROM plan_splits CROSS JOIN plan_layers WHERE detail)
         LEFT JOIN found USING (split, layer)
         GROUP BY split, layer, numel HAVING count(index) < least({plan.trace_sample}, numel)
+        ORDER BY ALL""",
+    )
+    yield Invariant(
+        "fisher has every split, chosen step and trained layer once, and no other",
+        ("fisher",),
+        """WITH due AS (
+            SELECT split, step, layer
+            FROM plan_splits CROSS JOIN plan_fisher CROSS JOIN plan_layers WHERE trained)
+        SELECT split, step, layer, count(n_items) AS rows
+        FROM due d FULL JOIN fisher t USING (split, step, layer)
+        GROUP BY split, step, layer HAVING count(n_items) != 1 OR count(d.split) != 1
         ORDER BY ALL""",
     )
 

@@ -21,6 +21,7 @@ ROW_BYTES = {
     "parameters": 42,
     "traces": 44,
     "elements": 8,
+    "fisher": 45,
     "borders": 2,
 }
 _HISTOGRAM_BINS = 250  # non-empty bins of a layer, sign and window
@@ -56,6 +57,7 @@ def estimate(
     team: int = 1,
     seconds: Mapping[str, float] | None = None,
     worker_bytes: int | None = None,
+    fisher_seconds: float = 0.0,
 ) -> Estimate:
     """Estimate time, memory and disk of `plan`.
 
@@ -65,6 +67,7 @@ def estimate(
         team: workers that share a gradient.
         seconds: of one gradient, by split, as a probe measured them.
         worker_bytes: of a worker without vectors of the model's size, as a probe found them.
+        fisher_seconds: of the Fisher information of all splits at a step.
     """
     rule = get_rule(plan.settings.rule)
     shared = len(plan.spans) if rule.has_left and rule.has_right else 0
@@ -73,7 +76,8 @@ def estimate(
     if seconds is not None:
         # Idle workers at the end: the longest share counts.
         share = math.ceil(len(plan.spans) / workers) / len(plan.spans)
-        time = share * passes * pass_seconds(plan, team, seconds)
+        gradients = passes * pass_seconds(plan, team, seconds)
+        time = share * (gradients + n_fisher(plan) * fisher_seconds)
     rows = _rows(plan)
     disk = sum(count * ROW_BYTES[name] for name, count in rows.items())
     size = sum(layer.numel for layer in plan.layers)
@@ -104,6 +108,11 @@ def pass_seconds(plan: Plan, team: int, seconds: Mapping[str, float]) -> float:
         * largest_share(min(plan.partial_sums, split.n_batches), team)
         for split in plan.splits
     )
+
+
+def n_fisher(plan: Plan) -> int:
+    """Steps that get rows in `fisher`."""
+    return sum(len(plan.fisher_steps(span)) for span in plan.spans)
 
 
 def passes_by_group(split: SplitPlan) -> int:
@@ -141,6 +150,7 @@ def _rows(plan: Plan) -> dict[str, int]:
         "parameters": splits * size,
         "traces": splits * intervals * samples,
         "elements": splits * intervals * size,
+        "fisher": splits * n_fisher(plan) * sum(layer.trainable for layer in plan.layers),
     }
     chosen = {name: rows[name] for name in plan.tables}
     chosen["borders"] = splits * size * len(plan.spans)

@@ -32,6 +32,11 @@ CHUNK = 256  # samples that are read at a time when a split is opened
 
 Place = Callable[[Tensor], Tensor]
 
+#: Of a split without groups.
+_UNDIVIDED: dict[str, Any] = dict.fromkeys(("labels", "numbers", "present", "groups"), ()) | {
+    "sorted_by_group": False
+}
+
 
 @dataclass(frozen=True)
 class SplitData:
@@ -76,13 +81,9 @@ class SplitData:
             n_samples=self.batch_sizes[0],
             batches=self.batches.first(),
             batch_sizes=self.batch_sizes[:1],
-            labels=(),
-            numbers=(),
-            present=(),
-            groups=(),
             replicates=(),
             n_replicates=0,
-            sorted_by_group=False,
+            **_UNDIVIDED,
         )
 
 
@@ -178,6 +179,15 @@ class SplitSource:
             TaskError: if samples cannot be made into batches.
         """
         cuts = sorted(self._cuts(batch_size), key=len, reverse=True)[:count]
+        return self._without_groups(cuts, place)
+
+    def pick(self, count: int, seed: int, batch_size: int, *, place: Place) -> SplitData:
+        """`count` samples drawn without replacement, all if there are fewer; as `excerpt`."""
+        rng = np.random.default_rng([seed, zlib.crc32(self.name.encode())])
+        chosen = np.sort(rng.permutation(self.n_samples)[:count])
+        return self._without_groups(list(cut_block(chosen, batch_size)), place)
+
+    def _without_groups(self, cuts: list[Index], place: Place) -> SplitData:
         read = partial(self._read, cuts)
         placed = [map_tensors(place, read(number)) for number in range(len(cuts))]
         device, nbytes = place(torch.zeros(0)).device, count_bytes(placed)
@@ -186,12 +196,8 @@ class SplitSource:
             n_samples=sum(len(cut) for cut in cuts),
             batches=Batches(len(cuts), read, place, device, placed=placed, nbytes=nbytes),
             batch_sizes=tuple(len(cut) for cut in cuts),
-            labels=(),
-            numbers=(),
-            present=(),
-            groups=(),
-            sorted_by_group=False,
             sha256=self.sha256,
+            **_UNDIVIDED,
         )
 
     def _cuts(self, batch_size: int) -> list[Index]:

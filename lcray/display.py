@@ -10,7 +10,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lcray.analyses.registry import FINDINGS
+from lcray.analyses.tidy import notes_of
 from lcray.checkpoints import Audit
+from lcray.concluding import Findings
+from lcray.costs import n_fisher
 from lcray.errors import one_line
 from lcray.planning import Plan, SplitPlan
 from lcray.planreport import PlanReport
@@ -188,6 +192,12 @@ def plan_table(report: PlanReport) -> Group:
         + ("" if plan.settings.deterministic else ", deterministic algorithms off"),
         "windows": f"{plan.window} steps wide",
     }
+    if plan.settings.fisher is not None:
+        kinds = {"both": "true and empirical", "empirical": "empirical"}
+        rows["Fisher"] = (
+            f"{kinds[plan.settings.fisher_kind]}, {_count(n_fisher(plan), 'step')}, at most "
+            f"{plan.settings.fisher_samples:,} samples a split; its time is in the above"
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     sizes = Table("table", "rows", box=None, pad_edge=False)
@@ -313,3 +323,24 @@ def status_text(found: Status) -> str:
     lines += [f"error: {found.error}"] if found.error else []
     lines += [f"as of {found.written}"] if found.written else []
     return "\n".join(map(one_line, lines))
+
+
+def findings_summary(found: Findings) -> Group:
+    """Of every finding the rows about the whole run, and why others could not be had."""
+    parts: list[RenderableType] = []
+    for finding in FINDINGS:
+        if finding.name not in found or not finding.brief:
+            continue
+        table = found[finding.name]
+        frame = table.to_pandas()
+        for column, value in finding.rows:
+            frame = frame[frame[column] == value]
+        frame = frame[[*finding.shown]] if finding.shown else frame
+        if "layer" in frame:
+            frame = frame.assign(layer=frame["layer"].astype(object).replace("", "all"))
+        parts += [frame_table(frame, title=finding.title, rows=24)]
+        parts += [Text(note, "yellow") for note in notes_of(table)] + [""]
+    for name, why in found.impossible.items():
+        parts.append(Text(f"no {name}: {why}", "yellow"))
+    parts.append(f"findings: {found.path}/*.parquet")
+    return Group(*parts)

@@ -71,17 +71,24 @@ def check_settings(settings: Settings) -> None:
         "batch_norm": ("running", "batch"),
         "dtype": ("float32", "float64"),
         "memory_format": ("auto", *MEMORY_FORMATS),
+        "fisher_kind": ("both", "empirical"),
     }
     for name, valid in choices.items():
         if getattr(settings, name) not in valid:
             raise UsageError(suggest(getattr(settings, name), valid, name.replace("_", "-")))
-    for name in ("batch_size", "max_panels", "partial_sums", "window"):
+    counts = ("batch_size", "max_panels", "partial_sums", "window", "fisher", "fisher_samples")
+    for name in counts:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UsageError(f"{name.replace('_', '-')} {value}: must be at least 1")
     if settings.samples is not None and settings.samples < 2:
         raise UsageError(f"samples {settings.samples}: must be at least 2, to tell how they differ")
-    for name in ("batch_seed", "trace_seed", "sample_seed"):
+    if settings.fisher is not None and settings.batch_norm == "batch":
+        raise UsageError(
+            "fisher: needs the loss of single samples, but with batch-norm 'batch' it depends on "
+            "their batch; analyze with --batch-norm running, or without --fisher"
+        )
+    for name in ("batch_seed", "trace_seed", "sample_seed", "fisher_seed"):
         if getattr(settings, name) < 0:
             seed = getattr(settings, name)
             raise UsageError(f"{name.replace('_', '-')} {seed}: must not be negative")
@@ -118,6 +125,7 @@ def make_plan(
     memory_format: str | None = None,
     seconds: Mapping[str, float] | None = None,
     read_seconds: float = 0.0,
+    fisher_seconds: float = 0.0,
 ) -> Plan:
     """Plan an analysis.
 
@@ -136,6 +144,7 @@ def make_plan(
         memory_format: likewise.
         seconds: of one gradient, by split, as a probe measured them.
         read_seconds: of reading a checkpoint.
+        fisher_seconds: of the Fisher information of all splits at a step.
 
     Raises:
         UsageError: for settings that cannot be used, or name layers that do not exist.
@@ -153,9 +162,13 @@ def make_plan(
         size = 0 if settings.parameters is False else sum(layer.numel for layer in layers)
         pace = None if expected is None else expected * largest_share(sums, team)
         spans = _spans(steps, workers, get_rule(settings.rule).probe_every, pace, size)
+    if settings.fisher is not None:
+        _check_fisher(settings.fisher, steps)
+        if expected is not None:
+            expected += fisher_seconds * sum(s % settings.fisher == 0 for s in steps) / n_intervals
     chosen = _tables(settings, layers, splits, len(spans))
     rows = max(1, len(detail) * n_intervals * len(splits))
-    _check_traces(settings, layers, on="traces" in chosen)
+    check_traces(settings, layers, on="traces" in chosen)
     return Plan(
         settings=settings,
         layers=tuple(layers),
@@ -308,11 +321,25 @@ def _tables(
         "parameters": parameters,
         "traces": parameters,
         "elements": settings.elements,
+        "fisher": settings.fisher is not None,
     }
     return tuple(name for name, on in wanted.items() if on)
 
 
-def _check_traces(settings: Settings, layers: Sequence[Layer], *, on: bool) -> None:
+def _check_fisher(every: int, steps: Sequence[int]) -> None:
+    if not any(step % every == 0 for step in steps):
+        raise UsageError(
+            f"fisher {every}: none of the steps {steps[0]} to {steps[-1]} is a multiple of it; "
+            "give a smaller number"
+        )
+
+
+def check_traces(settings: Settings, layers: Sequence[Layer], *, on: bool = True) -> None:
+    """Refuse named elements that the layers do not have, or any where the table is not `on`.
+
+    Raises:
+        UsageError: naming the first.
+    """
     if settings.trace and not on:
         raise UsageError(f"trace {settings.trace[0]!r}: the traces table is off; use --parameters")
     sizes = {layer.name: layer.numel for layer in layers if layer.kind == "parameter"}
@@ -320,6 +347,8 @@ def _check_traces(settings: Settings, layers: Sequence[Layer], *, on: bool) -> N
         name, _, index = item.rpartition(":")
         if not index.isdecimal() or not name:
             raise UsageError(f"trace {item!r}: must have the form layer:index")
+        if name == "top" and name not in sizes:
+            raise UsageError(f"trace {item!r}: known only once LC is: lcray trace, afterwards")
         if name not in sizes:
             raise UsageError(suggest(name, sizes, "layer"))
         if int(index) >= sizes[name]:

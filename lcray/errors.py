@@ -62,6 +62,10 @@ class OutputError(LcrayError):
     """An output directory that cannot be written, or holds something else."""
 
 
+class InapplicableError(LcrayError):
+    """A finding that an output's tables cannot give; the message says why, and what would."""
+
+
 class IncompleteError(OutputError):
     """An output with intervals missing; the message names them."""
 

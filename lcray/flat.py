@@ -73,6 +73,10 @@ class FlatModel:
         """Where each layer is in every flat vector."""
         return self.layout.slices
 
+    def trained(self) -> dict[int, Tensor]:
+        """The tensors of the parameters that require gradients, by the number of their layer."""
+        return {n: self._tensors[la.name] for n, la in enumerate(self.layers) if la.trainable}
+
     @property
     def block(self) -> int:
         """Elements of a block of a size that suits the device."""

@@ -152,7 +152,7 @@ class GradientEngine:
             self.flat.forget_gradients()
         with self._functions(), torch.enable_grad():
             for index, batch in zip(batches, split.batches.only(batches), strict=True):
-                losses, weights = self._item_losses(split, index, batch)
+                losses, weights = self.item_losses(split, index, batch)
                 sums.add_losses(index, losses, weights)
                 if out is not None:
                     self._add_gradients(split, index, losses, weights, sums)
@@ -188,9 +188,12 @@ class GradientEngine:
             finally:
                 self.flat.receiver = None
 
-    def _item_losses(
-        self, split: SplitData, index: int, batch: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def item_losses(self, split: SplitData, index: int, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """The losses [n] of a batch and their weights, checked.
+
+        Raises:
+            TaskError: if the task's loss fails or breaks the contract.
+        """
         where = _where(split, index)
         try:
             result = self._loss(self.flat.model, batch)

@@ -33,6 +33,7 @@ def invariants(plan: Plan) -> Iterator[Invariant]:
     yield from _parts(plan)
     yield from _replicates(plan)
     yield from _over_time(plan)
+    yield from _fisher()
 
 
 def _losses(plan: Plan) -> Iterator[Invariant]:
@@ -64,6 +65,16 @@ def _losses(plan: Plan) -> Iterator[Invariant]:
         WHERE a.status = 'ok' AND b.status = 'ok' AND NOT coalesce(
             abs(b.loss_start - a.loss_end) <= {tolerance!r} * abs(a.loss_end), false)
         ORDER BY ALL""",
+    )
+
+
+def _fisher() -> Iterator[Invariant]:
+    yield Invariant(
+        "traces of Fisher information are sums of squares",
+        ("fisher",),
+        """SELECT split, step, layer, trace_true, trace_empirical FROM fisher
+        WHERE least(trace_true, trace_empirical, trace_true_se, trace_empirical_se) < 0
+            OR n_items < 0 ORDER BY ALL""",
     )
 
 

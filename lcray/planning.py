@@ -58,6 +58,10 @@ class Settings:
         trace: elements to trace besides the sample, as ``layer:index``.
         trace_seed: seed of the sample of traced elements.
         deterministic: enforce deterministic algorithms (they only cost anything on CUDA).
+        fisher: write the `fisher` table, at the steps that are multiples of this; None for none.
+        fisher_kind: ``both``, or ``empirical`` for tasks without `sample_targets`.
+        fisher_samples: the most samples of a split that it takes.
+        fisher_seed: seed of these samples, and of the targets that the model draws.
     """
 
     rule: str = "simpson"
@@ -82,6 +86,10 @@ class Settings:
     trace: tuple[str, ...] = ()
     trace_seed: int = 0
     deterministic: bool = True
+    fisher: int | None = None
+    fisher_kind: str = "both"
+    fisher_samples: int = 256
+    fisher_seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,18 @@ class Plan:
 
     def without_spans(self) -> Plan:
         """What a worker needs beside its span: of the same size however long the run is."""
-        return replace(self, spans=())
+        return replace(self, spans=self.spans[:1])  # that tells where the run begins
+
+    def fisher_steps(self, span: Span) -> list[int]:
+        """The steps of `span` that it gives `fisher` for: not its first, which ends another span.
+
+        The first of all is the first span's. So it is for ever, however far a run grows.
+        """
+        every = self.settings.fisher
+        if every is None:
+            return []
+        steps = span.steps if span.first == self.spans[0].first else span.steps[1:]
+        return [step for step in steps if step % every == 0]
 
     def window_of(self, start_step: int) -> int:
         """The first step of the base window that an interval starting at `start_step` is in."""

@@ -22,21 +22,13 @@ from lcray.errors import CorruptionError, UsageError, suggest
 from lcray.files import confined, exists, read_json
 from lcray.manifest import read_manifest
 from lcray.planning import Plan, read_notes
+from lcray.recipes import OPTIONS, recipe_for
 from lcray.sandbox import connect, query_room, select, shut, sql_path
 from lcray.schema import TABLES
 from lcray.shards import read_plan
 from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
 
 _TIME = ("start_step", "step", "window")
-_OPTIONS = {
-    "elements": "analyze with --elements",
-    "parameters": "analyze with --parameters",
-    "traces": "analyze with --parameters",
-    "units": "analyze with --units",
-    "groups": "give the task groups, and analyze",
-    "replicates": "analyze with --samples",
-    "replicate_layers": "analyze with --samples",
-}
 
 
 def open_output(out: PlaceLike) -> Results:
@@ -133,6 +125,10 @@ class Results:
     def elements(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
         """LC of every element and interval; raises as `arrow`."""
         return self.table("elements", steps=steps, layers=layers)
+
+    def fisher(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
+        """Traces of the Fisher information of every layer; raises as `arrow`."""
+        return self.table("fisher", steps=steps, layers=layers)
 
     def fits(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
         """Distributions fitted to absolute LC; window -1 is the whole run; raises as `arrow`."""
@@ -240,7 +236,7 @@ class Results:
         """What to do where a query asks for a table that this output does not have."""
         for name in TABLES:
             if name not in self.tables and re.search(rf"\b{name}\b", query, re.IGNORECASE):
-                how = _OPTIONS.get(name, "see lcray analyze --help")
+                how = OPTIONS.get(name, "see lcray analyze --help")
                 return f"there is no table {name!r} in {self.path}: {how}"
         return None
 
@@ -285,8 +281,7 @@ class Results:
             return path
         if name not in TABLES or name == "borders":
             raise UsageError(suggest(name, self.tables, "table"))
-        option = _OPTIONS.get(name, "analyze")
-        raise UsageError(f"{self.path}: has no table {name!r}; {option} into a new output")
+        raise UsageError(f"{self.path}: has no table {name!r}; {recipe_for(name)}")
 
     def _within(self, name: str, steps: str | None) -> pc.Expression | None:
         if steps is None:

@@ -16,6 +16,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lcray.columns import (
+    BORDERS,
+    ELEMENTS,
+    FISHER,
+    FITS,
+    GROUPS,
+    HISTOGRAMS,
+    INTERVALS,
+    LAYERS,
+    PARAMETERS,
+    REPLICATE_LAYERS,
+    REPLICATES,
+    TRACES,
+    UNITS,
+)
 from lcray.errors import UsageError, suggest
 
 #: Version of the tables, shards and commits; readers refuse any other.
@@ -23,14 +38,6 @@ FORMAT_VERSION = 2
 
 #: The value of `window` in `fits` that stands for the whole run.
 WHOLE_RUN = -1
-
-#: What an interval's `status` may be; everything but ``ok`` leaves its numbers null.
-STATUSES = ("ok", "nonfinite_checkpoint", "nonfinite_loss", "nonfinite_gradient")
-
-#: The type of dictionary columns.
-STRING = pa.dictionary(pa.int32(), pa.string())
-_INT, _SIGN, _FLOAT, _SINGLE = pa.int64(), pa.int8(), pa.float64(), pa.float32()
-_LOSS = "loss"  # nats for cross-entropy; else whatever the task's loss is measured in
 
 
 @dataclass(frozen=True)
@@ -82,211 +89,6 @@ def _encoding(kind: pa.DataType) -> str | None:
     return "DELTA_BINARY_PACKED" if pa.types.is_integer(kind) else None
 
 
-def _column(
-    name: str, kind: pa.DataType, unit: str, description: str, nullable: bool = False
-) -> pa.Field:
-    return pa.field(name, kind, nullable, {"unit": unit, "description": description})
-
-
-def _float(name: str, unit: str, description: str) -> pa.Field:
-    return _column(name, _FLOAT, unit, description, nullable=True)
-
-
-def _count(name: str, description: str) -> pa.Field:
-    return _column(name, _INT, "1", description)
-
-
-_SPLIT = _column("split", STRING, "", "named data set that the loss is taken over")
-_LAYER = _column("layer", STRING, "", "named tensor of the model; tied tensors are one layer")
-_START = _column("start_step", _INT, "step", "step of the checkpoint that the interval starts at")
-_END = _column("end_step", _INT, "step", "step of the checkpoint that the interval ends at")
-_INDEX = _column("index", _INT, "1", "position in the layer's tensor, flattened row by row")
-_WINDOW = _column(
-    "window", _INT, "step", "first step of the base window: start_step // width * width"
-)
-_SIGN_COLUMN = _column(
-    "sign", _SIGN, "1", "-1 helps, +1 hurts, 0 exact zeros (which are in the underflow bin)"
-)
-
-
-def _counts(scope: str) -> tuple[pa.Field, ...]:
-    rest = f" {scope}; buffers and intervals that are not ok count 0"
-    return (
-        _count("n_helping", "parameter elements with LC < 0" + rest),
-        _count("n_hurting", "parameter elements with LC > 0" + rest),
-        _count("n_zero", "parameter elements with LC = 0" + rest),
-    )
-
-
-_INTERVALS = (
-    _SPLIT,
-    _START,
-    _END,
-    _float("loss_start", _LOSS, "mean loss at the start"),
-    _float("loss_end", _LOSS, "mean loss at the end"),
-    _float("loss_change", _LOSS, "loss_end - loss_start"),
-    _float("lc", _LOSS, "loss change allocated to all layers"),
-    _float("gap", _LOSS, "completeness gap: lc - loss_change"),
-    _float("first_order_lc", _LOSS, "LC by the gradient at the start; null without a node at 0"),
-    _column("rule", STRING, "", "quadrature rule, before refinement"),
-    _count("panels", "equal panels that the interval was cut into"),
-    _count("n_gradients", "full-batch gradients; a shared left endpoint is not counted"),
-    _column(
-        "converged", pa.bool_(), "", "whether the gap is within its bound; null if not ok", True
-    ),
-    _column("status", STRING, "", "one of " + ", ".join(STATUSES)),
-    *_counts("of the interval"),
-)
-
-_LAYERS = (
-    _SPLIT,
-    _START,
-    _LAYER,
-    _END,
-    _column("module", STRING, "", "module that owns the layer; empty for the root"),
-    _column("kind", STRING, "", "parameter or buffer"),
-    _count("numel", "elements of the layer"),
-    _float("lc", _LOSS, "loss change allocated to the layer"),
-    _float("lc_error", _LOSS, "|sum of rule - embedded rule|: an upper indication of lc's error"),
-    _float("lc_helping", _LOSS, "sum of the negative LC"),
-    _float("lc_hurting", _LOSS, "sum of the positive LC"),
-    *_counts("of the layer"),
-    _float("first_order_lc", _LOSS, "LC by the gradient at the start; null without a node at 0"),
-    _float("update_norm", "parameter", "Euclidean norm of the movement"),
-    _float("gradient_norm", "loss/parameter", "norm of the gradient at the start"),
-    _count(
-        "n_flips",
-        "parameter elements whose LC sign here times that in the adjacent interval before is -1; "
-        "0 without one",
-    ),
-)
-
-_UNITS = (
-    _SPLIT,
-    _START,
-    _LAYER,
-    _count("unit", "position along the output axis"),
-    _float("lc", _LOSS, "loss change allocated to the unit"),
-)
-
-_GROUPS = (
-    _SPLIT,
-    _START,
-    _LAYER,
-    _count("group", "label of the items"),
-    _float("lc", _LOSS, "LC of the mean loss over the group's own items"),
-    _float(
-        "weight", "1", "the group's share of the total weight: lc * weight adds up to the layer"
-    ),
-)
-
-_REPLICATES = (
-    _SPLIT,
-    _START,
-    _count("replicate", "number of the replicate: a random part of the samples that were drawn"),
-    _END,
-    _float("loss_start", _LOSS, "the replicate's own mean loss at the start"),
-    _float("loss_end", _LOSS, "its mean loss at the end"),
-    _float("loss_change", _LOSS, "loss_end - loss_start"),
-    _float("lc", _LOSS, "LC of its mean loss, over all layers"),
-    _float("weight", "1", "its share of the total weight: lc * weight adds up to the interval"),
-)
-
-_REPLICATE_LAYERS = (
-    _SPLIT,
-    _START,
-    _LAYER,
-    _count("replicate", "number of the replicate, as in replicates"),
-    _float("lc", _LOSS, "LC of the replicate's own mean loss"),
-    _float("weight", "1", "its share of the total weight: lc * weight adds up to the layer"),
-)
-
-_HISTOGRAMS = (
-    _SPLIT,
-    _WINDOW,
-    _LAYER,
-    _SIGN_COLUMN,
-    _count("bin", "number of the bin; edges are (1 + m/8) * 2**e"),
-    _column("lower", _FLOAT, _LOSS, "lower edge, inclusive"),
-    _float("upper", _LOSS, "upper edge, exclusive; null if infinite"),
-    _count("count", "parameter elements x intervals with this sign and |LC| in the bin"),
-    _float("sum", _LOSS, "sum of their |LC|"),
-)
-
-_PARAMETERS = (
-    _SPLIT,
-    _LAYER,
-    _INDEX,
-    _float("lc", _LOSS, "LC over the run"),
-    _float("abs_lc", _LOSS, "sum of |LC| over the intervals"),
-    _count("n_helping", "intervals with LC < 0"),
-    _count("n_hurting", "intervals with LC > 0"),
-    _count("n_zero", "intervals with LC = 0"),
-    _count("n_flips", "neighbouring intervals with LC of opposite sign"),
-    _float("displacement", "parameter", "sum of the movements"),
-    _float("path_length", "parameter", "sum of the absolute movements"),
-    _count("displacement_flips", "neighbouring intervals with movements of opposite sign"),
-    _column(
-        "gradient_flips",
-        _INT,
-        "1",
-        "neighbouring intervals with gradients (at their starts) of opposite sign; null without a "
-        "node at 0",
-        True,
-    ),
-)
-
-_TRACES = (
-    _SPLIT,
-    _LAYER,
-    _INDEX,
-    _column("step", _INT, "step", "step of the checkpoint"),
-    _float("weight", "parameter", "value at the checkpoint"),
-    _float("gradient", "loss/parameter", "gradient at the checkpoint"),
-    _float("lc", _LOSS, "LC of the interval that starts here; null if there is none"),
-)
-
-_ELEMENTS = (
-    _SPLIT,
-    _LAYER,
-    _START,
-    _INDEX,
-    _column("lc", _SINGLE, _LOSS, "loss change allocated to the element", True),
-)
-
-_FITS = (
-    _SPLIT,
-    _column("window", _INT, "step", "first step of the base window; -1 stands for the whole run"),
-    _LAYER,
-    _column("sign", _SIGN, "1", "-1 helps, +1 hurts"),
-    _column("distribution", STRING, "", "fitted to |LC| of this sign"),
-    _column(
-        "parameter",
-        STRING,
-        "",
-        "a parameter of the distribution (Weibull: shape k, scale lambda), or n, "
-        "log_likelihood, aic, ks",
-    ),
-    _float("value", "", "its value; lambda in units of the loss, the rest without unit"),
-    _float("se", "", "standard error of a parameter, else null"),
-)
-
-_BORDERS = (
-    _SPLIT,
-    _LAYER,
-    _INDEX,
-    *(
-        _column(f"{what}_{end}", _SIGN, "1", f"sign of the {words} in the span's {end} interval", n)
-        for what, words, n in (
-            ("lc", "LC", False),
-            ("displacement", "movement", False),
-            ("gradient", "gradient at the start (null without a node at 0)", True),
-        )
-        for end in ("first", "last")
-    ),
-)
-
-
 def _table(
     name: str,
     key: str,
@@ -307,32 +109,32 @@ def _table(
 
 
 _ALL = (
-    _table("intervals", "split start_step", _INTERVALS, "loss and LC of every interval"),
-    _table("layers", "split start_step layer", _LAYERS, "LC of every layer and interval"),
-    _table("units", "split start_step layer unit", _UNITS, "LC of every unit and interval"),
-    _table("groups", "split start_step layer group", _GROUPS, "LC of the mean loss of each group"),
+    _table("intervals", "split start_step", INTERVALS, "loss and LC of every interval"),
+    _table("layers", "split start_step layer", LAYERS, "LC of every layer and interval"),
+    _table("units", "split start_step layer unit", UNITS, "LC of every unit and interval"),
+    _table("groups", "split start_step layer group", GROUPS, "LC of the mean loss of each group"),
     _table(
         "replicates",
         "split start_step replicate",
-        _REPLICATES,
+        REPLICATES,
         "loss and LC of every replicate of a sample, which say how far estimates may be off",
     ),
     _table(
         "replicate_layers",
         "split start_step layer replicate",
-        _REPLICATE_LAYERS,
+        REPLICATE_LAYERS,
         "LC of every layer on every replicate of a sample",
     ),
     _table(
         "histograms",
         "split window layer sign bin",
-        _HISTOGRAMS,
+        HISTOGRAMS,
         "absolute LC of the elements of a layer, interval by interval, on a logarithmic scale",
     ),
     _table(
         "parameters",
         "split layer index",
-        _PARAMETERS,
+        PARAMETERS,
         "every parameter over the run",
         "split layer",
         1 << 18,
@@ -340,28 +142,34 @@ _ALL = (
     _table(
         "traces",
         "split layer index step",
-        _TRACES,
+        TRACES,
         "weight, gradient and LC of a sample of elements, step by step",
         "split layer",
     ),
     _table(
         "elements",
         "split layer start_step index",
-        _ELEMENTS,
+        ELEMENTS,
         "LC of every element and interval",
         "split start_step layer",
         1 << 20,
     ),
     _table(
+        "fisher",
+        "split step layer",
+        FISHER,
+        "trace of the Fisher information of every layer that is trained",
+    ),
+    _table(
         "fits",
         "split window layer sign distribution parameter",
-        _FITS,
+        FITS,
         "distributions fitted to the absolute LC of the elements of a layer",
     ),
     _table(
         "borders",
         "split layer index",
-        _BORDERS,
+        BORDERS,
         "signs in a span's first and last interval (internal: shards only)",
         "split layer",
         1 << 18,

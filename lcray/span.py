@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lcray.allocation import Accuracy, Scratch, SplitAllocator
+from lcray.arrow import make_table
 from lcray.checkpoints import open_series
 from lcray.data import SplitData
+from lcray.descriptions import Description as Description
+from lcray.descriptions import Probe as Probe
 from lcray.errors import TaskError
-from lcray.layers import Layer
+from lcray.fisher import FisherMeter, check_task
 from lcray.outcomes import Outcome as Outcome
 from lcray.outcomes import SpanReport as SpanReport
 from lcray.outcomes import Tally
 from lcray.parts import Seat
-from lcray.path import Segment
+from lcray.path import Point, Segment
 from lcray.planning import Plan, Settings, Span, SplitPlan, shares_pass
 from lcray.quadrature import get_rule
 from lcray.rowgroups import ElementsWriter
@@ -38,61 +41,6 @@ from lcray.walk import Walk
 from lcray.workbench import Workbench
 
 _LOADED_LATER = 96 << 20  # bytes: libraries and kernels that a worker loads only as it needs them
-
-
-@dataclass(frozen=True)
-class Description:
-    """What decides the numbers beside the settings, found without a gradient.
-
-    Attributes:
-        layers: of the model.
-        split_hashes: SHA-256 of each split's data, however it is cut into batches.
-        source_hash: of the task's and the model's source.
-        base_hash: of the model's own values where checkpoints are partial, else empty.
-        first_hash: of the first checkpoint's bytes.
-        device_kind: ``cpu`` or ``cuda``.
-        device: the device in words.
-        low_precision: layers that the first checkpoint stores in 16 bits or fewer.
-        double_precision: layers that it stores in 64 bits.
-        fixed_batches: whether batches are part of the loss, so that their size is never tuned.
-        drawn: samples taken and samples in the data set, of each split that is not taken whole.
-    """
-
-    layers: tuple[Layer, ...]
-    split_hashes: dict[str, str]
-    source_hash: str
-    base_hash: str
-    first_hash: str
-    device_kind: str
-    device: str
-    low_precision: tuple[str, ...] = ()
-    double_precision: tuple[str, ...] = ()
-    fixed_batches: bool = False
-    drawn: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The splits as they were found at the first checkpoint, and what a gradient costs.
-
-    Attributes:
-        splits: with sizes, weights and first losses.
-        seconds: of one full-batch gradient, by split.
-        tuning: the batch size and memory format to plan with, and what they were chosen by.
-        resident: whether the data of a split stay on the device, by split; else they are streamed.
-        worker_bytes: memory of the worker with its data and the activations of a batch, but
-            without what it needs for each element of the model.
-        checkpoint_bytes: of the first checkpoint.
-        read_seconds: to read it.
-    """
-
-    splits: tuple[SplitPlan, ...]
-    seconds: dict[str, float]
-    tuning: Tuning
-    resident: dict[str, bool]
-    worker_bytes: int
-    checkpoint_bytes: int
-    read_seconds: float
 
 
 class Workspace:
@@ -129,6 +77,8 @@ class Workspace:
         partial_sums: int = 1,
         seat: Seat | None = None,
     ) -> None:
+        if settings.fisher is not None:
+            check_task(task, settings)
         self.series = open_series(run, steps)
         self._whole = self.series.steps[-2]  # a checkpoint that others follow is written whole
         self._where = run, steps
@@ -147,6 +97,7 @@ class Workspace:
         self._first = replace(self.series.read(self.series.steps[0]), tensors={})
         self._read_seconds = time.perf_counter() - start
         self._dtypes = self._first.dtypes
+        self._meters: dict[str, FisherMeter] = {}
 
     def describe(self) -> Description:
         """What decides the numbers beside the settings."""
@@ -199,6 +150,7 @@ class Workspace:
             worker_bytes=self._worker_bytes(tuning),
             checkpoint_bytes=self._first.nbytes,
             read_seconds=self._read_seconds,
+            fisher_seconds=self._fisher_seconds(),
         )
 
     def _gradient_repeats(self, split: SplitData, out: Tensor) -> bool:
@@ -209,6 +161,32 @@ class Workspace:
         engine.evaluate(batch, out)
         return torch.equal(before, out) or not bool(torch.isfinite(out).all())
 
+    def _fisher_seconds(self) -> float:
+        """What Fisher information takes at a step, beside a checkpoint to read; 0 without it."""
+        if self.settings.fisher is None:
+            return 0.0
+        point, meter = self._read_first(), self._fisher_meter()
+        for split in self.bench.fisher_splits:  # once unmeasured, as anything is slow at first
+            meter.measure(split, point)
+        start = time.perf_counter()
+        for split in self.bench.fisher_splits:
+            meter.measure(split, point)
+        return time.perf_counter() - start + self._read_seconds
+
+    def _fisher_meter(self) -> FisherMeter:
+        """One for each memory format: what it decides may depend on that, and on nothing else."""
+        bench = self.bench
+        if bench.memory_format not in self._meters:
+            self._meters[bench.memory_format] = FisherMeter(
+                bench.flat,
+                bench.engine,
+                self.task,
+                self.settings,
+                bench.fisher_splits,
+                self._read_first(),
+            )
+        return self._meters[bench.memory_format]
+
     def _worker_bytes(self, tuning: Tuning) -> int:
         data = sum(s.batches.nbytes for s in self.bench.splits if s.batches.resident)
         widest = max(max(split.batch_sizes) for split in self.bench.splits)
@@ -216,10 +194,13 @@ class Workspace:
         return own + data + math.ceil(tuning.sample_bytes * widest)
 
     def _go_to_first(self) -> None:
+        point = self._read_first()
+        Segment(point, point).set_point(self.flat, 0.0)
+
+    def _read_first(self) -> Point:
         known = {self._first.step: self._first.sha256}
         with Walk(self.series, self.flat, self._dtypes, known) as walk:
-            point = walk.read(self._first.step)
-        Segment(point, point).set_point(self.flat, 0.0)
+            return walk.read(self._first.step)
 
     def losses(self, plan: Plan) -> dict[str, float]:
         """The mean loss of each split at the first checkpoint, in the batches of `plan`.
@@ -276,6 +257,7 @@ class Workspace:
 
             for names in self._passes(plan):
                 self._pass(plan, span, names, hashes, tables_of, tally)
+            self._write_fisher(plan, span, hashes, writer, tally)
             seconds = time.perf_counter() - start
             info = {
                 "seconds": seconds,
@@ -285,6 +267,18 @@ class Workspace:
             }
             committed = writer.commit(checkpoints=hashes, info=info)
         return SpanReport(committed, tally.n_gradients, seconds, tally.sums)
+
+    def _write_fisher(
+        self, plan: Plan, span: Span, hashes: dict[int, str], writer: ShardWriter, tally: Tally
+    ) -> None:
+        steps = plan.fisher_steps(span)
+        if not steps:
+            return
+        meter = self._fisher_meter()
+        with Walk(self.series, self.flat, self._dtypes, hashes) as walk:
+            found = meter.rows(walk.read, steps, lambda: tally.tell(0.0))
+        for split in plan.splits:
+            writer.write("fisher", make_table("fisher", {**found[split.name], "split": split.name}))
 
     def _passes(self, plan: Plan) -> list[list[str]]:
         """The splits that share a pass over the checkpoints: all, unless their state is large."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from lcray.errors import LcrayError, TaskError, UsageError, brief, suggest
@@ -40,6 +40,10 @@ class Task:
         groups: ``groups(batch)`` gives an integer label per item, [n] (its class, say), for
             group-wise allocation. Items come sample by sample.
         collate: makes a batch of a list of samples, for data sets; torch's default otherwise.
+        sample_targets: ``sample_targets(output, batch, generator)`` gives `batch` with targets
+            drawn from the model's own distribution, by `generator` (on the device of `output`,
+            what the model returned for the batch); for the true Fisher information, where losses
+            must be -log p of their target, up to a constant.
 
     Example:
         >>> import torch, torch.nn.functional as F
@@ -58,6 +62,7 @@ class Task:
     loss: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
     groups: Callable[[Any], Tensor] | None = None
     collate: Callable[[list[Any]], Any] | None = None
+    sample_targets: Callable[[Any, Any, Generator], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -217,7 +222,8 @@ def source_hash(task: Task, model: nn.Module) -> str:
     elsewhere. Where there is no source (a session typed by hand) the parts' code stands for it.
     """
     kinds = sorted({type(part) for part in model.modules()}, key=lambda kind: kind.__qualname__)
-    parts: list[Any] = [task.model, task.splits, task.loss, task.groups, task.collate, *kinds]
+    parts: list[Any] = [task.model, task.splits, task.loss, task.groups, task.collate]
+    parts += [task.sample_targets, *kinds]
     digest = hashlib.sha256()
     for source in dict.fromkeys(_source_of(part) for part in parts):
         digest.update(source)

@@ -21,13 +21,14 @@ from lcray.layout import Layout
 from lcray.planning import Plan
 
 
-def trace_indices(plan: Plan) -> dict[int, NDArray[np.int64]]:
+def trace_indices(plan: Plan, *, sample_only: bool = False) -> dict[int, NDArray[np.int64]]:
     """The elements to trace, ascending, by the number of the layer: a seeded sample and named ones.
 
-    The sample of a layer depends on the seed and the layer's name alone.
+    The sample of a layer depends on the seed and the layer's name alone. With `sample_only`, the
+    named ones are left out: statistics are to be of elements that nobody chose.
     """
     named: dict[str, list[int]] = defaultdict(list)
-    for item in plan.settings.trace:
+    for item in () if sample_only else plan.settings.trace:
         match = re.fullmatch(r"(.+):(\d+)", item)
         if match:
             named[match[1]].append(int(match[2]))

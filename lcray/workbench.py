@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lcray.data import SplitData, SplitSource, open_split
-from lcray.errors import UsageError
+from lcray.errors import TaskError, UsageError
 from lcray.flat import FlatModel
 from lcray.gradient import GradientEngine
 from lcray.memory import available_bytes
@@ -27,6 +27,7 @@ from lcray.planning import (
 from lcray.task import Task, call_model, split_data
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+FISHER_BATCH = 64  # samples a batch of those that Fisher information takes
 _SHARE = 0.8  # of the memory that is free; the rest is for what cannot be foreseen
 
 
@@ -41,6 +42,7 @@ class Workbench:
         hashes: SHA-256 of each split's data, in the task's order; of what is drawn from it.
         drawn: samples taken and samples in the data set, of each split that is not taken whole.
         seat: which worker of a team this is.
+        fisher_splits: the samples of each split that Fisher information takes, if asked for.
         fixed_batches: whether batches are part of the loss, so that their size must not be tuned.
         batch_size: the most samples a batch holds.
         memory_format: of the model and its data, ``contiguous`` or ``channels_last``.
@@ -93,12 +95,13 @@ class Workbench:
             for source in self._sources
             if source.draw is not None
         }
+        self.memory_format = DEFAULT_MEMORY_FORMAT
+        self.fisher_splits = self._pick()
         self._adopted = False
         self._splits: tuple[SplitData, ...] | None = None
         self.base_bytes = _taken_bytes(self.device)
         self.room = self._measure_room(memory, sharers)
         self.batch_size = settings.batch_size or DEFAULT_BATCH_SIZE
-        self.memory_format = DEFAULT_MEMORY_FORMAT
         self.set_memory_format(memory_format_of(settings) or DEFAULT_MEMORY_FORMAT)
 
     @property
@@ -175,6 +178,19 @@ class Workbench:
             )
             for name, part in data.items()
         )
+
+    def _pick(self) -> tuple[SplitData, ...]:
+        settings = self.settings
+        if settings.fisher is None:
+            return ()
+        if self.fixed_batches:
+            raise TaskError(
+                "model: has BatchNorm layers without running statistics, so that no sample has a "
+                "loss of its own: there is no Fisher information; leave --fisher out"
+            )
+        count, seed = settings.fisher_samples, settings.fisher_seed
+        assert self._sources is not None
+        return tuple(s.pick(count, seed, FISHER_BATCH, place=self._place) for s in self._sources)
 
     def _cut(self) -> tuple[SplitData, ...]:
         splits, left = [], self.room // 2  # the other half is for activations

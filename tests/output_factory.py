@@ -41,8 +41,10 @@ ALL = (
     "parameters",
     "traces",
     "elements",
+    "fisher",
     "borders",
 )
+FISHER = 4  # every fourth step
 Rows = list[dict[str, Any]]
 
 
@@ -97,7 +99,7 @@ def make_world(
         for name in ("val", "train")  # not in alphabetical order, and neither are the layers
     )
     plan = Plan(
-        settings=Settings(dtype="float64", window=window, elements=True),
+        settings=Settings(dtype="float64", window=window, elements=True, fisher=FISHER),
         layers=layers,
         splits=splits,
         spans=tuple(Span(steps) for steps in spans),
@@ -424,6 +426,28 @@ def elements(world: World, ts: range, *, by_time: bool = False) -> Rows:
     ]
 
 
+def fisher(world: World, ts: range) -> Rows:
+    """At the chosen steps that an interval of `ts` ends at, and at the first step of the run."""
+    return [
+        {
+            "split": split.name,
+            "step": world.steps[t],
+            "layer": layer.name,
+            "trace_true": 1.0 + t / 7 + k,
+            "trace_true_se": 0.1 + t / 70,
+            "trace_empirical": 2.0 + t / 7 + k,
+            "trace_empirical_se": 0.2 + t / 70,
+            "n_items": 8,
+            "seed": 0,
+        }
+        for split in world.plan.splits
+        for t in range(ts[0] + (ts[0] > 0), ts[-1] + 2)
+        if world.steps[t] % FISHER == 0
+        for k, layer in enumerate(world.plan.layers)
+        if layer.trainable
+    ]
+
+
 def borders(world: World, ts: range) -> Rows:
     rows = []
     for split in world.plan.splits:
@@ -455,6 +479,7 @@ DERIVE = {
     "parameters": parameters,
     "traces": traces,
     "elements": elements,
+    "fisher": fisher,
     "borders": borders,
 }
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scenes
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -403,3 +404,21 @@ def test_demo_without_sklearn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UsageError, match=r"lcray\[demo\]"):
         load_task("lcray.digits:task").splits()
+
+
+@pytest.mark.slow
+def test_rescaling_changes_the_fisher_information_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    import fisher_rescaling
+
+    with pytest.MonkeyPatch.context() as patch:
+        scenes.work_inline(patch)
+        found = fisher_rescaling.compare(tmp_path, steps=5)
+    assert found["factor"].nunique() == 3
+    for _, row in found.iterrows():
+        # To the rounding of checkpoints in float32: factors are powers of two, so there is none.
+        assert row["ratio of lc"] == pytest.approx(1.0, rel=1e-8)
+        for kind in ("true", "empirical"):
+            assert row[f"ratio of trace_{kind}"] == pytest.approx(row["factor"] ** -2, rel=1e-8)

@@ -325,7 +325,7 @@ def test_layers_without_borders_keep_their_flips(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_in_the_plan(tmp_path: Path) -> None:
     world = factory.make_world(spans=((0, 2),))
-    splits = tuple(replace(split, first_loss=float("nan")) for split in world.plan.splits)
+    splits = tuple(replace(split, first_loss=None) for split in world.plan.splits)
     world.plan = replace(world.plan, splits=splits)
     assert reduce(factory.write_output(tmp_path, world)).rows["intervals"] == 2
 

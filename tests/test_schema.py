@@ -26,6 +26,8 @@ DESIGN = {
     "path_length displacement_flips gradient_flips",
     "traces": "split layer index step | weight gradient lc",
     "elements": "split layer start_step index | lc",
+    "fisher": "split step layer | trace_true trace_true_se trace_empirical trace_empirical_se "
+    "n_items seed",
     "fits": "split window layer sign distribution parameter | value se",
     "borders": "split layer index | lc_first lc_last displacement_first displacement_last "
     "gradient_first gradient_last",

@@ -112,7 +112,7 @@ DAMAGE = {
 def test_every_damaged_parquet_file_is_found(sound: Path, tmp_path: Path, damage: str) -> None:
     out = copied(sound, tmp_path / "out")
     paths = sorted(out.rglob("*.parquet"))
-    assert len(paths) == 3 * 11 + 11
+    assert len(paths) == 3 * 12 + 12
     for path in paths:
         if DAMAGE[damage] is None:
             path.unlink()
@@ -384,6 +384,16 @@ BROKEN: dict[str, tuple[str, Callable[[list[Row]], list[Row]], str]] = {
         "replicate_layers",
         without(3),
         "replicate_layers has every replicate of a layer once",
+    ),
+    "Fisher information of a step missing": (
+        "fisher",
+        without(3),
+        "fisher has every split, chosen step and trained layer once, and no other",
+    ),
+    "Fisher information below zero": (
+        "fisher",
+        at(2, trace_true=lambda _: -1.0),
+        "traces of Fisher information are sums of squares",
     ),
     "an element missing": ("elements", without(3), "elements has every index of a layer once"),
     "a parameter missing": (

@@ -10,10 +10,22 @@ import time
 import traceback
 from pathlib import Path
 
-from . import economy, growth, machine, memory, recorder, scale, speed, storage, teams, wall
+from . import (
+    economy,
+    findings,
+    growth,
+    machine,
+    memory,
+    recorder,
+    scale,
+    speed,
+    storage,
+    teams,
+    wall,
+)
 from .suite import Bench, Case, Row, chosen, format_table, save
 
-MODULES = (machine, speed, memory, economy, recorder, storage, growth, scale, wall, teams)
+MODULES = (machine, speed, memory, economy, recorder, storage, growth, scale, findings, wall, teams)
 CASES: dict[str, Case] = {name: case for module in MODULES for name, case in module.CASES.items()}
 CORES = 2
 

@@ -1,0 +1,285 @@
+"""Layers over repeated runs: do they help or hurt, and do two conditions differ?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from scipy.stats import (
+    false_discovery_control,
+    permutation_test,
+    t,
+    ttest_1samp,
+    ttest_ind,
+)
+
+from lcray.analyses import tidy
+from lcray.analyses.series import layer_series
+from lcray.analyses.windows import Ranges, Windows
+from lcray.errors import UsageError
+from lcray.results import Results, open_output
+from lcray.storage import PlaceLike
+
+Floats = NDArray[np.float64]
+
+#: Runs of a condition without which there is no p-value.
+FEWEST_RUNS = 6
+#: What a row is of: the first outputs, those they are compared with, and the first minus these.
+FIRST, SECOND, DIFFERENCE = "first", "second", "difference"
+_RESAMPLES = 9999
+_ADJUSTMENTS = ("bh", "by")
+
+_FORM = tidy.schema(
+    "compare",
+    "split first_step end_step window layer condition",
+    (
+        tidy.SPLIT,
+        *tidy.WINDOW,
+        tidy.LAYER,
+        tidy.text("condition", f"{FIRST}, {SECOND}, or {DIFFERENCE}: first - second"),
+        tidy.count("n", "outputs of the condition; for the difference those of the smaller one"),
+        tidy.number("lc", tidy.LOSS, "mean over the outputs of the layer's LC, or the difference"),
+        tidy.number("lc_se", tidy.LOSS, "its standard error over the outputs"),
+        tidy.number("lc_low", tidy.LOSS, "lower end of its confidence interval, by Student's t"),
+        tidy.number("lc_high", tidy.LOSS, "upper end of its confidence interval"),
+        tidy.number("p_t", "1", f"two-sided t-test against 0; null below {FEWEST_RUNS} outputs"),
+        tidy.number("p_permutation", "1", "two-sided permutation test; null likewise"),
+        tidy.number("p_t_adjusted", "1", "p_t, for all layers (false discovery rate)"),
+        tidy.number("p_permutation_adjusted", "1", "p_permutation, likewise"),
+    ),
+    "LC of every layer over repeated runs, and the difference between two conditions",
+)
+
+
+@dataclass(frozen=True)
+class Test:
+    """Mean, error and tests of a layer over runs.
+
+    Attributes:
+        lc: the mean, or the difference of two.
+        se: its standard error; NaN below two runs.
+        low: of its confidence interval; NaN likewise.
+        high: likewise.
+        p_t: two-sided; NaN below `FEWEST_RUNS` runs, and where no run differs from another.
+        p_permutation: two-sided; NaN below `FEWEST_RUNS` runs.
+    """
+
+    lc: float
+    se: float
+    low: float
+    high: float
+    p_t: float
+    p_permutation: float
+
+
+def compare(
+    *outs: PlaceLike,
+    against: Sequence[PlaceLike] = (),
+    paired: bool = False,
+    window: int | None = None,
+    windows: Ranges | None = None,
+    level: float = 0.95,
+    adjust: str = "bh",
+    seed: int = 0,
+) -> pa.Table:
+    """LC of every layer over the outputs of repeated runs (other seeds), and against a condition.
+
+    One condition: the mean of the layer's LC over the runs, its standard error, and whether it
+    differs from 0, by Student's t and by flipping signs. Two conditions (a frozen layer or not, one
+    momentum or another): the difference of the means as well, by Welch's t and by exchanging runs
+    between the conditions; paired, by the t-test of the differences and by flipping their signs.
+    Permutations are all there are, or 9,999 of them. P-values are adjusted for the layers of a
+    split, window and condition (Benjamini & Hochberg 1995, or Yekutieli 2001). [LCA] (arXiv
+    1909.01440, section 4.2) repeats runs in this way.
+
+    Fewer than six runs give no p-value: flipping the signs of five cannot go below 1/16.
+
+    Args:
+        *outs: outputs of one condition.
+        against: outputs of the other one; empty for none.
+        paired: whether the outputs of both, in their order, share a seed.
+        window: as for `Windows.of`, by the first output; None for the run alone.
+        windows: as for `Windows.of`.
+        level: of the confidence intervals.
+        adjust: ``bh``, or ``by`` for any dependence between layers.
+        seed: of permutations that are drawn.
+
+    Returns:
+        One row for each split, window, layer (empty for all) and condition.
+
+    Raises:
+        UsageError: for outputs that differ in splits, layers or steps, the same one twice,
+            parameters that cannot be, or pairs that are none.
+        OutputError: if there is no output, or it has no tables.
+    """
+    if adjust not in _ADJUSTMENTS:
+        raise UsageError(f"adjust {adjust!r}: must be one of {', '.join(_ADJUSTMENTS)}")
+    if not 0 < level < 1:
+        raise UsageError(f"level {level:g}: must be between 0 and 1")
+    first, second = ([open_output(out) for out in group] for group in (outs, against))
+    _check(first, second, paired)
+    chosen = Windows.whole(first[0].plan.steps)
+    if window is not None or windows:
+        chosen = Windows.of(first[0], window, windows)
+    layers = (tidy.ALL_LAYERS, *(layer.name for layer in first[0].plan.layers))
+    totals = [_totals(group, chosen) for group in (first, second) if group]
+    rows: list[dict[str, Any]] = []
+    for s, split in enumerate(first[0].plan.splits):
+        for w, item in enumerate(chosen):
+            head = {
+                "split": split.name,
+                "window": item.name,
+                "first_step": item.first,
+                "end_step": item.end,
+            }
+            samples = [total[:, s, w] for total in totals]
+            for condition, tests, n in _conditions(samples, paired, level, seed):
+                rows += _rows(head | {"condition": condition, "n": n}, layers, tests, adjust)
+    parameters = {"paired": paired, "level": level, "adjust": adjust, "seed": seed}
+    names = {FIRST: [str(r.path) for r in first], SECOND: [str(r.path) for r in second]}
+    return tidy.table(_FORM, rows, parameters=parameters | names)
+
+
+def _check(first: Sequence[Results], second: Sequence[Results], paired: bool) -> None:
+    if not first:
+        raise UsageError("compare: give the outputs of repeated runs")
+    every = [*first, *second]
+    places = [str(results.path) for results in every]
+    twice = [place for place in places if places.count(place) > 1]
+    if twice:
+        raise UsageError(f"{twice[0]}: is given twice; every output counts as a run of its own")
+    if paired and len(first) != len(second):
+        raise UsageError(
+            f"paired: {len(first)} outputs against {len(second)}; give pairs, in the same order"
+        )
+    check_alike(every)
+
+
+def check_alike(every: Sequence[Results]) -> None:
+    """Refuse outputs whose layers cannot be compared one by one.
+
+    Raises:
+        UsageError: if splits, layers or steps differ.
+    """
+    for results in every[1:]:
+        for what, of in _SHARED.items():
+            if of(results) != of(every[0]):
+                raise UsageError(
+                    f"{results.path}: has other {what} than {every[0].path}; compare outputs of "
+                    "one task and length"
+                )
+
+
+_SHARED: Mapping[str, Callable[[Results], Any]] = {
+    "splits": lambda results: [split.name for split in results.plan.splits],
+    "layers": lambda results: [(la.name, la.shape) for la in results.plan.layers],
+    "steps": lambda results: results.plan.steps,
+}
+
+
+def _totals(group: Sequence[Results], chosen: Windows) -> Floats:
+    """LC by run, split, window and layer, [R, S, W, 1 + L]; the first layer is all of them."""
+    found = []
+    for results in group:
+        series = layer_series(results, ["lc"], ("parameter", "buffer"))
+        lc = np.nan_to_num(series["lc"])
+        lc = np.concatenate([lc.sum(axis=2, keepdims=True), lc], axis=2)
+        found.append(np.stack([lc[:, w.holds(series.starts)].sum(axis=1) for w in chosen], axis=1))
+    return np.stack(found)
+
+
+def _conditions(
+    samples: Sequence[Floats], paired: bool, level: float, seed: int
+) -> Iterator[tuple[str, list[Test], int]]:
+    """The tests of each layer, condition by condition; samples are [R, L]."""
+    for condition, sample in zip((FIRST, SECOND), samples, strict=False):
+        yield condition, [one_condition(x, level, seed) for x in sample.T], len(sample)
+    if len(samples) == 2:
+        columns = zip(samples[0].T, samples[1].T, strict=True)
+        tests = [two_conditions(x, y, paired=paired, level=level, seed=seed) for x, y in columns]
+        yield DIFFERENCE, tests, min(map(len, samples))
+
+
+def one_condition(x: Floats, level: float = 0.95, seed: int = 0) -> Test:
+    """Whether the mean of `x` [R] differs from 0."""
+    n = len(x)
+    se = float(x.std(ddof=1) / np.sqrt(n)) if n > 1 else np.nan
+    p_t = p_permutation = np.nan
+    if n >= FEWEST_RUNS:
+        p_t = float(ttest_1samp(x, 0.0).pvalue) if se > 0 else np.nan
+        found = permutation_test(
+            (x,), np.mean, permutation_type="samples", n_resamples=_RESAMPLES, rng=seed
+        )
+        p_permutation = float(found.pvalue)
+    return _test(float(x.mean()), se, n - 1, level, p_t, p_permutation)
+
+
+def two_conditions(
+    x: Floats, y: Floats, *, paired: bool = False, level: float = 0.95, seed: int = 0
+) -> Test:
+    """Whether the means of `x` [R] and `y` [R'] differ."""
+    if paired:
+        return one_condition(x - y, level, seed)
+    difference, fewest = float(x.mean() - y.mean()), min(len(x), len(y))
+    if fewest < 2:
+        return _test(difference, np.nan, 0, level, np.nan, np.nan)
+    parts = [z.var(ddof=1) / len(z) for z in (x, y)]
+    se = float(np.sqrt(sum(parts)))
+    freedom = (
+        sum(parts) ** 2 / sum(part**2 / (len(z) - 1) for part, z in zip(parts, (x, y), strict=True))
+        if se > 0
+        else 0.0
+    )
+    p_t = p_permutation = np.nan
+    if fewest >= FEWEST_RUNS:
+        p_t = float(ttest_ind(x, y, equal_var=False).pvalue) if se > 0 else np.nan
+        found = permutation_test(
+            (x, y), _difference, vectorized=True, n_resamples=_RESAMPLES, rng=seed
+        )
+        p_permutation = float(found.pvalue)
+    return _test(difference, se, float(freedom), level, p_t, p_permutation)
+
+
+def _difference(x: Floats, y: Floats, axis: int = -1) -> Floats:
+    return np.asarray(np.mean(x, axis=axis) - np.mean(y, axis=axis))
+
+
+def _test(
+    lc: float, se: float, freedom: float, level: float, p_t: float, p_permutation: float
+) -> Test:
+    if not se >= 0:
+        return Test(lc, np.nan, np.nan, np.nan, p_t, p_permutation)
+    reach = se * float(t.ppf((1 + level) / 2, freedom)) if se > 0 else 0.0
+    return Test(lc, se, lc - reach, lc + reach, p_t, p_permutation)
+
+
+def _rows(
+    head: Mapping[str, Any], layers: Sequence[str], tests: Sequence[Test], adjust: str
+) -> Iterator[dict[str, Any]]:
+    adjusted = {}
+    for name in ("p_t", "p_permutation"):
+        values = np.array([getattr(test, name) for test in tests])
+        values[0] = np.nan  # the network as a whole is no further layer
+        known = np.isfinite(values)
+        adjusted[name] = np.full(len(tests), np.nan)
+        if known.any():
+            adjusted[name][known] = false_discovery_control(
+                values[known], method="by" if adjust == "by" else "bh"
+            )
+    for number, (layer, test) in enumerate(zip(layers, tests, strict=True)):
+        yield {
+            **head,
+            "layer": layer,
+            "lc": test.lc,
+            "lc_se": test.se,
+            "lc_low": test.low,
+            "lc_high": test.high,
+            "p_t": test.p_t,
+            "p_permutation": test.p_permutation,
+            "p_t_adjusted": adjusted["p_t"][number],
+            "p_permutation_adjusted": adjusted["p_permutation"][number],
+        }

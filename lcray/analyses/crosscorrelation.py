@@ -1,0 +1,157 @@
+"""By how many intervals one signal follows another, from many noisy pairs of them.
+
+Legend: T intervals, N elements, M the largest lag, R resamplings.
+
+With x̃ and ỹ the signals of an element less their trend and divided by their standard deviation,
+the cross-correlation at lag τ is the mean over elements n and intervals t of
+
+    c(τ) = ⟨ x̃_n(t + τ) · ỹ_n(t) ⟩,        −M ≤ τ ≤ M,
+
+where t runs over the T − 2M intervals for which every lag exists, so that lags are compared on the
+same ones. x follows y by the lag at which c is greatest.
+
+Source: Box, Jenkins & Reinsel, *Time Series Analysis*, chapter 11 (cross-correlation); Künsch 1989
+and Politis & Romano 1992 for resampling blocks of the terms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.signal import detrend as remove_trend
+
+from lcray.analyses.blocks import FEWEST, Bootstrap
+from lcray.errors import UsageError
+
+Floats = NDArray[np.float64]
+TRENDS = ("none", "constant", "linear")
+
+
+@dataclass(frozen=True)
+class Lag:
+    """The cross-correlation of two signals, and where it is greatest.
+
+    Attributes:
+        lags: in intervals, ascending, [2M + 1].
+        correlation: at each, between −1 and 1, [2M + 1].
+        lower: of its confidence interval, [2M + 1].
+        upper: likewise.
+        lag: at the greatest correlation, in intervals; positive where x follows y.
+        lag_lower: of its confidence interval.
+        lag_upper: likewise.
+        p_value: that a correlation as great or greater at any lag comes by chance, where there is
+            none at all: from resamplings centred at c, by the greatest difference over all lags.
+        n_elements: N: those that vary in both signals.
+        n_intervals: T − 2M.
+    """
+
+    lags: NDArray[np.int64]
+    correlation: Floats
+    lower: Floats
+    upper: Floats
+    lag: int
+    lag_lower: float
+    lag_upper: float
+    p_value: float
+    n_elements: int
+    n_intervals: int
+
+
+def default_max_lag(n_intervals: int) -> int:
+    """50 intervals, but at most a fifth of them."""
+    return min(50, n_intervals // 5)
+
+
+def lag_of_peak(
+    follower: Floats,
+    leader: Floats,
+    *,
+    max_lag: int | None = None,
+    trend: str = "constant",
+    bootstrap: Bootstrap | None = None,
+) -> Lag | None:
+    """By how many intervals `follower` follows `leader`.
+
+    The confidence intervals resample blocks of consecutive intervals t, all elements and lags of an
+    interval together: elements share their mini-batches, and the terms are autocorrelated.
+
+    Args:
+        follower: x, [T, N]; NaN where it is not known.
+        leader: y, [T, N]; likewise.
+        max_lag: M; `default_max_lag` chooses where it is None.
+        trend: what is taken from each element's signals: ``constant`` (their mean), ``linear`` (a
+            straight line, by least squares) or ``none``.
+        bootstrap: how errors are made.
+
+    Returns:
+        The lag; None where no element varies in both, or fewer than `lcray.analyses.blocks.FEWEST`
+        intervals are left.
+
+    Raises:
+        UsageError: for a lag or trend that cannot be.
+    """
+    if trend not in TRENDS:
+        raise UsageError(f"trend {trend!r}: must be one of {', '.join(TRENDS)}")
+    most = default_max_lag(len(follower)) if max_lag is None else max_lag
+    if most < 0:
+        raise UsageError(f"max_lag {most}: must be at least 0")
+    bootstrap = bootstrap or Bootstrap()
+    if len(follower) - 2 * most < FEWEST:
+        return None
+    x, y = (_standardised(signal, trend) for signal in (follower, leader))
+    vary = (x != 0).any(axis=0) & (y != 0).any(axis=0)
+    if not vary.any():
+        return None
+    terms = _terms(x[:, vary], y[:, vary], most)
+    return _lag(terms, most, int(vary.sum()), bootstrap)
+
+
+def _standardised(signal: Floats, trend: str) -> Floats:
+    """Each column less its trend, by its standard deviation; 0 where it is constant or unknown."""
+    known = np.isfinite(signal)
+    n = np.maximum(1, known.sum(axis=0))
+    filled = np.where(known, signal, 0.0)
+    if trend != "none":
+        filled = np.where(known, signal, filled.sum(axis=0) / n)
+        filled = remove_trend(filled, axis=0, type="linear" if trend == "linear" else "constant")
+    filled = np.where(known, filled, 0.0)
+    scale = np.sqrt((filled**2).sum(axis=0) / n)
+    size = np.sqrt((np.where(known, signal, 0.0) ** 2).sum(axis=0) / n)
+    varies = scale > 1e-12 * size
+    return np.asarray(np.divide(filled, scale, out=np.zeros_like(filled), where=varies))
+
+
+def _terms(x: Floats, y: Floats, most: int) -> Floats:
+    """⟨x̃(t + τ) ỹ(t)⟩ over the elements, [T − 2M, 2M + 1]."""
+    middle = slice(most, len(y) - most)
+    shifts = range(2 * most + 1)
+    inner = len(y) - 2 * most
+    columns = [np.einsum("tn,tn->t", x[k : k + inner], y[middle]) for k in shifts]
+    return np.asarray(np.stack(columns, axis=1) / y.shape[1])
+
+
+def _lag(terms: Floats, most: int, n_elements: int, bootstrap: Bootstrap) -> Lag:
+    lags = np.arange(-most, most + 1)
+    correlation = terms.mean(axis=0)
+    sums = bootstrap.sums(terms)
+    assert sums is not None, "there are intervals enough"
+    drawn = sums / len(terms)
+    peak = int(correlation.argmax())
+    _, lower, upper = bootstrap.interval(drawn)
+    _, low, high = bootstrap.interval(lags[drawn.argmax(axis=1)].astype(np.float64))
+    by_chance = (drawn - correlation).max(axis=1)
+    greater = np.count_nonzero(by_chance >= correlation[peak])
+    return Lag(
+        lags=lags,
+        correlation=correlation,
+        lower=lower,
+        upper=upper,
+        lag=int(lags[peak]),
+        lag_lower=float(low),
+        lag_upper=float(high),
+        p_value=(1 + greater) / (1 + len(drawn)),
+        n_elements=n_elements,
+        n_intervals=len(terms),
+    )

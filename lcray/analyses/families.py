@@ -1,0 +1,202 @@
+"""Distributions of |LC| on the logarithmic axis, all of one form: a shape and a scale.
+
+With y = log x and θ = (log shape, log scale), or (log scale,), each gives the logarithms of its
+distribution function, of its complement and of the density of y, without loss in the tails; the
+parameters are those of SciPy, location 0:
+
+    weibull               F = 1 − exp(−(x/λ)^k)                      `scipy.stats.weibull_min`
+    exponential           the same with k = 1                        `scipy.stats.expon`
+    lognormal             log x normal; shape σ, scale exp(μ)        `scipy.stats.lognorm`
+    generalized_gaussian  density ∝ exp(−(x/α)^β), the magnitude     `scipy.stats.halfgennorm`
+                          of a generalized Gaussian
+
+Legend: H histograms, or any rows; y is [E] or [H, E], θ is [H, p], results are [H, E].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import gammainc, gammaincc, gammaln, log_ndtr, polygamma
+
+Floats = NDArray[np.float64]
+Part = Callable[[Floats, Floats], Floats]
+
+_LOG2 = math.log(2.0)
+_EULER = 0.5772156649015329
+
+
+@dataclass(frozen=True)
+class Family:
+    """One distribution.
+
+    Attributes:
+        name: as in tables.
+        has_shape: whether θ begins with the logarithm of a shape.
+        log_cdf: (θ, y) -> log F.
+        log_sf: (θ, y) -> log(1 − F).
+        log_density: (θ, y) -> log of the density of y = log x.
+        start: (means [H], standard deviations [H] of y) -> θ that has about these.
+    """
+
+    name: str
+    has_shape: bool
+    log_cdf: Part
+    log_sf: Part
+    log_density: Part
+    start: Part
+
+    @property
+    def p(self) -> int:
+        """The number of parameters."""
+        return 2 if self.has_shape else 1
+
+    def log_mass(self, theta: Floats, edges: Floats) -> Floats:
+        """log(F(upper) − F(lower)) of the bins between neighbouring edges [E], [H, E − 1].
+
+        From the side where the difference is of small numbers.
+        """
+        below, above = self.log_cdf(theta, edges), self.log_sf(theta, edges)
+        left = _log_difference(below[:, 1:], below[:, :-1])
+        right = _log_difference(above[:, :-1], above[:, 1:])
+        return np.where(below[:, 1:] < -_LOG2, left, right)
+
+
+def _log_difference(large: Floats, small: Floats) -> Floats:
+    """log(exp(large) − exp(small)) for large >= small; -inf where they are equal."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        gap = np.where(np.isneginf(small), np.inf, large - small)
+        gap = np.maximum(gap, 0.0)
+        rest = np.where(gap < _LOG2, np.log(-np.expm1(-gap)), np.log1p(-np.exp(-gap)))
+        return np.asarray(np.where(np.isneginf(large), -np.inf, large + rest))
+
+
+def _log_hazard(theta: Floats, y: Floats) -> Floats:
+    """shape·(y − log scale)."""
+    if theta.shape[1] == 1:
+        return np.asarray(y - theta)
+    return np.exp(theta[:, :1]) * (y - theta[:, 1:])
+
+
+def _weibull_log_cdf(theta: Floats, y: Floats) -> Floats:
+    with np.errstate(over="ignore", divide="ignore"):
+        return np.asarray(np.log(-np.expm1(-np.exp(_log_hazard(theta, y)))))
+
+
+def _weibull_log_sf(theta: Floats, y: Floats) -> Floats:
+    with np.errstate(over="ignore"):
+        return np.asarray(-np.exp(_log_hazard(theta, y)))
+
+
+def _weibull_log_density(theta: Floats, y: Floats) -> Floats:
+    z = _log_hazard(theta, y)
+    shape = theta[:, :1] if theta.shape[1] == 2 else 0.0
+    with np.errstate(over="ignore"):
+        return np.asarray(shape + z - np.exp(z))
+
+
+def _weibull_start(mean: Floats, sd: Floats) -> Floats:
+    shape = math.pi / math.sqrt(6) / sd  # log x is Gumbel
+    return np.stack([np.log(shape), mean + _EULER / shape], axis=1)
+
+
+def _exponential_start(mean: Floats, sd: Floats) -> Floats:
+    # that of the mean of a lognormal variable; a start only
+    return np.asarray(mean + np.minimum(sd, 4.0) ** 2 / 2)[:, None]
+
+
+def _z(theta: Floats, y: Floats) -> Floats:
+    return (y - theta[:, 1:]) / np.exp(theta[:, :1])
+
+
+def _normal_log_density(theta: Floats, y: Floats) -> Floats:
+    return np.asarray(-(_z(theta, y) ** 2) / 2 - theta[:, :1] - 0.5 * math.log(2 * math.pi))
+
+
+def _gaussian_log_cdf(theta: Floats, y: Floats) -> Floats:
+    """Log P(1/β, h) with h = (x/α)^β; for small h by P = h^a/Γ(a + 1)·(1 − h·a/(a + 1) + …)."""
+    a = np.exp(-theta[:, :1])
+    log_h = _log_hazard(theta, y)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        h = np.exp(log_h)
+        small = a * log_h - gammaln(a + 1) - h * a / (a + 1)
+        return np.asarray(np.where(h < 1e-8, small, np.log(gammainc(a, np.maximum(h, 1e-8)))))
+
+
+def _gaussian_log_sf(theta: Floats, y: Floats) -> Floats:
+    """Log Q(1/β, h); beyond what Q can hold by its asymptotic series (DLMF 8.11.2)."""
+    a = np.exp(-theta[:, :1])
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        h = np.exp(_log_hazard(theta, y))
+        tail = gammaincc(a, h)
+        series = np.log1p((a - 1) / h * (1 + (a - 2) / h * (1 + (a - 3) / h)))
+        far = -h + (a - 1) * np.log(h) - gammaln(a) + series
+        far = np.where(np.isinf(h), -np.inf, far)
+        return np.where(tail > 1e-280, np.log(tail), far)
+
+
+def _gaussian_log_density(theta: Floats, y: Floats) -> Floats:
+    a = np.exp(-theta[:, :1])
+    with np.errstate(over="ignore"):
+        h = np.exp(_log_hazard(theta, y))
+    return np.asarray(theta[:, :1] + y - theta[:, 1:] - h - gammaln(a))
+
+
+def _gaussian_start(mean: Floats, sd: Floats) -> Floats:
+    """Log x = log α + log G/β, with G of a gamma distribution of shape 1/β."""
+
+    def excess(log_shape: float, target: float) -> float:
+        inverse = math.exp(-log_shape)
+        return float(inverse * math.sqrt(polygamma(1, inverse))) - target
+
+    log_shape = np.empty(len(sd))
+    for i, target in enumerate(sd):
+        low, high = -3.0, 3.0
+        if excess(low, target) * excess(high, target) < 0:
+            log_shape[i] = brentq(excess, low, high, args=(target,), xtol=1e-3)
+        else:
+            log_shape[i] = 3.0 if excess(high, target) > 0 else -3.0
+    inverse = np.exp(-log_shape)
+    return np.stack([log_shape, mean - inverse * polygamma(0, inverse)], axis=1)
+
+
+def _normal_start(mean: Floats, sd: Floats) -> Floats:
+    return np.stack([np.log(sd), mean], axis=1)
+
+
+def _normal_log_cdf(theta: Floats, y: Floats) -> Floats:
+    return np.asarray(log_ndtr(_z(theta, y)))
+
+
+def _normal_log_sf(theta: Floats, y: Floats) -> Floats:
+    return np.asarray(log_ndtr(-_z(theta, y)))
+
+
+#: In the order of tables.
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "weibull", True, _weibull_log_cdf, _weibull_log_sf, _weibull_log_density, _weibull_start
+    ),
+    Family(
+        "exponential",
+        False,
+        _weibull_log_cdf,
+        _weibull_log_sf,
+        _weibull_log_density,
+        _exponential_start,
+    ),
+    Family("lognormal", True, _normal_log_cdf, _normal_log_sf, _normal_log_density, _normal_start),
+    Family(
+        "generalized_gaussian",
+        True,
+        _gaussian_log_cdf,
+        _gaussian_log_sf,
+        _gaussian_log_density,
+        _gaussian_start,
+    ),
+)

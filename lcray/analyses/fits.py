@@ -1,0 +1,339 @@
+"""How |LC| is distributed: four distributions fitted to every layer, sign and window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from lcray.analyses import tidy
+from lcray.analyses.binned import Histograms, aligned, held, read_histograms
+from lcray.analyses.blocks import Bootstrap, block_length
+from lcray.analyses.families import FAMILIES, Family
+from lcray.analyses.likelihood import (
+    Estimates,
+    covariance,
+    distance,
+    fit_bins,
+    fit_samples,
+    simulated_distances,
+    slopes,
+)
+from lcray.analyses.series import codes
+from lcray.analyses.windows import RUN, Ranges, Window, Windows
+from lcray.results import Results
+
+Floats = NDArray[np.float64]
+
+#: Values in `elements` up to which they are read; beyond, histograms stand for them.
+EXACT = 500_000
+_CELLS = 1 << 22  # of the histograms that are fitted together
+_SIGNS = (-1, 1)
+
+_FORM = tidy.schema(
+    "fits",
+    "split first_step end_step window layer sign distribution",
+    (
+        tidy.SPLIT,
+        *tidy.WINDOW,
+        tidy.LAYER,
+        pa.field("sign", tidy.SIGN, False, {"unit": "1", "description": "-1 helps, +1 hurts"}),
+        tidy.text("distribution", "fitted to |LC| of this sign"),
+        tidy.text("source", "elements: exact values; histograms: values in bins"),
+        tidy.count("n", "values: parameter elements x intervals"),
+        tidy.number(
+            "shape", "1", "k (weibull), sigma (lognormal), beta (generalized_gaussian); else null"
+        ),
+        tidy.number("shape_se", "1", "standard error if values were independent: too small"),
+        tidy.number("shape_se_blocks", "1", "standard error by blocks of iterations"),
+        tidy.number(
+            "scale", tidy.LOSS, "lambda; exp(mu) (lognormal); alpha (generalized_gaussian)"
+        ),
+        tidy.number("scale_se", tidy.LOSS, "standard error if values were independent: too small"),
+        tidy.number("scale_se_blocks", tidy.LOSS, "standard error by blocks of iterations"),
+        tidy.number("log_likelihood", "1", "of bins or of values: not comparable across sources"),
+        tidy.number("aic", "1", "2 (number of parameters) - 2 log_likelihood"),
+        tidy.count("rank", "by aic among the distributions of this row's values; 1 is best"),
+        tidy.number("ks", "1", "largest |F_empirical - F_fit| over bin edges, or over values"),
+        tidy.number(
+            "p_value", "1", "of ks, by parametric bootstrap of independent values in bins; run only"
+        ),
+    ),
+    "distributions fitted to the absolute LC of the elements of a layer",
+)
+
+
+def fits(
+    results: Results,
+    *,
+    window: int | None = None,
+    windows: Ranges | None = None,
+    seed: int = 0,
+    replicates: int = 199,
+    exact: int = EXACT,
+) -> pa.Table:
+    """Weibull, exponential, lognormal and generalized Gaussian fits of |LC|, by sign.
+
+    Maximum likelihood, location 0: of exact values where `elements` has no more than `exact`, else
+    of the bins, Π_b (F(u_b) − F(l_b))^c_b. [LCA] (arXiv 1909.01440, author response) finds that LC
+    follows a Weibull distribution closely, F = 1 − exp(−(x/λ)^k). Windows and the network are
+    merged histograms, never merged parameters. Values are **dependent**: `se_blocks` is by blocks
+    of iterations (of base windows, where there are histograms; not below 8 of them), while
+    `se` and `p_value` take values to be independent and are too small.
+
+    Args:
+        results: of the output; needs `histograms`.
+        window: as for `Windows.of`; with histograms a multiple of the analysis's own.
+        windows: as for `Windows.of`, likewise.
+        seed: of the bootstraps.
+        replicates: of the parametric bootstrap; 0 for no p-values.
+        exact: the most values that are read one by one.
+
+    Returns:
+        One row for each split, window, layer (the network first, as ""), sign and distribution
+        that has a maximum.
+
+    Raises:
+        InapplicableError: if no window can be made of the histograms' base windows.
+        UsageError: for windows that cannot be.
+    """
+    chosen = Windows.of(results, window, windows)
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    names = [layer.name for layer in results.plan.layers if layer.kind == "parameter"]
+    names = [name for name in names if name in results.plan.detail_layers]
+    use_values = "elements" in results.tables and _n_values(results) <= exact
+    chosen, notes = (chosen, notes) if use_values else aligned(results, chosen)
+    for number, split in enumerate(results.plan.splits):
+        drawing = _Drawing(seed, number, replicates)
+        found = read_histograms(results, split.name, names)
+        if use_values:
+            rows += _of_values(results, split.name, names, chosen, found, drawing)
+        elif found is not None:
+            rows += _of_bins(results, split.name, names, chosen, found, drawing)
+    _rank(rows)
+    order = {family.name: i for i, family in enumerate(FAMILIES)}
+    places = {layer: i for i, layer in enumerate([tidy.ALL_LAYERS, *names])}
+    spans = {item.name: i for i, item in enumerate(chosen)}
+    splits = {split.name: i for i, split in enumerate(results.plan.splits)}
+    rows.sort(
+        key=lambda r: (
+            splits[r["split"]],
+            spans[r["window"]],
+            places[r["layer"]],
+            r["sign"],
+            order[r["distribution"]],
+        )
+    )
+    parameters = {"seed": seed, "replicates": replicates, "exact": exact}
+    return tidy.table(_FORM, rows, parameters=parameters, notes=notes)
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """What is random about one split."""
+
+    seed: int
+    split: int
+    replicates: int
+
+    @property
+    def blocks(self) -> Bootstrap:
+        """The bootstrap over time."""
+        return Bootstrap(self.seed)
+
+    def distances(self, family: Family, edges: Floats, theta: Floats, n: int, row: int) -> Floats:
+        """Simulated distances of row `row`'s fit."""
+        rng = np.random.default_rng((self.seed, self.split, row, FAMILIES.index(family)))
+        return simulated_distances(family, edges, theta, n, self.replicates, rng)
+
+
+def _n_values(results: Results) -> int:
+    sizes = {layer.name: layer.numel for layer in results.plan.layers}
+    each = sum(sizes[name] for name in results.plan.detail_layers if name in sizes)
+    return each * results.plan.n_intervals * len(results.plan.splits)
+
+
+def _of_bins(
+    results: Results,
+    split: str,
+    names: Sequence[str],
+    chosen: Windows,
+    found: Histograms,
+    drawing: _Drawing,
+) -> Iterator[dict[str, Any]]:
+    n_windows, n_layers, _, n_bins = found.counts.shape
+    step = max(1, _CELLS // (2 * n_windows * n_bins))
+    groups: list[tuple[list[str], Floats]] = [
+        ([tidy.ALL_LAYERS], found.counts.sum(axis=1, keepdims=True))
+    ]
+    for first in range(0, n_layers, step):
+        part = slice(first, first + step)
+        groups.append((list(names[part]), found.counts[:, part]))
+    for number, (layers, counts) in enumerate(groups):
+        keys = [(layer, sign) for layer in layers for sign in _SIGNS]
+        units = counts.reshape(n_windows, len(keys), n_bins)
+        for item in chosen:
+            here = units[held(results, item, found.windows)]
+            for family in FAMILIES:
+                fitted = _fit_rows(family, found.edges, here, drawing.blocks)
+                for row, key in enumerate(keys):
+                    if math.isfinite(fitted[row].get("shape_or_scale", math.nan)):
+                        if item.name == RUN and drawing.replicates:
+                            place = number * step * 2 + row
+                            fitted[row] |= _p_value(
+                                family, found.edges, fitted[row], drawing, place
+                            )
+                        yield _row(split, item, key, family, "histograms", fitted[row])
+
+
+def _fit_rows(
+    family: Family, edges: Floats, units: Floats, draws: Bootstrap
+) -> list[dict[str, Any]]:
+    """Fits of the sums of units [W, rows, B], with errors by units."""
+    counts = units.sum(axis=0)
+    found = fit_bins(family, edges, counts)
+    ks = distance(family, edges, found.theta, counts)
+    scores = np.einsum(
+        "hpb,whb->whp", slopes(lambda t: family.log_mass(t, edges), found.theta), units
+    )
+    spread = _spread(scores.reshape(len(units), -1), draws)
+    rows = []
+    for h, n in enumerate(counts.sum(axis=1)):
+        part = None if spread is None else spread[:, h * family.p : (h + 1) * family.p]
+        rows.append(_estimate(found, h, part) | {"n": int(n), "ks": float(ks[h])})
+    return rows
+
+
+def _spread(scores: Floats, draws: Bootstrap) -> Floats | None:
+    """Sums of scores [W, K] in every resample, about their mean; None where there are too few."""
+    finite = np.nan_to_num(scores)
+    sums = draws.sums(finite, block_length(finite))
+    return None if sums is None else sums - sums.mean(axis=0)
+
+
+def _estimate(found: Estimates, h: int, spread: Floats | None) -> dict[str, Any]:
+    """θ, errors and likelihood of one fit; θ = (log shape, log scale) or (log scale,)."""
+    theta = found.theta[h]
+    inverse = covariance(found.information[h])
+    with np.errstate(invalid="ignore", over="ignore"):
+        size = np.exp(theta)
+        errors = size * np.sqrt(np.diag(inverse))
+        blocks = np.full(len(theta), np.nan)
+        if spread is not None:
+            blocks = size * np.std(spread @ inverse, axis=0, ddof=1)
+    value = float(found.value[h])
+    row: dict[str, Any] = {
+        "theta": theta,
+        "shape_or_scale": float(size[-1]) if size[-1] > 0 else math.nan,
+        "log_likelihood": value,
+        "aic": 2.0 * len(theta) - 2.0 * value,
+    }
+    for i, name in enumerate(("shape", "scale")[-len(theta) :]):
+        row |= {name: size[i], f"{name}_se": errors[i], f"{name}_se_blocks": blocks[i]}
+    return row
+
+
+def _p_value(
+    family: Family, edges: Floats, row: dict[str, Any], drawing: _Drawing, place: int
+) -> dict[str, float]:
+    simulated = drawing.distances(family, edges, row["theta"], row["n"], place)
+    if not np.isfinite(simulated).all():
+        return {}
+    beyond = int((simulated >= row.get("binned_ks", row["ks"])).sum())
+    return {"p_value": (1 + beyond) / (1 + len(simulated))}
+
+
+def _row(
+    split: str,
+    item: Window,
+    key: tuple[str, int],
+    family: Family,
+    source: str,
+    fitted: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "split": split,
+        "window": item.name,
+        "first_step": item.first,
+        "end_step": item.end,
+        "layer": key[0],
+        "sign": key[1],
+        "distribution": family.name,
+        "source": source,
+        **fitted,
+    }
+
+
+def _of_values(
+    results: Results,
+    split: str,
+    names: Sequence[str],
+    chosen: Windows,
+    binned: Histograms | None,
+    drawing: _Drawing,
+) -> Iterator[dict[str, Any]]:
+    rows = results.arrow(
+        "elements",
+        columns=["layer", "start_step", "lc"],
+        filters=pc.field("split").cast(pa.string()) == split,
+    )
+    lc = rows["lc"].to_numpy().astype(np.float64)
+    layer, start = codes(rows, "layer", names), rows["start_step"].to_numpy()
+    some = np.isfinite(lc) & (lc != 0) & (layer >= 0)
+    lc, layer, start = lc[some], layer[some], start[some]
+    for item in chosen:
+        inside = item.holds(start)
+        for number, name in enumerate([tidy.ALL_LAYERS, *names]):
+            of_layer = inside if not number else inside & (layer == number - 1)
+            for sign in _SIGNS:
+                here = of_layer & (np.sign(lc) == sign)
+                y, when = np.log(np.abs(lc[here])), start[here]
+                for family in FAMILIES:
+                    fitted = _fit_values(family, y, when, drawing.blocks)
+                    if not math.isfinite(fitted.get("shape_or_scale", math.nan)):
+                        continue
+                    if item.name == RUN and drawing.replicates and binned is not None:
+                        place = 2 * number + (sign > 0)
+                        counts = np.histogram(y, binned.edges[1:])[0]
+                        counts = np.concatenate([[len(y) - counts.sum()], counts])[None]
+                        ks = distance(family, binned.edges, fitted["theta"][None], counts)
+                        fitted["binned_ks"] = float(ks[0])
+                        fitted |= _p_value(family, binned.edges, fitted, drawing, place)
+                    yield _row(split, item, (name, sign), family, "elements", fitted)
+
+
+def _fit_values(
+    family: Family, y: Floats, when: NDArray[np.int64], draws: Bootstrap
+) -> dict[str, Any]:
+    """The fit to values with logarithms y [n], with errors by the iterations they are of [n]."""
+    if len(y) < 3:
+        return {}
+    found = fit_samples(family, y)
+    if not found.found[0]:
+        return {}
+    slope = slopes(lambda t: family.log_density(t, y), found.theta)[0]
+    _, at = np.unique(when, return_inverse=True)
+    scores = np.stack([np.bincount(at, part) for part in slope], axis=1).astype(np.float64)
+    ordered = np.sort(y)
+    fitted = np.exp(family.log_cdf(found.theta, ordered))[0]
+    rank = np.arange(len(y)) / len(y)
+    ks = max(float((fitted - rank).max()), float((rank + 1 / len(y) - fitted).max()))
+    return _estimate(found, 0, _spread(scores, draws)) | {"n": len(y), "ks": ks}
+
+
+def _rank(rows: list[dict[str, Any]]) -> None:
+    """Numbers the distributions of the same values by AIC."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("split", "window", "layer", "sign"))
+        groups.setdefault(key, []).append(row)
+    for group in groups.values():
+        for rank, row in enumerate(sorted(group, key=lambda r: r["aic"])):
+            row["rank"] = rank + 1

@@ -1,0 +1,133 @@
+"""What each layer did to the loss, with error bars: layers that help, and layers that hurt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy.stats import spearmanr
+
+from lcray.analyses import tidy
+from lcray.analyses.blocks import Bootstrap
+from lcray.analyses.series import Series, layer_series
+from lcray.analyses.windows import RUN, Ranges, Windows
+from lcray.columns import SIGN, column
+from lcray.results import Results
+
+_LAYERS_FOR_RANKS = 5  # fewer say nothing about size
+_VERDICT = "+1: hurts, the interval is above 0; -1: helps, it is below; 0: undecided"
+
+_FORM = tidy.schema(
+    "layer_totals",
+    "split first_step end_step window layer",
+    (
+        tidy.SPLIT,
+        *tidy.WINDOW,
+        tidy.LAYER,
+        tidy.text("kind", "parameter or buffer; empty for the whole network"),
+        tidy.count("numel", "elements of the layer"),
+        tidy.count("n_intervals", "intervals that have LC"),
+        tidy.number("lc", tidy.LOSS, "loss change allocated to the layer"),
+        tidy.number("lc_se", tidy.LOSS, "its standard error, by blocks of iterations"),
+        tidy.number("lc_low", tidy.LOSS, "lower end of its confidence interval"),
+        tidy.number("lc_high", tidy.LOSS, "upper end of its confidence interval"),
+        column("hurts", SIGN, "1", _VERDICT),
+        tidy.number("share", "1", "of the network's LC; negative where it went the other way"),
+        tidy.number("lc_per_element", tidy.LOSS, "lc / numel"),
+        tidy.number("share_hurting", "1", "intervals at which the layer's LC is above 0"),
+    ),
+    "LC of every layer with its error, over windows and the run",
+)
+
+
+def layer_totals(
+    results: Results,
+    *,
+    window: int | None = None,
+    windows: Ranges | None = None,
+    seed: int = 0,
+    level: float = 0.95,
+) -> pa.Table:
+    """Σ_t LC of each layer, whether it is above or below 0, and how that goes with its size.
+
+    A layer hurts in total if LC summed over its elements and over time is above 0: without its
+    movements the loss would have fallen further ([LCA], arXiv 1909.01440, section 4.2: the first
+    and last layer of ResNets, the last of others). Errors resample blocks of iterations, so they
+    are those of this one run; `lcray.compare` has those over repeated runs. A note gives Spearman's
+    rank correlation of LC with the layers' size over the run.
+
+    Args:
+        results: of the output; needs `layers`.
+        window: as for `Windows.of`.
+        windows: as for `Windows.of`.
+        seed: of the bootstrap.
+        level: of the confidence intervals.
+
+    Returns:
+        One row for each split, window and layer (empty for all).
+
+    Raises:
+        UsageError: for windows that cannot be.
+    """
+    chosen, draws = Windows.of(results, window, windows), Bootstrap(seed, level=level)
+    series = layer_series(results, ["lc"], ("parameter", "buffer"))
+    rows = [*_rows(results, series, chosen, draws)]
+    parameters = {"seed": seed, "level": level}
+    return tidy.table(_FORM, rows, parameters=parameters, notes=[*_with_size(series, rows)])
+
+
+def _rows(
+    results: Results, series: Series, chosen: Windows, draws: Bootstrap
+) -> Iterator[dict[str, Any]]:
+    known = {layer.name: (layer.kind, layer.numel) for layer in results.plan.layers}
+    about = [("", sum(n for _, n in known.values())), *(known[name] for name in series.layers)]
+    names = (tidy.ALL_LAYERS, *series.layers)
+    for s, split in enumerate(series.splits):
+        for item in chosen:
+            lc = series["lc"][s][item.holds(series.starts) & series.ok[s]]
+            if not len(lc):
+                continue
+            lc = np.column_stack([lc.sum(axis=1), lc])
+            errors = _errors(lc, draws)
+            total = lc.sum(axis=0)
+            for k, (name, (kind, numel)) in enumerate(zip(names, about, strict=True)):
+                row = {
+                    "split": split,
+                    "window": item.name,
+                    "first_step": item.first,
+                    "end_step": item.end,
+                    "layer": name,
+                    "kind": kind,
+                    "numel": numel,
+                    "n_intervals": len(lc),
+                    "lc": total[k],
+                    "hurts": 0,
+                    "share": total[k] / total[0] if total[0] else None,
+                    "lc_per_element": total[k] / numel if numel else None,
+                    "share_hurting": np.mean(lc[:, k] > 0),
+                }
+                yield row | {key: values[k] for key, values in errors.items()}
+
+
+def _errors(lc: np.ndarray[Any, np.dtype[np.float64]], draws: Bootstrap) -> dict[str, Any]:
+    sums = draws.sums(lc)
+    if sums is None:
+        return {}
+    se, low, high = draws.interval(sums)
+    hurts = (low > 0).astype(int) - (high < 0).astype(int)
+    return {"lc_se": se, "lc_low": low, "lc_high": high, "hurts": hurts.tolist()}
+
+
+def _with_size(series: Series, rows: list[dict[str, Any]]) -> Iterator[str]:
+    for split in series.splits:
+        here = [r for r in rows if r["split"] == split and r["window"] == RUN]
+        here = [r for r in here if r["kind"] == "parameter"]
+        lc, numel = ([r[name] for r in here] for name in ("lc", "numel"))
+        if len(here) >= _LAYERS_FOR_RANKS and min(len(set(lc)), len(set(numel))) > 1:
+            found = spearmanr(numel, lc)
+            yield (
+                f"{split}: rank correlation of LC with a layer's size {found.statistic:+.2f} "
+                f"(p = {found.pvalue:.2g}, {len(here)} layers)"
+            )

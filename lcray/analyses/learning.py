@@ -1,0 +1,83 @@
+"""The series that learn: LC of layers, of groups, and of the layers of a group, over intervals.
+
+Legend: T intervals, L layers, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcray.analyses.series import codes, layer_series
+from lcray.planning import SplitPlan
+from lcray.results import Results
+
+Floats = NDArray[np.float64]
+
+#: What the series of a bundle are.
+LAYERS, GROUPS = "layer", "group"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Series that may learn together.
+
+    Attributes:
+        split: the split.
+        kind: ``layer`` or ``group``: what the series are.
+        group: the group whose loss the layers' LC is of; None for the whole split's.
+        names: of the series: layers, or groups as text, [S].
+        starts: start steps, [T].
+        lc: [T, S]; NaN where there is none.
+    """
+
+    split: str
+    kind: str
+    group: int | None
+    names: tuple[str, ...]
+    starts: NDArray[np.int64]
+    lc: Floats
+
+    def part(self, here: NDArray[np.bool_]) -> Bundle:
+        """The intervals `here`, [T]."""
+        return Bundle(
+            self.split, self.kind, self.group, self.names, self.starts[here], self.lc[here]
+        )
+
+
+def bundles(results: Results) -> Iterator[Bundle]:
+    """Of each split: its layers; then, if it has groups, these, and the layers of each of them.
+
+    A group's series is LC of its own mean loss, summed over the layers. Buffers are left out.
+    """
+    series = layer_series(results, ["lc"])
+    for s, split in enumerate(series.splits):
+        yield Bundle(split, LAYERS, None, series.layers, series.starts, series["lc"][s])
+        planned = results.plan.splits[s]
+        if not planned.groups or "groups" not in results.tables:
+            continue
+        lc = _by_group(results, planned, series.layers, series.starts)
+        names = tuple(map(str, planned.groups))
+        yield Bundle(split, GROUPS, None, names, series.starts, lc.sum(axis=2))
+        for g, group in enumerate(planned.groups):
+            yield Bundle(split, LAYERS, group, series.layers, series.starts, lc[:, g])
+
+
+def _by_group(
+    results: Results, split: SplitPlan, layers: tuple[str, ...], starts: NDArray[np.int64]
+) -> Floats:
+    """LC of each group's own mean loss, [T, G, L]."""
+    columns = ["split", "layer", "start_step", "group", "lc"]
+    table = results.arrow("groups", columns=columns)
+    layer, mine = codes(table, "layer", layers), codes(table, "split", [split.name])
+    groups = np.array(split.groups)
+    group, start = table["group"].to_numpy(), table["start_step"].to_numpy()
+    g = np.minimum(np.searchsorted(groups, group), len(groups) - 1)
+    t = np.minimum(np.searchsorted(starts, start), len(starts) - 1)
+    here = (mine == 0) & (layer >= 0) & (groups[g] == group) & (starts[t] == start)
+    grid = np.full((len(starts), len(groups), len(layers)), np.nan)
+    grid[t[here], g[here], layer[here]] = table["lc"].to_numpy()[here]
+    return grid

@@ -1,0 +1,283 @@
+"""Learning against memorising: LC on train beside LC on the other splits, and when they part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from lcray.analyses import tidy
+from lcray.analyses.blocks import Bootstrap, block_length
+from lcray.analyses.series import Series, layer_series
+from lcray.analyses.windows import RUN, Ranges, Window, Windows
+from lcray.errors import InapplicableError, UsageError, suggest
+from lcray.results import Results
+
+Floats = NDArray[np.float64]
+
+_PAIR = (
+    tidy.text("train", "the split that the loss was trained on"),
+    tidy.text("other", "the split that it is compared with"),
+)
+_OF = ("lc_train", "lc_other", "difference")
+
+_SIDE_BY_SIDE = tidy.schema(
+    "memorising",
+    "train other resolution window layer",
+    (
+        *_PAIR,
+        tidy.text("resolution", "run, window or interval"),
+        *tidy.WINDOW,
+        tidy.LAYER,
+        tidy.count("n_intervals", "intervals that are ok in both splits"),
+        tidy.number("lc_train", tidy.LOSS, "LC on train"),
+        tidy.number("lc_other", tidy.LOSS, "LC on the other split"),
+        tidy.number("difference", tidy.LOSS, "lc_other - lc_train: > 0 memorises"),
+        *(
+            tidy.number(f"{name}_{end}", tidy.LOSS, f"{text} end of the confidence interval")
+            for name in _OF
+            for end, text in (("low", "lower"), ("high", "upper"))
+        ),
+        tidy.number("cumulative_train", tidy.LOSS, "LC on train up to the end"),
+        tidy.number("cumulative_other", tidy.LOSS, "LC on the other split up to the end"),
+    ),
+    "LC on train beside LC on another split",
+)
+
+_ONSETS = tidy.schema(
+    "overfitting",
+    "train other layer",
+    (
+        *_PAIR,
+        tidy.LAYER,
+        tidy.text("window", "the first window of overfitting; empty for none"),
+        tidy.number("onset", "step", "its first step; null for none"),
+        tidy.number("lc_train_after", tidy.LOSS, "LC on train from there to the end of the run"),
+        tidy.number("lc_other_after", tidy.LOSS, "LC on the other split from there to the end"),
+        tidy.count("n_windows", "windows that could be judged"),
+    ),
+    "when each layer starts to overfit",
+)
+
+
+def memorising(
+    results: Results,
+    *,
+    window: int | None = None,
+    windows: Ranges | None = None,
+    seed: int = 0,
+    train: str | None = None,
+    level: float = 0.95,
+) -> pa.Table:
+    """LC on train beside LC on every other split, by layer and by interval, window and run.
+
+    [LCA] (arXiv 1909.01440, author response): with several splits on one path, what a layer learns
+    (LC < 0 on both) is told from what it memorises (LC < 0 on train alone); the difference is
+    LC_other − LC_train. Confidence intervals are by blocks of iterations, the same ones for both.
+
+    Args:
+        results: of the output; needs `layers` and two splits.
+        window: as for `Windows.of`.
+        windows: as for `Windows.of`.
+        seed: of the bootstrap.
+        train: the split that was trained on; None for ``train``, else the plan's first.
+        level: of the confidence intervals.
+
+    Returns:
+        One row for each other split, resolution, window (or interval) and layer, the network first
+        (layer "", buffers among it); intervals of confidence not below 8 intervals.
+
+    Raises:
+        InapplicableError: if there is one split only.
+        UsageError: for an unknown split, or windows that cannot be.
+    """
+    series = layer_series(results, [], ("parameter", "buffer"))
+    chosen = Windows.of(results, window, windows)
+    draws = Bootstrap(seed, level=level)
+    pieces: list[dict[str, Any]] = []
+    for names, pair, ok in _pairs(series, train):
+        for item in chosen:
+            pieces += _window(series, names, pair, ok, item, draws)
+        if ok.any():
+            pieces.append(_intervals(series, names, pair, ok))
+    form = _SIDE_BY_SIDE
+    columns = {name: np.concatenate([p[name] for p in pieces]) for name in form.names if pieces}
+    return tidy.stamped(tidy.from_columns(form, columns), parameters={"seed": seed, "level": level})
+
+
+def overfitting(
+    results: Results,
+    *,
+    window: int | None = None,
+    windows: Ranges | None = None,
+    seed: int = 0,
+    train: str | None = None,
+    level: float = 0.95,
+    patience: int = 3,
+) -> pa.Table:
+    """When each layer starts to overfit.
+
+    The onset of a layer is the first of `patience` windows in a row (of a fixed width) in each of
+    which its cumulative LC on the other split rises (its LC there is above 0 by the whole
+    confidence interval) while that on train falls (below 0 likewise). This is a definition of this
+    library: a chance rise of one window, or a rise on both splits, is no overfitting.
+
+    Args:
+        results: of the output; needs `layers` and two splits.
+        window: width of the windows; None for the analysis's own. Windows with fewer than 8
+            intervals cannot be judged and break a row.
+        windows: not used.
+        seed: of the bootstrap.
+        train: as for `memorising`.
+        level: of the confidence intervals, moving blocks of iterations.
+        patience: windows in a row.
+
+    Returns:
+        One row for each other split and layer, the network first (layer "").
+
+    Raises:
+        InapplicableError: if there is one split only.
+        UsageError: as for `memorising`, or for a patience below 1.
+    """
+    if patience < 1:
+        raise UsageError(f"patience {patience}: give a number of windows, at least 1")
+    series = layer_series(results, [], ("parameter", "buffer"))
+    width = results.plan.window if window is None else window
+    chosen = Windows.fixed(results.plan.steps, width)
+    draws = Bootstrap(seed, level=level)
+    rows: list[dict[str, Any]] = []
+    judged = 0
+    for names, pair, ok in _pairs(series, train):
+        verdicts = [_overfits(pair[:, ok & w.holds(series.starts)], draws) for w in chosen]
+        judged = sum(verdict is not None for verdict in verdicts)
+        for k, layer in enumerate(_layers(series)):
+            states = [verdict is not None and bool(verdict[k]) for verdict in verdicts]
+            first = _first_row(states, patience)
+            row = {**names, "layer": layer, "n_windows": judged, "window": ""}
+            if first is not None:
+                after = pair[:2, ok & (series.starts >= chosen.items[first].first), k].sum(axis=1)
+                row |= {"window": chosen.items[first].name, "onset": chosen.items[first].first}
+                row |= {"lc_train_after": after[0], "lc_other_after": after[1]}
+            rows.append(row)
+    parameters = {"seed": seed, "level": level, "patience": patience, "width": width}
+    few = f"windows of {width} steps hold fewer than 8 intervals: none was judged; widen --window"
+    return tidy.table(_ONSETS, rows, parameters=parameters, notes=[] if judged else [few])
+
+
+def _layers(series: Series) -> list[str]:
+    return [tidy.ALL_LAYERS, *series.layers]
+
+
+def _pairs(
+    series: Series, train: str | None
+) -> Iterator[tuple[dict[str, str], Floats, NDArray[np.bool_]]]:
+    """For each other split: names, LC of train, other and difference [3, T, 1 + L], ok [T]."""
+    if len(series.splits) < 2:
+        raise InapplicableError(
+            f"there is one split, {series.splits[0]!r}; analyze with a second one into a new output"
+        )
+    if train is None:
+        train = "train" if "train" in series.splits else series.splits[0]
+    if train not in series.splits:
+        raise UsageError(suggest(train, series.splits, "split"))
+    first = series.splits.index(train)
+    for i, other in enumerate(series.splits):
+        if i != first:
+            ok = series.ok[first] & series.ok[i]
+            both = np.where(ok[:, None], series["lc"][[first, i]], 0.0)
+            both = np.concatenate([both.sum(axis=2, keepdims=True), both], axis=2)
+            pair = np.concatenate([both, both[1:] - both[:1]])
+            yield {"train": train, "other": other}, pair, ok
+
+
+def _window(
+    series: Series,
+    names: dict[str, str],
+    pair: Floats,
+    ok: NDArray[np.bool_],
+    item: Window,
+    draws: Bootstrap,
+) -> Iterator[dict[str, Any]]:
+    """The columns of one window, a row for each layer; none where it has no interval."""
+    here = ok & item.holds(series.starts)
+    if not here.any():
+        return
+    resolution = "run" if item.name == RUN else "window"
+    until = pair[:2, series.starts < item.end].sum(axis=1)
+    found = _columns(series, names, resolution, pair[:, here].sum(axis=1), until)
+    times: dict[str, str | int] = {"window": item.name, "first_step": item.first}
+    times |= {"end_step": item.end, "n_intervals": int(here.sum())}
+    rows = len(found["layer"])
+    found |= {name: _repeated(value, rows) for name, value in times.items()}
+    bounds = _bounds(pair[:, here], draws)
+    if bounds is not None:
+        for i, name in enumerate(_OF):
+            found |= {f"{name}_low": bounds[0][i], f"{name}_high": bounds[1][i]}
+    yield found
+
+
+def _intervals(
+    series: Series, names: dict[str, str], pair: Floats, ok: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """The columns of all intervals at once, layer after layer within each."""
+    until = np.cumsum(pair[:2], axis=1)[:, ok].reshape(2, -1)
+    found = _columns(series, names, "interval", pair[:, ok].reshape(3, -1), until)
+    starts, ends = series.starts[ok], series.ends[ok]
+    windows = np.array([f"{a}:{b}" for a, b in zip(starts, ends, strict=True)], object)
+    n_layers = pair.shape[2]
+    return found | {
+        "window": np.repeat(windows, n_layers),
+        "first_step": np.repeat(starts, n_layers),
+        "end_step": np.repeat(ends, n_layers),
+        "n_intervals": np.ones(len(starts) * n_layers, np.int64),
+    }
+
+
+def _columns(
+    series: Series, names: dict[str, str], resolution: str, lc: Floats, until: Floats
+) -> dict[str, Any]:
+    """What rows have in common: LC [3, rows], cumulative [2, rows]; rows go round the layers."""
+    rows = lc.shape[1]
+    layers = np.array(_layers(series), object)
+    nothing = np.full(rows, np.nan)
+    return {
+        **{name: _repeated(value, rows) for name, value in names.items()},
+        "resolution": _repeated(resolution, rows),
+        "layer": np.tile(layers, rows // len(layers)),
+        **dict(zip(_OF, lc, strict=True)),
+        **{f"{name}_{end}": nothing for name in _OF for end in ("low", "high")},
+        "cumulative_train": until[0],
+        "cumulative_other": until[1],
+    }
+
+
+def _repeated(value: str | int, times: int) -> NDArray[Any]:
+    return np.full(times, value, object if isinstance(value, str) else np.int64)
+
+
+def _bounds(pair: Floats, draws: Bootstrap) -> tuple[Floats, Floats] | None:
+    """Confidence intervals of the sums over iterations of pair [3, T, 1 + L], each [3, 1 + L]."""
+    columns = pair.transpose(1, 0, 2).reshape(pair.shape[1], -1)
+    sums = draws.sums(columns, block_length(columns)) if len(columns) else None
+    if sums is None:
+        return None
+    _, low, high = draws.interval(sums)
+    shape = (pair.shape[0], pair.shape[2])
+    return low.reshape(shape), high.reshape(shape)
+
+
+def _overfits(pair: Floats, draws: Bootstrap) -> NDArray[np.bool_] | None:
+    """Which layers [1 + L] fall on train and rise on the other split in one window."""
+    bounds = _bounds(pair, draws)
+    return None if bounds is None else np.asarray((bounds[1][0] < 0) & (bounds[0][1] > 0))
+
+
+def _first_row(states: list[bool], patience: int) -> int | None:
+    """Where the first `patience` True in a row begin."""
+    for first in range(len(states) - patience + 1):
+        if all(states[first : first + patience]):
+            return first
+    return None

@@ -1,0 +1,199 @@
+"""The findings, in the order they are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import pyarrow as pa
+
+from lcray.analyses.extremes import extremes
+from lcray.analyses.first_order import first_order
+from lcray.analyses.fits import fits
+from lcray.analyses.habits import habits
+from lcray.analyses.information import fisher
+from lcray.analyses.lags import lag_profiles, lags
+from lcray.analyses.layer_totals import layer_totals
+from lcray.analyses.memorising import memorising, overfitting
+from lcray.analyses.oscillation import oscillation
+from lcray.analyses.run_length import run_lengths
+from lcray.analyses.shares import shares
+from lcray.analyses.synchrony import coincidences, peaks_of_learning, synchrony
+from lcray.analyses.trajectories import trajectories
+from lcray.analyses.windows import RUN, Ranges
+from lcray.results import Results
+
+
+class Compute(Protocol):
+    """What every finding takes; most take further keywords.
+
+    `window` and `windows` are those of `Windows.of`; a finding about the run alone ignores them.
+    """
+
+    def __call__(
+        self,
+        results: Results,
+        *,
+        window: int | None = None,
+        windows: Ranges | None = None,
+        seed: int = 0,
+    ) -> pa.Table:
+        """The finding's table, with its parameters in the metadata (`lcray.analyses.tidy`).
+
+        Raises:
+            InapplicableError: if the output's tables cannot give it.
+            UsageError: for parameters that cannot be used.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding.
+
+    Attributes:
+        name: of its file, ``OUT/findings/<name>.parquet``.
+        title: a line for people.
+        compute: from results to its table.
+        needs: the tables without which there is none.
+        shown: the columns that a summary shows; all where empty.
+        rows: column and value of the rows that it shows; a finding without windows has no `window`.
+        brief: whether a summary shows it at all; long tables are for plots.
+    """
+
+    name: str
+    title: str
+    compute: Compute
+    needs: tuple[str, ...]
+    shown: tuple[str, ...] = ()
+    rows: tuple[tuple[str, str], ...] = (("window", RUN),)
+    brief: bool = True
+
+
+FINDINGS: tuple[Finding, ...] = (
+    Finding(
+        "shares",
+        "Helping and hurting: share of the parameters, run",
+        shares,
+        ("layers",),
+        ("split", "layer", "helping", "helping_low", "helping_high", "zero", "helping_of_nonzero"),
+    ),
+    Finding(
+        "habits",
+        "How often each parameter helps: distribution over parameters",
+        habits,
+        ("parameters",),
+        (
+            "split",
+            "layer",
+            "denominator",
+            "mean",
+            "sd",
+            "sd_if_independent",
+            "near_half",
+            "q05",
+            "q95",
+        ),
+        (("denominator", "nonzero"),),
+    ),
+    Finding(
+        "fits",
+        "Distribution of |LC|, run",
+        fits,
+        ("histograms",),
+        ("split", "layer", "sign", "distribution", "shape", "shape_se_blocks", "ks", "rank"),
+        (("window", RUN), ("distribution", "weibull")),
+    ),
+    Finding(
+        "first_order",
+        "First order against the rule that was used, run",
+        first_order,
+        ("intervals",),
+        ("split", "rule", "gradients", "loss_change", "gap_percent", "abs_gap_percent", "bias"),
+    ),
+    Finding(
+        "memorising",
+        "Learning against memorising: LC on two splits, run",
+        memorising,
+        ("layers",),
+        ("train", "other", "layer", "lc_train", "lc_other", "difference", "difference_low"),
+    ),
+    Finding(
+        "overfitting",
+        "When each layer starts to overfit",
+        overfitting,
+        ("layers",),
+        ("train", "other", "layer", "onset", "lc_train_after", "lc_other_after"),
+        (),
+    ),
+    Finding(
+        "oscillation",
+        "How often signs flip, and how much of the traffic is progress",
+        oscillation,
+        ("layers",),
+        ("split", "layer", "quantity", "source", "flip_rate", "half_period", "net"),
+    ),
+    Finding("run_lengths", "How long signs last", run_lengths, ("traces",), brief=False),
+    Finding(
+        "extremes",
+        "The parameters that help and hurt most",
+        extremes,
+        ("parameters",),
+        ("split", "direction", "rank", "layer", "index", "lc", "abs_lc", "n_flips"),
+        (),
+    ),
+    Finding(
+        "layer_totals",
+        "Layers that help, and layers that hurt",
+        layer_totals,
+        ("layers",),
+        ("split", "layer", "numel", "lc", "lc_low", "lc_high", "hurts", "share"),
+    ),
+    Finding("trajectories", "Cumulative LC of layers", trajectories, ("layers",), brief=False),
+    Finding(
+        "lags",
+        "By how many intervals motion follows the gradient",
+        lags,
+        ("traces",),
+        ("split", "layer", "lag", "lag_low", "lag_high", "correlation", "p_value"),
+    ),
+    Finding(
+        "lag_profiles",
+        "Cross-correlation of motion and gradient, lag by lag",
+        lag_profiles,
+        ("traces",),
+        brief=False,
+    ),
+    Finding(
+        "synchrony",
+        "Whether layers, and groups, learn at the same iterations",
+        synchrony,
+        ("layers",),
+        ("split", "kind", "group", "n_peaks", "coincidences", "expected", "p_value"),
+    ),
+    Finding(
+        "coincidences",
+        "Coincident peaks of pairs of layers, and of groups",
+        coincidences,
+        ("layers",),
+        brief=False,
+    ),
+    Finding("peaks", "Peaks of learning", peaks_of_learning, ("layers",), brief=False),
+    Finding(
+        "fisher",
+        "Fisher information beside LC, layer by layer",
+        fisher,
+        ("layers", "fisher"),
+        (
+            "split",
+            "layer",
+            "numel",
+            "lc",
+            "lc_share",
+            "trace_true",
+            "trace_true_se",
+            "true_share",
+            "trace_empirical",
+        ),
+    ),
+)

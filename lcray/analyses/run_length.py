@@ -1,0 +1,72 @@
+"""How long signs last: the distribution of the lengths of runs of equal sign."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from lcray.analyses import tidy
+from lcray.analyses.runs import run_lengths as lengths_of
+from lcray.analyses.sampled import sampled_layers
+from lcray.analyses.windows import Ranges
+from lcray.results import Results
+
+_FORM = tidy.schema(
+    "run_lengths",
+    "split layer quantity length",
+    (
+        tidy.SPLIT,
+        tidy.LAYER,
+        tidy.text("quantity", "lc, displacement or gradient (at the start of the interval)"),
+        tidy.count("length", "of a run of one sign, in intervals"),
+        tidy.count("n_complete", "runs of this length between two flips"),
+        tidy.count(
+            "n_cut",
+            "runs of this length that touch an end of the run, a sign of 0 or an interval without "
+            "LC, and may be longer",
+        ),
+    ),
+    "runs of equal sign of the traced sample, by layer and length",
+)
+
+
+def run_lengths(
+    results: Results,
+    *,
+    window: int | None = None,
+    windows: Ranges | None = None,
+    seed: int = 0,
+) -> pa.Table:
+    """Lengths of runs of equal sign of LC, movements and gradients, over the whole run.
+
+    A run is a maximal stretch of intervals at which an element's value has one sign, not 0. Runs
+    between two flips are complete: their lengths are half-periods. With independent signs a share
+    of 2^−n of them has length n.
+
+    Args:
+        results: of the output; needs `traces`.
+        window: of no effect.
+        windows: of no effect.
+        seed: of no effect.
+
+    Returns:
+        One row for each split, layer, quantity and length that occurs.
+    """
+    rows: list[dict[str, Any]] = []
+    for sample in sampled_layers(results):
+        for quantity, values in sample.quantities().items():
+            found = lengths_of(values)
+            columns = (part.tolist() for part in (found.length, found.complete, found.cut))
+            for length, complete, cut in zip(*columns, strict=True):
+                rows.append(
+                    {
+                        "split": sample.split,
+                        "layer": sample.layer,
+                        "quantity": quantity,
+                        "length": length,
+                        "n_complete": complete,
+                        "n_cut": cut,
+                    }
+                )
+    return tidy.table(_FORM, rows, parameters={})

@@ -1,0 +1,88 @@
+"""The seeded sample of `traces` as arrays, layer by layer.
+
+Legend: T intervals, N elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcray.results import Results
+from lcray.tracing import trace_indices
+
+Floats = NDArray[np.float64]
+
+
+def literal(text: str) -> str:
+    """`text` as SQL takes it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What is traced of a layer, on all intervals of the plan; NaN where nothing is known.
+
+    Attributes:
+        split: the split.
+        layer: the layer.
+        starts: start steps, [T].
+        lc: of each element, in units of the loss, [T, N].
+        displacement: its movement, [T, N]; NaN where the interval has no LC.
+        gradient: at the start of the interval, [T, N].
+    """
+
+    split: str
+    layer: str
+    starts: NDArray[np.int64]
+    lc: Floats
+    displacement: Floats
+    gradient: Floats
+
+    def quantities(self) -> dict[str, Floats]:
+        """The three by name."""
+        return {"lc": self.lc, "displacement": self.displacement, "gradient": self.gradient}
+
+
+def sampled_layers(results: Results) -> Iterator[Sampled]:
+    """Each split's layers in the plan's order, read one by one.
+
+    Elements that ``--trace`` names are left out, unless the sample has them too.
+
+    Raises:
+        UsageError: if the output has no `traces`.
+        CorruptionError: if they cannot be read.
+    """
+    plan = results.plan
+    chosen = trace_indices(plan, sample_only=True)
+    for split in plan.splits:
+        for number, index in chosen.items():
+            found = _read(results, split.name, plan.layers[number].name, index)
+            if found is not None:
+                yield found
+
+
+def _read(results: Results, split: str, layer: str, index: NDArray[np.int64]) -> Sampled | None:
+    # DuckDB reads the row groups of this layer alone.
+    table = results.sql_arrow(
+        f"""SELECT index, step, weight, gradient, lc FROM traces
+        WHERE split = {literal(split)} AND layer = {literal(layer)}"""
+    )
+    steps = np.array(results.plan.steps)
+    element, step = table["index"].to_numpy(), table["step"].to_numpy()
+    n, t = np.searchsorted(index, element), np.searchsorted(steps, step)
+    n, t = np.minimum(n, len(index) - 1), np.minimum(t, len(steps) - 1)
+    here = (index[n] == element) & (steps[t] == step)
+    if not here.any():
+        return None
+    grids = {}
+    for name in ("weight", "gradient", "lc"):
+        grid = np.full((len(steps), len(index)), np.nan)
+        grid[t[here], n[here]] = table[name].to_numpy()[here]
+        grids[name] = grid
+    lc = grids["lc"][:-1]
+    displacement = np.where(np.isnan(lc), np.nan, np.diff(grids["weight"], axis=0))
+    return Sampled(split, layer, steps[:-1], lc, displacement, grids["gradient"][:-1])

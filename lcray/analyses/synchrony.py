@@ -1,0 +1,280 @@
+"""Synchrony: whether layers, and classes, learn most at the same iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from scipy.stats import false_discovery_control
+
+from lcray.analyses import tidy
+from lcray.analyses.coincidence import (
+    block_bounds,
+    pairwise_coincidences,
+    peaks,
+    total_coincidences,
+)
+from lcray.analyses.learning import Bundle, bundles
+from lcray.analyses.windows import Ranges, Windows
+from lcray.columns import COUNT, column
+from lcray.errors import UsageError
+from lcray.results import Results
+
+_KIND = tidy.text("kind", "what the series are: layer (parameters only), or group")
+_GROUP = column(
+    "group", COUNT, "1", "whose own mean loss LC is of; null for the split's", nullable=True
+)
+_PEAKS = 20
+_FEWEST = 3  # intervals: fewer have no local minimum
+
+_TOTAL = tidy.schema(
+    "synchrony",
+    "split first_step end_step window kind group",
+    (
+        tidy.SPLIT,
+        *tidy.WINDOW,
+        _KIND,
+        _GROUP,
+        tidy.count("n_series", "layers or groups"),
+        tidy.count("n_peaks", "peaks of all series"),
+        tidy.count("coincidences", "pairs of series that peak at the same interval, over all"),
+        tidy.number("expected", "1", "the mean number by chance"),
+        tidy.number("ratio", "1", "coincidences / expected"),
+        tidy.number("p_value", "1", "of as many or more by chance"),
+        tidy.number("block", "interval", "mean length of the blocks within which peaks permute"),
+    ),
+    "whether layers, and groups, have their peaks of learning at the same intervals",
+)
+_PAIRS = tidy.schema(
+    "coincidences",
+    "split kind group a b",
+    (
+        tidy.SPLIT,
+        _KIND,
+        _GROUP,
+        tidy.text("a", "a layer or group"),
+        tidy.text("b", "another, or the same: then the coincidences are its peaks"),
+        tidy.count("coincidences", "intervals at which both have a peak"),
+        tidy.number("expected", "1", "the mean number by chance"),
+        tidy.number("p_value", "1", "of as many or more by chance"),
+        tidy.number("p_adjusted", "1", "for all pairs of the matrix (Benjamini and Hochberg)"),
+    ),
+    "coincident peaks of learning over the run: matrices of layers, and of groups",
+)
+_LIST = tidy.schema(
+    "peaks",
+    "split kind group series start_step",
+    (
+        tidy.SPLIT,
+        _KIND,
+        _GROUP,
+        tidy.text("series", "the layer or group"),
+        tidy.count("start_step", "of the interval"),
+        tidy.number("lc", tidy.LOSS, "LC of the series there"),
+    ),
+    "peaks of learning over the run",
+)
+
+
+def synchrony(
+    results: Results,
+    *,
+    window: int | None = None,
+    windows: Ranges | None = None,
+    seed: int = 0,
+    count: int | None = None,
+    prominence: float | None = None,
+    distance: int = 1,
+    block: int | None = None,
+    permutations: int = 999,
+) -> pa.Table:
+    """Whether the peaks of −LC of layers, and of groups such as classes, coincide.
+
+    A peak is a local minimum of LC below 0; the `count` deepest of each series are taken, as in
+    [LCA] (arXiv 1909.01440, section 4.4). Coincidences are Σ_t n_t(n_t − 1)/2, with n_t the series
+    that peak at interval t. By chance: each series' peaks are permuted by themselves, within blocks
+    of consecutive intervals, so that a rate of peaks that all series share is no synchrony
+    (`lcray.analyses.coincidence`). Tests are one-sided.
+
+    Series share their mini-batches: that they peak together says that the same samples taught them,
+    or that they hang together, and not which.
+
+    Args:
+        results: of the output; needs `layers`, and uses `groups` if it has them.
+        window: as for `Windows.of`.
+        windows: as for `Windows.of`; peaks are chosen within each.
+        seed: of the permutations.
+        count: the most peaks of a series; None for 20, but at most a tenth of the intervals.
+        prominence: how far a peak rises above the saddles beside it, in standard deviations of its
+            series; None asks for nothing.
+        distance: the fewest intervals between two peaks of a series.
+        block: intervals a block; None for a twentieth of the window, but 10 to 50. Blocks must be
+            short against the time over which the rate of peaks changes.
+        permutations: that p-values are from.
+
+    Returns:
+        One row for each split, window, kind of series, and group whose layers they are.
+
+    Raises:
+        UsageError: for windows or parameters that cannot be.
+    """
+    options = _Options(count, prominence, distance, block)
+    if permutations < 1:
+        raise UsageError(f"permutations {permutations}: must be at least 1")
+    chosen = Windows.of(results, window, windows)
+    rows: list[dict[str, Any]] = []
+    for bundle in bundles(results):
+        for item in chosen:
+            part = bundle.part(item.holds(bundle.starts))
+            if len(part.starts) < _FEWEST:
+                continue
+            flags = options.peaks(part)
+            bounds = block_bounds(len(flags), block)
+            found = total_coincidences(flags, block=block, permutations=permutations, seed=seed)
+            rows.append(
+                _head(bundle)
+                | {
+                    "window": item.name,
+                    "first_step": item.first,
+                    "end_step": item.end,
+                    "n_series": flags.shape[1],
+                    "n_peaks": int(flags.sum()),
+                    "coincidences": found.observed,
+                    "expected": found.expected,
+                    "ratio": found.observed / found.expected if found.expected else None,
+                    "p_value": found.p_value if found.expected else None,
+                    "block": len(flags) / (len(bounds) - 1),
+                }
+            )
+    more = {"seed": seed, "permutations": permutations}
+    return tidy.table(_TOTAL, rows, parameters=options.named | more)
+
+
+def coincidences(
+    results: Results,
+    *,
+    window: int | None = None,
+    windows: Ranges | None = None,
+    seed: int = 0,
+    count: int | None = None,
+    prominence: float | None = None,
+    distance: int = 1,
+    block: int | None = None,
+) -> pa.Table:
+    """The matrices layer × layer, group × group, and layer × layer of each group, over the run.
+
+    Peaks and chance as in `synchrony`; p-values are exact: in each block the number of coincidences
+    of a pair is hypergeometric. They are adjusted for the pairs of a matrix.
+
+    Args:
+        results: of the output; needs `layers`, and uses `groups` if it has them.
+        window: of no effect.
+        windows: of no effect.
+        seed: of no effect.
+        count: as for `synchrony`.
+        prominence: as for `synchrony`.
+        distance: as for `synchrony`.
+        block: as for `synchrony`.
+
+    Returns:
+        One row for each pair a, b, in both orders, and for a = b.
+
+    Raises:
+        UsageError: for parameters that cannot be.
+    """
+    options = _Options(count, prominence, distance, block)
+    rows: list[dict[str, Any]] = []
+    for bundle in bundles(results):
+        if len(bundle.starts) >= _FEWEST:
+            flags = options.peaks(bundle)
+            rows += [_head(bundle) | row for row in _matrix(bundle.names, flags, block)]
+    return tidy.table(_PAIRS, rows, parameters=options.named)
+
+
+def peaks_of_learning(
+    results: Results,
+    *,
+    window: int | None = None,
+    windows: Ranges | None = None,
+    seed: int = 0,
+    count: int | None = None,
+    prominence: float | None = None,
+    distance: int = 1,
+) -> pa.Table:
+    """The peaks that `coincidences` counts: when each layer, and each group, learned most.
+
+    Args:
+        results: of the output; needs `layers`, and uses `groups` if it has them.
+        window: of no effect.
+        windows: of no effect.
+        seed: of no effect.
+        count: as for `synchrony`.
+        prominence: as for `synchrony`.
+        distance: as for `synchrony`.
+
+    Returns:
+        One row for each peak.
+
+    Raises:
+        UsageError: for parameters that cannot be.
+    """
+    options = _Options(count, prominence, distance, None)
+    rows: list[dict[str, Any]] = []
+    for bundle in bundles(results):
+        flags = options.peaks(bundle)
+        for number, name in enumerate(bundle.names):
+            for t in np.flatnonzero(flags[:, number]):
+                place = {"series": name, "start_step": int(bundle.starts[t])}
+                rows.append(_head(bundle) | place | {"lc": bundle.lc[t, number]})
+    return tidy.table(_LIST, rows, parameters=options.named)
+
+
+class _Options:
+    """Which peaks, and in which blocks they permute; checked."""
+
+    def __init__(
+        self, count: int | None, prominence: float | None, distance: int, block: int | None
+    ) -> None:
+        numbers = {"count": count, "distance": distance, "block": block}
+        for name, value in numbers.items():
+            if value is not None and value < 1:
+                raise UsageError(f"{name} {value}: must be at least 1")
+        if prominence is not None and not prominence > 0:
+            raise UsageError(f"prominence {prominence:g}: must be above 0")
+        self.named: dict[str, Any] = {**numbers, "prominence": prominence}
+        self._count, self._prominence, self._distance = count, prominence, distance
+
+    def peaks(self, bundle: Bundle) -> NDArray[np.bool_]:
+        count = self._count or min(_PEAKS, max(1, len(bundle.starts) // 10))
+        return peaks(bundle.lc, count=count, prominence=self._prominence, distance=self._distance)
+
+
+def _head(bundle: Bundle) -> dict[str, Any]:
+    return {"split": bundle.split, "kind": bundle.kind, "group": bundle.group}
+
+
+def _matrix(
+    names: tuple[str, ...], flags: NDArray[np.bool_], block: int | None
+) -> Iterator[dict[str, Any]]:
+    found = pairwise_coincidences(flags, block=block)
+    adjusted = false_discovery_control(found.p_value) if len(found.p_value) else found.p_value
+    pairs = {
+        (int(a), int(b)): number
+        for number, (a, b) in enumerate(zip(found.first, found.second, strict=True))
+    }
+    for a, one in enumerate(names):
+        for b, other in enumerate(names):
+            row: dict[str, Any] = {"a": one, "b": other}
+            if a == b:
+                yield row | {"coincidences": int(flags[:, a].sum())}
+                continue
+            number = pairs[min(a, b), max(a, b)]
+            yield row | {
+                "coincidences": int(found.observed[number]),
+                "expected": found.expected[number],
+                "p_value": found.p_value[number],
+                "p_adjusted": adjusted[number],
+            }

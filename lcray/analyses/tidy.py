@@ -1,0 +1,100 @@
+"""Tables of findings: their schemas, and making them of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from lcray.arrow import fill
+from lcray.columns import COUNT as COUNT
+from lcray.columns import FLOAT as FLOAT
+from lcray.columns import SIGN as SIGN
+from lcray.columns import STRING, column
+from lcray.schema import FORMAT_VERSION
+
+LOSS = "loss"  # the unit; nats for cross-entropy
+#: The `layer` of rows about the network as a whole. No tensor can be called so.
+ALL_LAYERS = ""
+
+SPLIT = column("split", STRING, "", "named data set that the loss is taken over")
+LAYER = column("layer", STRING, "", "named tensor of the model; empty for the whole network")
+WINDOW = (
+    column("window", STRING, "", "name of the window: run, first:end, or the user's"),
+    column("first_step", COUNT, "step", "first start_step that the window takes"),
+    column("end_step", COUNT, "step", "the start_step that the window ends before"),
+)
+
+
+def text(name: str, description: str) -> pa.Field:
+    """A column of words."""
+    return column(name, STRING, "", description)
+
+
+def count(name: str, description: str) -> pa.Field:
+    """A column of integers."""
+    return column(name, COUNT, "1", description)
+
+
+def number(name: str, unit: str, description: str) -> pa.Field:
+    """A column of numbers; null where there is none."""
+    return column(name, FLOAT, unit, description, nullable=True)
+
+
+def schema(name: str, key: str, columns: Iterable[pa.Field], description: str) -> pa.Schema:
+    """The schema of a finding's table; `key` names the columns that identify a row."""
+    metadata = {
+        "lcray.format_version": str(FORMAT_VERSION),
+        "lcray.finding": name,
+        "lcray.description": description,
+        "lcray.key": ",".join(key.split()),
+    }
+    return pa.schema(list(columns), metadata=metadata)
+
+
+def table(
+    form: pa.Schema,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    parameters: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> pa.Table:
+    """A finding's table.
+
+    Args:
+        form: from `schema`.
+        rows: each a value by column; what is left out, NaN or infinite is null.
+        parameters: what the finding was computed with, for the metadata.
+        notes: what a reader of the table must know, one line each.
+
+    Raises:
+        ValueError: as `lcray.arrow.fill`.
+    """
+    columns = {name: [row.get(name) for row in rows] for name in form.names}
+    for field in form:
+        if pa.types.is_floating(field.type):
+            columns[field.name] = [float("nan") if v is None else v for v in columns[field.name]]
+    return stamped(from_columns(form, columns), parameters=parameters, notes=notes)
+
+
+def from_columns(form: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
+    """As `table`, of whole columns (see `lcray.arrow.make_table`) and without parameters."""
+    name = form.metadata[b"lcray.finding"].decode()
+    if not columns or not any(len(values) for values in columns.values()):
+        return form.empty_table()
+    return fill(name, form, columns)
+
+
+def stamped(
+    found: pa.Table, *, parameters: Mapping[str, Any], notes: Sequence[str] = ()
+) -> pa.Table:
+    """`found` with the parameters and notes in its metadata."""
+    more = {"lcray.parameters": json.dumps(dict(parameters)), "lcray.notes": json.dumps([*notes])}
+    return found.replace_schema_metadata({**found.schema.metadata, **more})
+
+
+def notes_of(found: pa.Table) -> list[str]:
+    """What a reader of the table must know."""
+    return list(json.loads(found.schema.metadata.get(b"lcray.notes", b"[]")))

@@ -1,0 +1,68 @@
+"""Cumulative LC of every layer along the run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from lcray.analyses import tidy
+from lcray.analyses.series import layer_series
+from lcray.analyses.windows import Ranges
+from lcray.errors import UsageError
+from lcray.results import Results
+
+_FORM = tidy.schema(
+    "trajectories",
+    "split layer step",
+    (
+        tidy.SPLIT,
+        tidy.LAYER,
+        tidy.count("step", "of the checkpoint that the sum reaches"),
+        tidy.number("lc", tidy.LOSS, "LC of the layer from the first checkpoint to this one"),
+    ),
+    "cumulative LC of every layer",
+)
+
+
+def trajectories(
+    results: Results,
+    *,
+    window: int | None = None,
+    windows: Ranges | None = None,
+    seed: int = 0,
+    points: int = 1000,
+) -> pa.Table:
+    """Σ_{t' ≤ t} LC of each layer: how the totals of `layer_totals` came about.
+
+    Intervals without LC count 0.
+
+    Args:
+        results: of the output; needs `layers`.
+        window: of no effect.
+        windows: of no effect.
+        seed: of no effect.
+        points: the most steps, evenly spaced; the last one is always there.
+
+    Returns:
+        One row for each split, layer (empty for all) and step.
+
+    Raises:
+        UsageError: for fewer points than 1.
+    """
+    if points < 1:
+        raise UsageError(f"points {points}: must be at least 1")
+    series = layer_series(results, ["lc"], ("parameter", "buffer"))
+    lc = np.nan_to_num(series["lc"])
+    total = np.cumsum(np.concatenate([lc.sum(axis=2, keepdims=True), lc], axis=2), axis=1)
+    n = len(series.ends)
+    kept = np.unique(np.linspace(n - 1, 0, min(points, n)).round().astype(np.int64))
+    kept = kept if points > 1 else kept[-1:]
+    names = [tidy.ALL_LAYERS, *series.layers]
+    shape = len(series.splits), len(names), len(kept)
+    columns = {
+        "split": (np.repeat(np.arange(shape[0]), shape[1] * shape[2]), list(series.splits)),
+        "layer": (np.tile(np.repeat(np.arange(shape[1]), shape[2]), shape[0]), names),
+        "step": np.tile(series.ends[kept], shape[0] * shape[1]),
+        "lc": total[:, kept].transpose(0, 2, 1).reshape(-1),
+    }
+    return tidy.stamped(tidy.from_columns(_FORM, columns), parameters={"points": points})

@@ -1,0 +1,55 @@
+"""The command `lcray compare`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+import lcray
+from lcray.findings_command import ranges
+
+_SHOWN = ("split", "condition", "layer", "n", "lc", "lc_se", "p_t", "p_permutation")
+
+
+@click.command()
+@click.argument("outs", nargs=-1, required=True, metavar="OUT...")
+@click.option("--against", multiple=True, help="An output of the other condition (repeatable).")
+@click.option("--paired", is_flag=True, help="Outputs of both, in their order, share a seed.")
+@click.option("--window", type=int, help="Also windows of this width in steps.")
+@click.option(
+    "--windows",
+    metavar="NAME=A:B,…",
+    callback=ranges,
+    help="Also windows by name: the intervals with A <= start step < B.",
+)
+@click.option("--level", default=0.95, show_default=True, help="Of the confidence intervals.")
+@click.option(
+    "--adjust",
+    type=click.Choice(["bh", "by"]),
+    default="bh",
+    show_default=True,
+    help="False discovery rate: Benjamini-Hochberg, or -Yekutieli for any dependence.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of permutations that are drawn.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+def compare(outs: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """LC of every layer over repeated runs, and the difference between two conditions.
+
+    Every OUT is a run of its own, with another seed; there are p-values from six on.
+    """
+    from rich.console import Console
+
+    from lcray import display
+
+    frame = lcray.compare(*outs, **options).to_pandas()
+    if as_json:
+        click.echo(json.dumps(display.records(frame), default=str))
+        return
+    frame = frame.assign(layer=frame["layer"].astype(object).replace("", "all"))
+    shown = ("window", *_SHOWN) if frame["window"].nunique() > 1 else _SHOWN
+    width = None if sys.stdout.isatty() else 10_000  # no table is folded in a file or a pipe
+    console = Console(width=width, soft_wrap=True, highlight=False, markup=False)
+    console.print(display.frame_table(frame[[*shown]], rows=len(frame)))

@@ -1,0 +1,135 @@
+"""The verb `findings`: computes what an output's tables allow, stores it, and returns it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lcray.analyses.registry import FINDINGS, Finding
+from lcray.analyses.windows import Ranges
+from lcray.errors import InapplicableError, UsageError, suggest
+from lcray.files import confined, writing
+from lcray.manifest import read_manifest
+from lcray.recipes import recipe_for
+from lcray.results import Results, open_output
+from lcray.storage import Place, PlaceLike, storage_of
+
+#: The folder of the findings in an output.
+FOLDER = "findings"
+
+
+@dataclass(frozen=True)
+class Findings(Mapping[str, pa.Table]):
+    """The tables by the findings' names, in the order they are told.
+
+    Attributes:
+        path: the folder they are stored in.
+        tables: by name.
+        titles: by name, a line each.
+        impossible: why others could not be had, by name, and what would give them.
+    """
+
+    path: Place
+    tables: Mapping[str, pa.Table]
+    titles: Mapping[str, str]
+    impossible: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> pa.Table:
+        return self.tables[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tables)
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+
+def findings(
+    out: PlaceLike,
+    *,
+    window: int | None = None,
+    windows: Ranges | None = None,
+    only: Iterable[str] | None = None,
+    seed: int = 0,
+) -> Findings:
+    """Computes every finding that an output's tables allow, into ``OUT/findings/<name>.parquet``.
+
+    Each file is written whole or not at all, and holds seed, parameters and the checksums of the
+    tables that it was made from in its metadata; the same call on the same tables gives the same
+    bytes. `lcray.analyses.registry` lists the findings, docs/findings.md explains them.
+
+    Args:
+        out: the output directory or its URI, with its tables.
+        window: width of the windows in steps; None for the analysis's own, or none beside
+            `windows`.
+        windows: ranges of steps by name, as in ``{"early": "0:100"}``. The run is always there.
+        only: names of the findings wanted; None for all.
+        seed: of every random draw.
+
+    Returns:
+        The tables by name, and why others could not be had.
+
+    Raises:
+        UsageError: for an unknown finding, windows that cannot be, or a seed below 0.
+        InapplicableError: if one of `only` cannot be had.
+        OutputError: if there are no tables, or a file cannot be written.
+        CorruptionError: if a table is damaged.
+    """
+    if seed < 0:
+        raise UsageError(f"seed {seed}: give an integer from 0 on")
+    wanted = _chosen(only)
+    results = open_output(out)
+    folder = confined(results.path, results.path / FOLDER)
+    digests = {name: entry.sha256 for name, entry in read_manifest(results.path).tables.items()}
+    tables: dict[str, pa.Table] = {}
+    impossible: dict[str, str] = {}
+    for finding in wanted:
+        try:
+            found = _compute(results, finding, window, windows, seed)
+        except InapplicableError as error:
+            if only is not None:
+                raise InapplicableError(f"{finding.name}: {error}") from error
+            impossible[finding.name] = str(error)
+            continue
+        used = {table: digests[table] for table in finding.needs}
+        tables[finding.name] = _store(folder, finding, found, seed, used)
+    titles = {finding.name: finding.title for finding in wanted}
+    return Findings(folder, tables, titles, impossible)
+
+
+def _chosen(only: Iterable[str] | None) -> tuple[Finding, ...]:
+    if only is None:
+        return FINDINGS
+    names, known = list(only), [finding.name for finding in FINDINGS]
+    for name in names:
+        if name not in known:
+            raise UsageError(suggest(name, known, "finding"))
+    return tuple(finding for finding in FINDINGS if finding.name in names)
+
+
+def _compute(
+    results: Results, finding: Finding, window: int | None, windows: Ranges | None, seed: int
+) -> pa.Table:
+    for table in finding.needs:
+        if table not in results.tables:
+            raise InapplicableError(f"there is no table {table!r}; {recipe_for(table)}")
+    return finding.compute(results, window=window, windows=windows, seed=seed)
+
+
+def _store(
+    folder: Place, finding: Finding, found: pa.Table, seed: int, used: Mapping[str, str]
+) -> pa.Table:
+    """Writes a table, and returns it as it was written."""
+    more = {"lcray.seed": str(seed), "lcray.tables": json.dumps(used)}
+    found = found.replace_schema_metadata({**found.schema.metadata, **more})
+    buffer = io.BytesIO()
+    pq.write_table(found, buffer, compression="zstd")
+    path = folder / f"{finding.name}.parquet"
+    with writing(path):
+        storage_of(path).write(path, buffer.getvalue())
+    return found

@@ -1,0 +1,67 @@
+"""What a worker finds before there is a plan: what decides the numbers, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lcray.layers import Layer
+from lcray.planning import SplitPlan
+from lcray.tuning import Tuning
+
+
+@dataclass(frozen=True)
+class Description:
+    """What decides the numbers beside the settings, found without a gradient.
+
+    Attributes:
+        layers: of the model.
+        split_hashes: SHA-256 of each split's data, however it is cut into batches.
+        source_hash: of the task's and the model's source.
+        base_hash: of the model's own values where checkpoints are partial, else empty.
+        first_hash: of the first checkpoint's bytes.
+        device_kind: ``cpu`` or ``cuda``.
+        device: the device in words.
+        low_precision: layers that the first checkpoint stores in 16 bits or fewer.
+        double_precision: layers that it stores in 64 bits.
+        fixed_batches: whether batches are part of the loss, so that their size is never tuned.
+        drawn: samples taken and samples in the data set, of each split that is not taken whole.
+    """
+
+    layers: tuple[Layer, ...]
+    split_hashes: dict[str, str]
+    source_hash: str
+    base_hash: str
+    first_hash: str
+    device_kind: str
+    device: str
+    low_precision: tuple[str, ...] = ()
+    double_precision: tuple[str, ...] = ()
+    fixed_batches: bool = False
+    drawn: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The splits as they were found at the first checkpoint, and what a gradient costs.
+
+    Attributes:
+        splits: with sizes, weights and first losses.
+        seconds: of one full-batch gradient, by split.
+        tuning: the batch size and memory format to plan with, and what they were chosen by.
+        resident: whether the data of a split stay on the device, by split; else they are streamed.
+        worker_bytes: memory of the worker with its data and the activations of a batch, but
+            without what it needs for each element of the model.
+        checkpoint_bytes: of the first checkpoint.
+        read_seconds: to read it.
+        fisher_seconds: of the Fisher information of all splits at a step, where it is asked for.
+    """
+
+    splits: tuple[SplitPlan, ...]
+    seconds: dict[str, float]
+    tuning: Tuning
+    resident: dict[str, bool]
+    worker_bytes: int
+    checkpoint_bytes: int
+    read_seconds: float
+    fisher_seconds: float = 0.0

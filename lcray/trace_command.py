@@ -1,0 +1,49 @@
+"""The command `lcray trace`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import click
+
+import lcray
+from lcray.progress import reporting
+from lcray.resources import Resources
+
+_PLACING = {field.name for field in fields(Resources)}
+
+
+@click.command()
+@click.argument("run")
+@click.option("--out", required=True, help="An output of the same run and task.")
+@click.option(
+    "--trace",
+    "elements",
+    multiple=True,
+    default=("top:10",),
+    show_default=True,
+    help="top:K, the K parameters that helped and the K that hurt most; or layer:index "
+    "(repeatable).",
+)
+@click.option("--into", help="The new output  [default: OUT/traced].")
+def trace(run: str, task: str, out: str, **options: Any) -> None:
+    """Trace the parameters that helped and hurt most: a second pass over RUN, resumable.
+
+    Under the plan of --out, with all of its gradients again. The new output has the tables
+    intervals, layers and traces: weight, gradient and LC, step by step.
+    """
+    placed = {name: options.pop(name) for name in _PLACING & options.keys()}
+    given = {name: value for name, value in placed.items() if value not in (None, ())}
+    with reporting() as report:
+        found = lcray.trace(
+            run, task, out, resources=Resources(**given), on_progress=report, **options
+        )
+    click.echo(f"tables: {found.path / 'tables'}/*.parquet")
+
+
+def like(analyze: click.Command) -> click.Command:
+    """The command, with what `analyze` says of the task and of workers."""
+    wanted = {"task"} | _PLACING
+    trace.params += [option for option in analyze.params if option.name in wanted]
+    return trace

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic
+
+import lcray
+from lcray.analyses.binned import aligned
+from lcray.analyses.fits import fits
+from lcray.analyses.tidy import notes_of
+from lcray.analyses.windows import Window, Windows
+from lcray.errors import InapplicableError
+from lcray.weibull import fit_weibull_samples
+
+T, WIDTH = 80, 8
+
+
+def planted(shapes: tuple[float, ...], seed: int = 0, spread: float = 0.0) -> dict:
+    """LC of layers a, b, … with 60 elements: Weibull, scale 1e-6 times exp(spread·noise_t)."""
+    rng = np.random.default_rng(seed)
+    scale = 1e-6 * np.exp(spread * rng.normal(size=(T, 1)))
+    return {
+        ("train", chr(97 + i)): scale * rng.weibull(k, (T, 60)) * rng.choice([-1.0, 1.0], (T, 60))
+        for i, k in enumerate(shapes)
+    }
+
+
+def pick(frame: pd.DataFrame, layer: str, sign: int, window: str = "run") -> pd.DataFrame:
+    here = (frame["layer"] == layer) & (frame["sign"] == sign) & (frame["window"] == window)
+    return frame[here].set_index("distribution")
+
+
+@pytest.fixture(scope="module")
+def lc() -> dict:
+    return planted((0.5, 1.5))
+
+
+@pytest.fixture(scope="module")
+def binned(lc: dict, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    out = synthetic.from_elements(tmp_path_factory.mktemp("binned") / "out", lc, window=WIDTH)
+    return fits(lcray.open(out), windows={"half": ":40"}).to_pandas()
+
+
+@pytest.fixture(scope="module")
+def exact(lc: dict, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    path = tmp_path_factory.mktemp("exact") / "out"
+    out = synthetic.from_elements(path, lc, window=WIDTH, elements=True)
+    return fits(lcray.open(out), windows={"half": ":40"}).to_pandas()
+
+
+def test_the_planted_weibull_is_found_in_bins_and_in_values(
+    binned: pd.DataFrame, exact: pd.DataFrame
+) -> None:
+    assert set(binned["source"]) == {"histograms"} and set(exact["source"]) == {"elements"}
+    for frame in (binned, exact):
+        for layer, k in (("a", 0.5), ("b", 1.5)):
+            for sign in (-1, 1):
+                weibull = pick(frame, layer, sign).loc["weibull"]
+                assert abs(weibull["shape"] - k) < 3.5 * weibull["shape_se"]
+                assert abs(weibull["scale"] - 1e-6) < 3.5 * weibull["scale_se"]
+                assert weibull["rank"] == 1
+                assert weibull["p_value"] > 0.01
+                assert pick(frame, layer, sign).loc["exponential"]["p_value"] < 0.02
+                # independent values: both errors are of the same thing
+                assert 0.5 < weibull["shape_se_blocks"] / weibull["shape_se"] < 1.6
+
+
+def test_windows_are_of_their_own_values(
+    lc: dict, binned: pd.DataFrame, exact: pd.DataFrame
+) -> None:
+    values = lc["train", "a"][:40]
+    twin = fit_weibull_samples(values[values > 0])
+    assert twin is not None
+    row = pick(exact, "a", 1, "half").loc["weibull"]
+    assert row["n"] == twin.n == (values > 0).sum()
+    assert row["shape"] == pytest.approx(twin.parameters["k"], rel=1e-5)
+    assert row["log_likelihood"] == pytest.approx(twin.log_likelihood, rel=1e-6)
+    assert row["ks"] == pytest.approx(twin.ks, rel=1e-3)
+    assert pick(binned, "a", 1, "half").loc["weibull"]["n"] == twin.n
+    assert row["p_value"] != row["p_value"]  # run only
+
+
+def test_the_network_is_merged_values_not_merged_parameters(lc: dict, exact: pd.DataFrame) -> None:
+    values = np.concatenate([v[v < 0] for v in lc.values()])
+    twin = fit_weibull_samples(-values)
+    assert twin is not None
+    assert pick(exact, "", -1).loc["weibull"]["shape"] == pytest.approx(
+        twin.parameters["k"], rel=1e-5
+    )
+
+
+def test_zeros_have_no_part(tmp_path: Path) -> None:
+    lc = planted((0.8,))
+    lc["train", "a"][:, ::2] = 0
+    out = synthetic.from_elements(tmp_path / "out", lc, window=WIDTH)
+    frame = fits(lcray.open(out), replicates=0).to_pandas()
+    rows = frame[(frame["window"] == "run") & (frame["layer"] == "a")]
+    n = rows[rows["distribution"] == "weibull"]["n"].sum()
+    assert n == (lc["train", "a"] != 0).sum()
+    assert rows["p_value"].isna().all()
+
+
+def test_windows_that_cut_base_windows_are_named_and_left_out(tmp_path: Path) -> None:
+    out = synthetic.from_elements(tmp_path / "out", planted((0.8,)), window=WIDTH)
+    results = lcray.open(out)
+    found = fits(results, windows={"cut": "4:20", "whole": "8:24"}, replicates=0)
+    assert set(found["window"].to_pylist()) == {"run", "whole"}
+    (note,) = notes_of(found)
+    assert "no fits of cut" in note and "multiples of 8" in note
+    with pytest.raises(InapplicableError, match="windows cut the histograms' windows of 8"):
+        aligned(results, Windows((Window("cut", 4, 20),)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("elements", [False, True])
+def test_errors_by_blocks_are_those_of_dependent_values(tmp_path: Path, elements: bool) -> None:
+    """The scale is shared by all values of an iteration: the truth is that of 40 repetitions."""
+    estimates, blocks, naive = [], [], []
+    for trial in range(40):
+        lc = planted((1.0,), seed=trial, spread=0.5)
+        out = synthetic.from_elements(tmp_path / str(trial), lc, window=2, elements=elements)
+        frame = fits(lcray.open(out), window=T, replicates=0).to_pandas()
+        row = pick(frame, "a", 1).loc["weibull"]
+        estimates.append(np.log(row["scale"]))
+        blocks.append(row["scale_se_blocks"] / row["scale"])
+        naive.append(row["scale_se"] / row["scale"])
+    truth = np.std(estimates, ddof=1)
+    assert np.mean(naive) < 0.6 * truth
+    assert 0.7 * truth < np.mean(blocks) < 1.3 * truth

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import mpmath
+import numpy as np
+import pytest
+from scipy import stats
+from synthetic import bin_of
+
+from lcray.analyses.families import FAMILIES, Family
+from lcray.analyses.likelihood import (
+    covariance,
+    distance,
+    fit_bins,
+    fit_samples,
+    simulated_distances,
+)
+from lcray.summary import bin_edges
+from lcray.weibull import fit_weibull, fit_weibull_samples
+
+BY_NAME = {family.name: family for family in FAMILIES}
+WEIBULL, LOGNORMAL = BY_NAME["weibull"], BY_NAME["lognormal"]
+SCIPY = {
+    "weibull": lambda shape, scale: stats.weibull_min(shape, scale=scale),
+    "exponential": lambda shape, scale: stats.expon(scale=scale),
+    "lognormal": lambda shape, scale: stats.lognorm(shape, scale=scale),
+    "generalized_gaussian": lambda shape, scale: stats.halfgennorm(shape, scale=scale),
+}
+
+
+def theta_of(family: Family, shape: float, scale: float) -> np.ndarray:
+    return np.log([[shape, scale]] if family.has_shape else [[scale]])
+
+
+def histogram(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log edges, the first -inf, and counts [1, B], of positive x in the bins of the tables."""
+    bins, counts = np.unique(bin_of(x), return_counts=True)
+    grid = np.arange(bins[0], bins[-1] + 1)
+    lower, upper = bin_edges(grid)
+    dense = np.zeros(len(grid) + 1)
+    dense[bins - bins[0] + 1] = counts
+    return np.log(np.concatenate([[0.0], lower, upper[-1:]]) + 0.0), dense[None]
+
+
+@pytest.fixture(autouse=True)
+def _log_of_zero() -> object:
+    with np.errstate(divide="ignore"):
+        yield
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@pytest.mark.parametrize("shape", [0.35, 1.0, 2.5])
+def test_distributions_are_those_of_scipy(family: Family, shape: float) -> None:
+    scale = 3e-7
+    frozen = SCIPY[family.name](shape, scale)
+    x = scale * np.array([1e-12, 1e-4, 0.03, 0.4, 1.0, 1.7, 4.0, 11.0])
+    y, theta = np.log(x), theta_of(family, shape, scale)
+    assert family.log_cdf(theta, y)[0] == pytest.approx(frozen.logcdf(x), rel=1e-9, abs=1e-12)
+    assert family.log_sf(theta, y)[0] == pytest.approx(frozen.logsf(x), rel=1e-9, abs=1e-12)
+    density = family.log_density(theta, y)[0] - y
+    assert density == pytest.approx(frozen.logpdf(x), rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize("shape", [0.35, 2.5, 8.0])
+def test_the_tails_of_the_generalized_gaussian_hold(shape: float) -> None:
+    family = BY_NAME["generalized_gaussian"]
+    theta = theta_of(family, shape, 1.0)
+    for h in (1e-12, 1e-7, 300.0, 640.0, 700.0, 1e4, 1e8):
+        y = np.array([np.log(h) / shape])
+        exact = mpmath.gammainc(1 / mpmath.mpf(shape), h, mpmath.inf, regularized=True)
+        below = mpmath.gammainc(1 / mpmath.mpf(shape), 0, h, regularized=True)
+        assert family.log_sf(theta, y)[0, 0] == pytest.approx(float(mpmath.log(exact)), rel=1e-8)
+        assert family.log_cdf(theta, y)[0, 0] == pytest.approx(
+            float(mpmath.log(below)), rel=1e-8, abs=1e-14
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_masses_add_up_and_stay_finite_far_out(family: Family) -> None:
+    edges = np.concatenate([[-np.inf], np.linspace(-60, 14, 593), [np.inf]])
+    mass = family.log_mass(theta_of(family, 0.7, 1.0), edges)
+    assert np.exp(mass).sum() == pytest.approx(1, rel=1e-12)
+    assert (mass[0, :-1] < 0).all()
+    assert np.isfinite(mass[0, 1:550]).all()  # up to exp(9) scales, where Q underflows
+
+
+@pytest.mark.parametrize("k", [0.3, 0.5, 1.0, 2.0])
+def test_a_weibull_is_recovered_within_its_error_from_samples_and_from_bins(k: float) -> None:
+    x = 1e-7 * np.random.default_rng(int(10 * k)).weibull(k, 5000)
+    edges, counts = histogram(x)
+    binned, exact = fit_bins(WEIBULL, edges, counts), fit_samples(WEIBULL, np.log(x))
+    for found in (binned, exact):
+        se = np.sqrt(np.diag(covariance(found.information[0])))
+        assert (np.abs(found.theta[0] - np.log([k, 1e-7])) < 3.5 * se).all()
+    # the two differ by what bins an eighth of an octave wide lose
+    assert (np.abs(binned.theta - exact.theta)[0] < 0.25 * se).all()
+
+
+def test_weibull_fits_are_those_of_the_analytic_fitter() -> None:
+    x = 1e-7 * np.random.default_rng(1).lognormal(0, 2, 4000)  # misspecified as well
+    edges, counts = histogram(x)
+    for found, twin in (
+        (
+            fit_bins(WEIBULL, edges, counts),
+            fit_weibull(np.exp(edges[:-1]), np.exp(edges[1:]), counts[0]),
+        ),
+        (fit_samples(WEIBULL, np.log(x)), fit_weibull_samples(x)),
+    ):
+        assert twin is not None
+        k, scale = np.exp(found.theta[0])
+        assert k == pytest.approx(twin.parameters["k"], rel=1e-6)
+        assert scale == pytest.approx(twin.parameters["lambda"], rel=1e-6)
+        assert found.value[0] == pytest.approx(twin.log_likelihood, rel=1e-10)
+        se = np.sqrt(np.diag(covariance(found.information[0]))) * [k, scale]
+        assert se == pytest.approx([*twin.standard_errors.values()], rel=1e-4)
+
+
+def test_samples_of_the_other_families_have_their_maxima() -> None:
+    x = np.random.default_rng(2).lognormal(-15, 1.3, 3000)
+    y = np.log(x)
+    lognormal = fit_samples(LOGNORMAL, y)
+    assert np.exp(lognormal.theta[0, 0]) == pytest.approx(y.std(), rel=1e-8)
+    assert lognormal.theta[0, 1] == pytest.approx(y.mean(), rel=1e-8)
+    assert lognormal.value[0] == pytest.approx(
+        stats.lognorm(y.std(), scale=np.exp(y.mean())).logpdf(x).sum()
+    )
+    assert np.exp(fit_samples(BY_NAME["exponential"], y).theta[0, 0]) == pytest.approx(x.mean())
+    z = np.abs(stats.gennorm(1.4, scale=2e-3).rvs(3000, random_state=3))
+    shape, _, scale = stats.halfgennorm.fit(1e3 * z, floc=0)
+    found = np.exp(fit_samples(BY_NAME["generalized_gaussian"], np.log(z)).theta[0])
+    assert found == pytest.approx([shape, 1e-3 * scale], rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_many_histograms_are_fitted_as_each_alone(family: Family) -> None:
+    rng = np.random.default_rng(4)
+    edges = np.concatenate([[-np.inf], np.linspace(-12, 6, 145)])
+    x = [np.log(s * rng.weibull(k, 800)) for k in (0.5, 1.3) for s in (0.1, 1.0)]
+    counts = np.stack([np.histogram(np.maximum(y, -20), np.maximum(edges, -99))[0] for y in x])
+    together = fit_bins(family, edges, counts.astype(float))
+    for h in range(len(x)):
+        alone = fit_bins(family, edges, counts[h : h + 1].astype(float))
+        assert alone.theta[0] == pytest.approx(together.theta[h], abs=1e-5)
+        assert alone.value[0] == pytest.approx(together.value[h], rel=1e-12)
+
+
+def test_histograms_without_a_maximum_are_none() -> None:
+    edges = np.concatenate([[-np.inf], np.arange(4.0)])
+    counts = np.array([[0, 9, 0, 0], [0, 5, 5, 0], [0, 0, 0, 0], [1, 5, 5, 2.0]])
+    assert fit_bins(WEIBULL, edges, counts).found.tolist() == [False, False, False, True]
+    assert not fit_samples(WEIBULL, np.zeros(50)).found.any()
+
+
+def p_value(family: Family, x: np.ndarray, rng: np.random.Generator) -> float:
+    edges, counts = histogram(x)
+    found = fit_bins(family, edges, counts)
+    seen = distance(family, edges, found.theta, counts)[0]
+    drawn = simulated_distances(family, edges, found.theta[0], len(x), 99, rng)
+    return float((1 + (drawn >= seen).sum()) / 100)
+
+
+@pytest.mark.parametrize("family", [WEIBULL, LOGNORMAL], ids=lambda f: f.name)
+def test_p_values_are_uniform_where_the_family_is_true(family: Family) -> None:
+    rng = np.random.default_rng(6)
+    frozen = SCIPY[family.name](0.6, 1e-6)
+    found = [p_value(family, frozen.rvs(300, random_state=rng), rng) for _ in range(120)]
+    assert stats.kstest(found, stats.uniform.cdf).pvalue > 0.02
+
+
+def test_p_values_are_small_where_it_is_not() -> None:
+    rng = np.random.default_rng(7)
+    assert p_value(LOGNORMAL, rng.weibull(0.5, 3000), rng) == 0.01
+    assert p_value(WEIBULL, rng.lognormal(0, 2, 3000), rng) == 0.01
