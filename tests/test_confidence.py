@@ -446,7 +446,7 @@ class TestRefusals:
         plan = lcray.open(out).plan
         assert Plan.from_dict(plan.to_dict()) == plan
         wrong = replace(plan, splits=(replace(plan.splits[0], **change), plan.splits[1]))
-        with pytest.raises(ValueError, match="'train' with an impossible sample"):
+        with pytest.raises(ValueError, match=r"an impossible sample|weights is not finite"):
             Plan.from_dict(wrong.to_dict())
 
     def test_data_that_are_not_those_of_the_plan(

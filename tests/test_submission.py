@@ -93,6 +93,7 @@ VALUES: dict[type[click.ParamType], list[str]] = {
 SPECIAL = {
     "rule": "gauss*2",
     "batch_norm": "batch",
+    "fisher_kind": "empirical",
     "dtype": "float64",
     "memory_format": "contiguous",
     "trace": "0.weight:1",

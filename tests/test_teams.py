@@ -136,6 +136,7 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 def test_a_member_that_is_killed_costs_its_team_an_attempt(
     plain_run: Path, shared_out: Path, tmp_path: Path
 ) -> None:
