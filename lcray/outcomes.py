@@ -11,7 +11,7 @@ from lcray.planning import Span
 from lcray.shards import Commit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SpanReport:
     """What came of one attempt at a span.
 

@@ -92,7 +92,7 @@ class Settings:
     fisher_seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """A contiguous block of intervals: the unit of work, retry and commit.
 

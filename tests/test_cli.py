@@ -509,6 +509,7 @@ class TestQuery:
         assert found.out.split() == ["[bold]a", "[red]x[/red]"]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_demo(command: Lcray, tmp_path: Path) -> None:

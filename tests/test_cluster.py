@@ -136,6 +136,7 @@ def test_a_span_that_kills_its_workers_is_given_up_and_can_be_resumed(
     assert scenes.tables(out) == scenes.tables(plain_out)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_that_die_while_they_set_up_end_the_analysis(
     plain_run: Path, tmp_path: Path
@@ -213,6 +214,7 @@ def test_a_replacement_that_finds_other_data_is_refused(plain_run: Path, tmp_pat
     assert len((tmp_path / "deaths").read_text().split()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_errors_of_a_worker_arrive_as_they_are(plain_run: Path, tmp_path: Path) -> None:
     before = {actor["actor_id"] for actor in alive_actors()}
@@ -236,6 +238,7 @@ def test_a_loss_that_fails_is_not_tried_again(plain_run: Path, tmp_path: Path) -
     assert len((tmp_path / "failures").read_text().split()) == 3  # one for each span that is left
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_hold_the_custom_resources_that_were_asked_for(
     plain_run: Path, tmp_path: Path
