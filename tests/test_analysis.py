@@ -269,9 +269,9 @@ class TestTuning:
         adopted: list[tuple[int, str]] = []
         original = Workbench.adopt
 
-        def adopt(self: Workbench, batch_size: int, memory_format: str) -> None:
+        def adopt(self: Workbench, batch_size: int, memory_format: str, *rest: Any) -> None:
             adopted.append((batch_size, memory_format))
-            original(self, batch_size, memory_format)
+            original(self, batch_size, memory_format, *rest)
 
         monkeypatch.setattr(Workbench, "adopt", adopt)
         lcray.analyze(run, "scenes:plain", tmp_path / "new", **OPTIONS)
