@@ -1,10 +1,12 @@
-"""The moving-block bootstrap over iterations, and the length of its blocks.
+"""The circular block bootstrap over iterations, and the length of its blocks.
 
 Values of neighbouring iterations are dependent, so iterations are drawn in blocks of consecutive
-ones (Künsch 1989, Annals of Statistics 17:1217). The length follows Politis and White (2004,
-Econometric Reviews 23:53; corrected by Patton, Politis and White 2009, ibid. 28:372): with R(k) the
-autocovariances, λ the flat-top lag window and M twice the lag after which correlations are
-negligible, for the sample mean
+ones, the first following the last (Politis and Romano 1992, in *Exploring the Limits of Bootstrap*,
+263). So every iteration is drawn once on average and sums are centred at those of the data; blocks
+that stop at the ends would draw the first and last ones, where training does most, less often. The
+length follows Politis and White (2004, Econometric Reviews 23:53; corrected by Patton, Politis and
+White 2009, ibid. 28:372): with R(k) the autocovariances, λ the flat-top lag window and M twice the
+lag after which correlations are negligible, for the sample mean
 
     b = (2 G² / D)^(1/3) n^(1/3),   G = Σ λ(k/M) |k| R(k),   D = 4/3 (Σ λ(k/M) R(k))²
 
@@ -75,21 +77,25 @@ class Bootstrap:
 def multiplicities(
     n: int, length: int, replicates: int, rng: np.random.Generator
 ) -> Iterator[Floats]:
-    """How often each of n iterations is drawn, chunk by chunk, [B in all, n]; rows sum to n."""
+    """How often each of n iterations is drawn, chunk by chunk, [B in all, n]; rows sum to n.
+
+    Once on average: blocks begin anywhere, and go on at the first iteration after the last.
+    """
     length = max(1, min(length, n))
     n_blocks = -(-n // length)
     last = n - (n_blocks - 1) * length  # the last block is cut so that n are drawn in all
     lengths = np.full(n_blocks, length)
     lengths[-1] = last
-    step = max(1, _CHUNK // (n + 1))
+    step = max(1, _CHUNK // (2 * n))
     for done in range(0, replicates, step):
         rows = min(step, replicates - done)
-        starts = rng.integers(0, n - length + 1, (rows, n_blocks))
-        edges = np.zeros((rows, n + 1))
+        starts = rng.integers(0, n, (rows, n_blocks))
+        edges = np.zeros((rows, 2 * n))
         row = np.repeat(np.arange(rows), n_blocks)
         np.add.at(edges, (row, starts.ravel()), 1.0)
         np.add.at(edges, (row, (starts + lengths).ravel()), -1.0)
-        yield np.cumsum(edges[:, :n], axis=1)
+        times = np.cumsum(edges, axis=1)
+        yield times[:, :n] + times[:, n:]
 
 
 def block_length(values: Floats) -> int:

@@ -10,8 +10,8 @@ the cross-correlation at lag τ is the mean over elements n and intervals t of
 where t runs over the T − 2M intervals for which every lag exists, so that lags are compared on the
 same ones. x follows y by the lag at which c is greatest.
 
-Source: Box, Jenkins & Reinsel, *Time Series Analysis*, chapter 11 (cross-correlation); Künsch 1989
-and Politis & Romano 1992 for resampling blocks of the terms.
+Source: Box, Jenkins & Reinsel, *Time Series Analysis*, chapter 11 (cross-correlation); Politis &
+Romano 1992 for resampling blocks of the terms.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def first_order(
         window: as for `Windows.of`.
         windows: as for `Windows.of`.
         seed: of the bootstrap.
-        level: of the confidence intervals (moving blocks of iterations).
+        level: of the confidence intervals (by blocks of iterations).
 
     Returns:
         One row for each split, window and rule; losses in the units of the loss.

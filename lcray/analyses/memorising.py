@@ -132,7 +132,7 @@ def overfitting(
         windows: not used.
         seed: of the bootstrap.
         train: as for `memorising`.
-        level: of the confidence intervals, moving blocks of iterations.
+        level: of the confidence intervals, by blocks of iterations.
         patience: windows in a row.
 
     Returns:

@@ -35,6 +35,19 @@ def test_every_resample_has_n_iterations_in_blocks(n: int, length: int) -> None:
         assert found.std() > 0
 
 
+@pytest.mark.parametrize("length", [1, 4, 9, 20])
+def test_every_iteration_is_drawn_once_on_average(length: int) -> None:
+    """The first and last as often as the rest, so that resamples are centred at the data's sum."""
+    found = np.concatenate([*multiplicities(20, length, 20_000, np.random.default_rng(0))])
+    error = found.std(axis=0) / np.sqrt(len(found))
+    assert np.abs(found.mean(axis=0) - 1) == pytest.approx(0, abs=1e-12 + 4.5 * error.max())
+    fast = -np.exp(-np.arange(100) / 3)[:, None]  # a loss that falls within the first block
+    sums = Bootstrap(0, replicates=4000, length=8).sums(fast)
+    assert sums is not None
+    error = float(sums.std() / np.sqrt(len(sums)))
+    assert float(sums.mean()) == pytest.approx(float(fast.sum()), abs=4.5 * error)
+
+
 def test_the_variance_of_the_mean_of_an_autoregression() -> None:
     """Known exactly; independent draws miss it by (1 + ρ)/(1 − ρ) = 9, blocks by a tenth or two."""
     n, rho = 1500, 0.8
