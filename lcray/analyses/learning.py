@@ -41,6 +41,11 @@ class Bundle:
     starts: NDArray[np.int64]
     lc: Floats
 
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """The intervals at which any series has LC, [T]."""
+        return np.asarray(np.isfinite(self.lc).any(axis=1))
+
     def part(self, here: NDArray[np.bool_]) -> Bundle:
         """The intervals `here`, [T]."""
         return Bundle(

@@ -97,7 +97,8 @@ def synchrony(
     [LCA] (arXiv 1909.01440, section 4.4). Coincidences are Σ_t n_t(n_t − 1)/2, with n_t the series
     that peak at interval t. By chance: each series' peaks are permuted by themselves, within blocks
     of consecutive intervals, so that a rate of peaks that all series share is no synchrony
-    (`lcray.analyses.coincidence`). Tests are one-sided.
+    (`lcray.analyses.coincidence`). Intervals without LC are left out of the blocks. Tests are
+    one-sided.
 
     Series share their mini-batches: that they peak together says that the same samples taught them,
     or that they hang together, and not which.
@@ -129,9 +130,9 @@ def synchrony(
     for bundle in bundles(results):
         for item in chosen:
             part = bundle.part(item.holds(bundle.starts))
-            if len(part.starts) < _FEWEST:
+            flags = options.peaks(part)[part.known]
+            if len(flags) < _FEWEST:
                 continue
-            flags = options.peaks(part)
             bounds = block_bounds(len(flags), block)
             found = total_coincidences(flags, block=block, permutations=permutations, seed=seed)
             rows.append(
@@ -188,8 +189,8 @@ def coincidences(
     options = _Options(count, prominence, distance, block)
     rows: list[dict[str, Any]] = []
     for bundle in bundles(results):
-        if len(bundle.starts) >= _FEWEST:
-            flags = options.peaks(bundle)
+        flags = options.peaks(bundle)[bundle.known]  # chance has no peaks where there is no LC
+        if len(flags) >= _FEWEST:
             rows += [_head(bundle) | row for row in _matrix(bundle.names, flags, block)]
     return tidy.table(_PAIRS, rows, parameters=options.named)
 
@@ -248,7 +249,7 @@ class _Options:
         self._count, self._prominence, self._distance = count, prominence, distance
 
     def peaks(self, bundle: Bundle) -> NDArray[np.bool_]:
-        count = self._count or min(_PEAKS, max(1, len(bundle.starts) // 10))
+        count = self._count or min(_PEAKS, max(1, int(bundle.known.sum()) // 10))
         return peaks(bundle.lc, count=count, prominence=self._prominence, distance=self._distance)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import output_factory as factory
 import pytest
+import synthetic
 from scipy.signal import lfilter
 
 import lcray
@@ -187,3 +188,23 @@ def test_what_cannot_be_asked_for(results: Results) -> None:
             synchrony(results, **options)
     with pytest.raises(UsageError, match="prominence 0: must be above 0"):
         synchrony(results, prominence=0.0)
+
+
+def test_intervals_without_lc_are_no_place_for_peaks(tmp_path: Path) -> None:
+    """Independent series, known at the same half of the intervals: what they share is not LC."""
+    layers, n = {"a": 1, "b": 1, "c": 1, "d": 1}, 600
+    totals, pairs = [], []
+    for trial in range(30):
+        random = np.random.default_rng(trial)
+        lc = random.normal(size=(1, n, len(layers)))
+        lc[:, np.arange(n) % 40 >= 20] = np.nan
+        plan = synthetic.make_plan(layers, n, n, ("train",))
+        counts = np.zeros((*lc.shape, 3), np.int64)
+        columns = synthetic.layer_columns(plan, counts, lc)
+        tables = {"intervals": synthetic.interval_columns(plan, lc.sum(axis=2), lc.sum(axis=2))}
+        out = synthetic.write(tmp_path / str(trial), plan, tables | {"layers": columns})
+        found = lcray.open(out)
+        totals += synchrony(found, windows={"all": "0:"}, permutations=99)["p_value"].to_pylist()
+        pairs += [p for p in coincidences(found)["p_value"].to_pylist() if p is not None]
+    assert np.mean(np.array(totals) < 0.1) < 0.3
+    assert np.mean(np.array(pairs) < 0.1) < 0.2
