@@ -68,10 +68,18 @@ class Bootstrap:
         return np.concatenate(found)
 
     def interval(self, replicates: Floats) -> tuple[Floats, Floats, Floats]:
-        """Standard error and percentile interval of a statistic from its replicates [B, ...]."""
+        """Standard error and percentile interval of a statistic from its replicates [B, ...].
+
+        Over the replicates that have the statistic; NaN where fewer than two do, as for a ratio
+        whose denominator is always 0.
+        """
         tail = (1 - self.level) / 2
-        low, high = np.nanquantile(replicates, (tail, 1 - tail), axis=0)
-        return np.nanstd(replicates, axis=0, ddof=1), low, high
+        some = np.isfinite(replicates).sum(axis=0) > 1
+        known = replicates[:, some]
+        found = np.full((3, *some.shape), np.nan)
+        found[0, some] = np.nanstd(known, axis=0, ddof=1)
+        found[1:, some] = np.nanquantile(known, (tail, 1 - tail), axis=0)
+        return found[0], found[1], found[2]
 
 
 def multiplicities(

@@ -81,6 +81,15 @@ def test_constants_and_few_iterations() -> None:
     assert sums is not None and (sums == FEWEST).all()
 
 
+def test_what_no_resample_has_gets_no_error() -> None:
+    """Such as the share of helping elements in a frozen layer; warnings are errors here."""
+    drawn = np.stack([np.arange(101.0), np.full(101, np.nan), np.r_[1.0, np.full(100, np.nan)]], 1)
+    se, low, high = Bootstrap(level=0.9).interval(drawn)
+    assert se[0] == pytest.approx(drawn[:, 0].std(ddof=1))
+    assert (low[0], high[0]) == pytest.approx((5, 95))
+    assert np.isnan([se[1:], low[1:], high[1:]]).all()
+
+
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every replicate sums what its own multiplicities say, however few are held at once."""
     x = np.random.default_rng(0).normal(size=(40, 3))
