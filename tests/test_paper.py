@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import scenes
+import synthetic
 import torch
 
 PAPER = Path(__file__).resolve().parent.parent / "examples" / "paper"
@@ -79,6 +82,50 @@ def test_six_seeds_and_every_paired_condition_at_small_scale(paper: SimpleNamesp
     for name in ("sgd", "frozen-last", "frozen-first", "slow-last"):
         assert [seed for condition, seed in runs if condition == name] == list(range(6))
     assert ("momentum-0", 0) in runs and ("momentum-0.99", 0) in runs and ("adam", 0) in runs
+
+
+def planted(folder: Path, lc: np.ndarray) -> None:
+    """An analyzed run whose layer `fc3.weight` has this LC [T, n]; `fc1.weight` has none."""
+    layers = {"fc1.weight": np.zeros_like(lc), "fc3.weight": lc}
+    values = {("train", name): part for name, part in layers.items()}
+    synthetic.from_elements(folder / "out", values, window=len(lc))
+
+
+def test_pairs_are_of_the_same_seed(paper: SimpleNamespace, tmp_path: Path) -> None:
+    """A run that is missing shifts no pair."""
+    import claims
+
+    for condition, seed in itertools.product(("sgd", "frozen-first"), (0, 1, 2, 10)):
+        if (condition, seed) != ("frozen-first", 1):
+            lc = 100.0 * seed + (condition == "frozen-first") * (1 + 0.01 * seed)
+            planted(tmp_path / f"{condition}-{seed}", np.full((4, 1), lc / 4))
+    study = claims.Study(paper.networks[0], tmp_path)
+    found = claims._difference(study, "frozen-first").set_index("layer")["lc"]
+    assert found["fc3.weight"] == pytest.approx(1 + 0.01 * (0 + 2 + 10) / 3, rel=1e-9)
+
+
+@pytest.mark.parametrize(("shape", "verdict"), [(0.5, "agrees"), (2.0, "disagrees")])
+def test_tails_agree_or_disagree(
+    paper: SimpleNamespace, tmp_path: Path, shape: float, verdict: str
+) -> None:
+    import claims
+
+    random = np.random.default_rng(0)
+    lc = random.weibull(shape, (10, 400)) * random.choice([-1.0, 1.0], (10, 400))
+    planted(tmp_path / "sgd-0", lc)
+    ((_, found),) = claims._tails(claims.Study(paper.networks[0], tmp_path))
+    assert found == verdict
+
+
+def test_tails_of_another_distribution_disagree(paper: SimpleNamespace, tmp_path: Path) -> None:
+    """Lognormal LC, whose Weibull fits have k < 1 and are not the best."""
+    import claims
+
+    random = np.random.default_rng(0)
+    lc = random.lognormal(sigma=2.0, size=(10, 400)) * random.choice([-1.0, 1.0], (10, 400))
+    planted(tmp_path / "sgd-0", lc)
+    ((text, found),) = claims._tails(claims.Study(paper.networks[0], tmp_path))
+    assert found == "disagrees" and "best by AIC in 0 of 2" in text
 
 
 @pytest.mark.slow
