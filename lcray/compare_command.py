@@ -11,7 +11,8 @@ import click
 import lcray
 from lcray.findings_command import ranges
 
-_SHOWN = ("split", "condition", "layer", "n", "lc", "lc_se", "p_t", "p_permutation")
+_TESTS = ("p_t", "p_t_adjusted", "p_permutation_adjusted")
+_SHOWN = ("split", "condition", "layer", "n", "lc", "lc_se", *_TESTS)
 
 
 @click.command()
@@ -38,13 +39,16 @@ _SHOWN = ("split", "condition", "layer", "n", "lc", "lc_se", "p_t", "p_permutati
 def compare(outs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """LC of every layer over repeated runs, and the difference between two conditions.
 
-    Every OUT is a run of its own, with another seed; there are p-values from six on.
+    Every OUT is a run of its own, with another seed; there are p-values from six on. Adjusted ones
+    are for all layers.
     """
     from rich.console import Console
 
     from lcray import display
+    from lcray.analyses.tidy import notes_of
 
-    frame = lcray.compare(*outs, **options).to_pandas()
+    found = lcray.compare(*outs, **options)
+    frame = found.to_pandas()
     if as_json:
         click.echo(json.dumps(display.records(frame), default=str))
         return
@@ -53,3 +57,5 @@ def compare(outs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     width = None if sys.stdout.isatty() else 10_000  # no table is folded in a file or a pipe
     console = Console(width=width, soft_wrap=True, highlight=False, markup=False)
     console.print(display.frame_table(frame[[*shown]], rows=len(frame)))
+    for note in notes_of(found):
+        console.print(note)

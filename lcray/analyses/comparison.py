@@ -96,7 +96,8 @@ def compare(
     split, window and condition (Benjamini & Hochberg 1995, or Yekutieli 2001). [LCA] (arXiv
     1909.01440, section 4.2) repeats runs in this way.
 
-    Fewer than six runs give no p-value: flipping the signs of five cannot go below 1/16.
+    Fewer than six runs give no p-value: flipping the signs of five cannot go below 1/16. Intervals
+    without LC count 0, and a note names the outputs that have any.
 
     Args:
         *outs: outputs of one condition.
@@ -126,7 +127,8 @@ def compare(
     if window is not None or windows:
         chosen = Windows.of(first[0], window, windows)
     layers = (tidy.ALL_LAYERS, *(layer.name for layer in first[0].plan.layers))
-    totals = [_totals(group, chosen) for group in (first, second) if group]
+    notes: list[str] = []
+    totals = [_totals(group, chosen, notes) for group in (first, second) if group]
     rows: list[dict[str, Any]] = []
     for s, split in enumerate(first[0].plan.splits):
         for w, item in enumerate(chosen):
@@ -141,7 +143,7 @@ def compare(
                 rows += _rows(head | {"condition": condition, "n": n}, layers, tests, adjust)
     parameters = {"paired": paired, "level": level, "adjust": adjust, "seed": seed}
     names = {FIRST: [str(r.path) for r in first], SECOND: [str(r.path) for r in second]}
-    return tidy.table(_FORM, rows, parameters=parameters | names)
+    return tidy.table(_FORM, rows, parameters=parameters | names, notes=notes)
 
 
 def _check(first: Sequence[Results], second: Sequence[Results], paired: bool) -> None:
@@ -181,12 +183,19 @@ _SHARED: Mapping[str, Callable[[Results], Any]] = {
 }
 
 
-def _totals(group: Sequence[Results], chosen: Windows) -> Floats:
-    """LC by run, split, window and layer, [R, S, W, 1 + L]; the first layer is all of them."""
+def _totals(group: Sequence[Results], chosen: Windows, notes: list[str]) -> Floats:
+    """LC by run, split, window and layer, [R, S, W, 1 + L]; the first layer is all of them.
+
+    Intervals without LC count 0; `notes` gets a line of each run and split that has any.
+    """
     found = []
     for results in group:
         series = layer_series(results, ["lc"], ("parameter", "buffer"))
-        lc = np.nan_to_num(series["lc"])
+        for split, ok in zip(series.splits, series.ok, strict=True):
+            without = results.plan.n_intervals - int(ok.sum())
+            if without:
+                notes.append(f"{results.path}: {split}: {without} intervals have no LC and count 0")
+        lc = np.where(series.ok[..., None], series["lc"], 0.0)
         lc = np.concatenate([lc.sum(axis=2, keepdims=True), lc], axis=2)
         found.append(np.stack([lc[:, w.holds(series.starts)].sum(axis=1) for w in chosen], axis=1))
     return np.stack(found)

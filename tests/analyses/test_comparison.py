@@ -212,7 +212,22 @@ def test_the_command(outs: list[Path]) -> None:
     table = lcray.compare(*outs[:6], against=outs[6:])
     assert json.loads(done.output) == table.to_pylist()
     shown = CliRunner().invoke(app, ["compare", *names[:6]]).output
-    assert "hurts" in shown and "p_permutation" in shown
+    assert "hurts" in shown and "p_permutation_adjusted" in shown
+
+
+def test_intervals_without_lc_count_0_and_are_named(outs: list[Path], tmp_path: Path) -> None:
+    world = world_of(6)
+    world.status["train", 3] = "nonfinite_loss"
+    out = write(tmp_path / "gap", world)
+    table = lcray.compare(*outs[:6], out)
+    expected = [planted(seed, "first") for seed in range(6)]
+    known = np.delete(world.lc["train", "first"], 3, axis=0)
+    row = rows_of(table)["first", "first"]
+    assert row["lc"] == pytest.approx(np.mean([*expected, known.sum()]), rel=1e-6)
+    note = f"{out}: train: 1 intervals have no LC and count 0"
+    assert notes_of(table) == [note]
+    assert note in CliRunner().invoke(app, ["compare", *map(str, [*outs[:6], out])]).output
+    assert notes_of(lcray.compare(*outs[:6])) == []
 
 
 def moving(seed: int, momentum: float) -> factory.World:
