@@ -48,6 +48,8 @@ def test_an_interval_is_in_the_window_that_its_start_is_in() -> None:
     assert run.holds(starts).all()
     assert starts[low.holds(starts)].tolist() == [0, 2, 4, 6]
     assert starts[high.holds(starts)].tolist() == [8, 10]
+    first, second, _ = Windows.fixed(STEPS, 4)
+    assert [starts[w.holds(starts)].tolist() for w in (first, second)] == [[0, 2], [4, 6]]
 
 
 def test_windows_without_intervals_are_left_out_and_named_ones_are_refused() -> None:

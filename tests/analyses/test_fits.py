@@ -83,6 +83,16 @@ def test_windows_are_of_their_own_values(
     assert row["p_value"] != row["p_value"]  # run only
 
 
+def test_aic_counts_the_parameters_and_ranks(binned: pd.DataFrame, exact: pd.DataFrame) -> None:
+    for frame in (binned, exact):
+        rows = pick(frame, "b", -1)
+        count = pd.Series(2, rows.index).where(rows.index != "exponential", 1)
+        assert rows["aic"].tolist() == pytest.approx(
+            (2 * count - 2 * rows["log_likelihood"]).tolist(), rel=1e-14
+        )
+        assert (rows.sort_values("aic")["rank"] == [1, 2, 3, 4]).all()
+
+
 def test_the_network_is_merged_values_not_merged_parameters(lc: dict, exact: pd.DataFrame) -> None:
     values = np.concatenate([v[v < 0] for v in lc.values()])
     twin = fit_weibull_samples(-values)
