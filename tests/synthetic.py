@@ -136,7 +136,7 @@ def bin_of(x: Floats) -> NDArray[np.int64]:
     """The bin of each magnitude, from its definition: edges (1 + m/8)·2^e."""
     mantissa, exponent = np.frexp(x)
     bins = 8 * (exponent.astype(np.int64) - 1) + np.floor((2 * mantissa - 1) * 8).astype(np.int64)
-    return np.where(x > 0, bins, UNDERFLOW)
+    return np.where(x >= 2.0**-1022, bins, UNDERFLOW)
 
 
 def histogram_columns(plan: Plan, lc: Mapping[tuple[str, str], Floats]) -> dict[str, Any]:

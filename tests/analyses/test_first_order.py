@@ -44,6 +44,18 @@ def test_the_gaps_of_both(tmp_path: Path) -> None:
     assert left["gap_low"] < left["gap"] < left["gap_high"] < 0
 
 
+def test_intervals_that_are_not_ok_have_no_part(tmp_path: Path) -> None:
+    change = np.full(20, -0.1)
+    change[7] = np.nan
+    plan = synthetic.make_plan({"a": 3}, 20, 20, ("train",), ("intervals",))
+    columns = synthetic.interval_columns(plan, change[None], np.zeros((1, 20)), 2 * change[None])
+    columns["status"] = np.where(np.isnan(change), "nonfinite_loss", "ok").astype(object)
+    found = run_rows(lcray.open(synthetic.write(tmp_path / "out", plan, {"intervals": columns})))
+    assert [*found["n_intervals"]] == [19, 19]
+    assert found.loc["first order"]["loss_change"] == pytest.approx(-1.9)
+    assert found.loc["first order"]["gap"] == pytest.approx(-1.9)
+
+
 def test_without_a_node_at_0_there_is_the_rule_alone(tmp_path: Path) -> None:
     change = np.full(20, -0.1)
     found = run_rows(output(tmp_path / "out", change, 0 * change, None))

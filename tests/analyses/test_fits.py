@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import synthetic
+from scipy import stats
 
 import lcray
-from lcray.analyses.binned import aligned
+from lcray.analyses.binned import aligned, read_histograms
 from lcray.analyses.fits import fits
 from lcray.analyses.tidy import notes_of
 from lcray.analyses.windows import Window, Windows
@@ -111,6 +112,32 @@ def test_zeros_have_no_part(tmp_path: Path) -> None:
     n = rows[rows["distribution"] == "weibull"]["n"].sum()
     assert n == (lc["train", "a"] != 0).sum()
     assert rows["p_value"].isna().all()
+
+
+def test_bins_hold_the_values_that_are_between_their_edges(tmp_path: Path) -> None:
+    """The first those below all others' edges, zeros none."""
+    lc = planted((0.8,))
+    lc["train", "a"][:, :9] = 0
+    lc["train", "a"][:, 9:20] = 1e-310  # below 2^-1022
+    out = synthetic.from_elements(tmp_path / "out", lc, window=WIDTH)
+    found = read_histograms(lcray.open(out), "train", ["a"])
+    assert found is not None and found.edges[0] == -np.inf
+    for number, sign in enumerate((-1, 1)):
+        values = sign * lc["train", "a"]
+        expected = np.histogram(values[values > 1e-300], np.exp(found.edges[1:]))[0]
+        counts = found.counts[:, 0, number].sum(axis=0)
+        assert counts.tolist() == [11 * T * (sign > 0), *expected]
+        assert expected.sum() == (values > 1e-300).sum()
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_distances_are_those_of_scipy(lc: dict, exact: pd.DataFrame, sign: int) -> None:
+    values = sign * lc["train", "b"]
+    rows = pick(exact, "b", sign)
+    for name, family in (("weibull", stats.weibull_min), ("lognormal", stats.lognorm)):
+        fitted = family(rows["shape"][name], scale=rows["scale"][name])
+        found = stats.kstest(values[values > 0], fitted.cdf)
+        assert rows["ks"][name] == pytest.approx(found.statistic, rel=1e-4)
 
 
 def test_windows_that_cut_base_windows_are_named_and_left_out(tmp_path: Path) -> None:

@@ -55,6 +55,20 @@ def test_splits_side_by_side(tmp_path: Path) -> None:
         assert (run["resolution"], interval["resolution"]) == ("run", "interval")
 
 
+@pytest.mark.parametrize("split", [0, 1])
+def test_intervals_that_one_split_lacks_have_no_part_in_the_other(
+    tmp_path: Path, split: int
+) -> None:
+    lc = planted(100)
+    lc[split, 50] = np.nan
+    frame = memorising(output(tmp_path / "out", lc)).to_pandas()
+    row = frame[(frame["layer"] == "a") & (frame["window"] == "run")].iloc[0]
+    val, train = np.delete(lc[:, :, 0], 50, axis=1).sum(axis=1)
+    assert row["n_intervals"] == T - 1 and "50:51" not in set(frame["window"])
+    assert (row["lc_other"], row["lc_train"]) == pytest.approx((val, train))
+    assert (row["cumulative_other"], row["cumulative_train"]) == pytest.approx((val, train))
+
+
 def test_the_planted_onset_is_found_and_no_other(tmp_path: Path) -> None:
     lc = planted(100)
     frame = overfitting(output(tmp_path / "out", lc)).to_pandas().set_index("layer")
