@@ -13,7 +13,7 @@ import output_factory as factory
 import pytest
 from click.testing import CliRunner
 from scipy.signal import lfilter
-from scipy.stats import kstest, spearmanr, t
+from scipy.stats import kstest, spearmanr, t, ttest_ind
 
 import lcray
 from lcray.analyses.comparison import one_condition, two_conditions
@@ -147,6 +147,16 @@ def test_pairs(outs: list[Path]) -> None:
     assert row["lc_se"] == pytest.approx(se, rel=1e-9)
     assert row["p_t"] == pytest.approx(2 * t.sf(abs(d.mean() / se), 5), rel=1e-6)
     assert row["p_permutation"] == pytest.approx(sign_flips(d))
+
+
+def test_intervals_of_a_difference_are_those_of_scipy() -> None:
+    """Conditions of unequal size and spread: the degrees of freedom are Welch's."""
+    random = np.random.default_rng(0)
+    x, y = random.normal(0, 1, 6), random.normal(0, 4, 9)
+    found = two_conditions(x, y, level=0.9)
+    expected = ttest_ind(x, y, equal_var=False)
+    assert found.p_t == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval(0.9)))
 
 
 def test_there_is_no_p_value_from_fewer_than_six(outs: list[Path]) -> None:
