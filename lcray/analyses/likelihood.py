@@ -119,7 +119,7 @@ def slopes(terms: Terms, theta: Floats) -> Floats:
     for i in range(theta.shape[1]):
         shift = np.zeros(theta.shape[1])
         shift[i] = _STEP
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             parts.append((terms(theta + shift) - terms(theta - shift)) / (2 * _STEP))
     found = np.stack(parts, axis=1)
     return np.where(np.isfinite(found), found, 0.0)
