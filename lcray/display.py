@@ -21,6 +21,7 @@ from lcray.planreport import PlanReport
 from lcray.results import Results
 from lcray.standing import Status
 
+_BRIEF = 24  # rows of a finding that its summary shows
 _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
 
 
@@ -266,7 +267,7 @@ def audit_table(audit: Audit) -> Group:
     """What an audit of a run saw."""
     dtypes = ", ".join(f"{count} {name}" for name, count in audit.dtypes.items())
     head = (
-        f"{audit.root}: {len(audit.steps)} checkpoints, steps {audit.steps[0]} to "
+        f"{audit.root}: {_count(len(audit.steps), 'checkpoint')}, steps {audit.steps[0]} to "
         f"{audit.steps[-1]}; {audit.n_tensors} tensors ({dtypes}), {audit.n_elements:,} float "
         f"elements, {size(audit.nbytes)}"
     )
@@ -338,7 +339,11 @@ def findings_summary(found: Findings) -> Group:
         frame = frame[[*finding.shown]] if finding.shown else frame
         if "layer" in frame:
             frame = frame.assign(layer=frame["layer"].astype(object).replace("", "all"))
-        parts += [frame_table(frame, title=finding.title, rows=24)]
+        title = f"{finding.title} ({finding.name})"
+        parts.append(frame_table(frame.head(_BRIEF), title=title))
+        if len(frame) > _BRIEF:
+            file = f"{found.path}/{finding.name}.parquet"
+            parts.append(Text(f"{_BRIEF} of {len(frame)} rows; all: {file}"))
         parts += [Text(note, "yellow") for note in notes_of(table)] + [""]
     for name, why in found.impossible.items():
         parts.append(Text(f"no {name}: {why}", "yellow"))
