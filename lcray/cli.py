@@ -186,7 +186,9 @@ def demo(directory: Path, workers: int | None) -> None:
     with _working() as report:
         results = digits.demo(directory, workers=workers, on_progress=report)
     console.print(display.layer_table(results), "", display.summary(results), "")
-    query = "SELECT layer, sum(lc) AS lc FROM layers WHERE split = 'train' GROUP BY layer"
+    query = (
+        "SELECT layer, sum(lc) AS lc FROM layers WHERE split = 'train' GROUP BY layer ORDER BY lc"
+    )
     console.print("LC < 0 helps: it lowered the loss. To go on:")
     console.print(f'  lcray query {results.path} "{query}"')
 
