@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 import pandas as pd
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -36,6 +36,24 @@ def frame_table(frame: pd.DataFrame, *, title: str | None = None, rows: int = 50
     if len(frame) > rows:
         table.caption = f"{rows} of {len(frame)} rows"
     return table
+
+
+def fitted(frame: pd.DataFrame, width: int, *, rows: int = 50) -> RenderableType:
+    """`frame_table`; where that is wider than `width`, a line for each value, row by row."""
+    table = frame_table(frame, rows=rows)
+    if Console(width=10_000).measure(table).maximum <= width:
+        return table
+    longest = max(len(str(name)) for name in frame.columns)
+    parts = [
+        "\n".join(
+            f"{name!s:{longest}}  {_cell(value)}"
+            for name, value in zip(frame.columns, row, strict=True)
+        )
+        for row in frame.head(rows).itertuples(index=False)
+    ]
+    if len(frame) > rows:
+        parts.append(f"{rows} of {len(frame)} rows")
+    return Text("\n\n".join(parts))
 
 
 def _cell(value: object) -> str:

@@ -220,3 +220,13 @@ def test_a_summary_of_findings_names_each_and_where_all_its_rows_are(tmp_path: P
     assert lines[0] == "When each layer starts to overfit (overfitting)"
     assert [line.split()[2] for line in lines[2:26]] == [f"l{i}" for i in range(24)]
     assert lines[26] == f"24 of 60 rows; all: {tmp_path}/overfitting.parquet"
+
+
+def test_a_frame_too_wide_is_shown_value_by_value() -> None:
+    frame = pd.DataFrame({"layer": ["a", "b", "c"], "lc": [-0.5, 0.123456789, 1.0]})
+    assert shown(display.fitted(frame, 15)) == shown(display.frame_table(frame))  # 5 + 2 + 8 wide
+    assert shown(display.fitted(frame, 14, rows=2)).split("\n\n") == [
+        "layer  a\nlc     -0.5",
+        "layer  b\nlc     0.123457",
+        "2 of 3 rows",
+    ]
