@@ -186,7 +186,9 @@ def demo(directory: Path, workers: int | None) -> None:
     with _working() as report:
         results = digits.demo(directory, workers=workers, on_progress=report)
     console.print(display.layer_table(results), "", display.summary(results), "")
-    query = "SELECT layer, sum(lc) AS lc FROM layers WHERE split = 'train' GROUP BY layer"
+    query = (
+        "SELECT layer, sum(lc) AS lc FROM layers WHERE split = 'train' GROUP BY layer ORDER BY lc"
+    )
     console.print("LC < 0 helps: it lowered the loss. To go on:")
     console.print(f'  lcray query {results.path} "{query}"')
 
@@ -331,7 +333,7 @@ def status(out: str, watch: bool, as_json: bool) -> None:
     type=click.Choice(["table", "csv", "json"]),
     default="table",
     show_default=True,
-    help="How to print the answer; tables round and stop at 50 rows.",
+    help="How to print the answer; tables round, stop at 50 rows, and stand on end where too wide.",
 )
 def query(out: str, sql: str, form: str) -> None:
     """Run one SELECT on the tables of OUT, read-only, in DuckDB."""
@@ -343,7 +345,8 @@ def query(out: str, sql: str, form: str) -> None:
     elif form == "json":
         click.echo(json.dumps(display.records(frame), default=str))
     else:
-        _console().print(display.frame_table(frame))
+        console = _console()
+        console.print(display.fitted(frame, console.width))
 
 
 def _show(data: dict[str, Any], render: Callable[[], Any], as_json: bool) -> None:

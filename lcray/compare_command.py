@@ -15,9 +15,24 @@ _TESTS = ("p_t", "p_t_adjusted", "p_permutation_adjusted")
 _SHOWN = ("split", "condition", "layer", "n", "lc", "lc_se", *_TESTS)
 
 
-@click.command()
+class _Conditions(click.Command):
+    """``--against B1 B2`` is ``--against B1 --against B2``: never would B2 join the first ones."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words: list[str] = []
+        against = False
+        for word in args:
+            if against and not word.startswith("-") and words[-1] != "--against":
+                words.append("--against")
+            if word.startswith("-"):
+                against = word.split("=")[0] == "--against"
+            words.append(word)
+        return super().parse_args(ctx, words)
+
+
+@click.command(cls=_Conditions)
 @click.argument("outs", nargs=-1, required=True, metavar="OUT...")
-@click.option("--against", multiple=True, help="An output of the other condition (repeatable).")
+@click.option("--against", multiple=True, help="Outputs of the other condition.", metavar="OUT...")
 @click.option("--paired", is_flag=True, help="Outputs of both, in their order, share a seed.")
 @click.option("--window", type=int, help="Also windows of this width in steps.")
 @click.option(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 import pandas as pd
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +21,7 @@ from lcray.planreport import PlanReport
 from lcray.results import Results
 from lcray.standing import Status
 
+_BRIEF = 24  # rows of a finding that its summary shows
 _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
 
 
@@ -35,6 +36,24 @@ def frame_table(frame: pd.DataFrame, *, title: str | None = None, rows: int = 50
     if len(frame) > rows:
         table.caption = f"{rows} of {len(frame)} rows"
     return table
+
+
+def fitted(frame: pd.DataFrame, width: int, *, rows: int = 50) -> RenderableType:
+    """`frame_table`; where that is wider than `width`, a line for each value, row by row."""
+    table = frame_table(frame, rows=rows)
+    if Console(width=10_000).measure(table).maximum <= width:
+        return table
+    longest = max(len(str(name)) for name in frame.columns)
+    parts = [
+        "\n".join(
+            f"{name!s:{longest}}  {_cell(value)}"
+            for name, value in zip(frame.columns, row, strict=True)
+        )
+        for row in frame.head(rows).itertuples(index=False)
+    ]
+    if len(frame) > rows:
+        parts.append(f"{rows} of {len(frame)} rows")
+    return Text("\n\n".join(parts))
 
 
 def _cell(value: object) -> str:
@@ -266,7 +285,7 @@ def audit_table(audit: Audit) -> Group:
     """What an audit of a run saw."""
     dtypes = ", ".join(f"{count} {name}" for name, count in audit.dtypes.items())
     head = (
-        f"{audit.root}: {len(audit.steps)} checkpoints, steps {audit.steps[0]} to "
+        f"{audit.root}: {_count(len(audit.steps), 'checkpoint')}, steps {audit.steps[0]} to "
         f"{audit.steps[-1]}; {audit.n_tensors} tensors ({dtypes}), {audit.n_elements:,} float "
         f"elements, {size(audit.nbytes)}"
     )
@@ -338,7 +357,11 @@ def findings_summary(found: Findings) -> Group:
         frame = frame[[*finding.shown]] if finding.shown else frame
         if "layer" in frame:
             frame = frame.assign(layer=frame["layer"].astype(object).replace("", "all"))
-        parts += [frame_table(frame, title=finding.title, rows=24)]
+        title = f"{finding.title} ({finding.name})"
+        parts.append(frame_table(frame.head(_BRIEF), title=title))
+        if len(frame) > _BRIEF:
+            file = f"{found.path}/{finding.name}.parquet"
+            parts.append(Text(f"{_BRIEF} of {len(frame)} rows; all: {file}"))
         parts += [Text(note, "yellow") for note in notes_of(table)] + [""]
     for name, why in found.impossible.items():
         parts.append(Text(f"no {name}: {why}", "yellow"))

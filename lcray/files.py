@@ -165,13 +165,20 @@ def _sealed(checksum: object, text: bytes) -> bool:
 _REPAIR = "restore it, or remove its folder and run the same command again"
 
 
+def _elsewhere(path: Place) -> str:
+    """What to do without `path`: an output just below its folder is what was meant."""
+    near = sorted(path.parent.glob(f"*/{path.name}")) if isinstance(path, Path) else []
+    below = f" {near[0].parent} is one" if near else ""
+    return f"is this the output of an analysis?{below}"
+
+
 def _read(path: Place, known: int | None = None) -> bytes:
     storage = storage_of(path)
     try:
         size = storage.size(path) if known is None else known
         text = b"" if size > _JSON_LIMIT else storage.read(path, 0, known)
     except FileNotFoundError as error:
-        raise OutputError(f"{path}: no such file; is this the output of an analysis?") from error
+        raise OutputError(f"{path}: no such file; {_elsewhere(path)}") from error
     except OSError as error:
         raise OutputError(f"{path}: cannot be read ({error.strerror}); check access") from error
     if size > _JSON_LIMIT:

@@ -445,6 +445,13 @@ class TestStatus:
         found = command("status", tmp_path)
         assert (found.code, "is this the output of an analysis?" in found.error) == (1, True)
 
+    def test_the_folder_above_an_output(self, command: Lcray, tmp_path: Path) -> None:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "analysis.json").write_text("{}")
+        found = command("status", tmp_path)
+        assert found.code == 1
+        assert f"is this the output of an analysis? {tmp_path}/mine is one" in found.error
+
 
 class TestQuery:
     SQL = "SELECT layer, count(*) AS n, sum(lc) AS lc FROM layers GROUP BY layer ORDER BY n, layer"
@@ -548,7 +555,9 @@ def test_the_demo(command: Lcray, tmp_path: Path) -> None:
         assert printed[split][4] == f"{part['first_order_lc'].sum():+.4f}"
         assert part["first_order_lc"].sum() < part["lc"].sum()  # it overestimates the decrease
     assert str(folder / "run") in found.out
-    query = "SELECT layer, sum(lc) AS lc FROM layers WHERE split = 'train' GROUP BY layer"
+    query = (
+        "SELECT layer, sum(lc) AS lc FROM layers WHERE split = 'train' GROUP BY layer ORDER BY lc"
+    )
     assert f'lcray query {folder}/out "{query}"' in found.out
     # What it says to try works, and trying the demo again trains and computes nothing.
     table = command("query", folder / "out", query).out.splitlines()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 import scenes
 from rich.console import Console, RenderableType
@@ -16,6 +17,7 @@ import lcray
 from lcray import display
 from lcray.analysis import PlanReport
 from lcray.checkpoints.audit import Audit
+from lcray.concluding import Findings
 from lcray.costs import Estimate
 from lcray.planning import Plan
 
@@ -205,3 +207,26 @@ def test_an_audit(plain_run: Path, tmp_path: Path) -> None:
     assert f"{plain_run}: 13 checkpoints, steps 0 to 12; 4 tensors" in text
     assert f"43 float elements, {display.size(audit.nbytes)}" in text
     assert text.splitlines()[-1] == "nothing stands out"
+
+
+def test_a_summary_of_findings_names_each_and_where_all_its_rows_are(tmp_path: Path) -> None:
+    rows = pa.table({"layer": [f"l{i}" for i in range(60)], "onset": [1] * 60})
+    names = ("train", "other", "lc_train_after", "lc_other_after")
+    for name in names:
+        rows = rows.append_column(name, pa.array([name] * 60))
+    rows = rows.replace_schema_metadata({"lcray.notes": "[]"})
+    found = Findings(tmp_path, {"overfitting": rows}, {}, {})
+    lines = shown(display.findings_summary(found)).splitlines()
+    assert lines[0] == "When each layer starts to overfit (overfitting)"
+    assert [line.split()[2] for line in lines[2:26]] == [f"l{i}" for i in range(24)]
+    assert lines[26] == f"24 of 60 rows; all: {tmp_path}/overfitting.parquet"
+
+
+def test_a_frame_too_wide_is_shown_value_by_value() -> None:
+    frame = pd.DataFrame({"layer": ["a", "b", "c"], "lc": [-0.5, 0.123456789, 1.0]})
+    assert shown(display.fitted(frame, 15)) == shown(display.frame_table(frame))  # 5 + 2 + 8 wide
+    assert shown(display.fitted(frame, 14, rows=2)).split("\n\n") == [
+        "layer  a\nlc     -0.5",
+        "layer  b\nlc     0.123457",
+        "2 of 3 rows",
+    ]

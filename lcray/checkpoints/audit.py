@@ -274,6 +274,8 @@ def _nonfinite(pass_: _Pass) -> Iterator[Finding]:
 
 def _gaps(series: CheckpointSeries) -> Iterator[Finding]:
     intervals = [(a, b, b - a) for a, b in pairwise(series.steps)]
+    if not intervals:
+        yield Finding("warning", "gap", None, None, "one checkpoint; an analysis takes at least 2")
     if len(intervals) < 2:
         return
     usual, _ = Counter(width for _, _, width in intervals).most_common(1)[0]

@@ -200,4 +200,6 @@ def _why_empty(folders: Folders) -> str:
             f"{root}: no file name holds a step; a run is a directory of checkpoints named "
             "like step-10.safetensors or checkpoint-10/model.safetensors"
         )
+    if runs := sorted({path.parent for path in nested if naming.is_weights(path.name)}):
+        return f"{root}: no checkpoints, but {runs[0]} has some; give the directory of one run"
     return f"{root}: no checkpoints; record some with lcray.Recorder(model, directory)"

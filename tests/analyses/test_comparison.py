@@ -221,6 +221,14 @@ def test_the_command(outs: list[Path]) -> None:
     assert done.exit_code == 0, done.output
     table = lcray.compare(*outs[:6], against=outs[6:])
     assert json.loads(done.output) == table.to_pylist()
+    listed = CliRunner().invoke(app, ["compare", *names[:6], "--against", *names[6:], "--json"])
+    assert listed.output == done.output
+    listed = CliRunner().invoke(
+        app, ["compare", "--json", *names[:6], f"--against={names[6]}", *names[7:]]
+    )
+    assert listed.output == done.output
+    first = CliRunner().invoke(app, ["compare", "--json", "--against", *names[6:]])
+    assert (first.exit_code, "Missing argument 'OUT...'" in first.output) == (2, True)
     shown = CliRunner().invoke(app, ["compare", *names[:6]]).output
     assert "hurts" in shown and "p_permutation_adjusted" in shown
 

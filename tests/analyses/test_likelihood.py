@@ -178,3 +178,8 @@ def test_p_values_are_small_where_it_is_not() -> None:
     rng = np.random.default_rng(7)
     assert p_value(LOGNORMAL, rng.weibull(0.5, 3000), rng) == 0.01
     assert p_value(WEIBULL, rng.lognormal(0, 2, 3000), rng) == 0.01
+
+
+def test_slopes_that_overflow_are_none_and_warn_of_nothing() -> None:
+    found = slopes(lambda theta: np.where(theta > 0, -1e306, 1e306), np.zeros((1, 1)))
+    assert found.tolist() == [[[0.0]]]

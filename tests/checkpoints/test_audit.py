@@ -67,6 +67,13 @@ def test_a_clean_run(tmp_path):
     assert report.nbytes == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
+def test_one_checkpoint_is_too_few(tmp_path):
+    clean(tmp_path, steps=[7])
+    (found,) = (f for f in inspect(tmp_path).findings if f.kind == "gap")
+    assert found.severity == "warning"
+    assert found.message == "one checkpoint; an analysis takes at least 2"
+
+
 def test_one_gap_and_many(tmp_path):
     clean(tmp_path / "one", [0, 1, 2, 3, 4, 5, 8, 9, 10])
     assert ("gap", 5, None) in kinds(inspect(tmp_path / "one"), severity="warning")

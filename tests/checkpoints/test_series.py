@@ -137,6 +137,10 @@ def test_missing_empty_single_and_file(tmp_path):
         open_series(tmp_path / "none")
     with pytest.raises(CheckpointError, match="no checkpoints; record some"):
         open_series(tmp_path)
+    below = put(tmp_path / "mine" / "step-3.safetensors")
+    with pytest.raises(CheckpointError, match=f"no checkpoints, but {below.parent} has some"):
+        open_series(tmp_path)
+    below.unlink()
     path = put(tmp_path / "step-3.safetensors")
     with pytest.raises(CheckpointError, match=r"1 checkpoint\(s\) of 1 .* at least 2"):
         open_series(tmp_path)
