@@ -176,6 +176,17 @@ class Branching(Odd):
         return super().forward(x if float(x.detach().sum()) < 1e9 else -x)
 
 
+class Twice(nn.Module):
+    """Uses a weight twice, once by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) + x.square() @ self.head.weight.T  # type: ignore[no-any-return]
+
+
 class Scans(nn.Module):
     """Positions come first, and there are as many as samples in a batch."""
 
@@ -228,6 +239,17 @@ class TestOtherWays:
         assert found.in_closed_form == frozenset()
         rows, traces = measured(task, fisher_kind="empirical")
         for name, expected in by_single_samples(task).items():
+            assert traces.empirical[0][rows[name]] == pytest.approx(expected, rel=1e-10)
+
+
+    def test_samples_without_weight_tell_nothing(self) -> None:
+        """A product that is not seen, and batches that cannot show it, as they count nothing."""
+        x, y = data(160)
+        weights = (torch.arange(160) >= 80).double()
+        task = Task(Twice, {"train": (x, y, weights)}, weighted)
+        rows, traces = measured(task, fisher_kind="empirical")
+        counted = Task(Twice, {"train": (x[80:], y[80:])}, cross_entropy)
+        for name, expected in by_single_samples(counted).items():
             assert traces.empirical[0][rows[name]] == pytest.approx(expected, rel=1e-10)
 
 
