@@ -122,7 +122,7 @@ class Workspace:
     def probe(self) -> Probe:
         """Choose what the settings leave open; evaluate every split twice at the first checkpoint.
 
-        Once without a gradient; that is taken twice of the first batch only.
+        Once without a gradient; that is taken twice of the first batch that has weight only.
 
         Raises:
             TaskError: if the loss is not a function of the weights, or breaks the contract.
@@ -139,7 +139,7 @@ class Workspace:
             start = time.perf_counter()
             second = self.bench.engine.evaluate(split, out)
             seconds[split.name] = time.perf_counter() - start
-            same = self._gradient_repeats(split, out)
+            same = self._gradient_repeats(split.single(first.first_weighted), out)
             _check_repeatable(split, first, second, same, exact=self.settings.deterministic)
             plans.append(_split_plan(split, first))
         return Probe(
@@ -153,9 +153,9 @@ class Workspace:
             fisher_seconds=self._fisher_seconds(),
         )
 
-    def _gradient_repeats(self, split: SplitData, out: Tensor) -> bool:
-        """Whether the first batch has the same gradient twice, or none that is finite."""
-        batch, engine = split.first_batch(), self.bench.engine
+    def _gradient_repeats(self, batch: SplitData, out: Tensor) -> bool:
+        """Whether a batch has the same gradient twice, or none that is finite."""
+        engine = self.bench.engine
         engine.evaluate(batch, out)
         before = out.clone()
         engine.evaluate(batch, out)
