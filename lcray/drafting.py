@@ -27,6 +27,7 @@ from lcray.planning import (
     memory_format_of,
 )
 from lcray.quadrature import get_rule
+from lcray.strict import LIMIT
 
 _MAX_TRACE_ROWS = 10_000_000
 _MAX_UNITS = 10_000
@@ -64,6 +65,8 @@ def check_settings(settings: Settings) -> None:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             types = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
             raise UsageError(f"{name.replace('_', '-')} {value!r}: must be of type {types}")
+        if isinstance(value, int) and abs(value) >= LIMIT:  # nobody could read the plan
+            raise UsageError(f"{name.replace('_', '-')}: must be below {LIMIT:g}")
     rule = get_rule(settings.rule)
     if settings.refine and not (rule.refinable and rule.panels == 1):
         raise UsageError(f"rule {settings.rule!r}: cannot be refined; use simpson, or no --refine")
