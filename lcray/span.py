@@ -166,12 +166,18 @@ class Workspace:
         if self.settings.fisher is None:
             return 0.0
         point, meter = self._read_first(), self._fisher_meter()
-        for split in self.bench.fisher_splits:  # once unmeasured, as anything is slow at first
-            meter.measure(split, point)
+        splits = self.bench.fisher_splits
+        first = [meter.measure(split, point) for split in splits]  # anything is slow at first
         start = time.perf_counter()
-        for split in self.bench.fisher_splits:
-            meter.measure(split, point)
-        return time.perf_counter() - start + self._read_seconds
+        again = [meter.measure(split, point) for split in splits]
+        seconds = time.perf_counter() - start
+        for split, one, other in zip(splits, first, again, strict=True):
+            if self.settings.deterministic and not one.same_as(other):
+                raise TaskError(
+                    f"task sample_targets on split {split.name!r}: other targets the second time; "
+                    "draw them with the generator that it is given, and nothing else"
+                )
+        return seconds + self._read_seconds
 
     def _fisher_meter(self) -> FisherMeter:
         """One for each memory format: what it decides may depend on that, and on nothing else."""

@@ -341,6 +341,15 @@ class TestRefusals:
         with pytest.raises(TaskError, match=r"sample_targets.*--fisher-kind empirical"):
             Workspace(scenes.plain, str(tiny_run), make_settings({"fisher": 1}))
 
+    def test_targets_that_the_generator_does_not_decide(self, tiny_run: Path) -> None:
+        def guess(output: Tensor, batch: Any, generator: torch.Generator) -> Any:
+            return batch[0], torch.randint(3, (len(batch[1]),))
+
+        task = Task(scenes.build_plain, scenes.points, cross_entropy, sample_targets=guess)
+        work = Workspace(task, str(tiny_run), make_settings({"fisher": 1}))
+        with pytest.raises(TaskError, match="'train': other targets the second time; draw them"):
+            work.probe()
+
     def test_batch_statistics(self) -> None:
         with pytest.raises(UsageError, match=r"single samples.*--batch-norm running"):
             make_settings({"fisher": 1, "batch_norm": "batch"})
