@@ -444,6 +444,7 @@ class TestRefusals:
             {"replicate_weights": (1.0,) * 11},
             {"replicate_weights": (-1.0, 2.0)},
             {"replicate_weights": (0.0, 0.0)},
+            {"total_weight": 11.0},
             {"replicate_weights": (math.nan, 1.0)},
             {"replicate_weights": (1.0, math.inf)},
         ],

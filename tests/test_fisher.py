@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lcray.fisher import FisherMeter, Traces, ratio_of_means
 from lcray.path import Point
 from lcray.reduction import reduce
 from lcray.results import Results, open_output
+from lcray.shards import read_commit
 from lcray.span import Workspace
 from lcray.task import Task
 from lcray.workbench import Workbench
@@ -441,6 +443,21 @@ class TestTables:
             "val": [6],
         }
         assert lcray.verify(tmp_path / "two").ok
+
+    def test_a_plan_without_the_tables_takes_no_time_for_them(
+        self, tiny_run: Path, tmp_path: Path
+    ) -> None:
+        """So is that of a second pass, for traces."""
+        options = {"fisher": 1, "samples": 5, "batch_size": 8}
+        work = Workspace(TASK, str(tiny_run), make_settings(options))
+        splits = work.probe().splits
+        plan = make_plan(work.series.steps, work.settings, work.flat.layers, splits)
+        assert {"fisher", "replicates", "replicate_layers"} < set(plan.tables)
+        assert work.run(
+            replace(plan, tables=("intervals", "layers")), plan.spans[0], tmp_path, "a"
+        ).committed
+        commit = read_commit(tmp_path, plan.spans[0])
+        assert commit is not None and commit.tables == {"intervals", "layers", "borders"}
 
     @pytest.mark.slow
     def test_the_rest_is_as_without(self, tiny_run: Path, tmp_path: Path) -> None:
