@@ -26,6 +26,7 @@ from lcray.record import (
     Record,
     carrier_versions,
     check_plan_fits,
+    check_plan_losses,
     check_same_losses,
     check_same_numbers,
     check_same_settings,
@@ -311,6 +312,7 @@ class _Job:
             return self._continued(out, record, given)
         if given is not None:
             check_plan_fits(given, description)
+            check_plan_losses(given, pool.losses(given))
             self._check_steps(given)
             chosen = given
         else:

@@ -189,9 +189,9 @@ class SampleScores:
                 self.vectorised = False
 
     def _with_weight(self, split: SplitData) -> tuple[int, list[int]]:
-        """A batch, and three samples of it, if possible such that count: others agree with all."""
+        """The first batch with weight, and three of its samples that have some."""
         for index, size in enumerate(split.batch_sizes):
-            losses, weights = self._engine.item_losses(split, index, split.batches[index])
+            _, weights = self._engine.item_losses(split, index, split.batches[index])
             mass = torch.ones(size)
             if weights is not None and len(weights) and not len(weights) % size:
                 mass = weights.reshape(size, -1).sum(1)

@@ -243,7 +243,6 @@ class TestOtherWays:
         for name, expected in by_single_samples(task).items():
             assert traces.empirical[0][rows[name]] == pytest.approx(expected, rel=1e-10)
 
-
     def test_samples_without_weight_tell_nothing(self) -> None:
         """A product that is not seen, and batches that cannot show it, as they count nothing."""
         x, y = data(160)
