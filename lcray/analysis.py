@@ -276,6 +276,7 @@ class _Job:
             seconds=probe.seconds,
             read_seconds=probe.read_seconds,
             fisher_seconds=probe.fisher_seconds,
+            grows=self.growth is not None,
         )
         team, seconds = self.resources.data_parallel, probe.seconds
         cost = estimate(

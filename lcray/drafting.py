@@ -129,6 +129,7 @@ def make_plan(
     seconds: Mapping[str, float] | None = None,
     read_seconds: float = 0.0,
     fisher_seconds: float = 0.0,
+    grows: bool = False,
 ) -> Plan:
     """Plan an analysis.
 
@@ -148,6 +149,7 @@ def make_plan(
         seconds: of one gradient, by split, as a probe measured them.
         read_seconds: of reading a checkpoint.
         fisher_seconds: of the Fisher information of all splits at a step.
+        grows: whether the run is followed, so that later steps may be multiples.
 
     Raises:
         UsageError: for settings that cannot be used, or name layers that do not exist.
@@ -166,7 +168,8 @@ def make_plan(
         pace = None if expected is None else expected * largest_share(sums, team)
         spans = _spans(steps, workers, get_rule(settings.rule).probe_every, pace, size)
     if settings.fisher is not None:
-        _check_fisher(settings.fisher, steps)
+        if not grows:
+            _check_fisher(settings.fisher, steps)
         if expected is not None:
             expected += fisher_seconds * sum(s % settings.fisher == 0 for s in steps) / n_intervals
     chosen = _tables(settings, layers, splits, len(spans))

@@ -384,6 +384,15 @@ class TestRefusals:
         with pytest.raises(UsageError, match="none of the steps 1 to 6 is a multiple"):
             make_plan(range(1, 7), make_settings({"fisher": 7}), (), ())
 
+    @pytest.mark.usefixtures("inline")
+    def test_a_run_that_grows_may_reach_one_later(self, tiny_run: Path, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="none of the steps 1 to 12 is a multiple"):
+            lcray.analyze(tiny_run, TASK, tmp_path / "out", steps="1:", fisher=20)
+        found = lcray.analyze(
+            tiny_run, TASK, tmp_path / "out", steps="1:", fisher=20, follow=True, idle=0.1
+        )
+        assert found.fisher().empty and lcray.verify(tmp_path / "out").ok
+
     @pytest.mark.parametrize("options", [{"fisher": 0}, {"fisher_samples": 0}, {"fisher_seed": -1}])
     def test_numbers_out_of_range(self, options: dict[str, Any]) -> None:
         with pytest.raises(UsageError):
