@@ -26,6 +26,7 @@ from lcray.record import (
     Record,
     carrier_versions,
     check_plan_fits,
+    check_plan_losses,
     check_same_losses,
     check_same_numbers,
     check_same_settings,
@@ -275,6 +276,7 @@ class _Job:
             seconds=probe.seconds,
             read_seconds=probe.read_seconds,
             fisher_seconds=probe.fisher_seconds,
+            grows=self.growth is not None,
         )
         team, seconds = self.resources.data_parallel, probe.seconds
         cost = estimate(
@@ -311,6 +313,7 @@ class _Job:
             return self._continued(out, record, given)
         if given is not None:
             check_plan_fits(given, description)
+            check_plan_losses(given, pool.losses(given))
             self._check_steps(given)
             chosen = given
         else:

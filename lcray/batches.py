@@ -79,13 +79,13 @@ class Batches:
         """
         return self.only(range(self._n))
 
-    def first(self) -> Batches:
-        """The first of them alone, resident.
+    def single(self, number: int) -> Batches:
+        """One of them alone, resident.
 
         Raises:
             TaskError: if it cannot be read.
         """
-        batch = self[0]
+        batch = self[number]
         size = count_bytes([batch])
         return Batches(1, self._fetch, self._place, self._device, placed=[batch], nbytes=size)
 

@@ -21,6 +21,7 @@ Source: Wolter, *Introduction to Variance Estimation* (2007), chapter 2 (random 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ class Replication:
         return np.asarray(weights / weights.sum(), np.float64)
 
     def estimates(self, values: ArrayLike) -> tuple[Floats, Floats]:
-        """Estimates and their standard errors, [Q] each.
+        """Estimates and their standard errors, [Q] each; NaN where one replicate has all weight.
 
         Args:
             values: of each quantity on each replicate, [Q, R].
@@ -79,7 +80,8 @@ class Replication:
         estimate = found @ shares
         spread = ((shares * (found - estimate[:, None])) ** 2).sum(axis=1)
         variance = (1 - self.n_samples / self.drawn_from) * spread / (1 - self._same_pairs)
-        return estimate, np.sqrt(variance)
+        known = np.count_nonzero(shares) > 1
+        return estimate, np.sqrt(variance) if known else np.full_like(estimate, math.nan)
 
     @property
     def _same_pairs(self) -> float:

@@ -74,13 +74,13 @@ class SplitData:
     replicates: tuple[int, ...] = ()
     n_replicates: int = 0
 
-    def first_batch(self) -> SplitData:
-        """The first batch alone, resident, without groups and replicates."""
+    def single(self, number: int) -> SplitData:
+        """One batch alone, resident, without groups and replicates."""
         return replace(
             self,
-            n_samples=self.batch_sizes[0],
-            batches=self.batches.first(),
-            batch_sizes=self.batch_sizes[:1],
+            n_samples=self.batch_sizes[number],
+            batches=self.batches.single(number),
+            batch_sizes=(self.batch_sizes[number],),
             replicates=(),
             n_replicates=0,
             **_UNDIVIDED,

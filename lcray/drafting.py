@@ -27,6 +27,7 @@ from lcray.planning import (
     memory_format_of,
 )
 from lcray.quadrature import get_rule
+from lcray.strict import LIMIT
 
 _MAX_TRACE_ROWS = 10_000_000
 _MAX_UNITS = 10_000
@@ -64,6 +65,8 @@ def check_settings(settings: Settings) -> None:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             types = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
             raise UsageError(f"{name.replace('_', '-')} {value!r}: must be of type {types}")
+        if isinstance(value, int) and abs(value) >= LIMIT:  # nobody could read the plan
+            raise UsageError(f"{name.replace('_', '-')}: must be below {LIMIT:g}")
     rule = get_rule(settings.rule)
     if settings.refine and not (rule.refinable and rule.panels == 1):
         raise UsageError(f"rule {settings.rule!r}: cannot be refined; use simpson, or no --refine")
@@ -126,6 +129,7 @@ def make_plan(
     seconds: Mapping[str, float] | None = None,
     read_seconds: float = 0.0,
     fisher_seconds: float = 0.0,
+    grows: bool = False,
 ) -> Plan:
     """Plan an analysis.
 
@@ -145,6 +149,7 @@ def make_plan(
         seconds: of one gradient, by split, as a probe measured them.
         read_seconds: of reading a checkpoint.
         fisher_seconds: of the Fisher information of all splits at a step.
+        grows: whether the run is followed, so that later steps may be multiples.
 
     Raises:
         UsageError: for settings that cannot be used, or name layers that do not exist.
@@ -163,7 +168,8 @@ def make_plan(
         pace = None if expected is None else expected * largest_share(sums, team)
         spans = _spans(steps, workers, get_rule(settings.rule).probe_every, pace, size)
     if settings.fisher is not None:
-        _check_fisher(settings.fisher, steps)
+        if not grows:
+            _check_fisher(settings.fisher, steps)
         if expected is not None:
             expected += fisher_seconds * sum(s % settings.fisher == 0 for s in steps) / n_intervals
     chosen = _tables(settings, layers, splits, len(spans))

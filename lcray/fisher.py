@@ -97,6 +97,11 @@ class Traces:
     empirical: tuple[Floats, Floats]
     true: tuple[Floats, Floats] | None
 
+    def same_as(self, other: Traces) -> bool:
+        """Whether all numbers are the same; NaN is NaN."""
+        mine, others = (np.stack([*t.empirical, *(t.true or ())]) for t in (self, other))
+        return np.array_equal(mine, others, equal_nan=True)
+
 
 class FisherMeter:
     """Measures Fisher information at checkpoints.

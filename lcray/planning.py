@@ -216,7 +216,7 @@ class Plan:
         The first of all is the first span's. So it is for ever, however far a run grows.
         """
         every = self.settings.fisher
-        if every is None:
+        if every is None or "fisher" not in self.tables:
             return []
         steps = span.steps if span.first == self.spans[0].first else span.steps[1:]
         return [step for step in steps if step % every == 0]
@@ -303,6 +303,7 @@ def _check_sample(split: SplitPlan) -> None:
         sound = count == 0
     else:
         sound = 2 <= count <= split.n_samples < split.drawn_from
+        sound = sound and math.isclose(sum(weights), split.total_weight, rel_tol=1e-9)
     if not sound or (weights and not (min(weights) >= 0 and 0 < sum(weights) < math.inf)):
         raise ValueError(f"split {split.name!r} with an impossible sample")
 

@@ -214,6 +214,22 @@ def check_plan_fits(plan: Plan, description: Description) -> None:
             raise UsageError(f"plan: made for other {name}; make a new plan for this task")
 
 
+def check_plan_losses(plan: Plan, losses: Mapping[str, float]) -> None:
+    """Refuse a plan that was made for another run or loss, or for other data of the same size.
+
+    Raises:
+        UsageError: naming the split.
+    """
+    for split in plan.splits:
+        there, here = split.first_loss, losses[split.name]
+        same = there is not None and math.isclose(there, here, rel_tol=1e-5)
+        if not same and (there is not None or math.isfinite(here)):
+            raise UsageError(
+                f"plan: made for another run, loss or data: split {split.name!r} had a loss of "
+                f"{there} at the first step, now {here}; make a new plan"
+            )
+
+
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} now"

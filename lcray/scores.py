@@ -171,14 +171,14 @@ class SampleScores:
 
     def _decide(self, split: SplitData) -> None:
         """Find what agrees with plain gradients of single samples, at a point of its own."""
-        batch, size = split.batches[0], split.batch_sizes[0]
         self._perturb()
         with self._normalized(), torch.enable_grad():
-            tried = sorted({0, size // 2, size - 1})
+            index, tried = self._with_weight(split)
+            batch, size = split.batches[index], split.batch_sizes[index]
             _check_samples(self._flat.model, self._loss, batch, size, tried, split.name)
             rows = [self._one_by_one(_sample(batch, size, i), 1, [*self.numbers]) for i in tried]
             expected = {n: torch.cat([row[n] for row in rows]) for n in self.numbers}
-            squares, *_ = self._in_closed_form(split, 0, batch)
+            squares, *_ = self._in_closed_form(split, index, batch)
             good = [n for n, s in squares.items() if self._agree(s[tried], expected[n])]
             self.closed = frozenset(good)
             others = [n for n in self.numbers if n not in self.closed]
@@ -187,6 +187,18 @@ class SampleScores:
                 self.vectorised = all(self._agree(s[tried], expected[n]) for n, s in found.items())
             except Exception:  # whatever a model may do that cannot be vectorised
                 self.vectorised = False
+
+    def _with_weight(self, split: SplitData) -> tuple[int, list[int]]:
+        """The first batch with weight, and three of its samples that have some."""
+        for index, size in enumerate(split.batch_sizes):
+            _, weights = self._engine.item_losses(split, index, split.batches[index])
+            mass = torch.ones(size)
+            if weights is not None and len(weights) and not len(weights) % size:
+                mass = weights.reshape(size, -1).sum(1)
+            found = mass.nonzero()[:, 0].tolist()
+            if found:
+                return index, sorted({found[0], found[len(found) // 2], found[-1]})
+        return 0, [0]
 
     def _agree(self, found: Tensor, expected: Tensor) -> bool:
         tolerance = _TOLERANCE[self._flat.theta.dtype]

@@ -122,7 +122,7 @@ class Workspace:
     def probe(self) -> Probe:
         """Choose what the settings leave open; evaluate every split twice at the first checkpoint.
 
-        Once without a gradient; that is taken twice of the first batch only.
+        Once without a gradient; that is taken twice of the first batch that has weight only.
 
         Raises:
             TaskError: if the loss is not a function of the weights, or breaks the contract.
@@ -139,7 +139,7 @@ class Workspace:
             start = time.perf_counter()
             second = self.bench.engine.evaluate(split, out)
             seconds[split.name] = time.perf_counter() - start
-            same = self._gradient_repeats(split, out)
+            same = self._gradient_repeats(split.single(first.first_weighted), out)
             _check_repeatable(split, first, second, same, exact=self.settings.deterministic)
             plans.append(_split_plan(split, first))
         return Probe(
@@ -153,9 +153,9 @@ class Workspace:
             fisher_seconds=self._fisher_seconds(),
         )
 
-    def _gradient_repeats(self, split: SplitData, out: Tensor) -> bool:
-        """Whether the first batch has the same gradient twice, or none that is finite."""
-        batch, engine = split.first_batch(), self.bench.engine
+    def _gradient_repeats(self, batch: SplitData, out: Tensor) -> bool:
+        """Whether a batch has the same gradient twice, or none that is finite."""
+        engine = self.bench.engine
         engine.evaluate(batch, out)
         before = out.clone()
         engine.evaluate(batch, out)
@@ -166,12 +166,18 @@ class Workspace:
         if self.settings.fisher is None:
             return 0.0
         point, meter = self._read_first(), self._fisher_meter()
-        for split in self.bench.fisher_splits:  # once unmeasured, as anything is slow at first
-            meter.measure(split, point)
+        splits = self.bench.fisher_splits
+        first = [meter.measure(split, point) for split in splits]  # anything is slow at first
         start = time.perf_counter()
-        for split in self.bench.fisher_splits:
-            meter.measure(split, point)
-        return time.perf_counter() - start + self._read_seconds
+        again = [meter.measure(split, point) for split in splits]
+        seconds = time.perf_counter() - start
+        for split, one, other in zip(splits, first, again, strict=True):
+            if self.settings.deterministic and not one.same_as(other):
+                raise TaskError(
+                    f"task sample_targets on split {split.name!r}: other targets the second time; "
+                    "draw them with the generator that it is given, and nothing else"
+                )
+        return seconds + self._read_seconds
 
     def _fisher_meter(self) -> FisherMeter:
         """One for each memory format: what it decides may depend on that, and on nothing else."""

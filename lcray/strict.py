@@ -10,7 +10,8 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 _T = TypeVar("_T")
-_LIMIT = 2**63  # whole numbers end where those of Arrow and torch do
+#: Whole numbers end where those of Arrow and torch do.
+LIMIT = 2**63
 
 
 def build(kind: type[_T], data: object) -> _T:
@@ -66,7 +67,7 @@ def value_of(hint: Any, value: object, where: str) -> Any:
 def _check_range(value: object, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is not finite")
-    if isinstance(value, int) and not -_LIMIT <= value < _LIMIT:
+    if isinstance(value, int) and not -LIMIT <= value < LIMIT:
         raise ValueError(f"{where} does not fit into 64 bits")
     if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
         raise ValueError(f"{where} is not Unicode")

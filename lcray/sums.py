@@ -33,6 +33,7 @@ class Evaluation:
             replicates, or without directions.
         replicate_weights: Σ w of each replicate, [R]; empty unless samples were drawn.
         replicate_losses: the mean loss of each, [R]; 0 where it has no weight.
+        first_weighted: number of the first batch that has weight.
     """
 
     loss: float
@@ -42,6 +43,7 @@ class Evaluation:
     group_dots: Tensor | None
     replicate_weights: tuple[float, ...] = ()
     replicate_losses: tuple[float, ...] = ()
+    first_weighted: int = 0
 
 
 class Sums:
@@ -177,6 +179,7 @@ def evaluation_of(split: SplitData, parts: Sequence[PartSums], n_directions: int
             part / (mass or 1.0)
             for part, mass in zip(_by_replicate(split, losses), of_replicates, strict=True)
         ),
+        first_weighted=next(number for number, mass in enumerate(weights) if mass > 0),
     )
 
 

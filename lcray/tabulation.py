@@ -75,7 +75,8 @@ class SplitTables:
             "groups", self._fixed_parts("group", split.groups, shares), self._write
         )
         shares = np.asarray(split.replicate_weights) / split.total_weight
-        own = {"replicate": np.arange(len(shares)), "weight": shares}
+        of_run = shares if "replicates" in plan.tables else shares[:0]
+        own = {"replicate": np.arange(len(of_run)), "weight": of_run}
         self._replicates = IntervalRows("replicates", own, self._write)
         own = self._fixed_parts("replicate", range(len(shares)), shares)
         self._replicate_layers = IntervalRows("replicate_layers", own, self._write)
@@ -152,7 +153,7 @@ class SplitTables:
     ) -> dict[str, Any]:
         """Of the table ``<part>s`` by layer: every group or replicate of the first, and so on."""
         layers = np.arange(len(self._plan.layers), dtype=np.int32)
-        if part == "group" and "groups" not in self._plan.tables:
+        if {"group": "groups", "replicate": "replicate_layers"}[part] not in self._plan.tables:
             layers = layers[:0]
         return {
             "layer": self._named(np.repeat(layers, len(numbers))),

@@ -530,6 +530,9 @@ class TestPlans:
         with pytest.raises(UsageError, match="plan: made for other device"):
             cuda = replace(made, device_kind="cuda")
             lcray.analyze(run, "scenes:plain", tmp_path / "new", plan=cuda)
+        with pytest.raises(UsageError, match="plan: made for another run"):
+            other = replace(made, splits=(replace(made.splits[0], first_loss=9.0),))
+            lcray.analyze(run, "scenes:plain", tmp_path / "new", plan=other)
 
     def test_a_plan_for_a_longer_run(self, saved: Path, run: Path, tmp_path: Path) -> None:
         scenes.checkpoint(run, 12).unlink()

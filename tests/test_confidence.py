@@ -68,6 +68,12 @@ class TestEstimates:
         # Distances −1, 1, 0 with shares: 0.5·8·… = (1 − ½)(1² + 1²)/(1 − 3/9)
         assert estimate.tolist() == [4.0] and error == pytest.approx([math.sqrt(1.5)])
 
+    def test_one_replicate_with_all_weight_does_not_make_certain(self) -> None:
+        """There is nothing to tell from how far it may be off."""
+        found = columns(Replication(3, 6, (0.0, 2.0, 0.0)), [6.0], [[0.0, 6.0, 0.0]], 0.95)
+        assert found["estimate"].tolist() == [6.0]
+        assert np.isnan([found["se"], found["low"], found["high"]]).all()
+
     @pytest.mark.parametrize(
         ("level", "degrees", "t"),
         # Of one degree t = tan(π·level/2), of two level·√(2/(1 − level²)); the rest from tables.
@@ -438,6 +444,7 @@ class TestRefusals:
             {"replicate_weights": (1.0,) * 11},
             {"replicate_weights": (-1.0, 2.0)},
             {"replicate_weights": (0.0, 0.0)},
+            {"total_weight": 11.0},
             {"replicate_weights": (math.nan, 1.0)},
             {"replicate_weights": (1.0, math.inf)},
         ],

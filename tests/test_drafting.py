@@ -59,6 +59,10 @@ class TestSettings:
         got = make_settings({"splits": "train", "trace": "fc.weight:3"})
         assert (got.splits, got.trace) == (("train",), ("fc.weight:3",))
 
+    @pytest.mark.parametrize("name", ["samples", "sample_seed", "fisher", "window", "rtol"])
+    def test_numbers_that_no_file_may_hold(self, name: str) -> None:
+        assert refusal(**{name: 10**400}) == f"{name.replace('_', '-')}: must be below 9.22337e+18"
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lcray.fisher import FisherMeter, Traces, ratio_of_means
 from lcray.path import Point
 from lcray.reduction import reduce
 from lcray.results import Results, open_output
+from lcray.shards import read_commit
 from lcray.span import Workspace
 from lcray.task import Task
 from lcray.workbench import Workbench
@@ -176,6 +178,17 @@ class Branching(Odd):
         return super().forward(x if float(x.detach().sum()) < 1e9 else -x)
 
 
+class Twice(nn.Module):
+    """Uses a weight twice, once by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) + x.square() @ self.head.weight.T  # type: ignore[no-any-return]
+
+
 class Scans(nn.Module):
     """Positions come first, and there are as many as samples in a batch."""
 
@@ -228,6 +241,16 @@ class TestOtherWays:
         assert found.in_closed_form == frozenset()
         rows, traces = measured(task, fisher_kind="empirical")
         for name, expected in by_single_samples(task).items():
+            assert traces.empirical[0][rows[name]] == pytest.approx(expected, rel=1e-10)
+
+    def test_samples_without_weight_tell_nothing(self) -> None:
+        """A product that is not seen, and batches that cannot show it, as they count nothing."""
+        x, y = data(160)
+        weights = (torch.arange(160) >= 80).double()
+        task = Task(Twice, {"train": (x, y, weights)}, weighted)
+        rows, traces = measured(task, fisher_kind="empirical")
+        counted = Task(Twice, {"train": (x[80:], y[80:])}, cross_entropy)
+        for name, expected in by_single_samples(counted).items():
             assert traces.empirical[0][rows[name]] == pytest.approx(expected, rel=1e-10)
 
 
@@ -319,6 +342,15 @@ class TestRefusals:
         with pytest.raises(TaskError, match=r"sample_targets.*--fisher-kind empirical"):
             Workspace(scenes.plain, str(tiny_run), make_settings({"fisher": 1}))
 
+    def test_targets_that_the_generator_does_not_decide(self, tiny_run: Path) -> None:
+        def guess(output: Tensor, batch: Any, generator: torch.Generator) -> Any:
+            return batch[0], torch.randint(3, (len(batch[1]),))
+
+        task = Task(scenes.build_plain, scenes.points, cross_entropy, sample_targets=guess)
+        work = Workspace(task, str(tiny_run), make_settings({"fisher": 1}))
+        with pytest.raises(TaskError, match="'train': other targets the second time; draw them"):
+            work.probe()
+
     def test_batch_statistics(self) -> None:
         with pytest.raises(UsageError, match=r"single samples.*--batch-norm running"):
             make_settings({"fisher": 1, "batch_norm": "batch"})
@@ -351,6 +383,15 @@ class TestRefusals:
     def test_no_step_is_a_multiple(self) -> None:
         with pytest.raises(UsageError, match="none of the steps 1 to 6 is a multiple"):
             make_plan(range(1, 7), make_settings({"fisher": 7}), (), ())
+
+    @pytest.mark.usefixtures("inline")
+    def test_a_run_that_grows_may_reach_one_later(self, tiny_run: Path, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="none of the steps 1 to 12 is a multiple"):
+            lcray.analyze(tiny_run, TASK, tmp_path / "out", steps="1:", fisher=20)
+        found = lcray.analyze(
+            tiny_run, TASK, tmp_path / "out", steps="1:", fisher=20, follow=True, idle=0.1
+        )
+        assert found.fisher().empty and lcray.verify(tmp_path / "out").ok
 
     @pytest.mark.parametrize("options", [{"fisher": 0}, {"fisher_samples": 0}, {"fisher_seed": -1}])
     def test_numbers_out_of_range(self, options: dict[str, Any]) -> None:
@@ -410,6 +451,21 @@ class TestTables:
             "val": [6],
         }
         assert lcray.verify(tmp_path / "two").ok
+
+    def test_a_plan_without_the_tables_takes_no_time_for_them(
+        self, tiny_run: Path, tmp_path: Path
+    ) -> None:
+        """So is that of a second pass, for traces."""
+        options = {"fisher": 1, "samples": 5, "batch_size": 8}
+        work = Workspace(TASK, str(tiny_run), make_settings(options))
+        splits = work.probe().splits
+        plan = make_plan(work.series.steps, work.settings, work.flat.layers, splits)
+        assert {"fisher", "replicates", "replicate_layers"} < set(plan.tables)
+        assert work.run(
+            replace(plan, tables=("intervals", "layers")), plan.spans[0], tmp_path, "a"
+        ).committed
+        commit = read_commit(tmp_path, plan.spans[0])
+        assert commit is not None and commit.tables == {"intervals", "layers", "borders"}
 
     @pytest.mark.slow
     def test_the_rest_is_as_without(self, tiny_run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lcray.record import (
     Record,
     carrier_versions,
     check_plan_fits,
+    check_plan_losses,
     check_same_numbers,
     check_same_settings,
     make_fingerprint,
@@ -124,6 +126,16 @@ def test_a_plan_must_fit(change: dict[str, Any], named: str, record: Record) -> 
     check_plan_fits(record.plan, describe(record))
     with pytest.raises(UsageError, match=f"^plan: made for other {named}; make a new plan"):
         check_plan_fits(record.plan, describe(record, **change))
+
+
+def test_a_plan_must_have_the_losses(record: Record) -> None:
+    losses = {split.name: split.first_loss or math.nan for split in record.plan.splits}
+    check_plan_losses(record.plan, losses)
+    for loss in (losses["val"] * 1.001, math.nan):
+        with pytest.raises(UsageError, match=r"^plan: made for another run.* split 'val' had"):
+            check_plan_losses(record.plan, {**losses, "val": loss})
+    splits = tuple(replace(split, first_loss=None) for split in record.plan.splits)
+    check_plan_losses(replace(record.plan, splits=splits), dict.fromkeys(losses, math.nan))
 
 
 def test_notes(record: Record) -> None:

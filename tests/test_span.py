@@ -462,6 +462,38 @@ class TestProbe:
 
         assert "at the same weights" in self.refusal(replace(tiny_task, loss=loss), tiny_run)
 
+    @pytest.mark.parametrize("grouped", [False, True])
+    def test_batches_without_weight_are_no_reason_to_refuse(
+        self, tiny_task: Task, tiny_run: Path, grouped: bool
+    ) -> None:
+        """Unlabelled samples come first; sorted by group they do so wherever they were."""
+
+        def splits() -> dict[str, Any]:
+            x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+            return {"train": (x, torch.tensor([-1] * 6 + [0, 1, 2] * 2))}
+
+        def loss(net: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            losses = F.cross_entropy(net(batch[0]), batch[1].clamp(min=0), reduction="none")
+            return losses, (batch[1] >= 0).float()
+
+        groups = (lambda batch: batch[1]) if grouped else None
+        task = Task(tiny_task.model, splits, loss, groups=groups)
+        (found,) = workspace(task, tiny_run, batch_size=3).probe().splits
+        assert found.total_weight == 6 and found.n_batches == (5 if grouped else 4)
+
+    def test_a_random_gradient_after_batches_without_weight(self, tiny_task, tiny_run) -> None:
+        def splits() -> dict[str, Any]:
+            x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+            return {"train": (x, torch.tensor([0.0, 0, 0, 1, 1, 1]))}
+
+        def loss(net: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            logits = net(batch[0])
+            return ((logits - logits.detach()) * torch.rand(())).sum(1) + 1, batch[1]
+
+        task = Task(tiny_task.model, splits, loss)
+        with pytest.raises(TaskError, match="at the same weights"):
+            workspace(task, tiny_run, batch_size=3).probe()
+
     def test_dropout_modules_are_off(self, tiny_task: Task, tiny_run: Path) -> None:
         def build() -> nn.Module:
             return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Dropout(0.9))

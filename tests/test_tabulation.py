@@ -713,7 +713,8 @@ def held_bytes(root: object) -> int:
         elif isinstance(item, list | tuple | set | deque):
             todo += item
         elif type(item).__module__.startswith("lcray."):
-            todo += vars(item).values()
+            names = getattr(type(item), "__slots__", ()) or vars(item)
+            todo += [getattr(item, name) for name in names]
     return total
 
 
