@@ -31,6 +31,7 @@ FEWEST_RUNS = 6
 #: What a row is of: the first outputs, those they are compared with, and the first minus these.
 FIRST, SECOND, DIFFERENCE = "first", "second", "difference"
 _RESAMPLES = 9999
+_SAME = 1e-4  # so close are two analyses of one run, whatever their batches, and no two seeds
 _ADJUSTMENTS = ("bh", "by")
 
 _FORM = tidy.schema(
@@ -113,7 +114,7 @@ def compare(
         One row for each split, window, layer (empty for all) and condition.
 
     Raises:
-        UsageError: for outputs that differ in splits, layers or steps, the same one twice,
+        UsageError: for outputs that differ in splits, layers or steps, two of one run,
             parameters that cannot be, or pairs that are none.
         OutputError: if there is no output, or it has no tables.
     """
@@ -129,6 +130,7 @@ def compare(
     layers = (tidy.ALL_LAYERS, *(layer.name for layer in first[0].plan.layers))
     notes: list[str] = []
     totals = [_totals(group, chosen, notes) for group in (first, second) if group]
+    _check_distinct([*first, *second], np.concatenate(totals))
     rows: list[dict[str, Any]] = []
     for s, split in enumerate(first[0].plan.splits):
         for w, item in enumerate(chosen):
@@ -159,6 +161,18 @@ def _check(first: Sequence[Results], second: Sequence[Results], paired: bool) ->
             f"paired: {len(first)} outputs against {len(second)}; give pairs, in the same order"
         )
     check_alike(every)
+
+
+def _check_distinct(every: Sequence[Results], totals: Floats) -> None:
+    """Refuse two outputs of one run, which no two seeds resemble: LC alike in every layer."""
+    for j, second in enumerate(totals):
+        for i, first in enumerate(totals[:j]):
+            scale = _SAME * np.abs(first).max()
+            if scale > 0 and np.allclose(first, second, rtol=_SAME, atol=scale):
+                raise UsageError(
+                    f"{every[j].path}: is of the same run as {every[i].path}, by the LC of its "
+                    "layers; every output counts as a run of its own"
+                )
 
 
 def check_alike(every: Sequence[Results]) -> None:

@@ -192,6 +192,17 @@ def test_p_values_are_uniform_under_the_null() -> None:
         assert kstest(values, "uniform").pvalue > 0.05, name
 
 
+def test_two_analyses_of_one_run_are_no_two_runs(outs: list[Path], tmp_path: Path) -> None:
+    """Their LC differs by rounding, as with batches of another size."""
+    again = world_of(1)
+    for key, lc in again.lc.items():
+        again.lc[key] = lc * (1 + 1e-7)
+    other = write(tmp_path / "again", again)
+    for first, second in (((*outs[:2], other), ()), (outs[:2], (outs[7], other))):
+        with pytest.raises(UsageError, match=r"again: is of the same run as .*/1, by the LC"):
+            lcray.compare(*first, against=second)
+
+
 def test_what_cannot_be_compared(outs: list[Path], tmp_path: Path) -> None:
     other = world_of(0)
     other.plan = replace(other.plan, splits=other.plan.splits[:1])
