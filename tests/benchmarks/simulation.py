@@ -255,7 +255,7 @@ class Seats:
     def __init__(
         self, workers: int, nodes: int, faults: Faults, write: bool, patience: float
     ) -> None:
-        self.wanted, self.patience = workers, patience
+        self.wanted, self.patience, self.team = workers, patience, 1
         self.ready: dict[int, Any] = {}
         self.lost = 0
         self._numbers = itertools.count()
