@@ -313,10 +313,7 @@ def open_split(
         constants = tuple(found) if survey.one_item else None
     replicates: tuple[int, ...] = ()
     if drawn is not None:
-        parts = [(b, *part) for b, block in enumerate(blocks) for part in drawn.parts(block)]
-        blocks = tuple(as_range(part) for _, _, part in parts)
-        replicates = tuple(replicate for _, replicate, _ in parts)
-        constants = None if constants is None else tuple(constants[b] for b, _, _ in parts)
+        blocks, replicates, constants = _divided(drawn, blocks, constants)
     return SplitSource(
         name=name,
         n_samples=n,
@@ -329,6 +326,18 @@ def open_split(
         _blocks=blocks,
         _constants=constants,
         _replicates=replicates,
+    )
+
+
+def _divided(
+    drawn: Draw, blocks: tuple[Index, ...], constants: tuple[int, ...] | None
+) -> tuple[tuple[Index, ...], tuple[int, ...], tuple[int, ...] | None]:
+    """Blocks of one replicate each; the replicate, and the constant label, of every one."""
+    parts = [(b, *part) for b, block in enumerate(blocks) for part in drawn.parts(block)]
+    return (
+        tuple(as_range(part) for _, _, part in parts),
+        tuple(replicate for _, replicate, _ in parts),
+        None if constants is None else tuple(constants[b] for b, _, _ in parts),
     )
 
 

@@ -12,6 +12,7 @@ from scipy.stats import false_discovery_control
 
 from lcray.analyses import tidy
 from lcray.analyses.coincidence import (
+    Synchrony,
     block_bounds,
     pairwise_coincidences,
     peaks,
@@ -133,23 +134,9 @@ def synchrony(
             flags = options.peaks(part)[part.known]
             if len(flags) < _FEWEST:
                 continue
-            bounds = block_bounds(len(flags), block)
             found = total_coincidences(flags, block=block, permutations=permutations, seed=seed)
-            rows.append(
-                _head(bundle)
-                | {
-                    "window": item.name,
-                    "first_step": item.first,
-                    "end_step": item.end,
-                    "n_series": flags.shape[1],
-                    "n_peaks": int(flags.sum()),
-                    "coincidences": found.observed,
-                    "expected": found.expected,
-                    "ratio": found.observed / found.expected if found.expected else None,
-                    "p_value": found.p_value if found.expected else None,
-                    "block": len(flags) / (len(bounds) - 1),
-                }
-            )
+            place = {"window": item.name, "first_step": item.first, "end_step": item.end}
+            rows.append(_head(bundle) | place | _total(flags, block, found))
     more = {"seed": seed, "permutations": permutations}
     return tidy.table(_TOTAL, rows, parameters=options.named | more)
 
@@ -255,6 +242,18 @@ class _Options:
 
 def _head(bundle: Bundle) -> dict[str, Any]:
     return {"split": bundle.split, "kind": bundle.kind, "group": bundle.group}
+
+
+def _total(flags: NDArray[np.bool_], block: int | None, found: Synchrony) -> dict[str, Any]:
+    return {
+        "n_series": flags.shape[1],
+        "n_peaks": int(flags.sum()),
+        "coincidences": found.observed,
+        "expected": found.expected,
+        "ratio": found.observed / found.expected if found.expected else None,
+        "p_value": found.p_value if found.expected else None,
+        "block": len(flags) / (len(block_bounds(len(flags), block)) - 1),
+    }
 
 
 def _matrix(
