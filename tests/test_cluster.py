@@ -62,7 +62,7 @@ def shuffle_spans(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[list[Span]
 
 
 NETS = [
-    pytest.param("batchnorm", "batch", id="batchnorm by batch"),
+    pytest.param("batchnorm", "batch", id="batchnorm by batch", marks=pytest.mark.slow),
     pytest.param("batchnorm", "running", id="batchnorm running", marks=pytest.mark.slow),
     pytest.param("tied", "running", id="tied", marks=pytest.mark.slow),
 ]

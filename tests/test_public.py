@@ -65,6 +65,7 @@ def test_a_star_import_is_whole() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("set_to", "code"), [("1", pytest.ExitCode.TESTS_FAILED), ("", pytest.ExitCode.OK)]
 )

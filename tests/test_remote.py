@@ -76,6 +76,7 @@ def out(plain_out: Path) -> str:
     return copy(plain_out, f"memory://{uuid.uuid4().hex}/out")
 
 
+@pytest.mark.slow
 def test_an_analysis_gives_the_tables_of_a_local_one(
     plain_run: Path, plain_out: Path, bucket: str
 ) -> None:

@@ -65,6 +65,7 @@ def test_throttling_for_seconds_is_survived_by_every_operation(net: Net) -> None
         assert 2 <= net.proxy.fates("throttle") - before <= 12
 
 
+@pytest.mark.slow
 def test_seconds_of_throttling_are_survived(net: Net) -> None:
     file = net.put("x", b"data")
     net.proxy.throttle_for(3)
