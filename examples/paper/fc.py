@@ -33,7 +33,7 @@ NETWORK = Network(
     data=MNIST,
     scales={
         "tiny": Scale(60, 30, 12, 20, 2, (0.0,), 1, fisher=16, fisher_times=3),
-        "small": Scale(1_000, 250, 120, 100, 6, MOMENTA, 1, fisher=256),
+        "small": Scale(1_000, 250, 120, 100, 6, MOMENTA, 3, fisher=256),
         "full": Scale(60_000, 10_000, 1_000, 250, 10, MOMENTA, 10, fisher=1_024),
     },
     rate=0.05,
