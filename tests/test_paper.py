@@ -128,6 +128,22 @@ def test_tails_of_another_distribution_disagree(paper: SimpleNamespace, tmp_path
     assert found == "disagrees" and "best by AIC in 0 of 2" in text
 
 
+@pytest.mark.parametrize(
+    ("mean", "verdict"), [(0.3, "agrees"), (-0.3, "disagrees"), (0, "undecided")]
+)
+def test_layers_hurt_over_seeds(
+    paper: SimpleNamespace, tmp_path: Path, mean: float, verdict: str
+) -> None:
+    """Six seeds, of which the first says the opposite: their mean and spread decide."""
+    import claims
+
+    for seed, off in enumerate((-0.4 if mean > 0 else 0.4, 0.1, -0.1, 0.05, -0.05, 0.0)):
+        planted(tmp_path / f"sgd-{seed}", np.full((4, 1), (mean + off) / 4))
+    (vgg,) = (network for network in paper.networks if network.name == "vgg")
+    (text, found), _ = claims._hurting(claims.Study(vgg, tmp_path))
+    assert found == verdict and "over 6 seeds" in text
+
+
 @pytest.mark.slow
 @needs_data
 def test_end_to_end_and_again(
