@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import output_factory as factory
 import pytest
+import synthetic
 
 import lcray
 from lcray.analyses.extremes import extremes
@@ -199,3 +200,12 @@ def test_without_parameters_and_traces(tmp_path: Path) -> None:
     reduce(out)
     rows = oscillation(lcray.open(out)).to_pylist()
     assert {row["source"] for row in rows} == {"layers"}
+
+
+def test_pairs_are_of_the_smaller_of_two_neighbours(tmp_path: Path) -> None:
+    """Of four elements, all alive at first, one later: only one could flip from then on."""
+    lc = np.array([[1.0, 1, 1, 1], [-1, -1, -1, -1], [1, 0, 0, 0], [-1, 0, 0, 0], [1, 1, 0, 0]])
+    out = synthetic.from_elements(tmp_path / "out", {("train", "a.weight"): lc}, window=5)
+    rows = oscillation(lcray.open(out)).to_pylist()
+    (row,) = (r for r in rows if r["layer"] == "a.weight" and r["window"] == "run")
+    assert row["n_pairs"] == 4 + 1 + 1 + 1
