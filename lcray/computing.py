@@ -91,7 +91,7 @@ class Computation:
 
 def explain(out: Place, failures: dict[Span, str]) -> str:
     """One line about spans that are given up."""
-    lost = sum(len(span.intervals) for span in failures)
+    lost = sum(span.n_intervals for span in failures)
     names = ", ".join(f"{span.first}-{span.last}" for span in list(failures)[:6])
     more = ", …" if len(failures) > 6 else ""
     span, reason = next(iter(failures.items()))

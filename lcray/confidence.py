@@ -24,13 +24,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from lcray.errors import UsageError
 from lcray.planning import SplitPlan
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Floats = NDArray[np.float64]
 
@@ -167,6 +170,8 @@ def frame(
     Raises:
         UsageError: for a level that is not between 0 and 1.
     """
+    import pandas as pd
+
     keys = [("loss_change", ""), ("lc", ""), *(("lc of layer", name) for name in layers)]
     parts = []
     for split in splits:

@@ -81,7 +81,7 @@ def estimate(
     rows = _rows(plan)
     disk = sum(count * ROW_BYTES[name] for name, count in rows.items())
     size = sum(layer.numel for layer in plan.layers)
-    longest = max(len(span.intervals) for span in plan.spans) / plan.n_intervals
+    longest = max(span.n_intervals for span in plan.spans) / plan.n_intervals
     kept = ("units", "groups", "replicate_layers", "traces")  # until the span ends
     held = sum(rows.get(name, 0) for name in kept)
     vectors = vector_bytes(size, len(plan.splits), plan.settings.dtype, plan.partial_sums)
@@ -124,7 +124,7 @@ def _passes(plan: Plan, rule: QuadratureRule) -> int:
     """Gradients of all intervals; what a rule may leave out is left out."""
     if not rule.probe_every:
         return plan.n_intervals * rule.n_gradients
-    probes = sum(-(-len(span.intervals) // rule.probe_every) for span in plan.spans)
+    probes = sum(-(-span.n_intervals // rule.probe_every) for span in plan.spans)
     return plan.n_intervals + probes * (rule.n_gradients - 1)
 
 

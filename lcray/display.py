@@ -190,7 +190,7 @@ def plan_table(report: PlanReport) -> Group:
     table = Table(box=None, show_header=False, pad_edge=False)
     rows = {
         "intervals": f"{cost.n_intervals:,} in {len(plan.spans)} spans of up to "
-        f"{max(len(span.steps) - 1 for span in plan.spans)}",
+        f"{max(span.n_intervals for span in plan.spans)}",
         "splits": ", ".join(f"{split.name} ({_samples(plan, split)})" for split in plan.splits),
         "rule": plan.settings.rule + (" with refinement" if plan.settings.refine else ""),
         "gradients": f"{least}{cost.n_gradients:,} full-batch gradients",

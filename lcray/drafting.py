@@ -249,13 +249,13 @@ def extend_plan(plan: Plan, steps: Sequence[int], length: int | None = None) -> 
     later = [last, *(step for step in steps if step > last)]
     if len(later) == 1:
         return plan
-    longest = max(len(span.steps) - 1 for span in plan.spans)
+    longest = max(span.n_intervals for span in plan.spans)
     return replace(plan, spans=plan.spans + cut(later, length or longest))
 
 
 def following_length(plan: Plan) -> int:
     """Intervals of the spans to add to `plan` while its run still grows."""
-    longest = max(len(span.steps) - 1 for span in plan.spans)
+    longest = max(span.n_intervals for span in plan.spans)
     every = get_rule(plan.settings.rule).probe_every
     return max(longest, 1 if plan.seconds is None else timed_length(plan.seconds, every))
 

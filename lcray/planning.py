@@ -7,7 +7,7 @@ and the order in which they finish.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -92,25 +92,49 @@ class Settings:
     fisher_seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
 class Span:
-    """A contiguous block of intervals: the unit of work, retry and commit.
+    """A contiguous block of intervals: the unit of work, retry and commit. Equal by its steps.
 
-    Attributes:
+    A million intervals are a million steps: evenly spaced ones are kept as a range.
+
+    Args:
         steps: the steps of its checkpoints, one more than its intervals.
     """
 
-    steps: tuple[int, ...]
+    __slots__ = ("_steps",)
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        self._steps: Sequence[int] = tuple(steps)
+        if len(self._steps) > 1 and {*map(type, self._steps)} == {int}:
+            first, stride = self._steps[0], self._steps[1] - self._steps[0]
+            last = first + stride * (len(self._steps) - 1)
+            if stride > 0 and last == self._steps[-1]:  # else the range might be endless
+                even = range(first, last + 1, stride)
+                self._steps = even if (*even,) == self._steps else self._steps
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Span) and self._steps == other._steps
+
+    def __hash__(self) -> int:
+        return hash(self._steps)
+
+    def __repr__(self) -> str:
+        return f"Span(steps={self.steps})"
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps of its checkpoints, one more than its intervals."""
+        return tuple(self._steps)
 
     @property
     def first(self) -> int:
         """The step its first interval starts at."""
-        return self.steps[0]
+        return self._steps[0]
 
     @property
     def last(self) -> int:
         """The step its last interval ends at."""
-        return self.steps[-1]
+        return self._steps[-1]
 
     @property
     def name(self) -> str:
@@ -118,9 +142,14 @@ class Span:
         return f"{self.first:08d}-{self.last:08d}"
 
     @property
+    def n_intervals(self) -> int:
+        """The number of its intervals."""
+        return len(self._steps) - 1
+
+    @property
     def intervals(self) -> tuple[tuple[int, int], ...]:
         """(start_step, end_step) of each interval."""
-        return tuple(pairwise(self.steps))
+        return tuple(pairwise(self._steps))
 
 
 @dataclass(frozen=True)
@@ -204,7 +233,7 @@ class Plan:
     @cached_property
     def n_intervals(self) -> int:
         """The number of intervals."""
-        return sum(len(span.steps) - 1 for span in self.spans)
+        return sum(span.n_intervals for span in self.spans)
 
     def without_spans(self) -> Plan:
         """What a worker needs beside its span: of the same size however long the run is."""
@@ -250,7 +279,7 @@ class Plan:
             settings=build(Settings, data["settings"]),
             layers=tuple(Layer.from_dict(layer) for layer in data["layers"]),
             splits=tuple(build(SplitPlan, split) for split in data["splits"]),
-            spans=tuple(build(Span, {"steps": steps}) for steps in data["spans"]),
+            spans=tuple(_span(steps) for steps in data["spans"]),
             **{name: value_of(hints[name], data[name], name) for name in _PLAIN},
             partial_sums=value_of(int, data.get("partial_sums", 1), "partial_sums"),
             seconds=value_of(hints["seconds"], data.get("seconds"), "seconds"),
@@ -272,15 +301,18 @@ _PLAIN = (
 )
 
 
+def _span(data: object) -> Span:
+    return Span(value_of(tuple[int, ...], data, "span"))
+
+
 def _check(plan: Plan) -> None:
     """Refuse what no plan can be: whoever reads one from a file may rely on it."""
-    steps = [span.steps for span in plan.spans]
-    if not (steps and plan.layers and plan.splits):
+    if not (plan.spans and plan.layers and plan.splits):
         raise ValueError("no spans, layers or splits")
-    if any(len(part) < 2 or part[0] < 0 for part in steps):
+    if any(span.n_intervals < 1 or span.first < 0 for span in plan.spans):
         raise ValueError("spans without intervals, or negative steps")
-    if any(a[-1] > b[0] for a, b in pairwise(steps)) or any(
-        a >= b for part in steps for a, b in pairwise(part)
+    if any(a.last > b.first for a, b in pairwise(plan.spans)) or any(
+        a >= b for span in plan.spans for a, b in span.intervals
     ):
         raise ValueError("spans that do not follow each other")
     for names in ([s.name for s in plan.splits], [layer.name for layer in plan.layers]):

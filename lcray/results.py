@@ -7,10 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-import duckdb
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -27,6 +25,10 @@ from lcray.sandbox import connect, query_room, select, shut, sql_path
 from lcray.schema import TABLES
 from lcray.shards import read_plan
 from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
+
+if TYPE_CHECKING:  # what a driver that only opens an output has no memory for
+    import duckdb
+    import pandas as pd
 
 _TIME = ("start_step", "step", "window")
 
@@ -222,6 +224,8 @@ class Results:
     def sql_arrow(self, query: str) -> pa.Table:
         """As `sql`, as an Arrow table."""
         room = query_room()
+        import duckdb
+
         with self._local(query) as folder, connect(room) as connection:
             shut(connection, self._create_views(connection, folder))
             try:
@@ -257,6 +261,8 @@ class Results:
 
     def _create_views(self, connection: duckdb.DuckDBPyConnection, folder: Path) -> list[Path]:
         """Makes views of the tables in `folder`; returns their files."""
+        import duckdb
+
         files = []
         for table in self.tables:
             path = folder / self._file(table).name
@@ -309,6 +315,8 @@ class Results:
 
     def _frame(self, table: pa.Table) -> pd.DataFrame:
         """A frame whose missing integers and booleans stay such, splits and layers in order."""
+        import pandas as pd
+
         # Without the metadata: what a file says there would choose types and indices.
         frame: pd.DataFrame = table.replace_schema_metadata(None).to_pandas()
         orders = {

@@ -10,13 +10,16 @@ import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import duckdb
 import pyarrow as pa
 import torch
 
 from lcray.errors import UsageError
 from lcray.memory import available_bytes
+
+if TYPE_CHECKING:
+    import duckdb
 
 #: A step of a plan that writes; quotes within a name or a literal would be escaped.
 _WRITING = re.compile(r'"name":\s*"[A-Z_]*(?:COPY|INSERT|UPDATE|DELETE|CREATE|ATTACH)')
@@ -43,6 +46,8 @@ def sql_path(path: Path) -> str:
 
 def connect(room: int) -> duckdb.DuckDBPyConnection:
     """A new database in memory, of at most `room` bytes, that finds and loads nothing by itself."""
+    import duckdb
+
     return duckdb.connect(":memory:", config={**_SETTINGS, "memory_limit": f"{room}B"})
 
 
@@ -80,6 +85,8 @@ def select(connection: duckdb.DuckDBPyConnection, query: str, room: int) -> pa.T
 
 
 def _reads(connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -> bool:
+    import duckdb
+
     try:
         if statement.type != duckdb.StatementType.SELECT:
             return False

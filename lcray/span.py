@@ -254,7 +254,7 @@ class Workspace:
             self._whole = max(span.last, self.series.steps[-2])
         release()  # what building, probing or the span before have left
         hashes: dict[int, str] = {}
-        n_intervals = len(span.intervals)
+        n_intervals = span.n_intervals
         tally = Tally(n_intervals * len(plan.splits), n_intervals, tell)
         with ShardWriter(out, span, attempt) as writer, ElementsWriter(writer) as elements:
 

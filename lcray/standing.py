@@ -177,7 +177,7 @@ class Standing:
     def add(self, span: Span, report: SpanReport) -> None:
         """A span is committed."""
         self._spans += 1
-        self._intervals += len(span.intervals)
+        self._intervals += span.n_intervals
         for split, (change, lc) in report.sums.items():
             old = self._gaps.get(split, Gap(0.0, 0.0))
             self._gaps[split] = Gap(old.loss_change + change, old.lc + lc)
@@ -265,7 +265,7 @@ class StatusFile:
                 held.span.last,
                 held.attempt,
                 held.done,
-                len(held.span.intervals),
+                held.span.n_intervals,
                 held.seconds,
             )
             for held in view.running

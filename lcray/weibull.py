@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import exprel
 
 from lcray.distributions import (
     Axis,
@@ -77,6 +76,8 @@ def _weibull_bins(theta: Floats, bins: Bins, weights: Floats, _axis: Axis) -> Sl
     bin's width alone, and q = D/(exp(D) − 1): narrow bins then lose no digits, and every term of
     the information is a square.
     """
+    from scipy.special import exprel  # a driver, which imports this, has no memory for SciPy
+
     a, c = theta
     if a <= 0:
         return _NOWHERE

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -182,3 +183,21 @@ def test_sums_in_parts_take_a_float64_vector_more() -> None:
 def test_any_memory_format_is_none_in_particular() -> None:
     asked = [Settings(), Settings(memory_format="contiguous")]
     assert [memory_format_of(settings) for settings in asked] == [None, "contiguous"]
+
+
+@given(st.lists(st.integers(-(2**62), 2**62) | st.integers(-9, 9), min_size=1, max_size=5))
+def test_a_span_has_the_steps_that_it_was_given(steps: list[int]) -> None:
+    """However they are kept: evenly spaced ones, those that turn back, and those far apart."""
+    even = range(steps[0], steps[0] + 3 * (abs(steps[-1]) % 99) + 1, 1 + abs(steps[-1]) % 7)
+    for given_steps in (steps, [*even]):
+        span = Span(given_steps)
+        assert span.steps == tuple(given_steps)
+        assert (span.first, span.last) == (given_steps[0], given_steps[-1])
+        assert span.n_intervals == len(given_steps) - 1
+        assert span.intervals == tuple(pairwise(given_steps))
+        assert span == Span(tuple(given_steps)) and hash(span) == hash(Span(tuple(given_steps)))
+
+
+def test_spans_differ_by_their_steps() -> None:
+    assert Span((0, 1, 2)) != Span((0, 2)) != Span((0, 1, 3)) != (0, 1, 3)
+    assert [type(step) for step in Span((0, True, 2)).steps] == [int, bool, int]

@@ -31,6 +31,13 @@ def test_importing_costs_nothing() -> None:
     assert "lcray" in loaded
 
 
+def test_a_driver_is_small() -> None:
+    """It opens what it made; what reads and fits tables is loaded by whoever does."""
+    loaded = python("import lcray.analysis, sys; print(*sys.modules)").split()
+    assert "ray" in loaded
+    assert {"pandas", "duckdb", "scipy"}.isdisjoint(loaded)
+
+
 @pytest.mark.parametrize("name", ["Recorder", "Task", "allocate"])
 def test_the_training_side_needs_no_ray(name: str) -> None:
     loaded = python(f"import lcray, sys; lcray.{name}; print(*sys.modules)").split()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from lcray.cluster.connecting import in_one_line
 from lcray.errors import ClusterError, LcrayError
@@ -24,6 +24,14 @@ def plainly(work: Callable[[], T]) -> T:
         raise type(error)(str(error)) from None
     except Exception as error:
         raise ClusterError(f"worker: {in_one_line(error)}") from error
+
+
+def fetched(references: Sequence[Reference]) -> dict[Reference, Any]:
+    """What calls gave, all at once, which costs little more than one; nothing if one failed."""
+    try:
+        return dict(zip(references, ray.get([*references]), strict=True))
+    except RayError:  # of whichever: `result` tells of each
+        return {}
 
 
 def result(reference: Reference) -> Any:

@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lcray.cluster.actor import Beats
-from lcray.cluster.calls import Reference, result
+from lcray.cluster.calls import Reference, fetched, result
 from lcray.cluster.connecting import in_one_line
 from lcray.cluster.crew import Crew
 from lcray.cluster.metrics import Metrics
@@ -24,6 +24,7 @@ from lcray.scheduling import Assign, Decision, GiveUp, Policy, Replace, Schedule
 from lcray.storage import Place
 
 _SECONDS_A_TICK = 1.0
+_SECONDS_TO_GATHER = 0.005  # of results that follow closely, so as to look at all workers once
 _SECONDS_A_LOOK = 5.0  # at the nodes there are
 _DEAF = 10.0  # seconds without hearing of any worker, after which none is blamed for silence
 
@@ -47,7 +48,7 @@ class Dispatch:
         self._crew, self._spans, self._out = crew, spans, out
         self._on_done, self._on_tick = on_done, on_tick
         self._scheduler = Scheduler(
-            [len(span.intervals) for span in spans],
+            [span.n_intervals for span in spans],
             policy=Policy() if crew.patience is None else Policy(patience=crew.patience, slack=0.0),
             seconds=_seconds(plan, crew.team),
             step_seconds=_step_seconds(plan, crew.team),
@@ -89,19 +90,23 @@ class Dispatch:
             return
         ready, rest = ray.wait(waiting, num_returns=1, timeout=_SECONDS_A_TICK, fetch_local=False)
         if ready and rest:
-            ready += ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
+            more = len(rest)
+            ready += ray.wait(
+                rest, num_returns=more, timeout=_SECONDS_TO_GATHER, fetch_local=False
+            )[0]
+        reports = fetched([reference for reference in ready if reference in self._busy])
         for reference in ready:
             if reference in self._busy:
-                self._take(reference)
+                self._take(reference, reports.get(reference))
             elif (number := self._crew.welcome(reference)) is not None:
                 self._carry_out(self._scheduler.worker_ready(number, time.monotonic()))
 
-    def _take(self, reference: Reference) -> None:
+    def _take(self, reference: Reference, report: SpanReport | None) -> None:
         number = self._busy.pop(reference)
         del self._names[number]
         held, now = self._scheduler.running.get(number), time.monotonic()
         try:
-            report: SpanReport = result(reference)
+            report = report or result(reference)
         except (RayError, TeamError) as error:
             self._crew.end(number)
             lead = f"its worker died ({in_one_line(error)})"
@@ -111,7 +116,7 @@ class Dispatch:
             final = isinstance(error, TaskError)
             self._carry_out(self._scheduler.span_failed(number, str(error), now, final=final))
         else:
-            if held is not None:
+            if held is not None and report is not None:
                 self._finish(self._spans[held.span], report)
             self._carry_out(self._scheduler.span_done(number, now))
 

@@ -24,7 +24,7 @@ class Metrics:
     def done(self, span: Span, report: SpanReport) -> None:
         """A span is committed."""
         self._spans.inc()
-        self._intervals.inc(len(span.intervals))
+        self._intervals.inc(span.n_intervals)
         if report.n_gradients:
             self._gradients.inc(report.n_gradients)
         for split, (change, lc) in report.sums.items():
