@@ -20,6 +20,8 @@ from lcray.planning import Plan, SplitPlan
 from lcray.planreport import PlanReport
 from lcray.results import Results
 from lcray.standing import Status
+from lcray.wording import duration as duration
+from lcray.wording import size as size
 
 _BRIEF = 24  # rows of a finding that its summary shows
 _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
@@ -296,27 +298,6 @@ def audit_table(audit: Audit) -> Group:
     if not audit.findings:
         lines.append(Text("nothing stands out", "green"))
     return Group(*lines)
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in words, to two units."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(n_bytes: int | None) -> str:
-    """Bytes in words."""
-    if n_bytes is None:
-        return "unknown"
-    value, unit = float(n_bytes), 0
-    while round(value) >= 1000 and unit < 4:
-        value, unit = value / 1000, unit + 1
-    digits = f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-    return f"{digits} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
 def status_text(found: Status) -> str:
