@@ -191,6 +191,8 @@ def analyze(
         )
     data = display.records(display.totals(results))
     _show({"out": str(out), "splits": data}, lambda: display.summary(results), as_json)
+    if not as_json:
+        click.echo(f"next: lcray {'report' if 'report' in app.commands else 'findings'} {out}")
 
 
 app.add_command(submit_command.like(analyze))

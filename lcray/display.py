@@ -117,7 +117,7 @@ def closure_table(results: Results) -> Table:
     columns = (
         "loss change",
         "Σ LC",
-        "gap/change",
+        "gap/|change|",
         "Σ|gap|/Σ|change|",
         "first order",
         "share helping",
@@ -130,7 +130,7 @@ def closure_table(results: Results) -> Table:
             str(row["split"]),
             f"{row['loss_change']:+.4f}",
             f"{row['lc']:+.4f}",
-            _share(row["gap"], row["loss_change"]),
+            _share(row["gap"], abs(row["loss_change"])),
             _share(row["abs_gap"], row["abs_change"]),
             f"{row['first_order_lc']:+.4f}",
             _share(row["n_helping"], row["n_helping"] + row["n_hurting"] + row["n_zero"], 1),
@@ -310,7 +310,7 @@ def status_text(found: Status) -> str:
     if found.rate:
         lines.append(f"{found.rate:.3g} intervals/s, {duration(found.seconds_left or 0.0)} left")
     for split, gap in found.gaps.items():
-        share = f" ({gap.gap / gap.loss_change:.3%})" if gap.loss_change else ""
+        share = f" ({gap.gap / abs(gap.loss_change):.3%})" if gap.loss_change else ""
         lines.append(
             f"{split}: change {gap.loss_change:+.4f}, LC {gap.lc:+.4f}, gap {gap.gap:+.2g}{share}"
         )
@@ -325,9 +325,13 @@ def status_text(found: Status) -> str:
     return "\n".join(map(one_line, lines))
 
 
-def findings_summary(found: Findings) -> Group:
-    """Of every finding the rows about the whole run, and why others could not be had."""
+def findings_summary(found: Findings, width: int = 10_000) -> Group:
+    """Of every finding the rows about the whole run, and why others could not be had.
+
+    Where there are several splits, those of the first; and of columns as many as fit into `width`.
+    """
     parts: list[RenderableType] = []
+    left_out: dict[str, None] = {}
     for finding in FINDINGS:
         if finding.name not in found or not finding.brief:
             continue
@@ -336,15 +340,33 @@ def findings_summary(found: Findings) -> Group:
         for column, value in finding.rows:
             frame = frame[frame[column] == value]
         frame = frame[[*finding.shown]] if finding.shown else frame
+        if "split" in frame and len(frame):
+            first, *others = map(str, frame["split"].unique())
+            frame = frame[frame["split"] == first]
+            left_out |= dict.fromkeys(others)
         if "layer" in frame:
             frame = frame.assign(layer=frame["layer"].astype(object).replace("", "all"))
         title = f"{finding.title} ({finding.name})"
-        parts.append(frame_table(frame.head(_BRIEF), title=title))
+        narrow = _narrowed(frame.head(_BRIEF), width)
+        parts += [Text(title, "italic"), frame_table(narrow)]
+        if len(narrow.columns) < len(frame.columns):
+            parts.append(Text(f"and {', '.join(map(str, frame.columns[len(narrow.columns) :]))}"))
         if len(frame) > _BRIEF:
             file = f"{found.path}/{finding.name}.parquet"
             parts.append(Text(f"{_BRIEF} of {len(frame)} rows; all: {file}"))
         parts += [Text(note, "yellow") for note in notes_of(table)] + [""]
     for name, why in found.impossible.items():
         parts.append(Text(f"no {name}: {why}", "yellow"))
-    parts.append(f"findings: {found.path}/*.parquet")
+    more = f"; also of split {', '.join(left_out)}" if left_out else ""
+    parts.append(f"findings, all rows and columns{more}: {found.path}/*.parquet")
     return Group(*parts)
+
+
+def _narrowed(frame: pd.DataFrame, width: int) -> pd.DataFrame:
+    """The first columns, as many as fit."""
+    ruler = Console(width=10_000)
+    for n_columns in range(len(frame.columns), 1, -1):
+        narrow = frame[frame.columns[:n_columns]]
+        if ruler.measure(frame_table(narrow)).maximum <= width:
+            return narrow
+    return frame[frame.columns[:1]]

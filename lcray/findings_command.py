@@ -89,4 +89,4 @@ def findings(out: str, only: tuple[str, ...], as_json: bool, **options: Any) -> 
         return
     width = None if sys.stdout.isatty() else 10_000  # no table is folded in a file or a pipe
     console = Console(width=width, soft_wrap=True, highlight=False, markup=False)
-    console.print(display.findings_summary(found))
+    console.print(display.findings_summary(found, console.width))

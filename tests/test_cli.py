@@ -230,7 +230,7 @@ class TestAnalyze:
             assert line[1:] == [
                 f"{change:+.4f}",
                 f"{rows['lc'].sum():+.4f}",
-                f"{gap / change:.3%}",
+                f"{gap / abs(change):.3%}",
                 f"{rows['gap'].abs().sum() / rows['loss_change'].abs().sum():.3%}",
                 f"{rows['first_order_lc'].sum():+.4f}",
                 f"{rows['n_helping'].sum() / moved:.1%}",

@@ -209,7 +209,7 @@ def test_the_command_for_scripts(out: Path) -> None:
     arguments = ["findings", str(out), "--only", "shares", "--window", "6", "--seed", "4", "--json"]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0
-    data = json.loads(shown.output)
+    data = json.loads(shown.stdout)
     assert data["path"] == str(out / "findings") and data["impossible"] == {}
     (name, rows), *more = data["findings"].items()
     assert name == "shares" and not more
