@@ -19,10 +19,10 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 #: The commands in the order of ``lcray --help``, the way from training to a report.
 PATH: dict[str, tuple[str, ...]] = {
     "Start": ("demo",),
-    "1. Record": ("convert",),
-    "2. Inspect and plan": ("inspect", "plan"),
-    "3. Analyze": ("analyze", "submit", "status", "reduce", "verify", "trace"),
-    "4. Report": ("report", "findings", "compare", "plots", "query", "export"),
+    "Record": ("convert",),
+    "Inspect and plan": ("inspect", "plan"),
+    "Analyze": ("analyze", "submit", "status", "reduce", "verify", "trace"),
+    "Report and ask": ("report", "findings", "compare", "plots", "query", "export"),
 }
 #: The options of an analysis by what they are about; those of a command alone stand first.
 _SECTIONS: dict[str, tuple[str, ...]] = {

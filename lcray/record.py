@@ -179,7 +179,9 @@ def check_same_numbers(
     if layers != record.plan.layers:
         found.append("the model's layers")
     same_run = record.fingerprint.get("first checkpoint") == description.first_hash
-    _refuse(out, found, "another analysis" if same_run else f"the analysis of another run, {record.run}")
+    _refuse(
+        out, found, "another analysis" if same_run else f"the analysis of another run, {record.run}"
+    )
 
 
 def check_same_losses(out: Place, record: Record, losses: Mapping[str, float]) -> None:
