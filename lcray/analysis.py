@@ -13,7 +13,7 @@ from typing import Any
 from lcray.checkpoints import CheckpointSeries, open_series
 from lcray.cluster import Pool, connection
 from lcray.computing import Computation, OnProgress, Progress, explain
-from lcray.costs import estimate, pass_seconds
+from lcray.costs import estimate, pass_seconds, seconds_an_interval
 from lcray.drafting import extend_plan, following_length, make_plan, make_settings
 from lcray.errors import CheckpointError, IncompleteError, OutputError, UsageError
 from lcray.files import writing
@@ -184,7 +184,9 @@ def _compute(
     tell: OnProgress,
 ) -> None:
     """Compute the spans that are not committed, while there are more, and merge all into tables."""
-    computation = Computation(pool, out, record.plan, file, lock.check, tell)
+    pace = seconds_an_interval(record.plan, job.resources.data_parallel)
+    pace = None if pace is None else pace / pool.size
+    computation = Computation(pool, out, record.plan, file, lock.check, tell, pace)
     computation.run()
     while job.growth is not None and not job.growth.ended:
         file.state("following")

@@ -10,12 +10,13 @@ import click
 
 import lcray
 from lcray.findings_command import ranges
+from lcray.options import Command, example
 
 _TESTS = ("p_t", "p_t_adjusted", "p_permutation_adjusted")
 _SHOWN = ("split", "condition", "layer", "n", "lc", "lc_se", *_TESTS)
 
 
-class _Conditions(click.Command):
+class _Conditions(Command):
     """``--against B1 B2`` is ``--against B1 --against B2``: never would B2 join the first ones."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -30,7 +31,13 @@ class _Conditions(click.Command):
         return super().parse_args(ctx, words)
 
 
-@click.command(cls=_Conditions)
+@click.command(
+    cls=_Conditions,
+    epilog=example(
+        "lcray compare out/seed-0 out/seed-1 out/seed-2",
+        "lcray compare out/a-0 out/a-1 --against out/b-0 out/b-1 --paired",
+    ),
+)
 @click.argument("outs", nargs=-1, required=True, metavar="OUT...")
 @click.option("--against", multiple=True, help="Outputs of the other condition.", metavar="OUT...")
 @click.option("--paired", is_flag=True, help="Outputs of both, in their order, share a seed.")

@@ -21,11 +21,15 @@ class Progress:
         phase: ``start``, ``probe``, ``spans`` or ``reduce``.
         done: intervals that are committed.
         total: intervals in all.
+        running: intervals that are done in spans that are not committed yet.
+        seconds_left: at the rate so far, or by the probe where there is none; None if unknown.
     """
 
     phase: str
     done: int = 0
     total: int = 0
+    running: float = 0.0
+    seconds_left: float | None = None
 
 
 OnProgress = Callable[[Progress], None]
@@ -41,6 +45,7 @@ class Computation:
         file: where to say how far it is.
         check: raises an error if the output is another driver's by now.
         tell: whom to tell.
+        pace: seconds an interval takes all workers together, as the probe found; None if unknown.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Computation:
         file: StatusFile,
         check: Callable[[], None],
         tell: OnProgress,
+        pace: float | None = None,
     ) -> None:
         self.failures: dict[Span, str] = {}
         self._pool, self._out, self._plan = pool, out, plan
@@ -64,7 +70,8 @@ class Computation:
 
         count = file.resume(reports())
         self._todo = [span for span in plan.spans if span.name not in done]
-        tell(Progress("spans", count, plan.n_intervals))
+        left = None if pace is None else (plan.n_intervals - count) * pace
+        tell(Progress("spans", count, plan.n_intervals, seconds_left=left))
 
     def extend(self, plan: Plan) -> None:
         """The plan has got more spans."""
@@ -82,11 +89,19 @@ class Computation:
 
     def _view(self, view: View) -> None:
         self._file.view(replace(view, failures=self.failures | view.failures))
+        self._report()
 
     def _done(self, span: Span, report: SpanReport) -> None:
         self._check()
-        count = self._file.done(span, report)
-        self._tell(Progress("spans", count, self._plan.n_intervals))
+        self._file.done(span, report)
+        self._report()
+
+    def _report(self) -> None:
+        said = self._file.latest
+        running = sum(held.done for held in said.running)
+        self._tell(
+            Progress("spans", said.intervals_done, said.intervals, running, said.seconds_left)
+        )
 
 
 def explain(out: Place, failures: dict[Span, str]) -> str:

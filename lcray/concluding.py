@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -56,6 +56,7 @@ def findings(
     windows: Ranges | None = None,
     only: Iterable[str] | None = None,
     seed: int = 0,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Findings:
     """Computes every finding that an output's tables allow, into ``OUT/findings/<name>.parquet``.
 
@@ -70,6 +71,8 @@ def findings(
         windows: ranges of steps by name, as in ``{"early": "0:100"}``. The run is always there.
         only: names of the findings wanted; None for all.
         seed: of every random draw.
+        on_progress: called with a finding's name before it is computed, how many are done, and how
+            many there will be.
 
     Returns:
         The tables by name, and why others could not be had.
@@ -88,7 +91,9 @@ def findings(
     digests = {name: entry.sha256 for name, entry in read_manifest(results.path).tables.items()}
     tables: dict[str, pa.Table] = {}
     impossible: dict[str, str] = {}
-    for finding in wanted:
+    for n_done, finding in enumerate(wanted):
+        if on_progress is not None:
+            on_progress(finding.name, n_done, len(wanted))
         try:
             found = _compute(results, finding, window, windows, seed)
         except InapplicableError as error:
@@ -108,7 +113,7 @@ def _chosen(only: Iterable[str] | None) -> tuple[Finding, ...]:
     names, known = list(only), [finding.name for finding in FINDINGS]
     for name in names:
         if name not in known:
-            raise UsageError(suggest(name, known, "finding"))
+            raise UsageError(suggest(name, known, "finding", most=len(known)))
     return tuple(finding for finding in FINDINGS if finding.name in names)
 
 

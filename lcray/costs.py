@@ -110,6 +110,11 @@ def pass_seconds(plan: Plan, team: int, seconds: Mapping[str, float]) -> float:
     )
 
 
+def seconds_an_interval(plan: Plan, team: int = 1) -> float | None:
+    """What an interval takes a worker or a team; None if the plan does not know."""
+    return None if plan.seconds is None else plan.seconds * largest_share(plan.partial_sums, team)
+
+
 def n_fisher(plan: Plan) -> int:
     """Steps that get rows in `fisher`."""
     return sum(len(plan.fisher_steps(span)) for span in plan.spans)

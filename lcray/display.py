@@ -20,6 +20,8 @@ from lcray.planning import Plan, SplitPlan
 from lcray.planreport import PlanReport
 from lcray.results import Results
 from lcray.standing import Status
+from lcray.wording import duration as duration
+from lcray.wording import size as size
 
 _BRIEF = 24  # rows of a finding that its summary shows
 _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
@@ -115,7 +117,7 @@ def closure_table(results: Results) -> Table:
     columns = (
         "loss change",
         "Σ LC",
-        "gap/change",
+        "gap/|change|",
         "Σ|gap|/Σ|change|",
         "first order",
         "share helping",
@@ -128,7 +130,7 @@ def closure_table(results: Results) -> Table:
             str(row["split"]),
             f"{row['loss_change']:+.4f}",
             f"{row['lc']:+.4f}",
-            _share(row["gap"], row["loss_change"]),
+            _share(row["gap"], abs(row["loss_change"])),
             _share(row["abs_gap"], row["abs_change"]),
             f"{row['first_order_lc']:+.4f}",
             _share(row["n_helping"], row["n_helping"] + row["n_hurting"] + row["n_zero"], 1),
@@ -298,27 +300,6 @@ def audit_table(audit: Audit) -> Group:
     return Group(*lines)
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds in words, to two units."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(n_bytes: int | None) -> str:
-    """Bytes in words."""
-    if n_bytes is None:
-        return "unknown"
-    value, unit = float(n_bytes), 0
-    while round(value) >= 1000 and unit < 4:
-        value, unit = value / 1000, unit + 1
-    digits = f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-    return f"{digits} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
-
-
 def status_text(found: Status) -> str:
     """How far an analysis is, a few lines of text."""
     lines = [
@@ -329,7 +310,7 @@ def status_text(found: Status) -> str:
     if found.rate:
         lines.append(f"{found.rate:.3g} intervals/s, {duration(found.seconds_left or 0.0)} left")
     for split, gap in found.gaps.items():
-        share = f" ({gap.gap / gap.loss_change:.3%})" if gap.loss_change else ""
+        share = f" ({gap.gap / abs(gap.loss_change):.3%})" if gap.loss_change else ""
         lines.append(
             f"{split}: change {gap.loss_change:+.4f}, LC {gap.lc:+.4f}, gap {gap.gap:+.2g}{share}"
         )
@@ -344,9 +325,13 @@ def status_text(found: Status) -> str:
     return "\n".join(map(one_line, lines))
 
 
-def findings_summary(found: Findings) -> Group:
-    """Of every finding the rows about the whole run, and why others could not be had."""
+def findings_summary(found: Findings, width: int = 10_000) -> Group:
+    """Of every finding the rows about the whole run, and why others could not be had.
+
+    Where there are several splits, those of the first; and of columns as many as fit into `width`.
+    """
     parts: list[RenderableType] = []
+    left_out: dict[str, None] = {}
     for finding in FINDINGS:
         if finding.name not in found or not finding.brief:
             continue
@@ -355,15 +340,33 @@ def findings_summary(found: Findings) -> Group:
         for column, value in finding.rows:
             frame = frame[frame[column] == value]
         frame = frame[[*finding.shown]] if finding.shown else frame
+        if "split" in frame and len(frame):
+            first, *others = map(str, frame["split"].unique())
+            frame = frame[frame["split"] == first]
+            left_out |= dict.fromkeys(others)
         if "layer" in frame:
             frame = frame.assign(layer=frame["layer"].astype(object).replace("", "all"))
         title = f"{finding.title} ({finding.name})"
-        parts.append(frame_table(frame.head(_BRIEF), title=title))
+        narrow = _narrowed(frame.head(_BRIEF), width)
+        parts += [Text(title, "italic"), frame_table(narrow)]
+        if len(narrow.columns) < len(frame.columns):
+            parts.append(Text(f"and {', '.join(map(str, frame.columns[len(narrow.columns) :]))}"))
         if len(frame) > _BRIEF:
             file = f"{found.path}/{finding.name}.parquet"
             parts.append(Text(f"{_BRIEF} of {len(frame)} rows; all: {file}"))
         parts += [Text(note, "yellow") for note in notes_of(table)] + [""]
     for name, why in found.impossible.items():
         parts.append(Text(f"no {name}: {why}", "yellow"))
-    parts.append(f"findings: {found.path}/*.parquet")
+    more = f"; also of split {', '.join(left_out)}" if left_out else ""
+    parts.append(f"findings, all rows and columns{more}: {found.path}/*.parquet")
     return Group(*parts)
+
+
+def _narrowed(frame: pd.DataFrame, width: int) -> pd.DataFrame:
+    """The first columns, as many as fit."""
+    ruler = Console(width=10_000)
+    for n_columns in range(len(frame.columns), 1, -1):
+        narrow = frame[frame.columns[:n_columns]]
+        if ruler.measure(frame_table(narrow)).maximum <= width:
+            return narrow
+    return frame[frame.columns[:1]]

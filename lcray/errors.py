@@ -74,18 +74,19 @@ class CorruptionError(OutputError):
     """A committed file that is missing or differs from its checksum."""
 
 
-def suggest(name: str, valid: Iterable[str], what: str) -> str:
+def suggest(name: str, valid: Iterable[str], what: str, most: int = 12) -> str:
     """One line for an unknown `name`: the nearest valid one if there is any, and the list.
 
     Args:
         name: what was asked for.
         valid: the names that exist.
         what: the word for the thing, e.g. ``"rule"``.
+        most: the most names that are listed.
     """
     names = list(valid)
     close = difflib.get_close_matches(name, names, n=1)
     nearest = f" did you mean {close[0]!r}?" if close else ""
-    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    shown = ", ".join(names[:most]) + (", …" if len(names) > most else "")
     return f"unknown {what} {name!r}:{nearest} valid: {shown}"
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 import lcray
+from lcray.analyses.titles import TITLES
+from lcray.options import OUT, Command, after_commas, example, finding_names
 
 
 def ranges(
@@ -26,8 +28,23 @@ def ranges(
     return found
 
 
-@click.command()
-@click.argument("out")
+class _Findings(Command):
+    """Lists the findings in its help."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        with formatter.section("Findings, for --only"):
+            formatter.write_dl([*TITLES.items()])
+
+
+@click.command(
+    cls=_Findings,
+    epilog=example(
+        "lcray findings out/mine",
+        "lcray findings out/mine --only shares,fits --windows early=0:20,late=80:100",
+    ),
+)
+@OUT
 @click.option(
     "--window", type=int, help="Width of the windows in steps  [default: the analysis's]."
 )
@@ -37,7 +54,14 @@ def ranges(
     callback=ranges,
     help="Windows by name: the intervals with A <= start step < B, as in early=0:100,late=900:.",
 )
-@click.option("--only", multiple=True, help="Only this finding (repeatable).")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="NAME,…",
+    callback=after_commas,
+    shell_complete=finding_names,
+    help="Only these findings, of those below.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of every random draw.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 def findings(out: str, only: tuple[str, ...], as_json: bool, **options: Any) -> None:
@@ -48,8 +72,16 @@ def findings(out: str, only: tuple[str, ...], as_json: bool, **options: Any) -> 
     from rich.console import Console
 
     from lcray import display
+    from lcray.computing import Progress
+    from lcray.progress import reporting
 
-    found = lcray.findings(out, only=only or None, **options)
+    with reporting() as report:
+        found = lcray.findings(
+            out,
+            only=only or None,
+            on_progress=lambda name, done, total: report(Progress("findings", done, total)),
+            **options,
+        )
     if as_json:
         tables = {name: display.records(table.to_pandas()) for name, table in found.items()}
         data = {"path": str(found.path), "findings": tables, "impossible": found.impossible}
@@ -57,4 +89,4 @@ def findings(out: str, only: tuple[str, ...], as_json: bool, **options: Any) -> 
         return
     width = None if sys.stdout.isatty() else 10_000  # no table is folded in a file or a pipe
     console = Console(width=width, soft_wrap=True, highlight=False, markup=False)
-    console.print(display.findings_summary(found))
+    console.print(display.findings_summary(found, console.width))

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line a minute elsewhere."""
+"""Progress on stderr: a bar with the time left on a terminal, a line a minute elsewhere."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from lcray.computing import Progress as State
+from lcray.wording import duration
 
 _PHASES = {
     "start": "starting workers",
     "probe": "measuring a gradient",
     "spans": "intervals",
     "reduce": "merging tables",
+    "findings": "findings",
 }
+_COUNTED = ("spans", "findings")
 _SECONDS_A_LINE = 60.0
+_LONG = 600.0  # seconds; what takes longer says so before it begins
 
 
 @contextmanager
@@ -47,17 +50,21 @@ def _bar() -> Iterator[Callable[[State], None]]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=None)
+    console = Console(stderr=True, highlight=False)
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=None, left="")
+        warn = _warner(lambda text: console.print(text, markup=False, soft_wrap=True))
 
         def report(state: State) -> None:
+            warn(state)
             progress.update(
                 bar,
                 description=_PHASES[state.phase],
-                completed=state.done,
+                completed=int(state.done + state.running),
                 total=state.total or None,
+                left=_left(state),
             )
 
         yield report
@@ -66,15 +73,46 @@ def _bar() -> Iterator[Callable[[State], None]]:
 def _lines() -> Callable[[State], None]:
     last_phase, last_time = "", 0.0
 
+    def write(text: str) -> None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    warn = _warner(write)
+
     def report(state: State) -> None:
         nonlocal last_phase, last_time
         now = time.monotonic()
-        finished = state.phase == "spans" and state.done == state.total
+        finished = state.phase in _COUNTED and state.done == state.total
         if state.phase == last_phase and now - last_time < _SECONDS_A_LINE and not finished:
             return
+        warn(state)
         last_phase, last_time = state.phase, now
-        count = f" {state.done}/{state.total}" if state.phase == "spans" else ""
-        sys.stderr.write(f"lcray: {_PHASES[state.phase]}{count}\n")
-        sys.stderr.flush()
+        done = int(state.done + state.running)
+        count = f" {done}/{state.total}" if state.phase in _COUNTED else ""
+        left = _left(state) if (state.seconds_left or 0.0) >= _SECONDS_A_LINE else ""
+        write(f"lcray: {_PHASES[state.phase]}{count}{', ' if left else ''}{left}")
 
     return report
+
+
+def _left(state: State) -> str:
+    known = state.seconds_left is not None and state.done < state.total
+    return f"{duration(state.seconds_left)} left" if known else ""
+
+
+def _warner(write: Callable[[str], None]) -> Callable[[State], None]:
+    """Says once, before the first interval, that much time will pass, and what tells more."""
+    silent = False
+
+    def warn(state: State) -> None:
+        nonlocal silent
+        if state.phase != "spans" or silent:
+            return
+        silent = True
+        if (state.seconds_left or 0.0) > _LONG:
+            write(
+                f"lcray: this will take about {duration(state.seconds_left)}; lcray plan says "
+                "why, and what would be less; interrupted, the same command goes on"
+            )
+
+    return warn

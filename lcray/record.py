@@ -178,7 +178,10 @@ def check_same_numbers(
     found = _differences(record.fingerprint, make_fingerprint(description))
     if layers != record.plan.layers:
         found.append("the model's layers")
-    _refuse(out, found)
+    same_run = record.fingerprint.get("first checkpoint") == description.first_hash
+    _refuse(
+        out, found, "another analysis" if same_run else f"the analysis of another run, {record.run}"
+    )
 
 
 def check_same_losses(out: Place, record: Record, losses: Mapping[str, float]) -> None:
@@ -247,9 +250,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:16] + "…"
 
 
-def _refuse(out: Place, differences: list[str]) -> None:
+def _refuse(out: Place, differences: list[str], what: str = "another analysis") -> None:
     if differences:
         raise OutputError(
-            f"{out}: holds another analysis ({'; '.join(differences)}); choose another --out, or "
+            f"{out}: holds {what} ({'; '.join(differences)}); choose another --out, or "
             "ask for the same"
         )

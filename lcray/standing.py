@@ -237,6 +237,11 @@ class StatusFile:
         self._wake.set()
         self._thread.join(timeout=10)  # storage that hangs must not keep the command from ending
 
+    @property
+    def latest(self) -> Status:
+        """What would be written now."""
+        return self._latest
+
     def extend(self, plan: Plan) -> None:
         """The plan has got more spans."""
         self._standing.extend(plan)

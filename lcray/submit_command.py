@@ -11,23 +11,44 @@ import click
 
 import lcray
 from lcray.errors import UsageError
+from lcray.options import Command, example
 from lcray.resources import Resources
 
 _OWN = {"run", "out", "address", "as_json"}  # of analyze's, those that mean something else here
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    epilog=example(
+        "lcray submit /shared/runs/mine --task mytask:task --out /shared/out/mine",
+        "lcray submit s3://b/runs/mine --task mytask:task --out s3://b/out --address http://H:8265",
+    ),
+)
 @click.argument("run")
-@click.option("--out", required=True, help="Output: absolute, as the cluster sees it, or a URI.")
+@click.option(
+    "--out",
+    required=True,
+    metavar="OUT",
+    help="Output: absolute, as the cluster sees it, or a URI.",
+)
 @click.option(
     "--address",
+    metavar="URL",
     help="Job server of the cluster, http://HEAD:8265  [default: RAY_API_SERVER_ADDRESS, else "
     "port 8265 of this machine].",
 )
 @click.option(
-    "--include", multiple=True, help="Send this file or folder along with the code (repeatable)."
+    "--include",
+    multiple=True,
+    metavar="PATH",
+    help="Send this file or folder along with the code (repeatable).",
 )
-@click.option("--env", multiple=True, help="Set NAME=VALUE for the job; no secrets (repeatable).")
+@click.option(
+    "--env",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Set this variable for the job; no secrets (repeatable).",
+)
 @click.option("--no-wait", is_flag=True, help="Print the job's id, and leave it to itself.")
 def submit(
     run: str,

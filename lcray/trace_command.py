@@ -8,31 +8,43 @@ from typing import Any
 import click
 
 import lcray
-from lcray.progress import reporting
+from lcray.options import Command, example, folders
 from lcray.resources import Resources
 
 _PLACING = {field.name for field in fields(Resources)}
 
 
-@click.command()
-@click.argument("run")
-@click.option("--out", required=True, help="An output of the same run and task.")
+@click.command(
+    cls=Command,
+    epilog=example("lcray trace runs/mine --task mytask:task --out out/mine --trace top:10"),
+)
+@click.argument("run", shell_complete=folders)
+@click.option(
+    "--out",
+    required=True,
+    metavar="OUT",
+    shell_complete=folders,
+    help="An output of the same run and task.",
+)
 @click.option(
     "--trace",
     "elements",
     multiple=True,
     default=("top:10",),
     show_default=True,
+    metavar="WHAT",
     help="top:K, the K parameters that helped and the K that hurt most; or layer:index "
     "(repeatable).",
 )
-@click.option("--into", help="The new output  [default: OUT/traced].")
+@click.option("--into", metavar="OUT", help="The new output  [default: OUT/traced].")
 def trace(run: str, task: str, out: str, **options: Any) -> None:
     """Trace the parameters that helped and hurt most: a second pass over RUN, resumable.
 
     Under the plan of --out, with all of its gradients again. The new output has the tables
     intervals, layers and traces: weight, gradient and LC, step by step.
     """
+    from lcray.progress import reporting
+
     placed = {name: options.pop(name) for name in _PLACING & options.keys()}
     given = {name: value for name, value in placed.items() if value not in (None, ())}
     with reporting() as report:

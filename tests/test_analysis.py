@@ -404,7 +404,7 @@ class TestAnotherAnalysis:
         with pytest.raises(OutputError) as caught:
             lcray.analyze(run, replace(scenes.plain, model=other_model), out, **OPTIONS)
         assert "the model's layers" in one_line(caught)
-        assert "first checkpoint" in one_line(caught)
+        assert "another run" in one_line(caught)
 
     def test_another_first_checkpoint_is_refused(self, run: Path, out: Path) -> None:
         path = scenes.checkpoint(run, 0)
@@ -414,7 +414,7 @@ class TestAnotherAnalysis:
         with pytest.raises(OutputError) as caught:
             lcray.analyze(run, "scenes:plain", out, **OPTIONS)
         message = one_line(caught)
-        assert "(first checkpoint: '" in message
+        assert "holds the analysis of another run, " in message
         assert "data" not in message.split(str(out))[1]
 
     def test_another_version_of_a_library_is_refused(self, run: Path, out: Path) -> None:

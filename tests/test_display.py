@@ -217,6 +217,9 @@ def test_a_summary_of_findings_names_each_and_where_all_its_rows_are(tmp_path: P
     rows = rows.replace_schema_metadata({"lcray.notes": "[]"})
     found = Findings(tmp_path, {"overfitting": rows}, {}, {})
     lines = shown(display.findings_summary(found)).splitlines()
+    narrow = shown(display.findings_summary(found, 40)).splitlines()
+    assert narrow[1].split() == ["train", "other", "layer", "onset"]
+    assert narrow[26] == "and lc_train_after, lc_other_after"
     assert lines[0] == "When each layer starts to overfit (overfitting)"
     assert [line.split()[2] for line in lines[2:26]] == [f"l{i}" for i in range(24)]
     assert lines[26] == f"24 of 60 rows; all: {tmp_path}/overfitting.parquet"

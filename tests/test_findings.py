@@ -195,7 +195,7 @@ def test_every_finding_is_explained_with_its_columns(finding: Finding, found: Fi
 
 def test_the_command_prints_what_there_is(out: Path, found: Findings) -> None:
     shown = CliRunner().invoke(app, ["findings", str(out)])
-    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert (shown.exit_code, shown.stderr) == (0, "lcray: findings 0/17\n")
     for finding in FINDINGS:
         if finding.name in found:
             assert (finding.title in shown.output) == finding.brief
@@ -209,7 +209,7 @@ def test_the_command_for_scripts(out: Path) -> None:
     arguments = ["findings", str(out), "--only", "shares", "--window", "6", "--seed", "4", "--json"]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0
-    data = json.loads(shown.output)
+    data = json.loads(shown.stdout)
     assert data["path"] == str(out / "findings") and data["impossible"] == {}
     (name, rows), *more = data["findings"].items()
     assert name == "shares" and not more

@@ -14,7 +14,8 @@ from lcray.cli import app
 from lcray.schema import TABLES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-RECIPES = README.split("### Ten questions")[1].split("\n## ")[0]
+QUERIES = (Path(__file__).parents[1] / "docs" / "queries.md").read_text()
+RECIPES = QUERIES.split("## Ten questions")[1].split("\n## ")[0]
 
 
 def python_blocks(text: str) -> list[str]:

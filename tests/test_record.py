@@ -102,7 +102,12 @@ def test_each_difference_is_named_alone(change: dict[str, Any], named: str, reco
     with pytest.raises(OutputError) as caught:
         check_same_numbers(OUT, there, describe(record, **change), here.layers)
     text = str(caught.value)
-    assert text.startswith(f"OUT: holds another analysis ({named}")
+    what = (
+        f"the analysis of another run, {there.run}"
+        if "first_hash" in change
+        else "another analysis"
+    )
+    assert text.startswith(f"OUT: holds {what} ({named}")
     assert text.split(");")[0].count(" there, ") == 1
 
 

@@ -19,6 +19,7 @@ from lcray.analyses.oscillation import oscillation
 from lcray.analyses.run_length import run_lengths
 from lcray.analyses.shares import shares
 from lcray.analyses.synchrony import coincidences, peaks_of_learning, synchrony
+from lcray.analyses.titles import TITLES
 from lcray.analyses.trajectories import trajectories
 from lcray.analyses.windows import RUN, Ranges
 from lcray.results import Results
@@ -53,7 +54,6 @@ class Finding:
 
     Attributes:
         name: of its file, ``OUT/findings/<name>.parquet``.
-        title: a line for people.
         compute: from results to its table.
         needs: the tables without which there is none.
         shown: the columns that a summary shows; all where empty.
@@ -62,25 +62,27 @@ class Finding:
     """
 
     name: str
-    title: str
     compute: Compute
     needs: tuple[str, ...]
     shown: tuple[str, ...] = ()
     rows: tuple[tuple[str, str], ...] = (("window", RUN),)
     brief: bool = True
 
+    @property
+    def title(self) -> str:
+        """A line for people."""
+        return TITLES[self.name]
+
 
 FINDINGS: tuple[Finding, ...] = (
     Finding(
         "shares",
-        "Helping and hurting: share of the parameters, run",
         shares,
         ("layers",),
         ("split", "layer", "helping", "helping_low", "helping_high", "zero", "helping_of_nonzero"),
     ),
     Finding(
         "habits",
-        "How often each parameter helps: distribution over parameters",
         habits,
         ("parameters",),
         (
@@ -98,7 +100,6 @@ FINDINGS: tuple[Finding, ...] = (
     ),
     Finding(
         "fits",
-        "Distribution of |LC|, run",
         fits,
         ("histograms",),
         ("split", "layer", "sign", "distribution", "shape", "shape_se_blocks", "ks", "rank"),
@@ -106,21 +107,18 @@ FINDINGS: tuple[Finding, ...] = (
     ),
     Finding(
         "first_order",
-        "First order against the rule that was used, run",
         first_order,
         ("intervals",),
         ("split", "rule", "gradients", "loss_change", "gap_percent", "abs_gap_percent", "bias"),
     ),
     Finding(
         "memorising",
-        "Learning against memorising: LC on two splits, run",
         memorising,
         ("layers",),
         ("train", "other", "layer", "lc_train", "lc_other", "difference", "difference_low"),
     ),
     Finding(
         "overfitting",
-        "When each layer starts to overfit",
         overfitting,
         ("layers",),
         ("train", "other", "layer", "onset", "lc_train_after", "lc_other_after"),
@@ -128,15 +126,13 @@ FINDINGS: tuple[Finding, ...] = (
     ),
     Finding(
         "oscillation",
-        "How often signs flip, and how much of the traffic is progress",
         oscillation,
         ("layers",),
         ("split", "layer", "quantity", "source", "flip_rate", "half_period", "net"),
     ),
-    Finding("run_lengths", "How long signs last", run_lengths, ("traces",), brief=False),
+    Finding("run_lengths", run_lengths, ("traces",), brief=False),
     Finding(
         "extremes",
-        "The parameters that help and hurt most",
         extremes,
         ("parameters",),
         ("split", "direction", "rank", "layer", "index", "lc", "abs_lc", "n_flips"),
@@ -144,44 +140,38 @@ FINDINGS: tuple[Finding, ...] = (
     ),
     Finding(
         "layer_totals",
-        "Layers that help, and layers that hurt",
         layer_totals,
         ("layers",),
         ("split", "layer", "numel", "lc", "lc_low", "lc_high", "hurts", "share"),
     ),
-    Finding("trajectories", "Cumulative LC of layers", trajectories, ("layers",), brief=False),
+    Finding("trajectories", trajectories, ("layers",), brief=False),
     Finding(
         "lags",
-        "By how many intervals motion follows the gradient",
         lags,
         ("traces",),
         ("split", "layer", "lag", "lag_low", "lag_high", "correlation", "p_value"),
     ),
     Finding(
         "lag_profiles",
-        "Cross-correlation of motion and gradient, lag by lag",
         lag_profiles,
         ("traces",),
         brief=False,
     ),
     Finding(
         "synchrony",
-        "Whether layers, and groups, learn at the same iterations",
         synchrony,
         ("layers",),
         ("split", "kind", "group", "n_peaks", "coincidences", "expected", "p_value"),
     ),
     Finding(
         "coincidences",
-        "Coincident peaks of pairs of layers, and of groups",
         coincidences,
         ("layers",),
         brief=False,
     ),
-    Finding("peaks", "Peaks of learning", peaks_of_learning, ("layers",), brief=False),
+    Finding("peaks", peaks_of_learning, ("layers",), brief=False),
     Finding(
         "fisher",
-        "Fisher information beside LC, layer by layer",
         fisher,
         ("layers", "fisher"),
         (
