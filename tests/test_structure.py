@@ -82,6 +82,7 @@ ORDER = (
     "recipes",
     "results",
     "analyses",
+    "figures",
     "concluding",
     "completeness",
     "invariants",
