@@ -83,6 +83,7 @@ ORDER = (
     "results",
     "analyses",
     "figures",
+    "plots",
     "concluding",
     "completeness",
     "invariants",

@@ -148,7 +148,7 @@ FITS = {
 }
 
 
-@pytest.mark.parametrize("per_octave", [8, 2])
+@pytest.mark.parametrize("per_octave", [pytest.param(8, marks=pytest.mark.slow), 2])
 def test_densities_are_shares_by_width_and_fits_those_of_the_finding(
     results: Results, per_octave: int
 ) -> None:
