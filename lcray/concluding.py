@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lcray.analyses.registry import FINDINGS, Finding
+from lcray.analyses.tables import require
 from lcray.analyses.windows import Ranges
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.files import confined, writing
 from lcray.manifest import read_manifest
-from lcray.recipes import recipe_for
 from lcray.results import Results, open_output
 from lcray.storage import Place, PlaceLike, storage_of
 
@@ -120,9 +120,7 @@ def _chosen(only: Iterable[str] | None) -> tuple[Finding, ...]:
 def _compute(
     results: Results, finding: Finding, window: int | None, windows: Ranges | None, seed: int
 ) -> pa.Table:
-    for table in finding.needs:
-        if table not in results.tables:
-            raise InapplicableError(f"there is no table {table!r}; {recipe_for(table)}")
+    require(results, *finding.needs)
     return finding.compute(results, window=window, windows=windows, seed=seed)
 
 

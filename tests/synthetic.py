@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,137 @@ def _lenet_groups(plan: Plan, rng: np.random.Generator) -> dict[str, Any]:
         "group": group,
         "lc": rng.normal(-1e-3, 3e-3, split.size),
         "weight": np.full(split.size, 0.1),
+    }
+
+
+def picture(out: Path, n_intervals: int = 10) -> Path:
+    """A small output with every table that figures read; the layer ``a.weight`` hurts."""
+    rng = np.random.default_rng(7)
+    names = ("intervals", "layers", "units", "groups", "histograms", "parameters", "traces")
+    sizes = {"b.weight": 6, "a.weight": 4}
+    plan = make_plan(sizes, n_intervals, 5, tables=(*names, "fisher"))
+    plan = replace(
+        plan,
+        unit_layers=("b.weight",),
+        splits=tuple(replace(split, groups=(0, 1, 2)) for split in plan.splits),
+    )
+    drift = {"b.weight": -2e-2, "a.weight": 5e-3}
+    lc = {
+        (split.name, name): rng.normal(drift[name], 3e-2, (n_intervals, n))
+        for split in plan.splits
+        for name, n in sizes.items()
+    }
+    total = np.stack(
+        [np.stack([lc[s.name, la].sum(axis=1) for la in sizes], axis=-1) for s in plan.splits]
+    )
+    change = total.sum(axis=2)
+    gap = 0.05 * change * rng.choice([-1, 1], change.shape)
+    intervals = interval_columns(plan, change, gap, 1.5 * change)
+    loss = 3.0 + np.concatenate([np.zeros((2, 1)), np.cumsum(change - gap, axis=1)], axis=1)
+    intervals |= {"loss_start": loss[:, :-1].ravel(), "loss_end": loss[:, 1:].ravel()}
+    more = {name: np.abs(total) for name in ("update_norm", "gradient_norm", "lc_error")}
+    tables = {
+        "intervals": intervals,
+        "layers": layer_columns(plan, count_signs(plan, lc), total, **more),
+        "units": _unit_columns(plan, lc, 3),
+        "groups": _class_columns(plan, total),
+        "histograms": histogram_columns(plan, lc),
+        "parameters": _sums_of(plan, lc),
+        "traces": _all_traced(plan, lc),
+        "fisher": _traces_of_fisher(plan),
+    }
+    return write(out, plan, tables)
+
+
+def _columns_of(plan: Plan, shape: tuple[int, ...]) -> tuple[dict[str, Any], list[Any]]:
+    """Split and start step of an array [S, T, …] as columns, and the other indices."""
+    split, step, *rest = (i.ravel() for i in np.indices(shape))
+    return {"split": (split, [s.name for s in plan.splits]), "start_step": step}, rest
+
+
+def _unit_columns(plan: Plan, lc: Mapping[tuple[str, str], Floats], n_units: int) -> dict[str, Any]:
+    name = plan.unit_layers[0]
+    each = np.stack(
+        [lc[s.name, name].reshape(plan.n_intervals, n_units, -1).sum(axis=2) for s in plan.splits]
+    )
+    columns, (unit,) = _columns_of(plan, each.shape)
+    return columns | {"layer": name, "unit": unit, "lc": each.ravel()}
+
+
+def _class_columns(plan: Plan, total: Floats) -> dict[str, Any]:
+    """Three classes of weights ½, ¼, ¼ whose parts add up to `total` [S, T, L]."""
+    weight, part = np.array([0.5, 0.25, 0.25]), np.array([1.4, -0.6, 0.2])
+    each = total[..., None] * part / weight
+    columns, (layer, group) = _columns_of(plan, each.shape)
+    names = [la.name for la in plan.layers]
+    more = {"layer": (layer, names), "group": group, "lc": each.ravel(), "weight": weight[group]}
+    return columns | more
+
+
+def _sums_of(plan: Plan, lc: Mapping[tuple[str, str], Floats]) -> dict[str, Any]:
+    parts = []
+    for s, split in enumerate(plan.splits):
+        for k, layer in enumerate(plan.layers):
+            x = lc[split.name, layer.name]
+            n, index = layer.numel, np.arange(layer.numel)
+            signs = [(x < 0).sum(axis=0), (x > 0).sum(axis=0), (x == 0).sum(axis=0)]
+            flips = (x[1:] * x[:-1] < 0).sum(axis=0)
+            parts.append(
+                [np.full(n, s), np.full(n, k), index, x.sum(0), np.abs(x).sum(0), *signs, flips]
+            )
+    split, layer, index, net, gross, helping, hurting, zero, flips = (
+        np.concatenate(p) for p in zip(*parts, strict=True)
+    )
+    return {
+        "split": (split, [s.name for s in plan.splits]),
+        "layer": (layer, [la.name for la in plan.layers]),
+        "index": index,
+        "lc": net,
+        "abs_lc": gross,
+        "n_helping": helping,
+        "n_hurting": hurting,
+        "n_zero": zero,
+        "n_flips": flips,
+        "displacement": net,
+        "path_length": gross,
+        "displacement_flips": flips,
+        "gradient_flips": flips,
+    }
+
+
+def _all_traced(plan: Plan, lc: Mapping[tuple[str, str], Floats]) -> dict[str, Any]:
+    parts = []
+    for s, split in enumerate(plan.splits):
+        for k, layer in enumerate(plan.layers):
+            x = np.vstack([lc[split.name, layer.name], np.full(layer.numel, np.nan)]).T
+            index, step = (i.ravel() for i in np.indices(x.shape))
+            parts.append([np.full(x.size, s), np.full(x.size, k), index, step, x.ravel()])
+    split, layer, index, step, values = (np.concatenate(p) for p in zip(*parts, strict=True))
+    return {
+        "split": (split, [s.name for s in plan.splits]),
+        "layer": (layer, [la.name for la in plan.layers]),
+        "index": index,
+        "step": step,
+        "weight": np.sin(index + step / 3),
+        "gradient": np.cos(index + step),
+        "lc": values,
+    }
+
+
+def _traces_of_fisher(plan: Plan) -> dict[str, Any]:
+    steps = np.arange(0, plan.n_intervals + 1, 5)
+    split, at, layer = (i.ravel() for i in np.indices((2, len(steps), len(plan.layers))))
+    true = 1.0 + layer + 0.1 * at + split
+    return {
+        "split": (split, [s.name for s in plan.splits]),
+        "step": steps[at],
+        "layer": (layer, [la.name for la in plan.layers]),
+        "trace_true": true,
+        "trace_true_se": 0.1 * true,
+        "trace_empirical": 2.0 * true,
+        "trace_empirical_se": 0.2 * true,
+        "n_items": np.full(true.size, 8),
+        "seed": np.zeros(true.size, np.int64),
     }
 
 

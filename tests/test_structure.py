@@ -83,6 +83,8 @@ ORDER = (
     "recipes",
     "results",
     "analyses",
+    "figures",
+    "plots",
     "concluding",
     "completeness",
     "invariants",

@@ -1,0 +1,132 @@
+"""How |LC| is distributed, bin by bin, beside the densities that fit it.
+
+Legend: L layers, B bins, E = B + 1 edges.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lcray.analyses import tidy
+from lcray.analyses.binned import Floats, Histograms, read_histograms
+from lcray.analyses.families import FAMILIES, Family
+from lcray.analyses.likelihood import fit_bins
+from lcray.analyses.tables import require
+from lcray.columns import SIGN, column
+from lcray.errors import UsageError
+from lcray.results import Results
+
+_FINEST = 8  # bins an octave
+_SIGNS = (-1, 1)
+
+_FORM = tidy.schema(
+    "densities",
+    "split layer sign lower",
+    (
+        tidy.SPLIT,
+        tidy.LAYER,
+        column("sign", SIGN, "1", "-1 helps, +1 hurts"),
+        tidy.number("lower", tidy.LOSS, "lower edge of the bin of |LC|, inclusive"),
+        tidy.number("upper", tidy.LOSS, "upper edge, exclusive"),
+        tidy.count("count", "parameter elements x intervals in the bin"),
+        tidy.number("density", "1", "of ln |LC|: share of the sign's elements / ln(upper/lower)"),
+        *(
+            tidy.number(family.name, "1", f"the same of the {family.name} that fits, by its mass")
+            for family in FAMILIES
+        ),
+    ),
+    "distribution of |LC| over the run, and the distributions that fit it",
+)
+
+
+def densities(results: Results, *, per_octave: int = 4) -> pa.Table:
+    """The density of ln |LC| over the run by sign, and those of the distributions fitted to it.
+
+    Fits are those of the finding `fits` to bins: maximum likelihood over the bins as they were
+    recorded, eight to an octave, whatever `per_octave` is.
+
+    Args:
+        results: of the output; needs `histograms`.
+        per_octave: bins an octave: 1, 2, 4 or 8.
+
+    Returns:
+        One row for each split, layer (the network first, as ""), sign and bin that is not empty;
+        exact zeros and subnormal numbers are left out. Densities of fits are null where there is
+        no fit.
+
+    Raises:
+        InapplicableError: if there is no table `histograms`.
+        UsageError: for another number of bins.
+    """
+    require(results, "histograms")
+    if per_octave not in (1, 2, 4, _FINEST):
+        raise UsageError(f"per_octave {per_octave}: give 1, 2, 4 or {_FINEST}")
+    names = list(results.plan.detail_layers)
+    pieces: list[dict[str, Any]] = []
+    for split in results.plan.splits:
+        found = read_histograms(results, split.name, names)
+        if found is not None:
+            pieces += _of_split(split.name, names, found, _FINEST // per_octave)
+    columns = {name: np.concatenate([p[name] for p in pieces]) for name in _FORM.names if pieces}
+    return tidy.stamped(tidy.from_columns(_FORM, columns), parameters={"per_octave": per_octave})
+
+
+def _of_split(
+    split: str, names: list[str], found: Histograms, factor: int
+) -> Iterator[dict[str, Any]]:
+    counts = found.counts.sum(axis=0)
+    counts = np.concatenate([counts.sum(axis=0, keepdims=True), counts])
+    rows = counts.reshape(-1, counts.shape[-1])
+    edges, wide = _widened(found.edges, rows, factor)
+    fitted = [_mass(family, found.edges, rows, edges) for family in FAMILIES]
+    keys = itertools.product([tidy.ALL_LAYERS, *names], _SIGNS)
+    n = rows.sum(axis=1)
+    for row, (layer, sign) in enumerate(keys):
+        some = wide[row] > 0
+        width = np.diff(edges)[some]
+        yield {
+            "split": np.full(some.sum(), split, object),
+            "layer": np.full(some.sum(), layer, object),
+            "sign": np.full(some.sum(), sign, np.int8),
+            "lower": np.exp(edges[:-1][some]),
+            "upper": np.exp(edges[1:][some]),
+            "count": wide[row][some].astype(np.int64),
+            "density": wide[row][some] / n[row] / width if n[row] else width,
+            **{f.name: fitted[i][row][some] / width for i, f in enumerate(FAMILIES)},
+        }
+
+
+def _mass(family: Family, edges: Floats, counts: Floats, wide: Floats) -> Floats:
+    """Probabilities of the bins between the edges `wide` [E] by the fit to each row [rows, E − 1].
+
+    NaN where there is no fit.
+    """
+    theta = fit_bins(family, edges, counts).theta
+    with np.errstate(under="ignore", invalid="ignore"):
+        return np.asarray(np.exp(family.log_mass(theta, wide)))
+
+
+def _widened(edges: Floats, counts: Floats, factor: int) -> tuple[Floats, Floats]:
+    """Bins `factor` times as wide, aligned to octaves; the underflow bin is left out."""
+    first, counts = _number(edges[1]), counts[:, 1:]
+    lead = first % factor
+    around = (lead, -(lead + counts.shape[1]) % factor)
+    wide = np.pad(counts, ((0, 0), around))
+    numbers = np.arange(first - lead, first - lead + wide.shape[1] + 1, factor)
+    return _edge(numbers), wide.reshape(len(wide), -1, factor).sum(axis=-1)
+
+
+def _number(edge: float) -> int:
+    """The number m + 8e of the edge with this logarithm, (1 + m/8)·2^e."""
+    mantissa, exponent = np.frexp(np.exp(edge))
+    return int(round(float((2 * mantissa - 1) * _FINEST)) + _FINEST * (int(exponent) - 1))
+
+
+def _edge(numbers: np.ndarray[Any, np.dtype[np.int64]]) -> Floats:
+    """Logarithms of the edges with these numbers."""
+    return np.asarray(np.log1p(numbers % _FINEST / _FINEST) + numbers // _FINEST * np.log(2.0))

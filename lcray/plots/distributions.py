@@ -1,0 +1,71 @@
+"""How |LC| is distributed, on logarithmic axes, beside what fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lcray.analyses.families import FAMILIES
+from lcray.analyses.tables import layer_of, require, split_of
+from lcray.errors import InapplicableError, UsageError, suggest
+from lcray.figures import densities
+from lcray.plots.styling import HELPS, HURTS, LOSS, axis, note, shortened, title
+from lcray.results import Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_DASHES = dict(zip((f.name for f in FAMILIES), ("-", "-.", "--", ":"), strict=True))
+_LEAST = 1e-3  # densities of fits below the lowest one that was seen, times this, are not drawn
+
+
+def distribution(
+    results: Results,
+    ax: Axes | None = None,
+    *,
+    split: str | None = None,
+    layer: str = "",
+    fits: Sequence[str] = ("weibull", "lognormal"),
+    per_octave: int = 4,
+) -> Axes:
+    """The density of ln |LC| of helping and hurting elements over the run, with fits as lines.
+
+    Args:
+        results: of the output; needs `histograms`.
+        ax: where to draw; None for a new figure.
+        split: its name; None for ``train``, else the plan's first.
+        layer: its name; empty for the network.
+        fits: of weibull, exponential, lognormal and generalized_gaussian.
+        per_octave: bins an octave: 1, 2, 4 or 8.
+    """
+    require(results, "histograms")
+    split = split_of(results, split)
+    for name in fits:
+        if name not in _DASHES:
+            raise UsageError(suggest(name, _DASHES, "distribution"))
+    if layer:
+        layer_of(results, layer, "histograms", results.plan.detail_layers)
+    frame = densities(results, per_octave=per_octave).to_pandas()
+    frame = frame[(frame["split"] == split) & (frame["layer"] == layer)]
+    if frame.empty:
+        raise InapplicableError(f"table 'histograms' has nothing but zeros here: {split}, {layer}")
+    ax = axis(ax)
+    floor = _LEAST * frame["density"].min()
+    for sign, colour, marker, word in ((-1, HELPS, "o", "helps"), (1, HURTS, "^", "hurts")):
+        here = frame[frame["sign"] == sign]
+        middle = np.sqrt(here["lower"] * here["upper"]).to_numpy()
+        ax.plot(middle, here["density"], marker, color=colour, markersize=3, alpha=0.6, label=word)
+        for name in fits:
+            line = here[name].where(here[name] > floor)
+            label = name.replace("_", " ") if sign < 0 else None
+            ax.plot(middle, line, _DASHES[name], color=colour, label=label)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel(f"|LC| of an element at an interval ({LOSS})")
+    ax.set_ylabel("density of ln |LC| (1)")
+    title(ax, f"How |LC| is distributed, {split}" + (f", {shortened(layer)}" if layer else ""))
+    note(ax, "lines: maximum-likelihood fits")
+    ax.legend(frameon=False, fontsize="small")
+    return ax

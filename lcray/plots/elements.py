@@ -1,0 +1,48 @@
+"""A few elements step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+from lcray.analyses.tables import split_of
+from lcray.analyses.tidy import notes_of
+from lcray.figures import tracks as traced
+from lcray.plots.styling import INK, LOSS, depth_colours, note, panels, shortened, title
+from lcray.results import Results
+
+
+def tracks(
+    results: Results, layer: str, ax: Any = None, *, split: str | None = None, count: int = 4
+) -> NDArray[Any]:
+    """Weight, gradient and LC of the traced elements of a layer that move the loss most.
+
+    Args:
+        results: of the output; needs `traces`.
+        layer: its name.
+        ax: three axes; None for a new figure.
+        split: its name; None for ``train``, else the plan's first.
+        count: how many elements.
+
+    Returns:
+        The three axes.
+    """
+    split = split_of(results, split)
+    table = traced(results, layer, split=split, count=count)
+    frame = table.to_pandas()
+    found = panels(ax, 3)
+    indices = list(dict.fromkeys(frame["index"]))
+    units = (("weight", "weight"), ("gradient", "gradient"), ("lc", f"LC ({LOSS})"))
+    for at, (column, label) in zip(found, units, strict=True):
+        at.axhline(0, color=INK, linewidth=0.6)
+        for index, colour in zip(indices, depth_colours(len(indices)), strict=True):
+            here = frame[frame["index"] == index]
+            at.plot(here["step"], here[column], color=colour, label=f"[{index}]")
+        at.set_ylabel(label)
+    title(found[0], f"Elements of {shortened(layer)}, {split}")
+    note(found[0], notes_of(table)[0].replace("elements with the greatest sum of", "by"))
+    found[-1].set_xlabel("step")
+    if len(indices) <= 8:
+        found[0].legend(loc="upper right", framealpha=0.7, fontsize="x-small", ncols=2)
+    return found

@@ -1,0 +1,224 @@
+"""Matrices as maps: diverging colours with zero in the middle, ends at a percentile."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from lcray.analyses import synchrony, tidy
+from lcray.analyses.tables import require, split_of
+from lcray.errors import InapplicableError, UsageError
+from lcray.figures import class_layers as by_class
+from lcray.figures import layer_matrix, unit_matrix
+from lcray.plots.styling import HURTS, INK, LOSS, axis, name_rows, note, shortened, title
+from lcray.results import Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MAP = "RdBu_r"  # blue below, red above: also for colour-blind people
+
+
+def layer_map(
+    results: Results,
+    ax: Axes | None = None,
+    *,
+    split: str | None = None,
+    columns: int = 200,
+    percentile: float = 99.0,
+) -> Axes:
+    """LC of every layer by interval; layers that hurt over the run are marked.
+
+    Args:
+        results: of the output; needs `layers`.
+        ax: where to draw; None for a new figure.
+        split: its name; None for ``train``, else the plan's first.
+        columns: the most; neighbouring intervals are added up.
+        percentile: of |LC| that colours end at.
+    """
+    split = split_of(results, split)
+    table = layer_matrix(results, columns=columns)
+    frame = table.to_pandas()
+    frame = frame[frame["split"] == split]
+    names = list(dict.fromkeys(frame["layer"].astype(str)))
+    grid, edges = _grid(frame, "layer", names)
+    ax = axis(ax)
+    _over_time(ax, grid, edges, percentile, table)
+    name_rows(ax, names, np.arange(len(names)) + 0.5)
+    hurting = np.flatnonzero(np.nansum(grid, axis=1) > 0)
+    ax.scatter(
+        np.full(len(hurting), 1.0),
+        hurting + 0.5,
+        marker="<",
+        s=12,
+        color=HURTS,
+        transform=ax.get_yaxis_transform(),
+        clip_on=False,
+        zorder=3,
+    )
+    title(ax, f"LC of layers, {split}" + (" (◂ hurts over the run)" if len(hurting) else ""))
+    return ax
+
+
+def unit_map(
+    results: Results,
+    layer: str,
+    ax: Axes | None = None,
+    *,
+    split: str | None = None,
+    columns: int = 200,
+    percentile: float = 99.0,
+) -> Axes:
+    """LC of every unit of a layer by interval.
+
+    Args:
+        results: of the output; needs `units`.
+        layer: its name.
+        ax: where to draw; None for a new figure.
+        split: its name; None for ``train``, else the plan's first.
+        columns: the most; neighbouring intervals are added up.
+        percentile: of |LC| that colours end at.
+    """
+    split = split_of(results, split)
+    table = unit_matrix(results, layer, split=split, columns=columns)
+    frame = table.to_pandas()
+    units = sorted(set(frame["unit"]))
+    grid, edges = _grid(frame, "unit", units)
+    ax = axis(ax)
+    from matplotlib.ticker import MaxNLocator
+
+    _over_time(ax, grid, edges, percentile, table, first=-0.5)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.invert_yaxis()
+    ax.set_ylabel("unit")
+    title(ax, f"LC of units, {shortened(layer)}, {split}")
+    return ax
+
+
+def class_layers(
+    results: Results, ax: Axes | None = None, *, split: str | None = None, percentile: float = 100.0
+) -> Axes:
+    """LC of every class's own loss by layer, over the run.
+
+    Args:
+        results: of the output; needs `groups`.
+        ax: where to draw; None for a new figure.
+        split: its name; None for ``train``, else the plan's first.
+        percentile: of |LC| that colours end at.
+    """
+    split = split_of(results, split)
+    frame = by_class(results).to_pandas()
+    frame = frame[frame["split"] == split]
+    if frame.empty:
+        raise InapplicableError(f"table 'groups' has nothing of split {split!r}")
+    names = list(dict.fromkeys(frame["layer"].astype(str)))
+    groups = sorted(set(frame["group"]))
+    grid = frame.pivot(index="layer", columns="group", values="lc")
+    values = grid.reindex(index=names, columns=groups).to_numpy(np.float64)
+    ax = axis(ax)
+    mesh, end = _coloured(ax, np.arange(len(groups) + 1) - 0.5, values, percentile)
+    _scale(ax, mesh, f"LC of the class's loss ({LOSS})", end)
+    name_rows(ax, names, np.arange(len(names)) + 0.5)
+    step = -(-len(groups) // 20)
+    ax.set_xticks(np.arange(len(groups))[::step], [str(g) for g in groups[::step]])
+    ax.set_xlabel("class")
+    title(ax, f"Which layer taught which class, {split}")
+    return ax
+
+
+def coincidences(
+    results: Results, ax: Axes | None = None, *, split: str | None = None, kind: str = "layer"
+) -> Axes:
+    """By how many peaks more than by chance pairs of layers, or of classes, learn together.
+
+    Dots mark pairs whose adjusted p-value is below 0.05.
+
+    Args:
+        results: of the output; needs `layers`, and `groups` for classes.
+        ax: where to draw; None for a new figure.
+        split: its name; None for ``train``, else the plan's first.
+        kind: ``layer``, or ``group`` for classes.
+    """
+    require(results, "layers", *(["groups"] if kind == "group" else []))
+    if kind not in ("layer", "group"):
+        raise UsageError(f"kind {kind!r}: give 'layer' or 'group'")
+    split = split_of(results, split)
+    found = synchrony.coincidences(results).to_pandas()
+    frame = found[(found["split"] == split) & (found["kind"] == kind) & found["group"].isna()]
+    if frame.empty:
+        raise InapplicableError(f"split {split!r} has no pairs of kind {kind!r}, or few intervals")
+    names = list(dict.fromkeys(frame["a"].astype(str)))
+    excess = frame.assign(excess=frame["coincidences"] - frame["expected"])
+    excess.loc[excess["a"].astype(str) == excess["b"].astype(str), "excess"] = np.nan
+    grids = [
+        excess.pivot(index="a", columns="b", values=name)
+        .reindex(index=names, columns=names)
+        .to_numpy(np.float64)
+        for name in ("excess", "p_adjusted")
+    ]
+    ax = axis(ax)
+    mesh, end = _coloured(ax, np.arange(len(names) + 1), grids[0], 100.0)
+    _scale(ax, mesh, "coincident peaks above chance (1)", end)
+    rows, across = np.nonzero(grids[1] < 0.05)
+    ax.plot(across + 0.5, rows + 0.5, "o", color=INK, markeredgecolor="white", markersize=4)
+    name_rows(ax, names, np.arange(len(names)) + 0.5)
+    step = -(-len(names) // 40)
+    ax.set_xticks((np.arange(len(names)) + 0.5)[::step], names[::step], rotation=90)
+    title(ax, f"Which learn together, {split}")
+    note(ax, "dots: p < 0.05, adjusted")
+    return ax
+
+
+def _grid(frame: pd.DataFrame, row: str, names: list[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """LC [rows, columns], and the steps at which columns begin and the last one ends."""
+    wide = frame.pivot(index=row, columns="first_step", values="lc").reindex(index=names)
+    edges = np.append(wide.columns.to_numpy(), frame["end_step"].max())
+    return wide.to_numpy(np.float64), edges
+
+
+def _over_time(
+    ax: Axes,
+    grid: NDArray[Any],
+    edges: NDArray[Any],
+    percentile: float,
+    table: pa.Table,
+    first: float = 0.0,
+) -> None:
+    mesh, end = _coloured(ax, edges, grid, percentile, first)
+    _scale(ax, mesh, f"LC of a column ({LOSS})", end)
+    ax.set_xlabel("step")
+    ends = "" if percentile >= 100 else f"colours end at the {percentile:g}th percentile of |LC|"
+    added = [f"{text.rsplit(' of ', 1)[-1]} added up" for text in tidy.notes_of(table)]
+    note(ax, "; ".join([text for text in (ends, *added) if text]))
+
+
+def _coloured(
+    ax: Axes, edges: NDArray[Any], grid: NDArray[Any], percentile: float, first: float = 0.0
+) -> tuple[Any, bool]:
+    """The map, its first row from `first` on, and whether any value is beyond its colours."""
+    if not 0 < percentile <= 100:
+        raise UsageError(f"percentile {percentile:g}: must be above 0 and at most 100")
+    size = np.abs(grid[np.isfinite(grid)])
+    top = float(np.percentile(size, percentile)) if size.size else 0.0
+    top = top or (float(size.max()) if size.size else 0.0) or 1.0
+    mesh = ax.pcolormesh(
+        edges,
+        np.arange(grid.shape[0] + 1) + first,
+        np.ma.masked_invalid(grid),
+        cmap=_MAP,
+        vmin=-top,
+        vmax=top,
+        rasterized=True,
+    )
+    ax.set_facecolor("#dddddd")  # where there is no LC
+    return mesh, bool(size.size and size.max() > top)
+
+
+def _scale(ax: Axes, mesh: Any, label: str, beyond: bool) -> None:
+    figure: Any = ax.figure
+    bar = figure.colorbar(mesh, ax=ax, extend="both" if beyond else "neither")
+    bar.set_label(label)

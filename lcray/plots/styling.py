@@ -1,0 +1,153 @@
+"""What all figures have in common: colours, axes, sizes, notes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcray.errors import LcrayError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: Of Okabe and Ito's palette, which colour-blind people can tell apart.
+HELPS, HURTS, OTHER, THIRD = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+INK, FAINT = "#333333", "#999999"
+HATCH = "////"
+LOSS = "loss"
+_MOST_NAMES = 40
+
+
+class MissingPlotsError(LcrayError):
+    """Matplotlib is not installed."""
+
+
+def _pyplot() -> Any:
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise MissingPlotsError('figures need Matplotlib: pip install "lcray[plots]"') from error
+    return pyplot
+
+
+@contextmanager
+def style(
+    font_size: float = 8.0, width: float = 3.4, height: float | None = None
+) -> Iterator[None]:
+    """A context for figures of a paper: their size, fonts and lines; what was before comes back.
+
+    Text stays text in PDF and SVG.
+
+    Args:
+        font_size: of labels, in points; ticks, legends and notes are a point smaller.
+        width: of a new figure, in inches; 3.4 is a column of most journals.
+        height: likewise; None for 0.7 of the width.
+
+    Raises:
+        UsageError: for sizes that are not above 0.
+    """
+    sizes = (font_size, width, height if height is not None else 0.7 * width)
+    if min(sizes) <= 0:
+        raise UsageError(f"style {sizes}: sizes must be above 0")
+    _pyplot()
+    import matplotlib
+
+    small = max(1.0, font_size - 1)
+    settings: Any = {
+        "font.size": font_size,
+        "axes.titlesize": font_size,
+        "axes.labelsize": font_size,
+        "xtick.labelsize": small,
+        "ytick.labelsize": small,
+        "legend.fontsize": small,
+        "figure.figsize": sizes[1:],
+        "lines.linewidth": 1.0,
+        "axes.linewidth": 0.6,
+        "hatch.linewidth": 0.5,
+        "pdf.fonttype": 42,
+        "svg.fonttype": "none",
+        "savefig.dpi": 300,
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def axis(ax: Axes | None) -> Axes:
+    """`ax`, or that of a new figure."""
+    if ax is not None:
+        return ax
+    made: Axes = _pyplot().subplots(layout="constrained")[1]
+    return made
+
+
+def panels(ax: Any, n: int, ratios: Sequence[float] | None = None) -> NDArray[Any]:
+    """The axes in `ax`, one above the other, or those of a new figure, [n].
+
+    Raises:
+        UsageError: for another number of them.
+    """
+    if ax is None:
+        found = _pyplot().subplots(n, sharex=True, height_ratios=ratios, layout="constrained")[1]
+    else:
+        found = np.array(ax, dtype=object).ravel()
+        if len(found) != n:
+            raise UsageError(f"ax: the figure has {n} panels; give {n} axes")
+    return np.asarray(found)
+
+
+def note(ax: Axes, text: str) -> None:
+    """A line in small letters at the upper right, above the axes."""
+    ax.annotate(
+        text,
+        (1, 1),
+        (0, 2),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize="x-small",
+        color=INK,
+        annotation_clip=False,
+    )
+
+
+def title(ax: Axes, text: str) -> None:
+    """A title at the upper left."""
+    ax.set_title(text, loc="left", pad=14)
+
+
+def legend_above(ax: Axes, columns: int) -> None:
+    """A legend in one line at the upper right, above the axes, where no bar can be under it."""
+    ax.legend(
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=columns,
+        frameon=False,
+        fontsize="x-small",
+        borderaxespad=0,
+        columnspacing=1,
+    )
+
+
+def name_rows(ax: Axes, names: Sequence[str], at: NDArray[Any] | None = None) -> None:
+    """Names along the vertical axis from the top down; every k-th where they are many."""
+    places = np.arange(len(names)) if at is None else at
+    step = -(-len(names) // _MOST_NAMES)
+    ax.set_yticks(places[::step], [shortened(name) for name in names[::step]])
+    ax.invert_yaxis()
+
+
+def shortened(name: str, most: int = 32) -> str:
+    """A name of bounded length; its end tells layers apart."""
+    return name if len(name) <= most else "…" + name[1 - most :]
+
+
+def depth_colours(n: int) -> list[Any]:
+    """Colours of n layers by their depth, dark to light, colour-blind safe."""
+    from matplotlib import colormaps
+
+    return list(colormaps["viridis"](np.linspace(0.0, 0.88, max(n, 1))))
