@@ -50,7 +50,7 @@ class Tuning:
     sample_bytes: float = 0.0
 
 
-def tune(bench: Workbench, *, seconds: float = 3.0) -> Tuning:
+def tune(bench: Workbench, *, seconds: float = 2.0) -> Tuning:
     """Choose what the settings leave open; the model must be at a point of the run.
 
     The size of batches that are part of the loss is left as it is. Of splits of up to 256 samples
