@@ -52,15 +52,15 @@ def _call(data: Path, samples: int, *command: str) -> None:
 
 def test_lenet_closes(data_folder: Path, tmp_path: Path) -> None:
     """The bounds of [LCA] on fewer digits: 0.3 % of the change, 0.1 % of Σ|change| refined."""
-    samples = 1000
-    record("mnist_lenet", tmp_path / "run", data_folder, steps=40, samples=samples)
+    samples = 500
+    record("mnist_lenet", tmp_path / "run", data_folder, steps=30, samples=samples)
     plain = analyze("mnist_lenet", tmp_path / "run", tmp_path / "plain", data_folder, samples)
     refined = analyze(
         "mnist_lenet", tmp_path / "run", tmp_path / "refined", data_folder, samples, "--refine"
     )
     rows = plain.intervals()
     train = rows[rows["split"] == "train"]
-    assert len(train) == 40 and (rows["status"] == "ok").all()
+    assert len(train) == 30 and (rows["status"] == "ok").all()
     assert abs(train["gap"].sum()) <= 0.003 * abs(train["loss_change"].sum())
     for _, split in refined.intervals().groupby("split", observed=True):
         assert split["gap"].abs().sum() <= 0.001 * split["loss_change"].abs().sum()
