@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import time
@@ -19,12 +20,13 @@ import click
 import lcray
 from lcray import compare_command, findings_command, submit_command, trace_command
 from lcray.errors import LcrayError, UsageError
-from lcray.options import JSON, OUT, RUN, SETTINGS, Group, example, folders, together
+from lcray.options import JSON, OUT, RUN, SETTINGS, Group, example, folders, refusal, together
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _SECONDS_A_LOOK = 5.0
+_SELECT = re.compile(r"\s*(select|with|from)\b", re.IGNORECASE)
 
 
 def _resources(options: dict[str, Any]) -> Any:
@@ -271,6 +273,8 @@ def query(out: str, sql: str, form: str) -> None:
     """Run one SELECT on the tables of OUT, read-only, in DuckDB."""
     from lcray import display
 
+    if _SELECT.match(out) and not _SELECT.match(sql):
+        raise UsageError('query: the output comes first, then the SELECT: lcray query OUT "…"')
     frame = lcray.query(out, sql)
     if form == "csv":
         click.echo(frame.to_csv(index=False), nl=False)
@@ -317,12 +321,12 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        app(standalone_mode=False)
+        app(prog_name="lcray", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(2)
     except click.ClickException as error:
-        error.show()
+        click.echo(f"lcray: {refusal(error)}", err=True)
         sys.exit(error.exit_code)
     except LcrayError as error:
         click.echo(f"lcray: {error}", err=True)

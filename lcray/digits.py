@@ -56,7 +56,7 @@ def digits() -> dict[str, Batch]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UsageError(
-            "the demo's digits come with scikit-learn, which is missing: install lcray[demo]"
+            "the demo's digits come with scikit-learn, which is missing: pip install 'lcray[demo]'"
         ) from error
     pixels, classes = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(classes))

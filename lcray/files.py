@@ -167,8 +167,12 @@ _REPAIR = "restore it, or remove its folder and run the same command again"
 
 def _elsewhere(path: Place) -> str:
     """What to do without `path`: an output just below its folder is what was meant."""
+    if isinstance(path, Path) and path.parent.is_file():
+        return "an output is a folder: give the --out of an analysis"
     near = sorted(path.parent.glob(f"*/{path.name}")) if isinstance(path, Path) else []
     below = f" {near[0].parent} is one" if near else ""
+    if not near and isinstance(path, Path) and (path.parent / "run.json").exists():
+        below = " it is a run: give the --out of its lcray analyze"
     return f"is this the output of an analysis?{below}"
 
 
@@ -180,7 +184,8 @@ def _read(path: Place, known: int | None = None) -> bytes:
     except FileNotFoundError as error:
         raise OutputError(f"{path}: no such file; {_elsewhere(path)}") from error
     except OSError as error:
-        raise OutputError(f"{path}: cannot be read ({error.strerror}); check access") from error
+        hint = _elsewhere(path) if isinstance(error, NotADirectoryError) else "check access"
+        raise OutputError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
     if size > _JSON_LIMIT:
         raise CorruptionError(f"{path}: larger than {_JSON_LIMIT} bytes; {_REPAIR}")
     return text

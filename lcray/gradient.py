@@ -241,7 +241,8 @@ def _failed(where: str, what: str, error: Exception) -> TaskError:
 
 def _check_losses(where: str, losses: Any, batch_size: int) -> None:
     if not isinstance(losses, Tensor):
-        raise TaskError(f"{where}: must give a tensor [n], gave a {type(losses).__name__}")
+        gave = "nothing (no return?)" if losses is None else f"a {type(losses).__name__}"
+        raise TaskError(f"{where}: must give a tensor [n], gave {gave}")
     reduced = losses.dim() == 0 or (losses.shape == (1,) and batch_size > 1)
     if reduced:
         raise TaskError(

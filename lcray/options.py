@@ -12,6 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from lcray.analyses.titles import TITLES
+from lcray.errors import one_line
 from lcray.settings import Settings
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -100,6 +101,16 @@ class Group(click.Group):
             if there:
                 with formatter.section(title):
                     formatter.write_dl([(n, c.get_short_help_str(limit=200)) for n, c in there])
+
+
+def refusal(error: click.ClickException) -> str:
+    """One line about a command line that cannot be: what is wrong, and where to read more."""
+    context = getattr(error, "ctx", None)
+    said = one_line(" ".join(error.format_message().split())).rstrip(".")
+    said = said[:1].lower() + said[1:]
+    if context is not None and context.info_name == "query" and "extra argument" in said:
+        said += "; put the SELECT in quotes"
+    return said + (f"; see {context.command_path} --help" if context is not None else "")
 
 
 def example(*lines: str) -> str:

@@ -300,7 +300,7 @@ def split_data(task: Task, names: Sequence[str] | None = None) -> dict[str, Data
     except Exception as error:
         raise TaskError(f"task splits: failed: {brief(error)}") from error
     if not isinstance(data, Mapping) or not data:
-        raise TaskError("task splits: must map names to data, with at least one split")
+        raise TaskError("task splits: must map names to data, as in {'train': (images, labels)}")
     for name in names or ():
         if name not in data:
             raise UsageError(suggest(name, data, "split"))

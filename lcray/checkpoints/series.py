@@ -184,6 +184,8 @@ def _with_shards(
 def _why_empty(folders: Folders) -> str:
     root, entries = folders.root, folders.entries(folders.root)
     files = [root / name for name, is_dir in entries if not is_dir]
+    if any(path.name == "analysis.json" for path in files):
+        return f"{root}: is the output of an analysis; give the run that was analyzed"
     below = [root / name for name, is_dir in entries if is_dir]
     nested = [f / name for f in below for name, is_dir in folders.entries(f) if not is_dir]
     for path in files + nested:

@@ -116,11 +116,13 @@ class Pool:
         Args:
             plan: the plan.
             spans: those of its spans that are to be computed, in the order to begin them in.
-            out: the output directory.
+            out: the output directory; workers, whose folder is another, get its absolute path.
             on_done: called for every span as it is done.
             on_tick: called once a second or so with how far the others are.
         """
-        return Dispatch(self._crew, plan, spans, out, on_done, on_tick, self._metrics).run()
+        return Dispatch(
+            self._crew, plan, spans, out.resolve(), on_done, on_tick, self._metrics
+        ).run()
 
     def reduce(self, out: Place, *, allow_missing: bool = False) -> Reduction:
         """Reduce `out` on a worker, so that the driver stays small.
@@ -129,7 +131,7 @@ class Pool:
             OutputError: as `lcray.reduction.reduce` raises it.
         """
         try:
-            found: Reduction = self._crew.ask("reduce", str(out), allow_missing)
+            found: Reduction = self._crew.ask("reduce", str(out.resolve()), allow_missing)
         except RayError as error:
             raise ClusterError(
                 f"reducing {out}: the workers died ({in_one_line(error)}); run lcray reduce {out}"
