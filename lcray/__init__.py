@@ -46,13 +46,15 @@ if TYPE_CHECKING:
     from lcray.reduction import reduce as reduce
     from lcray.resources import Resources as Resources
     from lcray.results import Results as Results
-    from lcray.results import open_output as open  # noqa: F401
+    from lcray.results import open_output
     from lcray.results import query as query
     from lcray.retracing import trace as trace
     from lcray.standing import status as status
     from lcray.submission import submit as submit
     from lcray.task import Task as Task
     from lcray.verification import verify as verify
+
+    open = open_output  # so that type checkers see it as exported
 
 
 def __getattr__(name: str) -> Any:

@@ -17,11 +17,13 @@ from lcray.analysis import Progress
 SCRIPT = """
 from lcray.analysis import Progress
 from lcray.progress import reporting
+import time
 with reporting() as report:
     report(Progress("start"))
     report(Progress("probe"))
     for done in range(0, 9, 2):
-        report(Progress("spans", done, 8))
+        report(Progress("spans", done, 8, running=0.5, seconds_left=42.0))
+        time.sleep(0.2)
     report(Progress("reduce", 8, 8))
 print("done")
 """
@@ -70,6 +72,19 @@ def test_a_line_a_phase_and_one_a_minute(
     ]
 
 
+def test_what_takes_long_says_so_first_and_names_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.reporting() as report:
+        report(Progress("spans", 0, 100, seconds_left=7200.0))
+        report(Progress("spans", 99, 100, running=0.9, seconds_left=700.0))
+        report(Progress("spans", 100, 100, seconds_left=0.0))
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first.startswith("lcray: this will take about 2 h 0 min; lcray plan says why")
+    assert lines == ["lcray: intervals 0/100, 2 h 0 min left", "lcray: intervals 100/100"]
+    with progress.reporting() as report:
+        report(Progress("spans", 0, 100, seconds_left=599.0))
+    assert capsys.readouterr().err == "lcray: intervals 0/100, 10 min left\n"
+
+
 def test_a_bar_on_a_terminal_that_leaves_nothing_behind() -> None:
     master, slave = pty.openpty()
     environment = scenes.python_environment() | {"TERM": "xterm", "COLUMNS": "100"}
@@ -96,6 +111,7 @@ def test_a_bar_on_a_terminal_that_leaves_nothing_behind() -> None:
     text = written.decode()
     assert "merging tables" in text
     assert "8/8" in text
+    assert "42 s left" in text
     assert "\x1b[" in text
     assert "lcray: " not in text
     # The bar's line is erased at the end: nothing printable follows the last erasure.

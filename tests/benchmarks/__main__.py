@@ -19,13 +19,27 @@ from . import (
     recorder,
     scale,
     speed,
+    startup,
     storage,
     teams,
     wall,
 )
 from .suite import Bench, Case, Row, chosen, format_table, save
 
-MODULES = (machine, speed, memory, economy, recorder, storage, growth, scale, findings, wall, teams)
+MODULES = (
+    machine,
+    speed,
+    memory,
+    economy,
+    recorder,
+    storage,
+    growth,
+    scale,
+    findings,
+    wall,
+    teams,
+    startup,
+)
 CASES: dict[str, Case] = {name: case for module in MODULES for name, case in module.CASES.items()}
 CORES = 2
 
