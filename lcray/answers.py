@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from decimal import Decimal
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,11 +19,16 @@ _ROWS = 1 << 14  # made text at a time
 def to_csv(table: pa.Table) -> bytes:
     """A header and the rows: nothing for null, nan, inf and -inf for numbers that are so."""
     text = io.StringIO()
+    write_csv(table, text)
+    return text.getvalue().encode()
+
+
+def write_csv(table: pa.Table, text: TextIO) -> None:
+    """`to_csv`, row by row into a text file that leaves line breaks as they are."""
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table.column_names)
     for row in _rows(table):
         writer.writerow([_cell(value) for value in row])
-    return text.getvalue().encode()
 
 
 def to_json(table: pa.Table) -> bytes:

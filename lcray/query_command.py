@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-import lcray
 from lcray.errors import UsageError
 from lcray.options import OUT, example
 
@@ -44,7 +43,7 @@ def query(out: str, sql: str | None, form: str, output: str | None) -> None:
     import pyarrow as pa
 
     from lcray.answers import WRITERS
-    from lcray.results import distinct
+    from lcray.results import distinct, open_output
 
     if form == "parquet" and output is None and sys.stdout.isatty():
         raise UsageError("parquet is binary: give --output FILE, or send it to a file or a pipe")
@@ -52,7 +51,7 @@ def query(out: str, sql: str | None, form: str, output: str | None) -> None:
         raise UsageError(
             "--output: give --format csv, json, jsonl or parquet; tables are to look at"
         )
-    results = lcray.open(out)
+    results = open_output(out)
     if form == "table":
         _show(results.contents() if sql is None else results.sql(sql))
         return

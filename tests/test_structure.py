@@ -87,6 +87,7 @@ ORDER = (
     "analyses",
     "figures",
     "plots",
+    "exports",
     "concluding",
     "completeness",
     "invariants",
@@ -114,6 +115,7 @@ ORDER = (
     "compare_command",
     "trace_command",
     "query_command",
+    "export_command",
     "cli",
     "__main__",
 )
@@ -123,6 +125,7 @@ SPEAKS = {
     "lcray.cli",
     "lcray.compare_command",
     "lcray.display",
+    "lcray.export_command",
     "lcray.findings_command",
     "lcray.options",
     "lcray.progress",
