@@ -18,6 +18,7 @@ _PUBLIC = {
     "analyze": "lcray.analysis",
     "compare": "lcray.analyses.comparison",
     "demo": "lcray.digits",
+    "export": "lcray.exports",
     "findings": "lcray.concluding",
     "inspect": "lcray.checkpoints",
     "open": "lcray.results",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from lcray.concluding import findings as findings
     from lcray.digits import demo as demo
     from lcray.errors import LcrayError as LcrayError
+    from lcray.exports import export as export
     from lcray.in_memory import allocate as allocate
     from lcray.reduction import reduce as reduce
     from lcray.resources import Resources as Resources

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import sys
 import time
@@ -18,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import lcray
-from lcray import compare_command, findings_command, submit_command, trace_command
+from lcray import (
+    compare_command,
+    export_command,
+    findings_command,
+    query_command,
+    submit_command,
+    trace_command,
+)
 from lcray.errors import LcrayError, UsageError
 from lcray.options import JSON, OUT, RUN, SETTINGS, Group, example, folders, refusal, together
 
@@ -26,7 +32,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SECONDS_A_LOOK = 5.0
-_SELECT = re.compile(r"\s*(select|with|from)\b", re.IGNORECASE)
 
 
 def _resources(options: dict[str, Any]) -> Any:
@@ -201,6 +206,8 @@ app.add_command(submit_command.like(analyze))
 app.add_command(trace_command.like(analyze))
 app.add_command(findings_command.findings)
 app.add_command(compare_command.compare)
+app.add_command(query_command.query)
+app.add_command(export_command.export)
 
 
 @app.command(epilog=example("lcray reduce out/mine", "lcray reduce out/mine --allow-missing"))
@@ -251,38 +258,6 @@ def status(out: str, watch: bool, as_json: bool) -> None:
         time.sleep(_SECONDS_A_LOOK)
         if not as_json:
             click.echo()
-
-
-@app.command(
-    epilog=example(
-        'lcray query out/mine "SELECT layer, sum(lc) AS lc FROM layers GROUP BY ALL ORDER BY lc"',
-        'lcray query out/mine "SELECT * FROM intervals" --format csv > intervals.csv',
-    )
-)
-@OUT
-@click.argument("sql")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "csv", "json"]),
-    default="table",
-    show_default=True,
-    help="How to print the answer; tables round, stop at 50 rows, and stand on end where too wide.",
-)
-def query(out: str, sql: str, form: str) -> None:
-    """Run one SELECT on the tables of OUT, read-only, in DuckDB."""
-    from lcray import display
-
-    if _SELECT.match(out) and not _SELECT.match(sql):
-        raise UsageError('query: the output comes first, then the SELECT: lcray query OUT "…"')
-    frame = lcray.query(out, sql)
-    if form == "csv":
-        click.echo(frame.to_csv(index=False), nl=False)
-    elif form == "json":
-        click.echo(json.dumps(display.records(frame), default=str))
-    else:
-        console = _console()
-        console.print(display.fitted(frame, console.width))
 
 
 def _show(data: dict[str, Any], render: Callable[[], Any], as_json: bool) -> None:

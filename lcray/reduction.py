@@ -2,7 +2,8 @@
 
 New tables are staged beside the old ones and renamed together once all are whole; those for an
 object store are staged in local temporary files, and put once all are whole.
-``tables/manifest.json`` with their checksums is written last, and without it there are no tables.
+``tables/manifest.json`` with their checksums is written last, and without it there are no tables;
+``views.sql``, which holds no data, follows.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from lcray.schema import FORMAT_VERSION, WHOLE_RUN, table_schema
 from lcray.shards import check_files, read_plan, write_json_atomic
 from lcray.storage import Place, PlaceLike, place, storage_of, sync_folder
 from lcray.summary import bin_edges
+from lcray.views import write_views
 from lcray.weibull import fit_weibull
 
 MANIFEST = "manifest.json"
@@ -91,6 +93,7 @@ def merge(out: PlaceLike, *, allow_missing: bool = False) -> Reduction:
         for problem in check_files(out, commit):
             raise CorruptionError(problem)
     entries = _write_tables(out / "tables", Source(out, plan, commits))
+    write_views(out, plan, tuple(entries))
     return Reduction({table: entry.rows for table, entry in entries.items()}, missing)
 
 

@@ -25,6 +25,7 @@ from lcray.sandbox import connect, query_room, select, shut, sql_path
 from lcray.schema import TABLES
 from lcray.shards import read_plan
 from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
+from lcray.views import VIEWS, View, named_in, views_of
 
 if TYPE_CHECKING:  # what a driver that only opens an output has no memory for
     import duckdb
@@ -136,6 +137,20 @@ class Results:
         """Distributions fitted to absolute LC; window -1 is the whole run; raises as `arrow`."""
         return self.table("fits", steps=steps, layers=layers)
 
+    def contents(self) -> pd.DataFrame:
+        """The tables, with their rows, and the views that `sql` sees: name, kind, rows, holds.
+
+        Raises:
+            CorruptionError: if the manifest is damaged.
+        """
+        import pandas as pd
+
+        entries = read_manifest(self.path).tables
+        rows = [(t, "table", entries[t].rows, TABLES[t].description) for t in self.tables]
+        views = [(view.name, "view", None, view.description) for view in self._views()]
+        frame = pd.DataFrame([*rows, *views], columns=["name", "kind", "rows", "holds"])
+        return frame.astype({"rows": "Int64"})
+
     def confidence(
         self, *, steps: str | None = None, layers: str | None = None, level: float = 0.95
     ) -> pd.DataFrame:
@@ -211,15 +226,16 @@ class Results:
             return pq.read_table(source, columns=columns, filters=rows)
 
     def sql(self, query: str) -> pd.DataFrame:
-        """The answer to one SELECT over the tables, as a pandas frame.
+        """The answer to one SELECT over the tables and views, as a pandas frame.
 
-        The query sees the tables under their names, and nothing else: no file, no network.
+        The query sees the tables and `lcray.views` under their names, and nothing else: no file,
+        no network.
 
         Raises:
             UsageError: if it is not one valid SELECT.
         """
         found = self.sql_arrow(query)
-        return self._frame(found.rename_columns(_distinct(found.column_names)))
+        return self._frame(found.rename_columns(distinct(found.column_names)))
 
     def sql_arrow(self, query: str) -> pa.Table:
         """As `sql`, as an Arrow table."""
@@ -238,10 +254,15 @@ class Results:
 
     def _hint(self, query: str) -> str | None:
         """What to do where a query asks for a table that this output does not have."""
-        for name in TABLES:
-            if name not in self.tables and re.search(rf"\b{name}\b", query, re.IGNORECASE):
-                how = OPTIONS.get(name, "see lcray analyze --help")
-                return f"there is no table {name!r} in {self.path}: {how}"
+        for name in named_in(query, [t for t in TABLES if t not in self.tables]):
+            how = OPTIONS.get(name, "see lcray analyze --help")
+            return f"there is no table {name!r} in {self.path}: {how}"
+        lacking = [view for view in VIEWS if view not in self._views()]
+        for view in lacking:
+            if named_in(query, [view.name]):
+                absent = next(table for table in view.tables if table not in self.tables)
+                how = OPTIONS.get(absent, "see lcray analyze --help")
+                return f"view {view.name!r} needs the table {absent!r}: {how}"
         return None
 
     def __repr__(self) -> str:
@@ -250,8 +271,10 @@ class Results:
     @contextmanager
     def _local(self, query: str) -> Iterator[Path]:
         """A local folder with the tables: of a remote output, copies of those that it may name."""
-        tables = [t for t in self.tables if re.search(rf"\b{t}\b", query, re.IGNORECASE)]
-        names = [self._file(table).name for table in tables]
+        views = named_in(query, [view.name for view in self._views()])
+        needed = {t for view in self._views() if view.name in views for t in view.tables}
+        needed.update(named_in(query, self.tables))
+        names = [self._file(table).name for table in self.tables if table in needed]
         try:
             copies = local_copies(self.path / "tables", names)
             with copies as folder:
@@ -260,7 +283,7 @@ class Results:
             raise self._unreadable(self.path / "tables", error) from error
 
     def _create_views(self, connection: duckdb.DuckDBPyConnection, folder: Path) -> list[Path]:
-        """Makes views of the tables in `folder`; returns their files."""
+        """Makes views of the tables in `folder`, and those on them; returns the files."""
         import duckdb
 
         files = []
@@ -273,7 +296,14 @@ class Results:
             except duckdb.Error as error:
                 raise self._unreadable(path, error) from error
             files.append(path)
+        present = {path.stem for path in files}
+        for view in self._views():
+            if present.issuperset(view.tables):
+                connection.execute(f"CREATE VIEW {view.name} AS {view.select(self.plan)}")
         return files
+
+    def _views(self) -> tuple[View, ...]:
+        return views_of(self.tables)
 
     def _unreadable(self, path: Place, error: Exception) -> CorruptionError:
         reason = (getattr(error, "strerror", None) or str(error).splitlines()[0])[:300]
@@ -346,7 +376,7 @@ def _bounds(steps: str) -> tuple[int, int | None]:
     return int(first or 0), int(last) if last else None
 
 
-def _distinct(names: list[str]) -> list[str]:
+def distinct(names: list[str]) -> list[str]:
     """The names, those that recur (after a join) numbered."""
     taken, seen = set(names), set[str]()
     distinct = []

@@ -24,12 +24,6 @@ _FORM = tidy.schema(
     "LC of every group's loss by layer, over the run",
 )
 
-_SQL = """
-    SELECT split, "group", layer, sum(lc) AS lc, avg(weight) AS weight,
-        sum(lc * weight) AS share_of_layer
-    FROM groups GROUP BY ALL
-"""
-
 
 def class_layers(results: Results) -> pa.Table:
     """Σ_t LC of each group's own mean loss, layer by layer.
@@ -44,7 +38,7 @@ def class_layers(results: Results) -> pa.Table:
         InapplicableError: if there is no table `groups`.
     """
     require(results, "groups")
-    rows: list[dict[str, Any]] = results.sql_arrow(_SQL).to_pylist()
+    rows: list[dict[str, Any]] = results.sql_arrow("SELECT * FROM class_layers").to_pylist()
     splits = [split.name for split in results.plan.splits]
     layers = [layer.name for layer in results.plan.layers]
     rows.sort(key=lambda r: (splits.index(r["split"]), r["group"], layers.index(r["layer"])))

@@ -1,0 +1,85 @@
+"""What a query answers, as text or Parquet: every digit kept."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_ROWS = 1 << 14  # made text at a time
+
+
+def to_csv(table: pa.Table) -> bytes:
+    """A header and the rows: nothing for null, nan, inf and -inf for numbers that are so."""
+    text = io.StringIO()
+    write_csv(table, text)
+    return text.getvalue().encode()
+
+
+def write_csv(table: pa.Table, text: TextIO) -> None:
+    """`to_csv`, row by row into a text file that leaves line breaks as they are."""
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.column_names)
+    for row in _rows(table):
+        writer.writerow([_cell(value) for value in row])
+
+
+def to_json(table: pa.Table) -> bytes:
+    """A list of objects; null for what is null or not finite, which JSON has no numbers for."""
+    return (json.dumps([*_objects(table)], default=str, allow_nan=False) + "\n").encode()
+
+
+def to_jsonl(table: pa.Table) -> bytes:
+    """As `to_json`, an object a line."""
+    lines = (json.dumps(row, default=str, allow_nan=False) for row in _objects(table))
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """A Parquet file."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+WRITERS: dict[str, Callable[[pa.Table], bytes]] = {
+    "csv": to_csv,
+    "json": to_json,
+    "jsonl": to_jsonl,
+    "parquet": to_parquet,
+}
+
+
+def _rows(table: pa.Table) -> Iterator[tuple[Any, ...]]:
+    for batch in table.to_batches(max_chunksize=_ROWS):
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def _objects(table: pa.Table) -> Iterator[dict[str, Any]]:
+    for row in _rows(table):
+        yield dict(zip(table.column_names, map(_plain, row), strict=True))
+
+
+def _cell(value: Any) -> Any:
+    """What `csv` writes as it is; numbers keep every digit."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, float) else value
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has; whole decimals, which sums of integers are, as integers."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

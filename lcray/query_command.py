@@ -1,0 +1,91 @@
+"""The command `lcray query`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from lcray.errors import UsageError
+from lcray.options import OUT, example
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SELECT = re.compile(r"\s*(select|with|from)\b", re.IGNORECASE)
+_FORMS = ("table", "csv", "json", "jsonl", "parquet")
+
+
+@click.command(
+    epilog=example(
+        "lcray query out/mine",
+        'lcray query out/mine "SELECT layer, sum(lc) AS lc FROM layers GROUP BY ALL ORDER BY lc"',
+        'lcray query out/mine "SELECT * FROM layers" --format parquet --output layers.parquet',
+    )
+)
+@OUT
+@click.argument("sql", required=False)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(_FORMS),
+    default="table",
+    show_default=True,
+    help="How to write the answer; tables round, stop at 50 rows and say so, and stand on end "
+    "where too wide; the others keep every digit and row.",
+)
+@click.option("--output", help="Write the answer to this file, or address, instead.")
+def query(out: str, sql: str | None, form: str, output: str | None) -> None:
+    """Run one SELECT on the tables and views of OUT, read-only, in DuckDB.
+
+    Without SQL: list the tables and views that OUT has.
+    """
+    import pyarrow as pa
+
+    from lcray.answers import WRITERS
+    from lcray.results import distinct, open_output
+
+    if _SELECT.match(out) and not _SELECT.match(sql or ""):
+        raise UsageError('query: the output comes first, then the SELECT: lcray query OUT "…"')
+    if form == "parquet" and output is None and sys.stdout.isatty():
+        raise UsageError("parquet is binary: give --output FILE, or send it to a file or a pipe")
+    if form == "table" and output is not None:
+        raise UsageError(
+            "--output: give --format csv, json, jsonl or parquet; tables are to look at"
+        )
+    results = open_output(out)
+    if form == "table":
+        _show(results.contents() if sql is None else results.sql(sql))
+        return
+    if sql is None:
+        found = pa.Table.from_pandas(results.contents(), preserve_index=False)
+    else:
+        found = results.sql_arrow(sql)
+        found = found.rename_columns(distinct(found.column_names))
+    data = WRITERS[form](found)
+    if output is not None:
+        _store(data, output)
+    else:
+        click.echo(data if form == "parquet" else data.decode(), nl=False)
+
+
+def _show(frame: pd.DataFrame) -> None:
+    from rich.console import Console
+
+    from lcray import display
+
+    width = None if sys.stdout.isatty() else 10_000  # no table is folded in a file or a pipe
+    console = Console(width=width, soft_wrap=True, highlight=False, markup=False)
+    console.print(display.fitted(frame, console.width))
+
+
+def _store(data: bytes, output: str) -> None:
+    from lcray.files import writing
+    from lcray.storage import place, storage_of
+
+    path = place(output)
+    with writing(path):
+        storage_of(path).write(path, data)
+    click.echo(f"{path}: {len(data):,} bytes", err=True)

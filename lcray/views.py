@@ -1,0 +1,243 @@
+"""Ready-made views on the tables: what `Results.sql` and ``OUT/views.sql`` know besides these.
+
+Sums leave out what has no LC (intervals whose `status` is not ok).
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lcray.files import confined, writing
+from lcray.planning import Plan
+from lcray.storage import Place, storage_of
+
+#: The file with all of them, for DuckDB alone.
+FILE = "views.sql"
+#: The variable of a DuckDB session that says where an output is, if not where it was written.
+VARIABLE = "lcray_out"
+
+
+@dataclass(frozen=True)
+class View:
+    """One view.
+
+    Attributes:
+        name: as SQL has it; no table is called so.
+        tables: the tables that it needs.
+        columns: what each column holds, in their order.
+        description: one line.
+        sql: a SELECT; ``{train}`` stands for the split that was trained on, as a literal.
+    """
+
+    name: str
+    tables: tuple[str, ...]
+    columns: Mapping[str, str]
+    description: str
+    sql: str
+
+    def select(self, plan: Plan) -> str:
+        """The SELECT for an output of this plan."""
+        names = [split.name for split in plan.splits]
+        train = "train" if "train" in names else names[0]
+        return self.sql.replace("{train}", literal(train))
+
+
+_LAYER_SUMS = """
+SELECT split, layer, any_value(kind) AS kind, any_value(numel) AS numel,
+    count(lc) AS n_intervals, sum(lc) AS lc, sum(lc_helping) AS lc_helping,
+    sum(lc_hurting) AS lc_hurting, sum(lc) / nullif(any_value(numel), 0) AS lc_per_element,
+    sum(n_helping) / nullif(sum(n_helping + n_hurting + n_zero), 0) AS helping
+FROM layers GROUP BY split, layer"""
+_LAYER_COLUMNS = {
+    "split": "named data set",
+    "layer": "named tensor of the model",
+    "kind": "parameter or buffer",
+    "numel": "elements of the layer",
+    "n_intervals": "intervals that have LC",
+    "lc": "LC over the run (loss)",
+    "lc_helping": "sum of its negative LC (loss)",
+    "lc_hurting": "sum of its positive LC (loss)",
+    "lc_per_element": "lc / numel (loss)",
+    "helping": "share of elements x intervals with LC < 0; null for buffers",
+}
+
+VIEWS: tuple[View, ...] = (
+    View(
+        "closure",
+        ("intervals",),
+        {
+            "split": "named data set",
+            "n_intervals": "intervals that have LC",
+            "n_without_lc": "intervals that have none",
+            "loss_change": "their measured change (loss)",
+            "lc": "LC (loss)",
+            "gap": "lc - loss_change (loss)",
+            "gap_percent": "100 gap / |loss_change|",
+            "abs_gap_percent": "100 sum |gap| / sum |loss_change|",
+            "first_order_lc": "LC by the gradients at the starts; null without a node at 0 (loss)",
+            "n_gradients": "full-batch gradients",
+        },
+        "per split: what was allocated, and by how much it misses the loss change",
+        """
+SELECT split, count(lc) AS n_intervals, count(*) - count(lc) AS n_without_lc,
+    sum(loss_change) FILTER (lc IS NOT NULL) AS loss_change, sum(lc) AS lc, sum(gap) AS gap,
+    100 * sum(gap) / nullif(abs(sum(loss_change) FILTER (lc IS NOT NULL)), 0) AS gap_percent,
+    100 * sum(abs(gap)) / nullif(sum(abs(loss_change)) FILTER (lc IS NOT NULL), 0)
+        AS abs_gap_percent,
+    sum(first_order_lc) AS first_order_lc, sum(n_gradients)::BIGINT AS n_gradients
+FROM intervals GROUP BY split""",
+    ),
+    View(
+        "worst_intervals",
+        ("intervals",),
+        {
+            "split": "named data set",
+            "rank": "by |gap| in the split; 1 is worst",
+            "start_step": "step that the interval starts at",
+            "end_step": "step that it ends at",
+            "loss_change": "measured change (loss)",
+            "lc": "LC (loss)",
+            "gap": "lc - loss_change (loss)",
+            "gap_percent": "100 gap / |loss_change|",
+            "converged": "whether the gap is within its bound",
+        },
+        "every interval, those that close worst first",
+        """
+SELECT split, row_number() OVER (PARTITION BY split ORDER BY abs(gap) DESC, start_step) AS rank,
+    start_step, end_step, loss_change, lc, gap,
+    100 * gap / nullif(abs(loss_change), 0) AS gap_percent, converged
+FROM intervals WHERE gap IS NOT NULL ORDER BY split, rank""",
+    ),
+    View("layer_totals", ("layers",), _LAYER_COLUMNS, "every layer over the run", _LAYER_SUMS),
+    View(
+        "hurting_layers",
+        ("layers",),
+        _LAYER_COLUMNS,
+        "the layers whose LC over the run is above 0, worst first",
+        f"SELECT * FROM ({_LAYER_SUMS}) WHERE lc > 0 ORDER BY lc DESC",
+    ),
+    View(
+        "shares",
+        ("intervals",),
+        {
+            "split": "named data set",
+            "start_step": "step that the interval starts at",
+            "end_step": "step that it ends at",
+            "helping": "share of the parameters with LC < 0",
+            "hurting": "share with LC > 0",
+            "zero": "share with LC = 0",
+            "helping_of_nonzero": "n_helping / (n_helping + n_hurting)",
+        },
+        "shares of the parameters that help and hurt at every interval",
+        """
+SELECT split, start_step, end_step, n_helping / nullif(n, 0) AS helping,
+    n_hurting / nullif(n, 0) AS hurting, n_zero / nullif(n, 0) AS zero,
+    n_helping / nullif(n_helping + n_hurting, 0) AS helping_of_nonzero
+FROM (SELECT *, n_helping + n_hurting + n_zero AS n FROM intervals)
+WHERE lc IS NOT NULL ORDER BY split, start_step""",
+    ),
+    View(
+        "train_vs_rest",
+        ("layers",),
+        {
+            "other": "a split beside the one that was trained on",
+            "layer": "named tensor of the model",
+            "n_intervals": "intervals that have LC in both",
+            "lc_train": "LC over them on train (loss)",
+            "lc_other": "LC over them on the other split (loss)",
+            "difference": "lc_other - lc_train: > 0 memorises (loss)",
+        },
+        "LC of every layer on train beside that on each other split",
+        """
+SELECT b.split AS other, layer, count(*) AS n_intervals, sum(a.lc) AS lc_train,
+    sum(b.lc) AS lc_other, sum(b.lc) - sum(a.lc) AS difference
+FROM layers a JOIN layers b USING (start_step, layer)
+WHERE a.split = {train} AND b.split <> {train} AND a.lc IS NOT NULL AND b.lc IS NOT NULL
+GROUP BY b.split, layer""",
+    ),
+    View(
+        "unit_totals",
+        ("units",),
+        {
+            "split": "named data set",
+            "layer": "named tensor of the model",
+            "unit": "position along the output axis",
+            "lc": "LC over the run (loss)",
+        },
+        "every output channel or neuron over the run",
+        "SELECT split, layer, unit, sum(lc) AS lc FROM units GROUP BY split, layer, unit",
+    ),
+    View(
+        "class_layers",
+        ("groups",),
+        {
+            "split": "named data set",
+            "group": "label of the items, such as their class",
+            "layer": "named tensor of the model",
+            "lc": "LC of the mean loss over the group's own items (loss)",
+            "weight": "the group's share of the total weight",
+            "share_of_layer": "sum of lc * weight: adds up to the layer's LC (loss)",
+        },
+        "every class and layer over the run",
+        """
+SELECT split, "group", layer, sum(lc) AS lc, avg(weight) AS weight,
+    sum(lc * weight) AS share_of_layer
+FROM groups GROUP BY split, "group", layer""",
+    ),
+)
+
+
+def views_of(tables: Sequence[str]) -> tuple[View, ...]:
+    """The views that these tables allow."""
+    return tuple(view for view in VIEWS if set(view.tables) <= set(tables))
+
+
+def named_in(query: str, names: Sequence[str]) -> list[str]:
+    """Those of `names` that a query may name."""
+    return [name for name in names if re.search(rf"\b{name}\b", query, re.IGNORECASE)]
+
+
+def literal(text: str) -> str:
+    """A string as SQL has it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def write_views(out: Place, plan: Plan, tables: Sequence[str]) -> None:
+    """Writes ``OUT/views.sql``: every table and view, for a DuckDB that was started anywhere.
+
+    Paths begin with the place of the output now, or with what the session's variable `lcray_out`
+    says.
+
+    Raises:
+        OutputError: if it cannot be written.
+        CorruptionError: if a link in its place leads out of the output.
+    """
+    path = confined(out, out / FILE)
+    text = _text(out, plan, tables)
+    with writing(path):
+        storage_of(path).write(path, text.encode())
+
+
+def _text(out: Place, plan: Plan, tables: Sequence[str]) -> str:
+    # a local path is no pattern; what follows in an address is
+    where = glob.escape(str(out.resolve())) if isinstance(out, Path) else str(out)
+    root = f"coalesce(getvariable('{VARIABLE}'), {literal(where)})"
+    parts = [
+        "-- The tables and views of an lcray output, for DuckDB: .read views.sql",
+        "-- Where the output has moved, or is to be read through another path, say so first:",
+        f"--   SET VARIABLE {VARIABLE} = '/path/to/the/output';",
+        "-- `lcray reduce` writes this file anew.",
+    ]
+    for table in tables:
+        source = f"read_parquet({root} || '/tables/{table}.parquet')"
+        parts.append(f"CREATE OR REPLACE VIEW {table} AS FROM {source};")
+    for view in views_of(tables):
+        columns = "\n".join(f"--   {name}: {text}" for name, text in view.columns.items())
+        select = view.select(plan).strip()
+        head = f"\n-- {view.name}: {view.description}\n{columns}\n"
+        parts.append(f"{head}CREATE OR REPLACE VIEW {view.name} AS\n{select};")
+    return "\n".join(parts) + "\n"

@@ -1,0 +1,123 @@
+"""`lcray query`: its forms, read back with other libraries."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import synthetic
+from click.testing import CliRunner, Result
+
+import lcray
+from lcray import query_command
+from lcray.cli import app
+from lcray.errors import UsageError
+
+SQL = """SELECT 'a, "b"' || chr(10) || 'ü' AS text, 'nan'::DOUBLE AS n, 'inf'::DOUBLE AS i,
+'-inf'::DOUBLE AS m, NULL::DOUBLE AS none, 9007199254740993 AS big, 0.1::DOUBLE + 0.2 AS x,
+true AS yes, sum(n_helping) AS total, NULL::BIGINT AS no FROM layers"""
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic.picture(tmp_path_factory.mktemp("answers") / "out")
+
+
+def ask(*args: Any) -> Result:
+    return CliRunner().invoke(app, ["query", *map(str, args)], catch_exceptions=False)
+
+
+def total(out: Path) -> int:
+    return int(lcray.open(out).layers()["n_helping"].sum())
+
+
+def test_csv_keeps_what_there_is(out: Path) -> None:
+    text = ask(out, SQL, "--format", "csv").stdout_bytes.decode()
+    (row,) = csv.DictReader(io.StringIO(text))
+    assert row["text"] == 'a, "b"\nü'
+    assert (row["n"], row["i"], row["m"], row["none"], row["no"]) == ("nan", "inf", "-inf", "", "")
+    assert row["big"] == "9007199254740993"
+    assert float(row["x"]) == 0.1 + 0.2
+    assert row["yes"] == "true"
+    assert row["total"] == str(total(out))
+    frame = pd.read_csv(io.StringIO(text))
+    assert frame["big"][0] == 9007199254740993
+    assert frame["i"][0] == math.inf
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_json_has_numbers_and_null(out: Path, form: str) -> None:
+    text = ask(out, SQL, "--format", form).stdout
+    found = json.loads(text, parse_constant=pytest.fail)
+    row = found[0] if form == "json" else found
+    assert row == {
+        "text": 'a, "b"\nü',
+        "n": None,
+        "i": None,
+        "m": None,
+        "none": None,
+        "big": 9007199254740993,
+        "x": 0.1 + 0.2,
+        "yes": True,
+        "total": total(out),
+        "no": None,
+    }
+    lines = ask(out, "SELECT * FROM layers", "--format", "jsonl").stdout.splitlines()
+    assert len(lines) == len(lcray.open(out).layers())
+
+
+def test_parquet_is_whole(out: Path, tmp_path: Path) -> None:
+    data = ask(out, SQL, "--format", "parquet").stdout_bytes
+    (row,) = pq.read_table(io.BytesIO(data)).to_pylist()
+    assert row["big"] == 9007199254740993
+    assert math.isnan(row["n"]) and row["i"] == math.inf and row["none"] is None
+    file = tmp_path / "new" / "a.parquet"
+    found = ask(out, "SELECT * FROM layers", "--format", "parquet", "--output", file)
+    assert found.stdout == ""
+    assert f"{file}: {file.stat().st_size:,} bytes" in found.stderr
+    assert pq.read_table(file).num_rows == len(lcray.open(out).layers())
+
+
+def test_parquet_is_not_for_a_terminal(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query_command.sys.stdout.__class__, "isatty", lambda _: True, raising=False)
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(query_command.sys, "stdout", Terminal())
+    assert query_command.query.callback is not None
+    with pytest.raises(UsageError, match="binary: give --output FILE"):
+        query_command.query.callback(str(out), "SELECT 1", "parquet", None)
+
+
+def test_tables_say_what_they_leave_out_and_go_to_no_file(out: Path, tmp_path: Path) -> None:
+    shown = ask(out, "SELECT * FROM units").stdout
+    assert "50 of 60 rows" in shown
+    with pytest.raises(UsageError, match="give --format csv"):
+        ask(out, "SELECT 1", "--output", tmp_path / "a")
+
+
+def test_columns_of_the_same_name_are_told_apart(out: Path) -> None:
+    sql = "SELECT 1 AS a, 2 AS a"
+    assert ask(out, sql, "--format", "csv").stdout == "a,a_2\n1,2\n"
+    assert json.loads(ask(out, sql, "--format", "json").stdout) == [{"a": 1, "a_2": 2}]
+
+
+def test_without_sql_tables_and_views_are_listed(out: Path) -> None:
+    rows = json.loads(ask(out, "--format", "json").stdout)
+    results = lcray.open(out)
+    listed = {row["name"]: row for row in rows}
+    assert [n for n, row in listed.items() if row["kind"] == "table"] == [*results.tables]
+    for name in results.tables:
+        assert listed[name]["rows"] == results.arrow(name).num_rows
+    assert listed["closure"]["rows"] is None
+    assert "closure" in ask(out).stdout
+    assert ask(out, "SELECT 1 AS a WHERE false", "--format", "json").stdout == "[]\n"
