@@ -123,7 +123,7 @@ def test_usage_that_click_refuses(arguments: list[str], message: str, command: L
     found = command(*arguments)
     assert found.code == 2
     assert found.out == ""
-    assert re.search(message, found.err)
+    assert re.search(message, found.err, re.IGNORECASE)
     assert "Traceback" not in found.err
 
 

@@ -30,6 +30,7 @@ def make_page(folder: Path, scale: str, networks: Sequence[Network]) -> str:
         "was tuned; what disagrees is reported as it is. LC is in nats, on the training images, of "
         "the run with seed 0 unless said otherwise; negative LC helps.",
         "",
+        *_caution(scale),
         *_setting(folder, scale, networks),
         "",
         "Readings: " + ", ".join(f"{counts[name]} {name}" for name in VERDICTS) + ".",
@@ -37,6 +38,17 @@ def make_page(folder: Path, scale: str, networks: Sequence[Network]) -> str:
     for claim in CLAIMS:
         lines += ["", *_section(claim, readings[claim.title])]
     return "\n".join(lines) + "\n"
+
+
+def _caution(scale: str) -> Iterator[str]:
+    if scale != "full":
+        yield (
+            "**Mind the scale.** The paper looks at whole trainings on all images. These runs are "
+            "the first steps on few images, where the loss falls fastest: more parameters help "
+            "than later on, steps are long for a quadrature, and layers that come to hurt late have "
+            "not done so yet. What disagrees here may agree at `--scale full`; that was not run."
+        )
+        yield ""
 
 
 def _setting(folder: Path, scale: str, networks: Sequence[Network]) -> Iterator[str]:

@@ -203,7 +203,8 @@ def _bend(terms: Terms, theta: Floats, weights: Floats) -> tuple[Floats, Floats]
         bent[:, i, i] = -(at(shifts[i]) - 2 * here + at(-shifts[i])) / _WIDE**2
         for j in range(i):
             a, b = shifts[i], shifts[j]
-            cross = at(a + b) - at(a - b) - at(b - a) + at(-a - b)
+            with np.errstate(invalid="ignore"):  # where there is no likelihood: no curvature
+                cross = at(a + b) - at(a - b) - at(b - a) + at(-a - b)
             bent[:, i, j] = bent[:, j, i] = -cross / (4 * _WIDE**2)
     return here, bent
 
