@@ -16,6 +16,7 @@ import lcray
 
 
 def main():
+    """Train on this process's share of every batch."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     x = torch.randn(64, 4)

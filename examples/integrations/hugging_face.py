@@ -14,12 +14,14 @@ TRAINED = Path("trained").resolve()  # the Trainer's output directory, and the r
 
 
 def splits():
+    """Tokenised samples, as for a Trainer; these are random."""
     tokens = torch.randint(50, (64, 16), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     return {"train": rows[:48], "val": rows[48:]}
 
 
 def train():
+    """Four steps of a Trainer, recorded."""
     set_seed(0)
     config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
     arguments = TrainingArguments(
@@ -37,6 +39,7 @@ def train():
 
 
 def task():
+    """The task, once there is a config to read."""
     return language_model_task(TRAINED / "hf", splits)
 
 

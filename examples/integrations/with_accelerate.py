@@ -13,6 +13,7 @@ from lcray.integrations.accelerate import recorder
 
 
 def main():
+    """Train on this process's share of every batch."""
     torch.manual_seed(0)
     x = torch.randn(64, 4)
     data = TensorDataset(x, x.argmax(1))

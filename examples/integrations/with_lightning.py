@@ -14,10 +14,12 @@ from lcray.integrations.lightning import RecorderCallback
 
 
 def build():
+    """The net."""
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
 def splits():
+    """The data."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(96, 4, generator=generator)
     y = (x @ torch.randn(4, 3, generator=generator)).argmax(1)
@@ -25,6 +27,7 @@ def splits():
 
 
 def loss(model, batch):
+    """One loss per item."""
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
@@ -32,14 +35,18 @@ task = Task(build, splits, loss, groups=lambda batch: batch[1])
 
 
 class Net(lightning.LightningModule):
+    """Trains the net."""
+
     def __init__(self):
         super().__init__()
         self.model = build()
 
     def training_step(self, batch, number):
+        """The mean loss of a batch."""
         return loss(self.model, batch).mean()
 
     def configure_optimizers(self):
+        """Plain SGD."""
         return torch.optim.SGD(self.parameters(), lr=0.3)
 
 

@@ -55,10 +55,12 @@ class Gathered:
         self._parameters = {_plain(name): tensor for name, tensor in named.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that the state dict holds, by name; empty on other ranks. Collective."""
+        """Everything that the state dict holds, by name, on rank 0. Collective."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        # From the CPU to the CPU nothing is copied, and FSDP would hand out memory that it frees.
+        away = any(tensor.device.type != "cpu" for tensor in self._parameters.values())
+        options = StateDictOptions(full_state_dict=True, cpu_offload=away)
         state = get_model_state_dict(self._model, options=options)
         found: dict[str, Tensor] = {}
         first: dict[int, str] = {}
@@ -73,7 +75,7 @@ class Gathered:
         return found
 
     def contents(self) -> Contents:
-        """What there is to store, on rank 0; nothing on other ranks. Collective."""
+        """What there is to store, on rank 0. Collective."""
         tensors = self.tensors()
         parameters = frozenset(name for name in tensors if name in self._parameters)
         return Contents(tensors, parameters, frozenset(tensors))

@@ -57,7 +57,11 @@ def wrapped(scene: str, rank: int) -> nn.Module:
         return fully_shard(model)
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    return FullyShardedDataParallel(model, use_orig_params=scene == "fsdp1")
+    if scene == "refused":
+        model.requires_grad_(True)
+    return FullyShardedDataParallel(
+        model, use_orig_params=scene == "fsdp1", device_id=torch.device("cpu")
+    )
 
 
 def full_state(model: nn.Module) -> dict[str, torch.Tensor]:

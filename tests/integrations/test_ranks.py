@@ -51,8 +51,7 @@ def launch(script: Path, *arguments: object, cwd: Path | None = None) -> None:
         for process in processes:
             process.kill()
             process.wait()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, "\n---\n".join(outputs)
+    assert [process.returncode for process in processes] == [0, 0], "\n---\n".join(outputs)
 
 
 def single() -> list[dict[str, torch.Tensor]]:
