@@ -23,7 +23,8 @@ def splits():
 def train():
     """Four steps of a Trainer, recorded."""
     set_seed(0)
-    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    sizes = {"vocab_size": 50, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
     arguments = TrainingArguments(
         TRAINED / "hf", max_steps=4, per_device_train_batch_size=16, learning_rate=1e-2,
         save_steps=1, logging_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,

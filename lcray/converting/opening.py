@@ -103,10 +103,10 @@ def _model_in(source: Source, content: Mapping[str, Any], key: str | None) -> Ma
         return _by_name(source, content[inner[0]])
     if any(isinstance(value, Tensor) for value in content.values()):
         return _by_name(source, content)
-    known = ", ".join(str(name) for name, v in content.items() if isinstance(v, Mapping))
+    held = ", ".join(str(name) for name, v in content.items() if isinstance(v, Mapping))
     raise CheckpointError(
         f"{source.path}: no model in it under a usual name; name its key with --key, one of: "
-        + (known or "none holds tensors by name")
+        + (held or "none holds tensors by name")
     )
 
 
@@ -122,18 +122,19 @@ def _distributed(source: Source, trust: bool) -> tuple[dict[str, Tensor], int | 
         raise CheckpointError(
             f"{source.path}: is a distributed checkpoint, whose .metadata is a pickle: {_TRUST}"
         )
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
-        reader = dcp.FileSystemReader(source.path)
+        reader = FileSystemReader(source.path)
         known = reader.read_metadata().state_dict_metadata
         state = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in known.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        load(state, storage_reader=reader, no_dist=True)
     except Exception as error:
         raise _damaged(source, error) from error
     return state, None
@@ -150,8 +151,6 @@ def _tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _damaged(source: Source, error: Exception) -> CheckpointError:
-    why = (
-        one_line(str(error).strip().partition("\n")[0].partition(". ")[0])[:200]
-        or type(error).__name__
-    )
+    said = str(error).strip().partition("\n")[0].partition(". ")[0]
+    why = one_line(said)[:200] or type(error).__name__
     return CheckpointError(f"{source.path}: cannot be read: {why}; save it again, or leave it out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,10 @@ def convert(
     """Turn saved checkpoints into a run: one safetensors file a step, and `run.json`.
 
     Sources are files of `torch.save` (``.pt``, ``.pth``, ``.bin``; Lightning's ``.ckpt``),
-    directories that `torch.distributed.checkpoint` wrote, and directories of either. The step is the
-    file's own ``global_step`` (or ``step``, ``iteration``), else the integer in its name. Every file
-    appears whole or not at all; the same command goes on where it stopped; nothing is overwritten.
+    directories that `torch.distributed.checkpoint` wrote, and directories of either. The step is
+    the file's own ``global_step`` (or ``step``, ``iteration``), else the integer in its name. Every
+    file appears whole or not at all; the same command goes on where it stopped; nothing is
+    overwritten.
 
     Without `trust_pickle` nothing is unpickled but tensors, numbers and containers, by torch's
     restricted reader. What needs more is refused: unpickling can run any code in the file.
@@ -139,7 +141,7 @@ class _Writing:
         snapshot(self._layout, saved.tensors, self._slot)
         known = self._known.get(saved.step)
         if known is None:
-            chunks = [self._layout.head, self._slot.memory]
+            chunks: list[bytes | memoryview] = [self._layout.head, self._slot.memory]
             self._directory.write(file_name(saved.step), chunks)
             self._written += 1
             path_written = self._directory.path / file_name(saved.step)
@@ -153,10 +155,9 @@ class _Writing:
     def end(self) -> Conversion:
         """Say in `run.json` that all of it is there."""
         steps = tuple(sorted(self._seen))
-        gaps = {b - a for a, b in zip(steps, steps[1:], strict=False)}
-        self._content["sessions"][0] |= {"start": steps[0], "every": min(gaps, default=1)}
-        content = {**self._content, "every": min(gaps, default=1)}
-        ended = {**content, "ended": True, "last_step": steps[-1]}
+        every = min((after - before for before, after in pairwise(steps)), default=1)
+        self._content["sessions"][0] |= {"start": steps[0], "every": every}
+        ended = {**self._content, "every": every, "ended": True, "last_step": steps[-1]}
         self._directory.write(runfile.NAME, [runfile.encode(ended)])
         return Conversion(steps, self._written, tuple(self._layout.keys))
 

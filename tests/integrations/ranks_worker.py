@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from contextlib import suppress
@@ -96,10 +97,42 @@ def same(one: list[dict], two: list[dict]) -> bool:
     return all(a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a) for a, b in pairs)
 
 
+def lightning(folder: Path, rank: int) -> None:
+    """Lightning's DDP in the place of the loop."""
+    import lightning.pytorch as parts
+
+    from lcray.integrations.lightning import RecorderCallback
+
+    class Module(parts.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = build()
+
+        def training_step(self, batch: list[torch.Tensor], number: int) -> torch.Tensor:
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    torch.manual_seed(2)
+    x = torch.randn(STEPS * 2 * SHARE, 6)
+    data = torch.utils.data.TensorDataset(x, x[:, :3].argmax(1))
+    trainer = parts.Trainer(
+        strategy="ddp", devices=2, accelerator="cpu", max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[RecorderCallback(folder, module="model")],
+    )  # fmt: skip
+    module = Module()
+    trainer.fit(module, torch.utils.data.DataLoader(data, SHARE))
+    if rank == 0:
+        torch.save(module.model.state_dict(), folder.parent / "states.pt")
+
+
 def main() -> None:
     scene, folder = sys.argv[1], Path(sys.argv[2])
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    rank = int(os.environ["RANK"])
+    if scene != "lightning":  # which does so itself
+        dist.init_process_group("gloo")
     # What a rank is given is its own: rank 1 must leave its own empty.
     own = folder / f"rank-{rank}"
     if scene == "refused":
@@ -114,6 +147,8 @@ def main() -> None:
             raise AssertionError("was not refused")
         except RecorderError as error:
             (folder / f"error-{rank}").write_text(str(error))
+    elif scene == "lightning":
+        lightning(own, rank)
     elif scene == "every_rank":
         with lcray.Recorder(build(), own, every_rank=True) as recorder:
             recorder.step()

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import scenes
+import torch
 from test_ranks import launch
 
 import lcray
@@ -56,6 +58,12 @@ def test_an_example_records_a_run_that_closes(
         states = (series.read(2).tensors, series.read(3).tensors)
         for split in lcray.allocate(task, *states).values():
             assert abs(split.gap) < 1e-3 * abs(split.loss_change)
+    if name == "hugging_face":  # by the task's name, as on the command line
+        scenes.work_inline(monkeypatch)
+        lcray.analyze(runs[0], f"{EXAMPLES / name}.py:task", "out", refine=True)
+        intervals = lcray.open("out").intervals()
+        assert len(intervals) == 8 and intervals["converged"].all()
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.slow
@@ -69,3 +77,14 @@ def test_the_distributed_example(tmp_path: Path, option: list[str]) -> None:
 def test_accelerate_on_two_processes(tmp_path: Path) -> None:
     launch(EXAMPLES / "with_accelerate.py", cwd=tmp_path)
     assert open_series(tmp_path / "trained" / "run").steps == (0, 1, 2)  # half as many each
+
+
+@pytest.mark.slow
+def test_a_trainer_on_two_processes(tmp_path: Path) -> None:
+    launch(EXAMPLES / "hugging_face.py", cwd=tmp_path)
+    ours, own = (open_series(tmp_path / "trained" / name) for name in ("run", "hf"))
+    assert ours.steps == own.steps == (0, 1, 2, 3, 4)
+    for step in ours.steps:
+        recorded, saved = ours.read(step).tensors, own.read(step).tensors
+        assert recorded.keys() == saved.keys()
+        assert all(torch.equal(recorded[name], saved[name]) for name in saved)

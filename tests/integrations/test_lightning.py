@@ -155,6 +155,26 @@ def test_manual_optimization_counts_every_optimizers_steps_once(tmp_path: Path) 
         assert changed == {f"model.{moved}.weight", f"model.{moved}.bias"}
 
 
+def test_updates_that_the_scaler_skips_are_steps_without_movement(tmp_path: Path) -> None:
+    lib = library("lightning")
+
+    class Overflows(lib.Net):  # type: ignore[misc, name-defined]
+        def training_step(self, batch: Any, number: int) -> Tensor:
+            found = super().training_step(batch, number)
+            return found * float("inf") if number == 1 else found
+
+    lib.Overflows = Overflows
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    plugin = lib.parts.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    callback = lib.Callback(tmp_path / "run")
+    _, trainer = train(lib, tmp_path, callback, kind="Overflows", plugins=[plugin])
+    series = open_series(tmp_path / "run")
+    assert trainer.global_step == 4 and series.steps == (0, 1, 2, 3, 4)
+    states = [series.read(step).tensors for step in series.steps]
+    same = [equal(one, two) for one, two in zip(states, states[1:], strict=False)]
+    assert same == [False, True, False, False]
+
+
 def test_resuming_appends(tmp_path: Path) -> None:
     lib = library("lightning")
     first, second = (lib.Callback(tmp_path / "run") for _ in range(2))

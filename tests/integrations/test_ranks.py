@@ -100,6 +100,16 @@ def test_rank_0_records_the_whole_model(tmp_path: Path, scene: str) -> None:
 
 
 @pytest.mark.slow
+def test_lightning_on_two_processes(tmp_path: Path) -> None:
+    launch(WORKER, "lightning", tmp_path)
+    assert not (tmp_path / "rank-1").exists()
+    series = open_series(tmp_path / "rank-0")
+    assert series.steps == (0, 1, 2, 3, 4)
+    state = torch.load(tmp_path / "states.pt", weights_only=True)
+    assert all(torch.equal(value, state[n]) for n, value in series.read(4).tensors.items())
+
+
+@pytest.mark.slow
 def test_hidden_parameters_are_refused_on_both_ranks(tmp_path: Path) -> None:
     launch(WORKER, "refused", tmp_path)
     assert list(tmp_path.iterdir()) == []
