@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,7 +172,7 @@ def test_updates_that_the_scaler_skips_are_steps_without_movement(tmp_path: Path
     series = open_series(tmp_path / "run")
     assert trainer.global_step == 4 and series.steps == (0, 1, 2, 3, 4)
     states = [series.read(step).tensors for step in series.steps]
-    same = [equal(one, two) for one, two in zip(states, states[1:], strict=False)]
+    same = [equal(one, two) for one, two in pairwise(states)]
     assert same == [False, True, False, False]
 
 
