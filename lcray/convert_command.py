@@ -8,9 +8,15 @@ from dataclasses import asdict
 import click
 
 import lcray
+from lcray.options import example
 
 
-@click.command()
+@click.command(
+    epilog=example(
+        "lcray convert lightning_logs/version_0/checkpoints runs/mine --strip-prefix model.",
+        "lcray convert saved/ runs/mine --key model",
+    )
+)
 @click.argument("source")
 @click.argument("run")
 @click.option(
