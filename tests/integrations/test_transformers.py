@@ -280,6 +280,20 @@ def test_the_best_model_is_not_taken_for_the_last(tmp_path: Path) -> None:
     assert any(not torch.equal(value, weights[name]) for name, value in last.items())
 
 
+def test_a_model_that_was_changed_is_not_recorded_at_the_end(tmp_path: Path) -> None:
+    """Where nothing has said that a step was the last before the best model is loaded."""
+    args = arguments(
+        tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps"
+    )
+    state, control = transformers.TrainerState(), transformers.TrainerControl()
+    callback = RecorderCallback(tmp_path / "run", every=2)
+    model = GPT2LMHeadModel(gpt2())
+    callback.on_train_begin(args, state, control, model=model)
+    callback.on_step_end(args, state, control)
+    callback.on_train_end(args, state, control)
+    assert open_series(tmp_path / "run", minimum=1).steps == (0,)
+
+
 @pytest.mark.slow
 def test_resuming_appends(tmp_path: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
