@@ -19,6 +19,7 @@ import click
 import lcray
 from lcray import (
     compare_command,
+    convert_command,
     export_command,
     findings_command,
     query_command,
@@ -208,6 +209,7 @@ app.add_command(findings_command.findings)
 app.add_command(compare_command.compare)
 app.add_command(query_command.query)
 app.add_command(export_command.export)
+app.add_command(convert_command.convert)
 
 
 @app.command(epilog=example("lcray reduce out/mine", "lcray reduce out/mine --allow-missing"))

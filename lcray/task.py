@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -220,6 +221,7 @@ def source_hash(task: Task, model: nn.Module) -> str:
 
     Modules that a package manager installed count by name only: their versions are recorded
     elsewhere. Where there is no source (a session typed by hand) the parts' code stands for it.
+    Of a `functools.partial` that builds the model or is the loss, plain arguments count as well.
     """
     kinds = sorted({type(part) for part in model.modules()}, key=lambda kind: kind.__qualname__)
     parts: list[Any] = [task.model, task.splits, task.loss, task.groups, task.collate]
@@ -227,7 +229,18 @@ def source_hash(task: Task, model: nn.Module) -> str:
     digest = hashlib.sha256()
     for source in dict.fromkeys(_source_of(part) for part in parts):
         digest.update(source)
+    for argument in (*_arguments(task.model), *_arguments(task.loss)):
+        digest.update(argument)
     return digest.hexdigest()
+
+
+def _arguments(part: Any) -> list[bytes]:
+    """The arguments that a `functools.partial` holds, if they are the same in every process."""
+    if not isinstance(part, partial):
+        return []
+    held = [("", value) for value in part.args] + sorted(part.keywords.items())
+    plain = (str, int, float, bool, bytes, type(None))
+    return [repr(each).encode() for each in held if isinstance(each[1], plain)]
 
 
 def _source_of(part: Any) -> bytes:

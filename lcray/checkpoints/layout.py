@@ -56,6 +56,21 @@ class Layout:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What there is to store at a moment.
+
+    Attributes:
+        tensors: every tensor by its own name; a tied one is the same object under each name.
+        parameters: the names of the parameters; all others are buffers.
+        persistent: canonical names of what a state dict holds.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    parameters: frozenset[str]
+    persistent: frozenset[str]
+
+
 class Slot:
     """Memory for one snapshot: a flat buffer and a view of it for each stored tensor."""
 
@@ -70,22 +85,27 @@ class Slot:
         self.memory = raw.data
 
 
-def layout_of(model: nn.Module, *, trainable_only: bool = False) -> Layout:
+def contents_of(model: nn.Module) -> Contents:
+    """The tensors of a model, wrapped or not, as they stand in it."""
+    persistent = frozenset(naming.canonical_names(model.state_dict(keep_vars=True)).values())
+    parameters = frozenset(key for key, _ in model.named_parameters(remove_duplicate=False))
+    return Contents(tensors_of(model), parameters, persistent)
+
+
+def layout_of(contents: Contents, *, trainable_only: bool = False) -> Layout:
     """Plan the files of a model's run.
 
     Stored are parameters and persistent buffers, a tied tensor once, under the first of its names.
 
     Args:
-        model: the model, wrapped or not.
+        contents: what the model holds.
         trainable_only: leave out the parameters that do not require gradients.
 
     Raises:
         RecorderError: nothing to store, or a tensor that a file cannot hold.
     """
-    tensors = _tensors(model)
+    tensors, parameters = contents.tensors, contents.parameters
     names = naming.canonical_names(tensors)
-    persistent = set(naming.canonical_names(model.state_dict(keep_vars=True)).values())
-    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     keys: dict[str, str] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -93,7 +113,7 @@ def layout_of(model: nn.Module, *, trainable_only: bool = False) -> Layout:
     for key, tensor in tensors.items():
         is_parameter = key in parameters
         if (is_parameter and trainable_only and not tensor.requires_grad) or (
-            not is_parameter and names[key] not in persistent
+            not is_parameter and names[key] not in contents.persistent
         ):
             continue
         if id(tensor) in first:
@@ -115,18 +135,17 @@ def layout_of(model: nn.Module, *, trainable_only: bool = False) -> Layout:
     return Layout(keys, aliases, tied, frozenset(tensors), tuple(layers), entries, head, nbytes)
 
 
-def on_accelerator(model: nn.Module) -> bool:
-    """Whether any tensor of the model is on a CUDA device (snapshots then use pinned memory)."""
-    return any(tensor.is_cuda for tensor in _tensors(model).values())
+def on_accelerator(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether any tensor is on a CUDA device (snapshots then use pinned memory)."""
+    return any(tensor.is_cuda for tensor in tensors.values())
 
 
-def snapshot(layout: Layout, model: nn.Module, slot: Slot) -> None:
+def snapshot(layout: Layout, tensors: Mapping[str, torch.Tensor], slot: Slot) -> None:
     """Copy the model's tensors into `slot`: a consistent state of this moment.
 
     Raises:
-        RecorderError: the model's tensors are no longer those that `layout` was made for.
+        RecorderError: the tensors are no longer those that `layout` was made for.
     """
-    tensors = _tensors(model)
     _check_unchanged(layout, tensors)
     with torch.no_grad():
         for name, key in layout.keys.items():
@@ -147,7 +166,8 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not bits
 
 
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, a tied one under each of its names."""
     found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     found.update(model.named_buffers(remove_duplicate=False))
     return found

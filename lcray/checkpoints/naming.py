@@ -6,6 +6,7 @@ Pure functions on strings; nothing here touches the file system.
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections.abc import Iterable
 
@@ -24,6 +25,7 @@ _NOT_A_MODEL = re.compile(
 )
 SAFETENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"
+MODEL_PICKLES = ("pytorch_model.bin", "model.pt")  # in the folder of a step
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
@@ -43,6 +45,14 @@ def is_weights(name: str) -> bool:
     if is_ignored(name) or not name.endswith((SAFETENSORS, INDEX)):
         return False
     base = stem(name)
+    return not _SHARD.search(base) and not _NOT_A_MODEL.search(base)
+
+
+def is_pickled_weights(name: str) -> bool:
+    """Whether a file name may hold a model that torch.save wrote: no optimizer state, no shard."""
+    base, suffix = os.path.splitext(name)
+    if is_ignored(name) or suffix not in PICKLED:
+        return False
     return not _SHARD.search(base) and not _NOT_A_MODEL.search(base)
 
 

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from lcray.checkpoints import runfile
-from lcray.checkpoints.bits import same_bits
-from lcray.checkpoints.layout import Layout, Slot, layout_of, on_accelerator, snapshot
-from lcray.checkpoints.series import Checkpoint, list_checkpoints, read_checkpoint
-from lcray.checkpoints.storage import LockedDirectory
-from lcray.checkpoints.writer import BackgroundWriter
-from lcray.errors import CheckpointError, RecorderError, UsageError
-from lcray.storage import Remote, place
-
-
-def file_name(step: int) -> str:
-    """The name of the checkpoint of `step`."""
-    return f"step-{step:08d}.safetensors"
+from lcray.checkpoints import ranks
+from lcray.checkpoints.layout import contents_of, tensors_of
+from lcray.checkpoints.session import Session, Settings, check_settings
+from lcray.checkpoints.session import file_name as file_name
+from lcray.errors import RecorderError
 
 
 class Recorder:
@@ -57,8 +46,12 @@ class Recorder:
     model must hold its values; where none does, its state is written as step N. Checkpoints later
     than N are an error, unless ``overwrite=True``, which removes them first.
 
+    **On several processes** (a torch.distributed process group) make it on each of them: rank 0
+    writes, the others do nothing. Of a sharded model (FSDP) rank 0 writes the whole, which all
+    processes gather: they must all make the recorder, and call `step` and `close`.
+
     Args:
-        model: the model in training; wrappers (data parallel, compiled) are welcome.
+        model: the model in training; wrappers (data parallel, sharded, compiled) are welcome.
         directory: where the run goes; made if missing. One recorder at a time.
         optimizer: record after each of its steps, by hook.
         every: write every k-th step.
@@ -70,6 +63,8 @@ class Recorder:
         metadata: anything JSON can hold, kept in `run.json`.
         start: the step that training begins or resumes from.
         overwrite: remove the checkpoints later than `start`.
+        every_rank: write on every rank, each into a directory of its own, since each trains a
+            model of its own.
 
     Raises:
         RecorderError: the directory cannot be written, is in use, or holds another model or other
@@ -90,28 +85,34 @@ class Recorder:
         metadata: Mapping[str, Any] | None = None,
         start: int | None = None,
         overwrite: bool = False,
+        every_rank: bool = False,
     ):
-        settings = _settings(every, queue_mib, trainable_only, task, metadata, start, overwrite)
+        settings = check_settings(
+            every, queue_mib, trainable_only, task, metadata, start, overwrite
+        )
         self._model, self._every = model, every
-        self._layout = layout_of(model, trainable_only=trainable_only)
-        self._directory = LockedDirectory(_local(directory))
-        pinned = on_accelerator(model)
-        try:
-            first = Slot(self._layout, pinned=pinned)
-            snapshot(self._layout, model, first)
-            self._step, self._content = _begin(
-                self._directory, self._layout, first, settings, start, overwrite
-            )
-        except BaseException:
-            self._directory.close()
-            raise
-        write, layout = _file_writer(self._directory, self._layout), self._layout
-        limit = max(1, int(queue_mib * 2**20) // max(1, layout.nbytes))
-        self._writer = BackgroundWriter(write, lambda: Slot(layout, pinned=pinned), limit)
-        # Runs at interpreter exit too; it must not refer to the recorder itself.
-        self._finalizer = weakref.finalize(self, _finish, self._writer, self._directory)
-        self._counted_by_hook = False
+        self._gathered = ranks.Gathered(model) if ranks.is_sharded(model) else None
+        self._session: Session | None = None  # on the ranks that write
+        self._step = self._begin(directory, settings, every_rank or ranks.rank() == 0)
+        self._recorded = self._step
+        self._closed = self._counted_by_hook = False
         self._hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None
+
+    def _begin(self, directory: str | os.PathLike[str], settings: Settings, writes: bool) -> int:
+        """Open the session where this rank writes: the step that training begins from."""
+        if self._gathered is None:
+            if not writes:
+                return settings.start or 0
+            self._session = Session(directory, contents_of(self._model), settings)
+            return self._session.start
+        contents, step = self._gathered.contents(), None
+        try:
+            if ranks.rank() == 0:
+                self._session = Session(directory, contents, settings)
+                step = self._session.start
+        finally:
+            agreed = ranks.agree_on_step(self._model, step)
+        return agreed
 
     @property
     def last_step(self) -> int:
@@ -132,30 +133,44 @@ class Recorder:
         self._counted_by_hook = False
         self._check()
 
-    def close(self) -> None:
+    def record_last(self) -> None:
+        """Record the step that was counted last, now, if `every` left it out.
+
+        For loops that change the model before `close`, such as back to the best one.
+
+        Raises:
+            RecorderError: as for `step`.
+        """
+        self._check()
+        if self._is_left_out:
+            self._record()
+
+    def close(self, *, complete: bool = True) -> None:
         """Record the last step if `every` left it out, write what is queued, and end the run.
 
         Further calls do nothing, and neither does the copy in a forked process.
 
+        Args:
+            complete: False leaves the last step out if `every` did: the model is no longer, or
+                not yet, in its state.
+
         Raises:
             RecorderError: a checkpoint could not be written.
         """
-        self._close(complete=True)
-
-    def _close(self, *, complete: bool) -> None:
-        if not self._finalizer.alive or self._directory.is_forked:
+        if self._closed or not (self._session is None or self._session.is_open):
             return
+        self._closed = True
         if self._hook is not None:
             self._hook.remove()
-        self._finalizer.detach()
         try:
-            if complete and self._step % self._every:
+            if complete and self._is_left_out:
                 self._record()
-            self._writer.close()
-            ended = {**self._content, "ended": True, "last_step": self._step}
-            _write(self._directory, runfile.NAME, runfile.encode(ended))
-        finally:
-            self._directory.close()
+        except BaseException:
+            if self._session is not None:
+                self._session.abandon()
+            raise
+        if self._session is not None:
+            self._session.close(self._step)
 
     def __enter__(self) -> Self:
         return self
@@ -167,7 +182,7 @@ class Recorder:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self._close(complete=error is None)  # an error may have come in the middle of a step
+            self.close(complete=error is None)  # an error may have come in the middle of a step
         except RecorderError as failure:
             if error is None:
                 raise
@@ -177,10 +192,15 @@ class Recorder:
         self._advance()
         self._counted_by_hook = True
 
+    @property
+    def _is_left_out(self) -> bool:
+        return self._step % self._every != 0 and self._step != self._recorded
+
     def _check(self) -> None:
-        if not self._finalizer.alive:
-            raise RecorderError(f"{self._directory.path}: the recorder is closed; make a new one")
-        self._writer.check()
+        if self._session is not None:
+            self._session.check()
+        elif self._closed:
+            raise RecorderError("the recorder is closed; make a new one")
 
     def _advance(self) -> None:
         self._check()
@@ -189,140 +209,10 @@ class Recorder:
             self._record()
 
     def _record(self) -> None:
-        slot = self._writer.acquire()
-        try:
-            snapshot(self._layout, self._model, slot)
-        except BaseException:
-            self._writer.release(slot)
-            raise
-        self._writer.submit(self._step, slot)
-
-
-def _finish(writer: BackgroundWriter, directory: LockedDirectory) -> None:
-    if directory.is_forked:
-        return
-    try:
-        writer.close()
-    finally:
-        directory.close()
-
-
-def _file_writer(directory: LockedDirectory, layout: Layout) -> Callable[[int, Slot], None]:
-    def write(step: int, slot: Slot) -> None:
-        directory.write(file_name(step), [layout.head, slot.memory])
-
-    return write
-
-
-def _write(directory: LockedDirectory, name: str, *chunks: bytes | memoryview) -> None:
-    try:
-        directory.write(name, chunks)
-    except OSError as error:
-        raise RecorderError(
-            f"{directory.path / name}: cannot be written: {error.strerror}"
-        ) from error
-
-
-def _settings(
-    every: int,
-    queue_mib: float,
-    trainable_only: bool,
-    task: str | None,
-    metadata: Mapping[str, Any] | None,
-    start: int | None,
-    overwrite: bool,
-) -> dict[str, Any]:
-    if every < 1:
-        raise UsageError(f"every={every}: record every k-th step with k at least 1")
-    if not queue_mib > 0:
-        raise UsageError(f"queue_mib={queue_mib}: must be above 0")
-    if start is not None and start < 0:
-        raise UsageError(f"start={start}: steps begin at 0")
-    if overwrite and start is None:
-        raise UsageError("overwrite=True removes the checkpoints after start=N: give start as well")
-    if task is not None and not isinstance(task, str):
-        raise UsageError("task: give its reference, 'package.module:attribute'")
-    kept = dict(metadata or {})
-    try:
-        runfile.encode(kept)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"metadata: JSON cannot hold it ({error})") from error
-    return {"every": every, "trainable_only": trainable_only, "task": task, "metadata": kept}
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Where a session begins: at `step`, which exists as `same` or is to be written."""
-
-    step: int
-    same: Checkpoint | None
-    discard: tuple[Checkpoint, ...]
-
-
-def _choose_start(root: Path, start: int | None, overwrite: bool) -> _Start:
-    existing = list_checkpoints(root)
-    if not existing:
-        return _Start(start or 0, None, ())
-    step = existing[-1].step if start is None else start
-    later = tuple(checkpoint for checkpoint in existing if checkpoint.step > step)
-    if later and not overwrite:
-        raise RecorderError(
-            f"{root}: holds checkpoints later than start={step}, up to step {later[-1].step}; pass "
-            "overwrite=True to remove them, or use a new directory"
-        )
-    for checkpoint in later:
-        if checkpoint.files != (root / file_name(checkpoint.step),):
-            raise RecorderError(
-                f"{checkpoint.files[0]}: was not written by a recorder; remove it yourself"
-            )
-    same = next((checkpoint for checkpoint in existing if checkpoint.step == step), None)
-    return _Start(step, same, later)
-
-
-def _local(directory: str | os.PathLike[str]) -> Path:
-    where = place(directory)
-    if isinstance(where, Remote):
-        raise RecorderError(
-            f"{where}: a run is recorded on a local path; record there, and copy it afterwards"
-        )
-    return where
-
-
-def _begin(
-    directory: LockedDirectory,
-    layout: Layout,
-    first: Slot,
-    settings: Mapping[str, Any],
-    start: int | None,
-    overwrite: bool,
-) -> tuple[int, dict[str, Any]]:
-    """Check what is there, then write `run.json` and the first checkpoint: its step and content."""
-    root = directory.path
-    try:
-        previous = runfile.load(root)
-        if previous is not None:
-            runfile.check_same_layers(root, previous, layout)
-        chosen = _choose_start(root, start, overwrite)
-        if chosen.same is not None:
-            _check_resumes(chosen.same, first)
-    except CheckpointError as error:
-        raise RecorderError(str(error)) from error
-    if chosen.discard:
-        directory.remove([Path(str(file)) for gone in chosen.discard for file in gone.files])
-    content = runfile.describe(layout, settings, chosen.step, previous)
-    _write(directory, runfile.NAME, runfile.encode(content))
-    if chosen.same is None:
-        _write(directory, file_name(chosen.step), layout.head, first.memory)
-    return chosen.step, content
-
-
-def _check_resumes(checkpoint: Checkpoint, first: Slot) -> None:
-    stored = read_checkpoint(checkpoint).tensors
-    names = sorted(stored.keys() ^ first.views.keys())
-    names += [n for n in first.views if n in stored and not same_bits(first.views[n], stored[n])]
-    if names:
-        raise RecorderError(
-            f"{checkpoint.files[0]}: the model differs from this checkpoint, in {names[0]!r} and "
-            f"{len(names) - 1} more: load it first, or pass the step that training resumes from "
-            "as start=N, or use a new directory"
-        )
+        if self._gathered is not None:
+            tensors = self._gathered.tensors()  # on every rank, also where nothing is written
+        elif self._session is not None:
+            tensors = tensors_of(self._model)
+        if self._session is not None:
+            self._session.record(self._step, tensors)
+        self._recorded = self._step

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
+from pathlib import Path
 
 from torch import Tensor
 
@@ -189,13 +191,13 @@ def _why_empty(folders: Folders) -> str:
     below = [root / name for name, is_dir in entries if is_dir]
     nested = [f / name for f in below for name, is_dir in folders.entries(f) if not is_dir]
     for path in files + nested:
-        if path.suffix in naming.PICKLED:
-            target = path.with_suffix(naming.SAFETENSORS)
+        if path.suffix in (*naming.PICKLED, ".distcp"):
+            local = isinstance(root, Path)
+            where = os.path.abspath(root) if isinstance(root, Path) else f"./{root.name}"
+            words = f"{shlex.quote(where)} {shlex.quote(where + '-run')}"
             return (
-                f"{root}: holds pickled checkpoints, which are never opened; convert each: "
-                'python -c "import sys, torch, safetensors.torch as s; '
-                's.save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" '
-                f"{shlex.quote(str(path))} {shlex.quote(str(target))}"
+                f"{root}: holds pickled checkpoints, which are never opened; "
+                f"{'' if local else 'copy them here and '}convert them: lcray convert {words}"
             )
     if any(naming.is_weights(path.name) for path in files):
         return (

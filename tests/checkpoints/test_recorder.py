@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lcray.checkpoints import Recorder, open_series, recorder, storage, writer
+from lcray.checkpoints import Recorder, open_series, session, storage, writer
 from lcray.checkpoints.bits import same_bits
 from lcray.errors import RecorderError, UsageError
 
@@ -530,7 +530,7 @@ def test_a_dead_writer_raises_at_the_next_step(tmp_path, monkeypatch):
     model = net()
     monkeypatch.setattr(writer.BackgroundWriter, "_run", lambda self: None)  # ends at once
     rec = Recorder(model, tmp_path)
-    rec._writer._thread.join()
+    rec._session.writer._thread.join()
     for _ in range(2):
         with pytest.raises(RecorderError, match="writer thread is gone"):
             rec.step()
@@ -554,7 +554,7 @@ def test_a_failed_rename_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_after_a_failure_nothing_more_is_written(tmp_path, monkeypatch):
     rec = Recorder(net(), tmp_path)
-    gate, original, calls = threading.Event(), rec._directory.write, []
+    gate, original, calls = threading.Event(), rec._session._directory.write, []
 
     def fails_once(*arguments):
         gate.wait(30)
@@ -563,7 +563,7 @@ def test_after_a_failure_nothing_more_is_written(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         original(*arguments)
 
-    monkeypatch.setattr(rec._directory, "write", fails_once)
+    monkeypatch.setattr(rec._session._directory, "write", fails_once)
     for _ in range(3):
         rec.step()
     gate.set()
@@ -589,16 +589,16 @@ def test_memory_is_bounded_and_step_waits_for_the_disk(tmp_path, monkeypatch):
     model = nn.Linear(512, 256, bias=False)  # 0.5 MiB
     made = []
 
-    class Counted(recorder.Slot):
+    class Counted(session.Slot):
         def __init__(self, *arguments, **keywords):
             made.append(1)
             super().__init__(*arguments, **keywords)
 
-    monkeypatch.setattr(recorder, "Slot", Counted)
+    monkeypatch.setattr(session, "Slot", Counted)
     rec = Recorder(model, tmp_path, queue_mib=1.6)  # three slots
-    gate, original = threading.Event(), rec._directory.write
+    gate, original = threading.Event(), rec._session._directory.write
     monkeypatch.setattr(
-        rec._directory, "write", lambda *a: (gate.wait(30), original(*a)), raising=True
+        rec._session._directory, "write", lambda *a: (gate.wait(30), original(*a)), raising=True
     )
     made.clear()
     for _ in range(3):
@@ -619,8 +619,8 @@ def test_memory_is_bounded_and_step_waits_for_the_disk(tmp_path, monkeypatch):
 def test_snapshots_in_the_queue_do_not_see_later_updates(tmp_path, monkeypatch):
     model = nn.Linear(4, 4)
     rec = Recorder(model, tmp_path)
-    gate, original = threading.Event(), rec._directory.write
-    monkeypatch.setattr(rec._directory, "write", lambda *a: (gate.wait(30), original(*a)))
+    gate, original = threading.Event(), rec._session._directory.write
+    monkeypatch.setattr(rec._session._directory, "write", lambda *a: (gate.wait(30), original(*a)))
     for step in range(1, 4):
         with torch.no_grad():
             model.weight.fill_(float(step))
@@ -772,13 +772,13 @@ def test_an_unwritable_place_raises_at_construction(tmp_path):
 
 def test_the_error_of_the_loop_is_not_replaced_by_the_recorders(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="diverged") as caught, Recorder(net(), tmp_path) as rec:
-        monkeypatch.setattr(rec._directory, "write", lambda *_: 1 / 0)
+        monkeypatch.setattr(rec._session._directory, "write", lambda *_: 1 / 0)
         rec.step()
         raise ValueError("diverged")
     assert "ZeroDivisionError" in caught.value.__notes__[0]
     monkeypatch.undo()
     with pytest.raises(RecorderError, match="step 1"), Recorder(net(), tmp_path) as rec:
-        monkeypatch.setattr(rec._directory, "write", lambda *_: 1 / 0)
+        monkeypatch.setattr(rec._session._directory, "write", lambda *_: 1 / 0)
         rec.step()
 
 
@@ -873,7 +873,7 @@ def test_an_error_in_the_block_records_no_half_made_step(tmp_path):
 def test_only_the_writer_thread_steps_back(tmp_path):
     before = os.getpriority(os.PRIO_PROCESS, 0)
     with Recorder(net(), tmp_path) as recorder:
-        writer = recorder._writer._thread
+        writer = recorder._session.writer._thread
         deadline = time.monotonic() + 10
         while os.getpriority(os.PRIO_PROCESS, writer.native_id) != 19:
             assert time.monotonic() < deadline

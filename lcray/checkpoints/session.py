@@ -1,0 +1,260 @@
+"""A run that is being written: where it begins, and what a session of recording adds to it."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lcray.checkpoints import runfile
+from lcray.checkpoints.bits import same_bits
+from lcray.checkpoints.layout import Contents, Layout, Slot, layout_of, on_accelerator, snapshot
+from lcray.checkpoints.series import Checkpoint, list_checkpoints, read_checkpoint
+from lcray.checkpoints.storage import LockedDirectory
+from lcray.checkpoints.writer import BackgroundWriter
+from lcray.errors import CheckpointError, RecorderError, UsageError
+from lcray.storage import Remote, place
+
+
+def file_name(step: int) -> str:
+    """The name of the checkpoint of `step`."""
+    return f"step-{step:08d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a recorder is told; checked."""
+
+    every: int
+    queue_mib: float
+    trainable_only: bool
+    task: str | None
+    metadata: Mapping[str, Any]
+    start: int | None
+    overwrite: bool
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What `run.json` says of them."""
+        return {
+            "every": self.every,
+            "trainable_only": self.trainable_only,
+            "task": self.task,
+            "metadata": dict(self.metadata),
+        }
+
+
+class Session:
+    """Writes the checkpoints of one recorder into a run, from its first state to its end.
+
+    The state at the start is written, or found to be there, at construction. Where the session is
+    dropped or the interpreter exits, what is queued is still written.
+
+    Args:
+        directory: of the run.
+        contents: what the model holds now.
+        settings: the recorder's.
+
+    Raises:
+        RecorderError: see `lcray.Recorder`.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], contents: Contents, settings: Settings
+    ) -> None:
+        self._layout = layout = layout_of(contents, trainable_only=settings.trainable_only)
+        self._directory = LockedDirectory(_local(directory))
+        pinned = on_accelerator(contents.tensors)
+        try:
+            first = Slot(layout, pinned=pinned)
+            snapshot(layout, contents.tensors, first)
+            self.start, self._content = _begin(self._directory, layout, first, settings)
+        except BaseException:
+            self._directory.close()
+            raise
+        write = _file_writer(self._directory, layout)
+        limit = max(1, int(settings.queue_mib * 2**20) // max(1, layout.nbytes))
+        self.writer = BackgroundWriter(write, lambda: Slot(layout, pinned=pinned), limit)
+        # Runs at interpreter exit too; it must not refer to the session itself.
+        self._finalizer = weakref.finalize(self, _finish, self.writer, self._directory)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be closed here: not twice, nor by the copy in a forked process."""
+        return self._finalizer.alive and not self._directory.is_forked
+
+    def check(self) -> None:
+        """Raise what went wrong in the background.
+
+        Raises:
+            RecorderError: a checkpoint could not be written, or the session is closed.
+        """
+        if not self._finalizer.alive:
+            raise RecorderError(f"{self._directory.path}: the recorder is closed; make a new one")
+        self.writer.check()
+
+    def record(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Copy `tensors` and queue them as the checkpoint of `step`."""
+        slot = self.writer.acquire()
+        try:
+            snapshot(self._layout, tensors, slot)
+        except BaseException:
+            self.writer.release(slot)
+            raise
+        self.writer.submit(step, slot)
+
+    def close(self, step: int) -> None:
+        """Write what is queued, and that the run ended at `step`.
+
+        Raises:
+            RecorderError: a checkpoint could not be written.
+        """
+        self._finalizer.detach()
+        try:
+            self.writer.close()
+            ended = {**self._content, "ended": True, "last_step": step}
+            _write(self._directory, runfile.NAME, runfile.encode(ended))
+        finally:
+            self._directory.close()
+
+    def abandon(self) -> None:
+        """Write what is queued and give the directory back, without an end."""
+        self._finalizer()
+
+
+def _finish(writer: BackgroundWriter, directory: LockedDirectory) -> None:
+    if directory.is_forked:
+        return
+    try:
+        writer.close()
+    finally:
+        directory.close()
+
+
+def _file_writer(directory: LockedDirectory, layout: Layout) -> Callable[[int, Slot], None]:
+    def write(step: int, slot: Slot) -> None:
+        directory.write(file_name(step), [layout.head, slot.memory])
+
+    return write
+
+
+def _write(directory: LockedDirectory, name: str, *chunks: bytes | memoryview) -> None:
+    try:
+        directory.write(name, chunks)
+    except OSError as error:
+        raise RecorderError(
+            f"{directory.path / name}: cannot be written: {error.strerror}"
+        ) from error
+
+
+def check_settings(
+    every: int,
+    queue_mib: float,
+    trainable_only: bool,
+    task: str | None,
+    metadata: Mapping[str, Any] | None,
+    start: int | None,
+    overwrite: bool,
+) -> Settings:
+    """The settings of a recorder.
+
+    Raises:
+        UsageError: one that is out of range.
+    """
+    if every < 1:
+        raise UsageError(f"every={every}: record every k-th step with k at least 1")
+    if not queue_mib > 0:
+        raise UsageError(f"queue_mib={queue_mib}: must be above 0")
+    if start is not None and start < 0:
+        raise UsageError(f"start={start}: steps begin at 0")
+    if overwrite and start is None:
+        raise UsageError("overwrite=True removes the checkpoints after start=N: give start as well")
+    if task is not None and not isinstance(task, str):
+        raise UsageError("task: give its reference, 'package.module:attribute'")
+    kept = dict(metadata or {})
+    try:
+        runfile.encode(kept)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"metadata: JSON cannot hold it ({error})") from error
+    return Settings(every, queue_mib, trainable_only, task, kept, start, overwrite)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a session begins: at `step`, which exists as `same` or is to be written."""
+
+    step: int
+    same: Checkpoint | None
+    discard: tuple[Checkpoint, ...]
+
+
+def _choose_start(root: Path, start: int | None, overwrite: bool) -> _Start:
+    existing = list_checkpoints(root)
+    if not existing:
+        return _Start(start or 0, None, ())
+    step = existing[-1].step if start is None else start
+    later = tuple(checkpoint for checkpoint in existing if checkpoint.step > step)
+    if later and not overwrite:
+        raise RecorderError(
+            f"{root}: holds checkpoints later than start={step}, up to step {later[-1].step}; pass "
+            "overwrite=True to remove them, or use a new directory"
+        )
+    for checkpoint in later:
+        if checkpoint.files != (root / file_name(checkpoint.step),):
+            raise RecorderError(
+                f"{checkpoint.files[0]}: was not written by a recorder; remove it yourself"
+            )
+    same = next((checkpoint for checkpoint in existing if checkpoint.step == step), None)
+    return _Start(step, same, later)
+
+
+def _local(directory: str | os.PathLike[str]) -> Path:
+    where = place(directory)
+    if isinstance(where, Remote):
+        raise RecorderError(
+            f"{where}: a run is recorded on a local path; record there, and copy it afterwards"
+        )
+    return where
+
+
+def _begin(
+    directory: LockedDirectory,
+    layout: Layout,
+    first: Slot,
+    settings: Settings,
+) -> tuple[int, dict[str, Any]]:
+    """Check what is there, then write `run.json` and the first checkpoint: its step and content."""
+    root = directory.path
+    try:
+        previous = runfile.load(root)
+        if previous is not None:
+            runfile.check_same_layers(root, previous, layout)
+        chosen = _choose_start(root, settings.start, settings.overwrite)
+        if chosen.same is not None:
+            _check_resumes(chosen.same, first)
+    except CheckpointError as error:
+        raise RecorderError(str(error)) from error
+    if chosen.discard:
+        directory.remove([Path(str(file)) for gone in chosen.discard for file in gone.files])
+    content = runfile.describe(layout, settings.kept, chosen.step, previous)
+    _write(directory, runfile.NAME, runfile.encode(content))
+    if chosen.same is None:
+        _write(directory, file_name(chosen.step), layout.head, first.memory)
+    return chosen.step, content
+
+
+def _check_resumes(checkpoint: Checkpoint, first: Slot) -> None:
+    stored = read_checkpoint(checkpoint).tensors
+    names = sorted(stored.keys() ^ first.views.keys())
+    names += [n for n in first.views if n in stored and not same_bits(first.views[n], stored[n])]
+    if names:
+        raise RecorderError(
+            f"{checkpoint.files[0]}: the model differs from this checkpoint, in {names[0]!r} and "
+            f"{len(names) - 1} more: load it first, or pass the step that training resumes from "
+            "as start=N, or use a new directory"
+        )

@@ -1,0 +1,57 @@
+"""The command `lcray convert`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+import lcray
+from lcray.options import example
+
+
+@click.command(
+    epilog=example(
+        "lcray convert lightning_logs/version_0/checkpoints runs/mine --strip-prefix model.",
+        "lcray convert saved/ runs/mine --key model",
+    )
+)
+@click.argument("source")
+@click.argument("run")
+@click.option(
+    "--strip-prefix",
+    default="",
+    metavar="PREFIX",
+    help="Keep only the tensors under this prefix, as in 'model.', and take it off their names.",
+)
+@click.option("--key", help="The entry of each file that holds the model.  [default: found out]")
+@click.option(
+    "--trust-pickle",
+    is_flag=True,
+    help="Unpickle what cannot be read otherwise. That RUNS whatever code the file's author put "
+    "in, with your rights: only for files that you made, or whose author you trust.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+def convert(
+    source: str, run: str, strip_prefix: str, key: str | None, trust_pickle: bool, as_json: bool
+) -> None:
+    """Turn checkpoints of torch.save, Lightning or torch.distributed at SOURCE into the run RUN.
+
+    SOURCE is one checkpoint or a directory of them: .pt, .pth, .bin, .ckpt, or directories that
+    torch.distributed.checkpoint wrote (these need --trust-pickle). Steps come from the files
+    (global_step), or from their names. Nothing is overwritten; the same command goes on where it
+    stopped.
+    """
+    found = lcray.convert(
+        source, run, strip_prefix=strip_prefix, key=key, trust_pickle=trust_pickle
+    )
+    if as_json:
+        click.echo(json.dumps(asdict(found)))
+        return
+    first, last = found.steps[0], found.steps[-1]
+    click.echo(
+        f"{run}: {len(found.steps)} checkpoints, steps {first} to {last}, {len(found.layers)} "
+        f"tensors each; {found.written} written now"
+    )
+    click.echo(f"next: lcray inspect {run}")

@@ -1,0 +1,156 @@
+"""Reading what other programs saved. The only module that calls torch.load.
+
+A file of torch.save is a pickle, and the index of a distributed checkpoint is one, too: unpickling
+can run any code that its author put in. torch reads plain tensors, numbers and containers without
+running anything (``weights_only=True``), and that is all that happens without trust.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcray.checkpoints import naming
+from lcray.converting.sources import Source
+from lcray.errors import CheckpointError, one_line, suggest
+
+_MODELS = ("state_dict", "model_state_dict", "model", "module")
+_STEPS = ("global_step", "step", "iteration")
+_TRUST = (
+    "unpickling it can run any code that its author put in: if you made it, or trust who did, pass "
+    "--trust-pickle (trust_pickle=True)"
+)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint that was read: its tensors by canonical name, and its step."""
+
+    tensors: dict[str, Tensor]
+    step: int
+
+
+def read_source(source: Source, *, key: str | None, prefix: str, trust: bool) -> Saved:
+    """Read one checkpoint.
+
+    Args:
+        source: which one.
+        key: the entry of the file that holds the model; None takes the file itself or a usual one.
+        prefix: keeps the tensors under it, and takes it off their names.
+        trust: unpickle what cannot be read otherwise.
+
+    Raises:
+        CheckpointError: it cannot be read, needs trust, or holds no model or no step.
+    """
+    found, step = _distributed(source, trust) if source.distributed else _file(source, key, trust)
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    kept = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+    if not kept:
+        begin = ", ".join(sorted(tensors)[:3]) or "there are none"
+        raise CheckpointError(f"{source.path}: no tensors under {prefix!r}; they begin: {begin}")
+    if step is None:
+        step = source.named_step
+    if step is None:
+        raise CheckpointError(
+            f"{source.path}: neither its content nor its name holds a step; rename it, as to "
+            f"step-10{source.path.suffix}"
+        )
+    names = naming.canonical_names(kept)
+    return Saved(_tied({names[name]: value for name, value in kept.items()}), step)
+
+
+def _file(source: Source, key: str | None, trust: bool) -> tuple[Mapping[str, Any], int | None]:
+    content = _load(source, trust)
+    if not isinstance(content, Mapping):
+        kind = type(content).__name__
+        raise CheckpointError(f"{source.path}: holds a {kind}, not tensors by name")
+    model = _model_in(source, content, key)
+    steps = [content[name] for name in _STEPS if isinstance(content.get(name), int)]
+    return model, steps[0] if steps else None
+
+
+def _load(source: Source, trust: bool) -> Any:
+    try:
+        return torch.load(source.path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{source.path}: cannot be read: {error.strerror}") from error
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError" or "Weights only" not in str(error):
+            raise _damaged(source, error) from error
+        if not trust:
+            raise CheckpointError(
+                f"{source.path}: holds more than tensors, numbers and containers, or is damaged; "
+                + _TRUST
+            ) from error
+    try:
+        return torch.load(source.path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise _damaged(source, error) from error
+
+
+def _model_in(source: Source, content: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
+    if key is not None:
+        if not isinstance(content.get(key), Mapping):
+            known = [str(name) for name, value in content.items() if isinstance(value, Mapping)]
+            raise CheckpointError(f"{source.path}: " + suggest(key, known, "key"))
+        return _by_name(source, content[key])
+    inner = [name for name in _MODELS if isinstance(content.get(name), Mapping)]
+    if inner:
+        return _by_name(source, content[inner[0]])
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return _by_name(source, content)
+    held = ", ".join(str(name) for name, v in content.items() if isinstance(v, Mapping))
+    raise CheckpointError(
+        f"{source.path}: no model in it under a usual name; name its key with --key, one of: "
+        + (held or "none holds tensors by name")
+    )
+
+
+def _by_name(source: Source, model: Mapping[Any, Any]) -> Mapping[str, Any]:
+    if not all(isinstance(name, str) for name in model):
+        raise CheckpointError(f"{source.path}: its tensors have names that are not text")
+    return model
+
+
+def _distributed(source: Source, trust: bool) -> tuple[dict[str, Tensor], int | None]:
+    """The tensors of a torch.distributed.checkpoint directory; its index is a pickle."""
+    if not trust:
+        raise CheckpointError(
+            f"{source.path}: is a distributed checkpoint, whose .metadata is a pickle: {_TRUST}"
+        )
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    try:
+        reader = FileSystemReader(source.path)
+        known = reader.read_metadata().state_dict_metadata
+        state = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in known.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        load(state, storage_reader=reader, no_dist=True)
+    except Exception as error:
+        raise _damaged(source, error) from error
+    return state, None
+
+
+def _tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, where those that share all of their memory are one object."""
+    first: dict[tuple[Any, ...], Tensor] = {}
+    for name, value in tensors.items():
+        if value.layout == torch.strided and value.numel():
+            place = (value.data_ptr(), value.dtype, value.shape, value.stride())
+            tensors[name] = first.setdefault(place, value)
+    return tensors
+
+
+def _damaged(source: Source, error: Exception) -> CheckpointError:
+    said = str(error).strip().partition("\n")[0].partition(". ")[0]
+    why = one_line(said)[:200] or type(error).__name__
+    return CheckpointError(f"{source.path}: cannot be read: {why}; save it again, or leave it out")
