@@ -89,6 +89,7 @@ ORDER = (
     "plots",
     "exports",
     "concluding",
+    "reporting",
     "completeness",
     "invariants",
     "verification",
@@ -116,6 +117,7 @@ ORDER = (
     "trace_command",
     "query_command",
     "export_command",
+    "report_command",
     "cli",
     "__main__",
 )
@@ -130,6 +132,7 @@ SPEAKS = {
     "lcray.options",
     "lcray.progress",
     "lcray.query_command",
+    "lcray.report_command",
     "lcray.submit_command",
     "lcray.trace_command",
 }
