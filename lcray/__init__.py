@@ -26,6 +26,7 @@ _PUBLIC = {
     "plan": "lcray.analysis",
     "query": "lcray.results",
     "reduce": "lcray.reduction",
+    "report": "lcray.reporting.building",
     "status": "lcray.standing",
     "submit": "lcray.submission",
     "trace": "lcray.retracing",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from lcray.exports import export as export
     from lcray.in_memory import allocate as allocate
     from lcray.reduction import reduce as reduce
+    from lcray.reporting.building import report as report
     from lcray.resources import Resources as Resources
     from lcray.results import Results as Results
     from lcray.results import open_output

@@ -23,6 +23,7 @@ from lcray import (
     export_command,
     findings_command,
     query_command,
+    report_command,
     submit_command,
     trace_command,
 )
@@ -60,6 +61,7 @@ def app() -> None:
       lcray inspect RUN                                 is this run fit for analysis?
       lcray plan RUN --task module:task                 how long will it take?
       lcray analyze RUN --task module:task --out OUT    loss change allocation, to Parquet
+      lcray report OUT                                  one HTML page: charts and tables
       lcray query OUT "SELECT * FROM layers"            ask DuckDB
 
     \b
@@ -93,6 +95,7 @@ def demo(directory: Path, workers: int | None) -> None:
         "SELECT layer, sum(lc) AS lc FROM layers WHERE split = 'train' GROUP BY layer ORDER BY lc"
     )
     console.print("LC < 0 helps: it lowered the loss. To go on:")
+    console.print(f"  lcray report {results.path}")
     console.print(f'  lcray query {results.path} "{query}"')
 
 
@@ -210,6 +213,7 @@ app.add_command(compare_command.compare)
 app.add_command(query_command.query)
 app.add_command(export_command.export)
 app.add_command(convert_command.convert)
+app.add_command(report_command.report)
 
 
 @app.command(epilog=example("lcray reduce out/mine", "lcray reduce out/mine --allow-missing"))

@@ -230,12 +230,32 @@ def from_elements(
     return write(out, plan, columns)
 
 
-def lenet(out: Path, n_intervals: int = 1000, *, seed: int = 0) -> Path:
-    """An output of the size of MNIST-LeNet's, with every table that findings read."""
+def wide(
+    out: Path, n_intervals: int = 1000, n_layers: int = 60, *, units: int = 64, seed: int = 0
+) -> Path:
+    """An output of many small layers, with units and fits beside what `lenet` has."""
+    sizes = {f"stage{i // 9}.block{i % 9 // 3}.conv{i % 3}.weight": 640 for i in range(n_layers)}
+    return lenet(out, n_intervals, seed=seed, sizes=sizes, units=units)
+
+
+def lenet(
+    out: Path,
+    n_intervals: int = 1000,
+    *,
+    seed: int = 0,
+    sizes: Mapping[str, int] = LENET,
+    units: int = 0,
+) -> Path:
+    """An output of the size of MNIST-LeNet's, with every table that findings read.
+
+    With `units`, so many a layer, and Weibull fits.
+    """
     rng = np.random.default_rng(seed)
     names = ("intervals", "layers", "histograms", "parameters", "traces", "groups")
-    plan = make_plan(LENET, n_intervals, max(1, n_intervals // 10), tables=names)
-    n = np.array([*LENET.values()])
+    plan = make_plan(sizes, n_intervals, max(1, n_intervals // 10), tables=names)
+    if units:
+        plan = replace(plan, trace_sample=16)
+    n = np.array([*sizes.values()])
     shape = (2, n_intervals, len(n))
     helping = rng.binomial(np.broadcast_to(n, shape), 0.5)
     counts = np.stack([helping, n - helping, np.zeros(shape, np.int64)], axis=-1)
@@ -251,7 +271,38 @@ def lenet(out: Path, n_intervals: int = 1000, *, seed: int = 0) -> Path:
         "traces": _lenet_traces(plan, rng),
         "groups": _lenet_groups(plan, rng),
     }
+    if units:
+        tables |= {"units": _units(plan, lc, units), "fits": _fits(plan)}
     return write(out, plan, tables)
+
+
+def _units(plan: Plan, lc: Floats, units: int) -> dict[str, Any]:
+    """Units that share their layer's LC evenly."""
+    shape = (*lc.shape, units)
+    split, step, layer, unit = (i.ravel() for i in np.indices(shape, np.int32))
+    return {
+        "split": (split, [s.name for s in plan.splits]),
+        "start_step": step,
+        "layer": (layer, [la.name for la in plan.layers]),
+        "unit": unit,
+        "lc": np.repeat(lc.ravel() / units, units),
+    }
+
+
+def _fits(plan: Plan) -> dict[str, Any]:
+    """The Weibull distributions that `_lenet_histograms` draws from, over the run."""
+    shape = (len(plan.splits), len(plan.layers), 2, 2)
+    split, layer, sign, parameter = (i.ravel() for i in np.indices(shape))
+    return {
+        "split": (split, [s.name for s in plan.splits]),
+        "window": np.full(split.size, -1),
+        "layer": (layer, [la.name for la in plan.layers]),
+        "sign": (2 * sign - 1).astype(np.int8),
+        "distribution": "weibull",
+        "parameter": (parameter, ["k", "lambda"]),
+        "value": np.where(parameter == 0, 0.5 + 0.02 * layer, 1e-8),
+        "se": np.full(split.size, 1e-3),
+    }
 
 
 def _lenet_histograms(plan: Plan, rng: np.random.Generator) -> dict[str, Any]:
@@ -309,7 +360,9 @@ def _lenet_parameters(plan: Plan, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _lenet_traces(plan: Plan, rng: np.random.Generator) -> dict[str, Any]:
-    index = [np.sort(rng.choice(la.numel, min(256, la.numel), False)) for la in plan.layers]
+    index = [
+        np.sort(rng.choice(la.numel, min(plan.trace_sample, la.numel), False)) for la in plan.layers
+    ]
     steps = plan.n_intervals + 1
     sampled = sum(map(len, index))
     layer = np.repeat(np.arange(len(index)), [len(i) * steps for i in index])

@@ -90,6 +90,7 @@ ORDER = (
     "plots",
     "exports",
     "concluding",
+    "reporting",
     "completeness",
     "invariants",
     "verification",
@@ -119,6 +120,7 @@ ORDER = (
     "trace_command",
     "query_command",
     "export_command",
+    "report_command",
     "cli",
     "__main__",
 )
@@ -134,6 +136,7 @@ SPEAKS = {
     "lcray.options",
     "lcray.progress",
     "lcray.query_command",
+    "lcray.report_command",
     "lcray.submit_command",
     "lcray.trace_command",
 }

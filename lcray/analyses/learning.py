@@ -53,8 +53,8 @@ class Bundle:
         )
 
 
-def bundles(results: Results) -> Iterator[Bundle]:
-    """Of each split: its layers; then, if it has groups, these, and the layers of each of them.
+def bundles(results: Results, groups: bool = True) -> Iterator[Bundle]:
+    """Of each split: its layers; then, if it has `groups`, these, and the layers of each of them.
 
     A group's series is LC of its own mean loss, summed over the layers. Buffers are left out.
     """
@@ -62,7 +62,7 @@ def bundles(results: Results) -> Iterator[Bundle]:
     for s, split in enumerate(series.splits):
         yield Bundle(split, LAYERS, None, series.layers, series.starts, series["lc"][s])
         planned = results.plan.splits[s]
-        if not planned.groups or "groups" not in results.tables:
+        if not (groups and planned.groups and "groups" in results.tables):
             continue
         lc = _by_group(results, planned, series.layers, series.starts)
         names = tuple(map(str, planned.groups))

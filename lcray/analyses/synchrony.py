@@ -151,6 +151,7 @@ def coincidences(
     prominence: float | None = None,
     distance: int = 1,
     block: int | None = None,
+    groups: bool = True,
 ) -> pa.Table:
     """The matrices layer × layer, group × group, and layer × layer of each group, over the run.
 
@@ -166,6 +167,7 @@ def coincidences(
         prominence: as for `synchrony`.
         distance: as for `synchrony`.
         block: as for `synchrony`.
+        groups: whether to have groups too, where there are any.
 
     Returns:
         One row for each pair a, b, in both orders, and for a = b.
@@ -175,7 +177,7 @@ def coincidences(
     """
     options = _Options(count, prominence, distance, block)
     rows: list[dict[str, Any]] = []
-    for bundle in bundles(results):
+    for bundle in bundles(results, groups):
         flags = options.peaks(bundle)[bundle.known]  # chance has no peaks where there is no LC
         if len(flags) >= _FEWEST:
             rows += [_head(bundle) | row for row in _matrix(bundle.names, flags, block)]
@@ -191,6 +193,7 @@ def peaks_of_learning(
     count: int | None = None,
     prominence: float | None = None,
     distance: int = 1,
+    groups: bool = True,
 ) -> pa.Table:
     """The peaks that `coincidences` counts: when each layer, and each group, learned most.
 
@@ -202,6 +205,7 @@ def peaks_of_learning(
         count: as for `synchrony`.
         prominence: as for `synchrony`.
         distance: as for `synchrony`.
+        groups: whether to have groups too, where there are any.
 
     Returns:
         One row for each peak.
@@ -211,7 +215,7 @@ def peaks_of_learning(
     """
     options = _Options(count, prominence, distance, None)
     rows: list[dict[str, Any]] = []
-    for bundle in bundles(results):
+    for bundle in bundles(results, groups):
         flags = options.peaks(bundle)
         for number, name in enumerate(bundle.names):
             for t in np.flatnonzero(flags[:, number]):

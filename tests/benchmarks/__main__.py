@@ -17,6 +17,7 @@ from . import (
     machine,
     memory,
     recorder,
+    report,
     scale,
     speed,
     startup,
@@ -39,6 +40,7 @@ MODULES = (
     wall,
     teams,
     startup,
+    report,
 )
 CASES: dict[str, Case] = {name: case for module in MODULES for name, case in module.CASES.items()}
 CORES = 2

@@ -1,0 +1,99 @@
+"""The verb `report`: one page of one output, or of several side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from lcray.errors import InapplicableError, UsageError, one_line
+from lcray.files import confined, writing
+from lcray.reporting import course, elements, layers, rates, together
+from lcray.reporting.head import head, run_name
+from lcray.reporting.page import links_to, plotly_source, render
+from lcray.reporting.scrubbing import windows
+from lcray.reporting.sections import Absent, Section
+from lcray.reporting.sides import compared
+from lcray.reporting.source import Source, read_source
+from lcray.reporting.store import Store
+from lcray.reporting.totals import totals
+from lcray.results import Results, open_output
+from lcray.storage import Place, PlaceLike, place, storage_of
+
+#: The names of the pages in an output.
+PAGE, COMPARISON = "report.html", "comparison.html"
+
+#: id, title where it is absent, and what makes it, in the order they are told.
+SECTIONS: tuple[tuple[str, str, Callable[[Source, Store], Section]], ...] = (
+    ("loss", "Loss and its reconstruction from LC", course.loss),
+    ("layers", "Loss change allocated to each layer", layers.totals),
+    ("heat-map", "Every layer at every iteration", course.heat_map),
+    ("trajectories", "Cumulative LC of each layer", course.trajectories),
+    ("shares", "How many parameters help", rates.shares),
+    ("distribution", "How |LC| is distributed", elements.distribution),
+    ("units", "Units of a layer", elements.units),
+    ("traces", "Single parameters: oscillation", elements.traces),
+    ("synchrony", "Do layers learn at the same iterations?", together.synchrony),
+    ("classes", "Classes and layers", together.classes),
+    ("splits", "Train against validation", layers.splits),
+    ("first-order", "First order against the rule", rates.first_order),
+    ("fisher", "Fisher information beside LC", layers.fisher),
+)
+
+
+def report(out: PlaceLike, *others: PlaceLike, file: str | os.PathLike[str] | None = None) -> Place:
+    """Makes one HTML page of an output: charts, tables, and where each number is from.
+
+    The page is one file that needs no server and no network. The same tables give the same bytes.
+
+    Args:
+        out: the output directory or its URI, with its tables.
+        *others: further outputs; then the page has all of them side by side.
+        file: where to; None for ``OUT/report.html``, or ``OUT/comparison.html`` of several.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        UsageError: if Plotly is missing, or an output is given twice.
+        OutputError: if there are no tables, or the page cannot be written.
+        CorruptionError: if a table is damaged.
+    """
+    plotly_source()  # where it is missing, nothing has to be computed first
+    results = [open_output(one) for one in (out, *others)]
+    if len({str(one.path) for one in results}) < len(results):
+        raise UsageError(f"{results[0].path}: an output is given twice; give each once")
+    root = results[0].path
+    inside = root / (COMPARISON if others else PAGE)
+    target = confined(root, inside) if file is None else place(file)
+    page = target if isinstance(target, Path) else Path("/") / "page.html"
+    text = compared(results, page) if others else single(results[0], page)
+    with writing(target):
+        storage_of(target).write(target, text)
+    return target
+
+
+def single(results: Results, page: Path) -> bytes:
+    """The page of one output, for a file at `page`; raises as `report`."""
+    source, store = read_source(results), Store()
+    found = totals(source)
+    sections = [_made(source, store, *item) for item in SECTIONS]
+    data = {
+        "splits": [one_line(name) for name in source.splits],
+        "layers": [one_line(name) for name in source.layers],
+        "windows": windows(source, store),
+    }
+    name = run_name(results)
+    links = links_to(results.path, page, results.tables)
+    return render(
+        f"{name} · loss change allocation", head(source, found, name), sections, data, store, links
+    )
+
+
+def _made(
+    source: Source, store: Store, id: str, title: str, make: Callable[[Source, Store], Section]
+) -> Section | Absent:
+    try:
+        return make(source, store)
+    except InapplicableError as error:
+        return Absent(id, title, str(error))

@@ -1,0 +1,264 @@
+"""Sections along the run: loss, heat map, cumulative LC."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcray.errors import one_line
+from lcray.reporting.sections import (
+    LOSS,
+    Control,
+    Figure,
+    Section,
+    bars_height,
+    listed,
+    percent,
+    plain,
+    plotted,
+)
+from lcray.reporting.source import Source
+from lcray.reporting.store import Store, column
+
+Floats = NDArray[np.float64]
+
+STEP = {"title": {"text": "step"}}
+_HIGHLIGHTED = 6
+#: Percentiles of |LC| that the colours of a heat map may reach to.
+PERCENTILES = (98, 90, 95, 99.5, 100)
+
+
+def along(source: Source) -> NDArray[np.int64]:
+    """Steps of the points between columns, [B + 1]."""
+    return np.append(source.starts[:1], source.ends)
+
+
+def cumulative(values: Floats) -> Floats:
+    """Sums up to every point along the last axis, from 0 on; what is missing counts 0."""
+    zero = np.zeros((*values.shape[:-1], 1))
+    return np.concatenate([zero, np.cumsum(np.nan_to_num(values), axis=-1)], axis=-1)
+
+
+def loss(source: Source, store: Store) -> Section:
+    """The measured loss, what LC adds up to, and the difference."""
+    figures = {}
+    x = store.add(along(source))
+    measured, rebuilt, gap = loss_curves(source)
+    known = np.isfinite(source.intervals["loss_start"][:, 0])
+    for s in range(len(source.splits)):
+        what = "loss" if known[s] else "loss change"
+        figures[str(s)] = _loss_figure(store, x, (measured[s], rebuilt[s], gap[s]), what)
+    worst = float(np.abs(gap[0]).max())
+    change = abs(float(measured[0, -1] - measured[0, 0]))
+    return Section(
+        "loss",
+        "Loss and its reconstruction from LC",
+        f"Adding up the LC of all parameters gives back the {one_line(source.splits[0])} loss to "
+        f"within {plain(worst, 2)}, {percent(worst, change, 2)} of its change.",
+        "The line is the measured loss, the dashes are the first loss plus all LC so far; the "
+        "lower panel has their difference, the gap, on a scale of its own.",
+        ("intervals",),
+        "SELECT split, end_step, loss_end, gap,\n"
+        "  sum(lc) OVER (PARTITION BY split ORDER BY start_step) AS lc_so_far,\n"
+        "  sum(gap) OVER (PARTITION BY split ORDER BY start_step) AS gap_so_far\n"
+        "FROM intervals ORDER BY split, start_step",
+        figures,
+        time=True,
+        notes=source.coarse,
+    )
+
+
+def loss_curves(source: Source) -> tuple[Floats, Floats, Floats]:
+    """Measured loss, first loss plus LC so far, and their difference, each [S, B + 1]."""
+    values = source.intervals
+    first = np.nan_to_num(values["loss_start"][:, :1])
+    change = np.concatenate([first, values["loss_end"]], axis=1)
+    measured = np.where(
+        np.isfinite(values["loss_start"][:, :1]), change, cumulative(values["loss_change"])
+    )
+    return measured, first + cumulative(values["lc"]), cumulative(values["gap"])
+
+
+def _loss_figure(store: Store, x: Any, curves: tuple[Any, ...], what: str) -> Figure:
+    measured, rebuilt, gap = (store.put(values) for values in curves)
+    line = {"x": x.whole, "type": "scatter", "mode": "lines"}
+    hover = f"step %{{x}}<br>%{{fullData.name}} %{{y:.5g}} ({LOSS})<extra></extra>"
+    traces = [
+        {**line, "y": measured, "name": f"measured {what}", "line": {"color": "@ink", "width": 2}},
+        {
+            **line,
+            "y": rebuilt,
+            "name": "first loss + Σ LC",
+            "line": {"color": "@s0", "width": 2, "dash": "dash"},
+        },
+        {
+            **line,
+            "y": gap,
+            "name": "gap",
+            "yaxis": "y2",
+            "fill": "tozeroy",
+            "fillcolor": "@faint",
+            "line": {"color": "@s2", "width": 1.5},
+            "showlegend": False,
+        },
+    ]
+    layout = {
+        "xaxis": {**STEP, "anchor": "y2"},
+        "yaxis": {"title": {"text": what}, "domain": [0.36, 1]},
+        "yaxis2": {"title": {"text": "gap"}, "domain": [0, 0.24], "zeroline": True, "nticks": 4},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    }
+    columns = [
+        column("step", x.whole, "step"),
+        column(f"measured_{what.replace(' ', '_')}", measured, "loss"),
+        column("first_loss_plus_lc", rebuilt, "loss"),
+        column("gap", gap, "loss"),
+    ]
+    return Figure([{**t, "hovertemplate": hover} for t in traces], layout, 430, columns, x.shape[0])
+
+
+def heat_map(source: Source, store: Store) -> Section:
+    """LC by layer and interval."""
+    lc, x = store.add(source.by_layer["lc"]), store.add(source.starts)
+    names, n = list(source.layers), len(source.starts)
+    figures = {}
+    for s in range(len(source.splits)):
+        limits = colour_limits(source.by_layer["lc"][s])
+        for p, _ in enumerate(PERCENTILES):
+            figures[f"{s}.{p}"] = Figure(
+                [heat_trace(lc.matrix(s), x.whole, names, limits[p])],
+                {"xaxis": STEP, "yaxis": {"names": names, "autorange": "reversed"}},
+                bars_height(len(names), 18, 240),
+                [
+                    column("layer", names, each=n),
+                    column("start_step", x.whole, "step"),
+                    column("lc", lc.row(s), "loss"),
+                ],
+                len(names) * n,
+            )
+    cells = source.by_layer["lc"][0]
+    hurting = float(np.mean(cells[np.isfinite(cells)] > 0)) if np.isfinite(cells).any() else 0.0
+    return Section(
+        "heat-map",
+        "Every layer at every iteration",
+        f"{percent(hurting, 1, 2)} of the cells hurt: there a layer raised the "
+        f"{one_line(source.splits[0])} loss in that {source.span}.",
+        "A row is a layer, from the input down; blue cells lowered the loss, orange ones raised "
+        "it, and what is near 0 has the colour of the page.",
+        ("layers",),
+        "SELECT split, layer, start_step, lc FROM layers ORDER BY ALL",
+        figures,
+        controls=(Control("Colours reach to", [_percentile(p) for p in PERCENTILES]),),
+        time=True,
+        notes=(
+            "Colours are symmetric about 0 and reach to a percentile of |LC|; larger values have "
+            "the last colour.",
+            *source.coarse,
+        ),
+    )
+
+
+def _percentile(p: float) -> str:
+    return "the largest |LC|" if p == 100 else f"percentile {p:g} of |LC|"
+
+
+def colour_limits(lc: Floats) -> list[float]:
+    """The limit of the colours for each of `PERCENTILES`; above 0 in any case."""
+    found = np.abs(lc[np.isfinite(lc)])
+    if not len(found) or not found.max():
+        return [1.0] * len(PERCENTILES)
+    limits = np.percentile(found, PERCENTILES)
+    return [float(limit) if limit > 0 else float(found.max()) for limit in limits]
+
+
+def heat_trace(
+    z: Any, x: Any, names: list[str], limit: float, *, across: str = "step", what: str = "LC"
+) -> dict[str, Any]:
+    """A heat map of diverging colours about 0, rows by name."""
+    return {
+        "type": "heatmap",
+        "x": x,
+        "y": [plotted(name) for name in names],
+        "z": z,
+        "zmin": -limit,
+        "zmax": limit,
+        "zmid": 0,
+        "colorscale": "@diverging",
+        "colorbar": {
+            "title": {"text": f"{what} (loss)", "side": "right"},
+            "thickness": 10,
+            "outlinewidth": 0,
+            "tickformat": ".2~g",
+        },
+        "hovertemplate": f"%{{y}}<br>{across} %{{x}}<br>{what} %{{z:.4g}} ({LOSS})<extra></extra>",
+    }
+
+
+def trajectories(source: Source, store: Store) -> Section:
+    """Cumulative LC of the layers."""
+    sums, x = store.add(cumulative(source.by_layer["lc"])), store.add(along(source))
+    n = x.shape[0]
+    names = list(source.layers)
+    figures = {}
+    for s in range(len(source.splits)):
+        reach = np.abs(cumulative(source.by_layer["lc"][s])).max(axis=1)
+        figures[str(s)] = Figure(
+            trajectory_traces(names, reach, x.whole, [sums.row(s, i) for i in range(len(names))]),
+            {
+                "xaxis": STEP,
+                "yaxis": {"title": {"text": "LC so far (loss)"}, "zeroline": True},
+                "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+            },
+            400,
+            [
+                column("layer", names, each=n),
+                column("step", x.whole, "step"),
+                column("lc_so_far", sums.row(s), "loss"),
+            ],
+            len(names) * n,
+        )
+    order = np.argsort(source.totals[0])
+    says = f"{listed([names[i] for i in order[:2]])} end lowest" if len(order) > 1 else names[0]
+    return Section(
+        "trajectories",
+        "Cumulative LC of each layer",
+        f"{says}: what each layer had done to the {one_line(source.splits[0])} loss by each step.",
+        "A line that falls helps at that time, one that rises hurts; its last point is the layer's "
+        f"total. The {_HIGHLIGHTED} that reach furthest have colours, the others are grey: "
+        "hover names them.",
+        ("layers",),
+        "SELECT split, layer, end_step,\n"
+        "  sum(lc) OVER (PARTITION BY split, layer ORDER BY start_step) AS lc_so_far\n"
+        "FROM layers ORDER BY ALL",
+        figures,
+        time=True,
+        notes=source.coarse,
+    )
+
+
+def trajectory_traces(names: list[str], reach: Floats, x: Any, rows: list[Any]) -> list[Any]:
+    """A line a layer; those that reach furthest from 0 on top, in colours."""
+    order = np.argsort(-reach, kind="stable")
+    dashes = ("solid", "dash", "dot", "dashdot", "longdash", "solid")
+    traces = []
+    for rank, i in reversed([*enumerate(order)]):
+        shown = rank < _HIGHLIGHTED
+        line = {"color": f"@s{rank}", "width": 2, "dash": dashes[rank]} if shown else None
+        name = plotted(names[i])
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": x,
+                "y": rows[i],
+                "name": name,
+                "legendrank": rank,
+                "showlegend": shown,
+                "line": line or {"color": "@rest", "width": 1},
+                "hovertemplate": f"%{{fullData.name}}<br>step %{{x}}<br>LC so far %{{y:.4g}} "
+                f"({LOSS})<extra></extra>",
+            }
+        )
+    return traces

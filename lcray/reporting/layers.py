@@ -1,0 +1,300 @@
+"""Sections about layers over the run: totals, splits side by side, Fisher information."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lcray.analyses.information import fisher as fisher_finding
+from lcray.analyses.layer_totals import layer_totals
+from lcray.analyses.windows import RUN
+from lcray.errors import InapplicableError, one_line
+from lcray.reporting.sections import (
+    LOSS,
+    Figure,
+    Section,
+    bars_height,
+    count,
+    listed,
+    percent,
+    plotted,
+    signed,
+)
+from lcray.reporting.source import Source
+from lcray.reporting.store import Store, column
+
+Floats = NDArray[np.float64]
+
+#: Cells of `layers` up to which errors by the bootstrap are made for the page.
+MOST_FOR_ERRORS = 5_000_000
+_SHAPES = ("circle", "diamond", "square", "triangle-up", "x", "star")
+
+
+def run_totals(source: Source) -> dict[str, Floats]:
+    """LC of each layer over the run and the ends of its confidence interval, [S, L]."""
+    shape = len(source.splits), len(source.layers)
+    nothing = np.full(shape, np.nan)
+    if source.n_intervals * shape[0] * shape[1] > MOST_FOR_ERRORS:
+        return {"lc": source.totals, "lc_low": nothing, "lc_high": nothing}
+    last = source.results.plan.steps[-1]
+    frame = layer_totals(source.results, window=last + 1).to_pandas()
+    frame = frame[(frame["window"] == RUN) & (frame["layer"] != "")]
+    found = {}
+    for name in ("lc", "lc_low", "lc_high"):
+        grid = frame.pivot_table(name, "split", "layer", observed=True, dropna=False)
+        found[name] = grid.reindex(index=source.splits, columns=source.layers).to_numpy(float)
+    # Where intervals have no LC in one layer alone, the finding leaves them out: so does not this.
+    found["lc"] = source.totals
+    return found
+
+
+def totals(source: Source, store: Store) -> Section:
+    """LC of each layer over the run."""
+    found = run_totals(source)
+    errors = bool(np.isfinite(found["lc_low"]).any())
+    figures = {
+        str(s): _bars(source, store, {k: v[s] for k, v in found.items()}, errors)
+        for s in range(len(source.splits))
+    }
+    lc = source.totals[0]
+    order = np.argsort(lc)
+    hurting = [source.layers[i] for i in order[::-1] if lc[i] > 0]
+    verb = "hurts" if len(hurting) == 1 else "hurt"
+    says = f"{one_line(source.layers[order[0]])} lowered the loss most ({signed(lc[order[0]])}); "
+    says += f"{listed(hurting)} {verb} in total." if hurting else "no layer hurts in total."
+    note = (
+        "Whiskers are 95 % intervals by blocks of iterations of this one run; they say nothing "
+        "about other seeds. `lcray findings` stores them as layer_totals."
+        if errors
+        else "No whiskers: there are too few intervals for errors, or too many for a page; "
+        "`lcray findings` has layer_totals."
+    )
+    return Section(
+        "layers",
+        "Loss change allocated to each layer",
+        says,
+        "Bars to the left (blue) helped, bars to the right (orange, marked ▲) hurt; all of them "
+        "add up to Σ LC.",
+        ("layers",),
+        "SELECT split, layer, sum(lc) AS lc FROM layers GROUP BY split, layer ORDER BY lc",
+        figures,
+        notes=(note, *_left_out(source)),
+    )
+
+
+def _left_out(source: Source) -> tuple[str, ...]:
+    if not source.left_out:
+        return ()
+    return (f"Left out: {count(source.left_out, 'buffer')} whose LC is 0 at every iteration.",)
+
+
+def _bars(source: Source, store: Store, found: dict[str, Floats], errors: bool) -> Figure:
+    lc, low, high = found["lc"], found["lc_low"], found["lc_high"]
+    known = {layer.name: layer.numel for layer in source.results.plan.layers}
+    sizes = [known[name] for name in source.layers]
+    n = len(lc)
+    custom = [[f"{size:,}", _interval(a, b)] for size, a, b in zip(sizes, low, high, strict=True)]
+    bar: dict[str, Any] = {
+        "type": "bar",
+        "orientation": "h",
+        "y": [plotted(name) for name in source.layers],
+        "x": store.put(lc),
+        "marker": {"color": ["@hurts" if value > 0 else "@helps" for value in lc]},
+        "customdata": custom,
+        "hovertemplate": f"%{{y}}<br>whole run<br>LC %{{x:.4g}} ({LOSS})%{{customdata[1]}}<br>"
+        "%{customdata[0]} elements<extra></extra>",
+    }
+    if errors:
+        bar["error_x"] = {
+            "type": "data",
+            "symmetric": False,
+            "array": store.put(high - lc),
+            "arrayminus": store.put(lc - low),
+            "color": "@ink",
+            "thickness": 1.2,
+            "width": 3,
+        }
+    notes = [
+        {
+            "xref": "paper",
+            "x": 1.01,
+            "y": i,
+            "xanchor": "left",
+            "showarrow": False,
+            "text": f"{signed(value)} ▲" if value > 0 else signed(value),
+            "font": {"color": "@hurtsText" if value > 0 else "@muted"},
+        }
+        for i, value in enumerate(lc)
+    ]
+    layout = {
+        "xaxis": {"title": {"text": "LC (loss)"}, "zeroline": True},
+        "yaxis": {"names": [*source.layers], "autorange": "reversed"},
+        "annotations": notes,
+        "margin": {"r": 90},
+        "bargap": 0.3,
+    }
+    verdict = ["hurts" if v > 0 else "helps" if v < 0 else "neither" for v in lc]
+    columns = [
+        column("layer", [*source.layers]),
+        column("lc", store.put(lc), "loss"),
+        column("lc_low", store.put(low), "loss"),
+        column("lc_high", store.put(high), "loss"),
+        column("verdict", verdict),
+        column("elements", store.put(np.array(sizes, np.int64))),
+    ]
+    return Figure([bar], layout, bars_height(n), columns, n)
+
+
+def _interval(low: float, high: float) -> str:
+    return f", 95 % interval {signed(low)} to {signed(high)}" if low == low else ""
+
+
+def splits(source: Source, store: Store) -> Section:
+    """LC of each layer, split beside split."""
+    if len(source.splits) < 2:
+        raise InapplicableError(
+            "the output has one split: give the task another, such as val, and analyze into a new "
+            "output"
+        )
+    figure = dots(
+        store,
+        [*source.layers],
+        {name: source.totals[s] for s, name in enumerate(source.splits)},
+    )
+    train, other = source.totals[0], source.totals[1]
+    apart = [source.layers[i] for i in np.flatnonzero((train < 0) & (other > 0))]
+    names = [one_line(name) for name in source.splits]
+    does = "lowers" if len(apart) == 1 else "lower"
+    says = (
+        f"{listed(apart)} {does} the {names[0]} loss and not the {names[1]} loss: "
+        "that is memorising."
+        if apart
+        else f"No layer lowers the {names[0]} loss and raises the {names[1]} loss over the run."
+    )
+    return Section(
+        "splits",
+        f"{names[0].capitalize()} against {listed(names[1:])}",
+        says,
+        "Each row has one mark a split: left of 0 helped that split's loss, right of 0 hurt it. "
+        "Marks far apart show what was learned for one split alone.",
+        ("layers",),
+        "SELECT split, layer, sum(lc) AS lc FROM layers GROUP BY split, layer ORDER BY layer, "
+        "split",
+        {"": figure},
+        by_split=False,
+    )
+
+
+def dots(
+    store: Store,
+    rows: list[str],
+    values: dict[str, Floats],
+    *,
+    unit: str = LOSS,
+    axis: str = "LC (loss)",
+    percent: bool = False,
+) -> Figure:
+    """A row a layer, a mark for each of `values` [L], joined by a line."""
+    n = len(rows)
+    table = np.stack([*values.values()])
+    line_x: list[float | None] = []
+    line_y: list[int | None] = []
+    for i in range(n):
+        some = table[:, i][np.isfinite(table[:, i])]
+        if len(some):
+            line_x += [float(some.min()), float(some.max()), None]
+            line_y += [i, i, None]
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": line_x,
+            "y": line_y,
+            "hoverinfo": "skip",
+            "showlegend": False,
+            "line": {"color": "@rest", "width": 2},
+        }
+    ]
+    columns = [column("layer", rows)]
+    for k, (name, found) in enumerate(values.items()):
+        reference = store.put(found)
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": reference,
+                "y": [*range(n)],
+                "text": [plotted(row) for row in rows],
+                "name": plotted(name),
+                "marker": {
+                    "color": f"@s{k % 8}",
+                    "symbol": _SHAPES[k % 6],
+                    "size": 9 if n <= 30 else 7,
+                },
+                "hovertemplate": f"%{{text}}<br>whole run<br>%{{fullData.name}} %{{x:.4g}}"
+                f"{' %' if percent else f' ({unit})'}<extra></extra>",
+            }
+        )
+        columns.append(column(name, reference, "%" if percent else "loss"))
+    layout = {
+        "xaxis": {"title": {"text": axis}, "zeroline": True},
+        "yaxis": {"names": rows, "range": [n - 0.5, -0.5], "rows": True},
+        "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+    }
+    return Figure(traces, layout, bars_height(n) + 20, columns, n)
+
+
+def fisher(source: Source, store: Store) -> Section:
+    """Shares of LC beside shares of the Fisher information."""
+    source.need("fisher")
+    last = source.results.plan.steps[-1]
+    frame = fisher_finding(source.results, window=last + 1).to_pandas()
+    frame = frame[frame["window"] == RUN]
+    if not len(frame):
+        raise InapplicableError(
+            "no step of the run has Fisher information: give --fisher a "
+            "smaller number, and analyze into a new output"
+        )
+    figures = {}
+    for s, split in enumerate(source.splits):
+        here = frame[frame["split"] == split]
+        rows = [str(name) for name in here["layer"]]
+        shares = {"LC": 100 * here["lc_share"].to_numpy(float)}
+        kinds = {"true_share": "true Fisher", "empirical_share": "empirical Fisher"}
+        shares |= {
+            name: 100 * here[key].to_numpy(float)
+            for key, name in kinds.items()
+            if here[key].notna().any()
+        }
+        figures[str(s)] = dots(
+            store, rows, shares, unit="%", axis="share of all layers (%)", percent=True
+        )
+    return Section(
+        "fisher",
+        "Fisher information beside LC",
+        _fisher_says(frame[frame["split"] == source.splits[0]]),
+        "Shares of the sum over layers. A layer with much Fisher information and little LC matters "
+        "to the output, but did not change the loss much in this run.",
+        ("fisher", "layers"),
+        "SELECT split, layer, avg(trace_true) AS trace_true,\n"
+        "  avg(trace_empirical) AS trace_empirical\nFROM fisher GROUP BY split, layer",
+        figures,
+        notes=(
+            f"Means over {count(int(frame['n_steps'].max()), 'step')} of the run. Fisher "
+            "information has no sign, and changes when weights are rescaled; LC does not.",
+        ),
+    )
+
+
+def _fisher_says(frame: pd.DataFrame) -> str:
+    key = "true_share" if frame["true_share"].notna().any() else "empirical_share"
+    if not frame[key].notna().any():
+        return "The share of each layer in LC and in the trace of the Fisher information."
+    top = frame.sort_values(key, ascending=False, kind="stable").iloc[0]
+    return (
+        f"{one_line(str(top['layer']))} has {percent(float(top[key]), 1, 2)} of the Fisher "
+        f"information and {percent(float(top['lc_share']), 1, 2)} of LC."
+    )

@@ -1,0 +1,182 @@
+"""Sections about rates along the run: who helps, and the first order against the rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcray.errors import InapplicableError, one_line
+from lcray.reporting.course import STEP, along, cumulative
+from lcray.reporting.sections import (
+    LOSS,
+    Control,
+    Figure,
+    Section,
+    percent,
+    plotted,
+    signed,
+)
+from lcray.reporting.source import Source
+from lcray.reporting.store import Store, column
+
+Floats = NDArray[np.float64]
+
+
+def shares(source: Source, store: Store) -> Section:
+    """The share of the parameters that help, along the run, and in windows."""
+    counts = np.stack([source.by_layer[f"n_{k}"] for k in ("helping", "hurting", "zero")])
+    whole = np.nansum(counts, axis=2, keepdims=True)
+    counts = np.concatenate([whole, counts], axis=2)  # [3, S, 1 + L, B]
+    all_of = counts.sum(axis=0)
+    keep = [i for i in range(all_of.shape[1]) if np.nansum(all_of[:, i]) > 0]
+    if not keep:
+        raise InapplicableError("the tables count no parameters that help or hurt")
+    counts, all_of = counts[:, :, keep], all_of[:, keep]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = store.add(100 * counts / all_of)  # [3, S, K, B]
+        means, edges = _window_shares(source, counts)
+    window, steps, x = store.add(means), store.add(edges), store.add(source.starts)
+    names = [("all layers", *source.layers)[i] for i in keep]
+    figures = {
+        f"{s}.{k}": _share_figure(found, window, steps, x, (s, k), names[k])
+        for s in range(len(source.splits))
+        for k in range(len(names))
+    }
+    helping, hurting = (np.nansum(counts[i, 0, 0]) / np.nansum(all_of[0, 0]) for i in (0, 1))
+    return Section(
+        "shares",
+        "How many parameters help",
+        f"On {one_line(source.splits[0])} {percent(float(helping), 1)} of (parameter, iteration) "
+        f"pairs help and {percent(float(hurting), 1)} hurt.",
+        "Thin lines are single iterations, thick ones windows. Helping and hurting leave a rest "
+        "below 100 %: parameters whose LC is exactly 0.",
+        ("layers",),
+        "SELECT split, layer, start_step,\n"
+        "  n_helping / (n_helping + n_hurting + n_zero) AS helping,\n"
+        "  n_hurting / (n_helping + n_hurting + n_zero) AS hurting\n"
+        "FROM layers WHERE kind = 'parameter' ORDER BY ALL",
+        figures,
+        controls=(Control("Layer", [one_line(name) for name in names]),),
+        time=True,
+        notes=source.coarse,
+    )
+
+
+def _window_shares(source: Source, counts: Floats) -> tuple[Floats, NDArray[np.int64]]:
+    """Shares in at most 40 windows of the grid, as steps [3, S, K, 2 W], and their edges [2 W]."""
+    width = max(1, -(-len(source.starts) // 20))
+    first = np.arange(0, len(source.starts), width)
+    sums = np.add.reduceat(np.nan_to_num(counts), first, axis=3)
+    last = np.append(first[1:], len(source.starts)) - 1
+    edges = np.column_stack([source.starts[first], source.ends[last]]).ravel()
+    return np.repeat(100 * sums / sums.sum(axis=0), 2, axis=3), edges
+
+
+def _share_figure(
+    found: Any, window: Any, steps: Any, x: Any, at: tuple[int, int], layer: str
+) -> Figure:
+    traces = []
+    name = plotted(layer).replace("{", "&#123;")
+    for i, (kind, colour) in enumerate((("helping", "@helps"), ("hurting", "@hurts"))):
+        base = {"type": "scatter", "mode": "lines", "name": kind, "legendgroup": kind}
+        hover = f"{name}<br>step %{{x}}<br>{kind} %{{y:.1f}} % of parameters<extra></extra>"
+        dash = ("solid", "dot")[i]
+        traces += [
+            {
+                **base,
+                "x": x.whole,
+                "y": found.row(i, *at),
+                "opacity": 0.4,
+                "showlegend": False,
+                "line": {"color": colour, "width": 1},
+                "hovertemplate": hover,
+            },
+            {
+                **base,
+                "x": steps.whole,
+                "y": window.row(i, *at),
+                "line": {"color": colour, "width": 3, "dash": dash},
+                "hoverinfo": "skip",
+            },
+        ]
+    layout = {
+        "xaxis": STEP,
+        "yaxis": {"title": {"text": "parameters (%)"}, "rangemode": "tozero"},
+        "half": 50,
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    }
+    columns = [column("start_step", x.whole, "step")]
+    kinds = ("helping", "hurting", "zero")
+    columns += [column(kind, found.row(i, *at), "%") for i, kind in enumerate(kinds)]
+    return Figure(traces, layout, 340, columns, x.shape[0])
+
+
+def first_order(source: Source, store: Store) -> Section:
+    """What the gradient at the start of each step would have claimed."""
+    claimed = source.intervals["first_order_lc"]
+    if not np.isfinite(claimed).any():
+        raise InapplicableError(
+            "the rule has no gradient at the start of an interval: analyze with --rule simpson "
+            "into a new output"
+        )
+    x = store.add(along(source))
+    curves = {
+        "measured": cumulative(source.intervals["loss_change"]),
+        "rule": cumulative(source.intervals["lc"]),
+        "first order": cumulative(claimed),
+    }
+    figures = {}
+    rule = rule_name(source.results.plan.settings.rule)
+    for s in range(len(source.splits)):
+        rows = {name: store.put(values[s]) for name, values in curves.items()}
+        style = {
+            "measured": ("measured change", "@ink", "solid"),
+            "rule": (f"Σ LC, {plotted(rule)}", "@s0", "dash"),
+            "first order": ("first order, g(start)·Δ", "@s1", "dot"),
+        }
+        traces = [
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": x.whole,
+                "y": rows[key],
+                "name": name,
+                "line": {"color": colour, "width": 2, "dash": dash},
+                "hovertemplate": f"step %{{x}}<br>%{{fullData.name}} %{{y:.4g}} ({LOSS})"
+                "<extra></extra>",
+            }
+            for key, (name, colour, dash) in style.items()
+        ]
+        layout = {
+            "xaxis": STEP,
+            "yaxis": {"title": {"text": "loss change so far"}, "zeroline": True},
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        }
+        columns = [column("step", x.whole, "step")]
+        columns += [column(key.replace(" ", "_"), rows[key], "loss") for key in rows]
+        figures[str(s)] = Figure(traces, layout, 360, columns, x.shape[0])
+    ends = {name: float(values[0, -1]) for name, values in curves.items()}
+    return Section(
+        "first-order",
+        f"First order against {rule}",
+        "The gradient at the start of each step would have claimed "
+        f"{signed(ends['first order'])}, "
+        f"{percent(ends['first order'], ends['measured'])} of the measured change; {rule} "
+        "misses it by "
+        f"{percent(abs(ends['rule'] - ends['measured']), abs(ends['measured']), 2)}.",
+        "The dashes should lie on the line; how far the dots are from it is what integrating "
+        "along the step is worth.",
+        ("intervals",),
+        "SELECT split, sum(loss_change) AS loss_change, sum(lc) AS lc,\n"
+        "  sum(first_order_lc) AS first_order\nFROM intervals GROUP BY split",
+        figures,
+        time=True,
+        notes=source.coarse,
+    )
+
+
+def rule_name(rule: str) -> str:
+    """A quadrature rule as papers call it."""
+    return {"simpson": "Simpson's rule (RK4)", "left": "the left rule"}.get(rule, one_line(rule))
