@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -422,6 +422,28 @@ class TestStatus:
         assert line.startswith(f"train: change {change}, LC {lc}, gap ")
         data = json.loads(command("status", plain_out, "--json").out)
         assert (data["state"], data["intervals_done"], data["failed"]) == ("finished", 12, [])
+
+    @pytest.mark.parametrize("end", ["finished", "failed", "interrupted"])
+    def test_watching_ends_with_the_analysis(
+        self, command: Lcray, end: str, plain_out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = lcray.status(plain_out)
+        states = iter(["running", "following", "reducing", end])
+        monkeypatch.setattr(lcray, "status", lambda out: replace(whole, state=next(states)))
+        monkeypatch.setattr(cli, "_SECONDS_A_LOOK", 0.0)
+        found = command("status", plain_out, "--watch")
+        assert re.findall(r"^(\w+): 12/12", found.out, re.M) == [
+            "running", "following", "reducing", end,
+        ]  # fmt: skip
+        assert next(states, None) is None
+
+    def test_without_watching_it_is_shown_once(
+        self, command: Lcray, plain_out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        running = replace(lcray.status(plain_out), state="running")
+        states = iter([running])
+        monkeypatch.setattr(lcray, "status", lambda out: next(states))
+        assert command("status", plain_out).out.startswith("running: 12/12")
 
     def test_what_runs_and_what_failed(
         self, command: Lcray, plain_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -196,6 +197,13 @@ def test_a_span_has_the_steps_that_it_was_given(steps: list[int]) -> None:
         assert span.n_intervals == len(given_steps) - 1
         assert span.intervals == tuple(pairwise(given_steps))
         assert span == Span(tuple(given_steps)) and hash(span) == hash(Span(tuple(given_steps)))
+
+
+def test_evenly_spaced_steps_take_no_room_each() -> None:
+    """Compared as they are sent to workers; a million steps would be megabytes."""
+    even, uneven = Span(range(0, 10**6, 10)), Span([*range(0, 10**6, 10), 10**6 + 1])
+    assert len(pickle.dumps(even)) < 500 < 100_000 < len(pickle.dumps(uneven))
+    assert pickle.loads(pickle.dumps(even)) == even
 
 
 def test_spans_differ_by_their_steps() -> None:

@@ -323,6 +323,35 @@ def test_a_query_may_take_half_of_what_is_left() -> None:
     assert 1 << 28 <= room <= max(1 << 28, psutil.virtual_memory().total // 2)
 
 
+@pytest.mark.parametrize(("left", "room"), [(6 << 30, 3 << 30), (1 << 20, 1 << 28)])
+def test_of_what_is_left_a_query_may_take_half(
+    left: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "available_bytes", lambda device: left)
+    assert sandbox.query_room() == room
+
+
+def test_a_database_takes_no_more_than_its_room() -> None:
+    with sandbox.connect(64 << 20) as connection, pytest.raises(duckdb.OutOfMemoryException):
+        connection.execute("SELECT list(i) FROM range(20000000) t(i)")
+
+
+def test_an_answer_has_its_own_room() -> None:
+    """Integers of eight bytes, a hundred thousand of them."""
+    with sandbox.connect(1 << 28) as connection:
+        query = "SELECT * FROM range(100000)"
+        assert sandbox.select(connection, query, 1 << 20).num_rows == 100_000
+        with pytest.raises(UsageError, match="larger than 0 MiB"):
+            sandbox.select(connection, query, 790_000)
+
+
+def test_an_answer_may_take_half_of_the_room(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lcray.results.query_room", lambda: 64 << 20)
+    out = open_output(home / "out")
+    with pytest.raises(UsageError, match=r"^SQL: the answer is larger than 32 MiB"):
+        out.sql_arrow("SELECT * FROM range(5000000)")  # 40 MB
+
+
 def test_what_is_shut_stays_shut(tmp_path: Path) -> None:
     with sandbox.connect(1 << 28) as connection:
         sandbox.shut(connection, [tmp_path / "x.parquet"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lcray.errors import LcrayError, OutputError, UsageError
 from lcray.storage import Remote, place, storage_of
-from lcray.storage.retries import without_secrets
+from lcray.storage.retries import persistently, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -127,3 +127,14 @@ def test_secrets_are_cut_out_of_messages(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=2020&sig=zzz")
     text = "PUT https://a.b/c?X=1&sig=zzz with abc/def+ghi, ftp://u:p@host/x: sv=2020&sig=zzz"
     assert without_secrets(text) == "PUT https://a.b/c with ***, ftp://host/x: ***"
+
+
+def test_errors_of_a_storage_show_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abc/def+ghi")
+
+    def refused() -> None:
+        raise PermissionError("signature of https://a.b/c?sig=zzz with abc/def+ghi is wrong")
+
+    with pytest.raises(PermissionError, match=r"with [*]{3} is wrong") as caught:
+        persistently(refused)
+    assert "abc/def" not in str(caught.value) and "zzz" not in str(caught.value)
