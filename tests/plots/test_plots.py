@@ -245,7 +245,7 @@ def picture(name: str) -> Any:
         filename=f"{name}.png",
         savefig_kwargs={"dpi": 60},
         style="default",
-        tolerance=8,
+        tolerance=2,
     )
     def compare(results: Results) -> Figure:
         found = FIGURES[name](results)
