@@ -46,7 +46,8 @@ def _caution(scale: str) -> Iterator[str]:
             "**Mind the scale.** The paper looks at whole trainings on all images. These runs are "
             "the first steps on few images, where the loss falls fastest: more parameters help "
             "than later on, steps are long for a quadrature, and layers that come to hurt late "
-            "have not done so yet. What disagrees here may agree at `--scale full`; that was not run."
+            "have not done so yet. What disagrees here may agree at `--scale full`, which was not "
+            "run."
         )
         yield ""
 
