@@ -107,7 +107,7 @@ def test_the_headline_numbers_are_those_of_the_tables(seen: Sight, out: Path) ->
 
 
 def number(text: str) -> float:
-    return float(text.replace("−", "-").replace(",", "").removesuffix(" %"))
+    return float(text.replace("−", "-").replace(",", "").removesuffix("\N{NO-BREAK SPACE}%"))
 
 
 def test_tables_are_what_sql_gives(seen: Sight, out: Path) -> None:
@@ -386,3 +386,20 @@ def test_a_long_run_is_added_up_and_says_so(browser: Any, tmp_path: Path) -> Non
     rows = sight.rows("loss")
     assert rows[-1][2] == pytest.approx(sum(v.sum() for v in lc.values()), rel=1e-6)
     sight.page.context.close()
+
+
+def test_layers_hurt_where_their_error_leaves_no_doubt() -> None:
+    from types import SimpleNamespace
+
+    from lcray.reporting.layers import _hurting
+
+    source: Any = SimpleNamespace(layers=["a", "b", "c"])
+
+    def said(*pairs: tuple[float, float]) -> str:
+        return _hurting(source, *np.array(pairs).T)
+
+    assert said((0.5, 0.1), (0.2, -0.1), (-1, -2)) == "a hurts in total, b within the error."
+    assert said((0.5, 0.1), (0.7, 0.2), (-1, -2)) == "b and a hurt in total."
+    assert said((-0.5, -0.6), (0.2, -0.1), (-1, -2)) == "b ends above 0, within the error."
+    assert said((-0.5, -0.6), (-0.2, -0.3), (-1, -2)) == "no layer hurts in total."
+    assert said((0.5, np.nan), (-0.2, np.nan), (-1, np.nan)) == "a hurts in total."

@@ -14,6 +14,7 @@ from lcray.analyses.windows import RUN
 from lcray.errors import InapplicableError, one_line
 from lcray.reporting.sections import (
     LOSS,
+    MATERIAL,
     Figure,
     Section,
     bars_height,
@@ -61,10 +62,8 @@ def totals(source: Source, store: Store) -> Section:
     }
     lc = source.totals[0]
     order = np.argsort(lc)
-    hurting = [source.layers[i] for i in order[::-1] if lc[i] > 0]
-    verb = "hurts" if len(hurting) == 1 else "hurt"
     says = f"{one_line(source.layers[order[0]])} lowered the loss most ({signed(lc[order[0]])}); "
-    says += f"{listed(hurting)} {verb} in total." if hurting else "no layer hurts in total."
+    says += _hurting(source, lc, found["lc_low"][0])
     note = (
         "Whiskers are 95 % intervals by blocks of iterations of this one run; they say nothing "
         "about other seeds. `lcray findings` stores them as layer_totals."
@@ -148,6 +147,21 @@ def _bars(source: Source, store: Store, found: dict[str, Floats], errors: bool) 
     return Figure([bar], layout, bars_height(n), columns, n)
 
 
+def _hurting(source: Source, lc: Floats, low: Floats) -> str:
+    """Which layers hurt in total, and which of them are within their error of not doing so."""
+    above = [int(i) for i in np.argsort(-lc) if lc[i] > 0]
+    clear = [source.layers[i] for i in above if not low[i] <= 0]
+    within = [source.layers[i] for i in above if low[i] <= 0]
+    if not above:
+        return "no layer hurts in total."
+    if not clear:
+        end = "ends" if len(within) == 1 else "end"
+        return f"{listed(within)} {end} above 0, within the error."
+    verb = "hurts" if len(clear) == 1 else "hurt"
+    more = f", {listed(within)} within the error" if within else ""
+    return f"{listed(clear)} {verb} in total{more}."
+
+
 def _interval(low: float, high: float) -> str:
     return f", 95 % interval {signed(low)} to {signed(high)}" if low == low else ""
 
@@ -165,14 +179,16 @@ def splits(source: Source, store: Store) -> Section:
         {name: source.totals[s] for s, name in enumerate(source.splits)},
     )
     train, other = source.totals[0], source.totals[1]
-    apart = [source.layers[i] for i in np.flatnonzero((train < 0) & (other > 0))]
+    large = np.abs(train - other) >= MATERIAL * abs(train.sum())
+    apart = [source.layers[i] for i in np.flatnonzero((train < 0) & (other > 0) & large)]
     names = [one_line(name) for name in source.splits]
     does = "lowers" if len(apart) == 1 else "lower"
     says = (
         f"{listed(apart)} {does} the {names[0]} loss and not the {names[1]} loss: "
         "that is memorising."
         if apart
-        else f"No layer lowers the {names[0]} loss and raises the {names[1]} loss over the run."
+        else f"No layer lowers the {names[0]} loss and raises the {names[1]} loss by more than "
+        f"{percent(MATERIAL, 1)} of the change."
     )
     return Section(
         "splits",

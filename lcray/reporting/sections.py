@@ -124,11 +124,15 @@ def _typeset(text: str) -> str:
     return (digits + (f"e{int(exponent)}" if e else "")).replace("-", "−")
 
 
+#: A share of the loss change below which a layer is not named for it.
+MATERIAL = 0.01
+
+
 def percent(part: float, whole: float, digits: int = 3) -> str:
     """A share for people."""
     if not whole or part != part:
         return "–"
-    return plain(100 * part / whole, digits) + " %"
+    return plain(100 * part / whole, digits) + "\N{NO-BREAK SPACE}%"
 
 
 def count(number: int, what: str) -> str:

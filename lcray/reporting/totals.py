@@ -9,7 +9,7 @@ import numpy as np
 
 from lcray.errors import one_line
 from lcray.planning import Plan
-from lcray.reporting.sections import count, listed, percent, plain, signed
+from lcray.reporting.sections import MATERIAL, count, listed, percent, plain, signed
 from lcray.reporting.source import Source
 
 
@@ -94,9 +94,11 @@ def lede(source: Source, found: Total) -> str:
         parts.append(
             f"{one_line(source.layers[best])} did most: {signed(lc[best])}, {share} of the change."
         )
-    hurting = [source.layers[i] for i in np.argsort(-lc) if lc[i] > 0]
-    verb = "hurts" if len(hurting) == 1 else "hurt"
-    parts.append(f"{listed(hurting)} {verb} in total." if hurting else "No layer hurts in total.")
+    least = MATERIAL * abs(found.change)
+    hurting = [source.layers[i] for i in np.argsort(-lc) if lc[i] > least]
+    verb = "ends" if len(hurting) == 1 else "end"
+    nobody = f"No layer hurts by more than {percent(MATERIAL, 1)} of it in total."
+    parts.append(f"{listed(hurting)} {verb} above 0: hurting." if hurting else nobody)
     if found.helping == found.helping:
         parts.append(
             f"A parameter helps at {percent(found.helping, 1)} of the iterations on average."
