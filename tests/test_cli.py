@@ -189,7 +189,7 @@ class TestRunsThatAreNone:
         (tmp_path / "old").mkdir()
         for step in range(2):
             torch.save({"step": step}, tmp_path / "old" / f"step_{step}.pt")
-        assert re.search("pickle.*save_file", refused(tmp_path / "old"))
+        assert re.search("pickle.*convert them: lcray convert ", refused(tmp_path / "old"))
 
     def test_single(
         self, verb: str, refused: Callable[[Path], str], run: Path, command: Lcray
