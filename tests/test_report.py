@@ -76,7 +76,7 @@ def seen(browser: Any, out: Path) -> Sight:
 def hostile_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     lc = {
-        (split, name): rng.normal(-1e-4, 1e-3, (30, 4))
+        (split, name): rng.normal(-2e-3 if name == HOSTILE[0] else -1e-4, 1e-3, (30, 4))
         for split in ("<i>train</i>", "val'; --")
         for name in HOSTILE
     }
@@ -263,6 +263,10 @@ def test_hostile_names_are_names(browser: Any, hostile_out: Path) -> None:
     ticks = sight.page.locator("#layers .ytick text").all_text_contents()
     assert ticks[1].strip() == HOSTILE[1]
     assert all("<i>train</i>" in o for o in sight.page.locator("#bar option").all_inner_texts()[:1])
+    legend = sight.page.locator("#trajectories .legendtext").all_text_contents()
+    assert {HOSTILE[0], HOSTILE[1]} <= set(legend)
+    for place in (".lede", "#layers .says"):  # the layer that helped most is named
+        assert HOSTILE[0] in sight.page.locator(place).inner_text()
     missing = sight.page.locator(".absent li").all_inner_texts()
     assert any("Units" in line and "analyze with --units" in line for line in missing)
     assert any("Fisher" in line and "--fisher" in line for line in missing)

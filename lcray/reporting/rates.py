@@ -19,7 +19,7 @@ from lcray.reporting.sections import (
     signed,
 )
 from lcray.reporting.source import Source
-from lcray.reporting.store import Store, column
+from lcray.reporting.store import Packed, Store, column
 
 Floats = NDArray[np.float64]
 
@@ -127,36 +127,11 @@ def first_order(source: Source, store: Store) -> Section:
         "rule": cumulative(source.intervals["lc"]),
         "first order": cumulative(claimed),
     }
-    figures = {}
     rule = rule_name(source.results.plan.settings.rule)
-    for s in range(len(source.splits)):
-        rows = {name: store.put(values[s]) for name, values in curves.items()}
-        style = {
-            "measured": ("measured change", "@ink", "solid"),
-            "rule": (f"Σ LC, {plotted(rule)}", "@s0", "dash"),
-            "first order": ("first order, g(start)·Δ", "@s1", "dot"),
-        }
-        traces = [
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "x": x.whole,
-                "y": rows[key],
-                "name": name,
-                "line": {"color": colour, "width": 2, "dash": dash},
-                "hovertemplate": f"step %{{x}}<br>%{{fullData.name}} %{{y:.4g}} ({LOSS})"
-                "<extra></extra>",
-            }
-            for key, (name, colour, dash) in style.items()
-        ]
-        layout = {
-            "xaxis": STEP,
-            "yaxis": {"title": {"text": "loss change so far"}, "zeroline": True},
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        }
-        columns = [column("step", x.whole, "step")]
-        columns += [column(key.replace(" ", "_"), rows[key], "loss") for key in rows]
-        figures[str(s)] = Figure(traces, layout, 360, columns, x.shape[0])
+    figures = {
+        str(s): _claims(store, x, {name: values[s] for name, values in curves.items()}, rule)
+        for s in range(len(source.splits))
+    }
     ends = {name: float(values[0, -1]) for name, values in curves.items()}
     return Section(
         "first-order",
@@ -175,6 +150,37 @@ def first_order(source: Source, store: Store) -> Section:
         time=True,
         notes=source.coarse,
     )
+
+
+def _claims(store: Store, x: Packed, curves: dict[str, Floats], rule: str) -> Figure:
+    """Measured change, the rule's LC and the first order's, so far."""
+    rows = {name: store.put(values) for name, values in curves.items()}
+    style = {
+        "measured": ("measured change", "@ink", "solid"),
+        "rule": (f"Σ LC, {plotted(rule)}", "@s0", "dash"),
+        "first order": ("first order, g(start)·Δ", "@s1", "dot"),
+    }
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": x.whole,
+            "y": rows[key],
+            "name": name,
+            "line": {"color": colour, "width": 2, "dash": dash},
+            "hovertemplate": f"step %{{x}}<br>%{{fullData.name}} %{{y:.4g}} ({LOSS})"
+            "<extra></extra>",
+        }
+        for key, (name, colour, dash) in style.items()
+    ]
+    layout = {
+        "xaxis": STEP,
+        "yaxis": {"title": {"text": "loss change so far"}, "zeroline": True},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    }
+    columns = [column("step", x.whole, "step")]
+    columns += [column(key.replace(" ", "_"), rows[key], "loss") for key in rows]
+    return Figure(traces, layout, 360, columns, x.shape[0])
 
 
 def rule_name(rule: str) -> str:
