@@ -48,10 +48,10 @@ def three_nodes() -> Iterator[Any]:
         cluster.shutdown()
 
 
-def fill(cluster: Any) -> Any:
-    """Add nodes until there are three; the last one that was added."""
+def fill(cluster: Any, nodes: int = 3) -> Any:
+    """Add nodes until there are so many; the last one that was added."""
     tries, node = 0, None
-    while len(cluster.list_all_nodes()) < 3:
+    while len(cluster.list_all_nodes()) < nodes:
         tries += 1
         try:
             node = cluster.add_node(**_NODE)

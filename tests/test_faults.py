@@ -78,9 +78,12 @@ def test_every_worker_is_killed_in_turn(job: Job) -> None:
 
 
 def test_a_node_leaves_and_another_one_joins(job: Job, cluster: Any) -> None:
-    """Without --workers there are as many as fit."""
+    """Without --workers there are as many as fit: four at times, where there were three."""
     driver = job.start()
     first = everybody(job)
+    fourth = jobs.fill(cluster, 4)
+    job.wait(lambda: jobs.workers_of(fourth) & job.at_work())
+    cluster.remove_node(fourth, allow_graceful=False)
     gone = jobs.kill_node(cluster)
     before = job.done()
     job.wait(lambda: job.done() > before)
