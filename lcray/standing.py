@@ -259,7 +259,8 @@ class StatusFile:
     def done(self, span: Span, report: SpanReport) -> int:
         """A span is committed; returns the intervals that are."""
         self._standing.add(span, report)
-        self._say(self._latest)
+        others = [r for r in self._latest.running if (r.first, r.last) != (span.first, span.last)]
+        self._say(replace(self._latest, running=tuple(others)))
         return self._standing.intervals
 
     def view(self, view: View) -> None:

@@ -207,3 +207,17 @@ class TestWhileItRuns:
             file.resume([])
             file.state("reducing")
         assert not (tmp_path / "file" / "below").exists()
+
+
+def test_a_span_that_is_committed_runs_no_more(out: Path) -> None:
+    """Its intervals would count twice until the next view."""
+    report = SpanReport(True, 6, 1.0, {"train": (-1.0, -1.25)})
+    spans = lcray.open(out).plan.spans
+    with StatusFile(out, lcray.open(out).plan) as file:
+        file.resume([])
+        held = tuple(SpanInHand(span, 1, 3.0, 10.0) for span in spans[:2])
+        file.view(View(2, held, {}))
+        file.done(spans[0], report)
+        assert file.latest.intervals_done + sum(r.done for r in file.latest.running) == 6
+        file.done(spans[1], report)
+        assert (file.latest.intervals_done, file.latest.running) == (6, ())
