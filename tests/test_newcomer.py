@@ -81,7 +81,10 @@ RUNS = [
     ("empty", "empty: no checkpoints; record some with lcray.Recorder"),
     ("file.txt", "file.txt: a run is a directory, and this is a file"),
     ("run/step-00000000.safetensors", "safetensors: a run is a directory, and this is a file"),
-    ("pickled", "pickled: holds pickled checkpoints, which are never opened; convert each: "),
+    (
+        "pickled",
+        "pickled: holds pickled checkpoints, which are never opened; convert them: lcray convert ",
+    ),
     ("out", "out: is the output of an analysis; give the run that was analyzed"),
 ]
 TASKS = [
