@@ -871,5 +871,5 @@ def test_the_first_steps_stand_apart(command: Lcray) -> None:
     lines = [line.split() for line in shown.splitlines()]
     start = next(n for n, words in enumerate(lines) if words[:2] == ["First", "steps:"])
     verbs = [words[1] for words in lines[start + 1 :][:8] if words[:1] == ["lcray"]]
-    assert verbs == ["demo", "inspect", "plan", "analyze", "query"]
+    assert verbs == ["demo", "inspect", "plan", "analyze", "report", "query"]
     assert lines[start] == ["First", "steps:"]

@@ -110,7 +110,7 @@ def test_a_worker_killed_in_the_middle_of_a_span_is_replaced(
     # The span that lost its worker was tried a second time.
     tries = [path.stem.split("-")[1] for path in tmp_path.glob("out/shards/*/layers-*.parquet")]
     assert sorted(tries) == ["1", "1", "1", "2"]
-    assert told.counts == [0, 3, 6, 9, 12]
+    assert [*dict.fromkeys(told.counts)] == [0, 3, 6, 9, 12]  # also told how far spans are
 
 
 @pytest.mark.slow

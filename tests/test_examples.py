@@ -181,6 +181,7 @@ def doubled(state: State) -> State:
     return {name: tensor.double() for name, tensor in state.items()}
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("name", NAMES)
 def test_example_records_every_step(
@@ -254,6 +255,7 @@ def test_groups_of_characters_are_their_kinds(example: Callable[[str], Task]) ->
     assert (per_window != per_window[:, :1]).any(dim=1).all()  # mixed within every sample
 
 
+@pytest.mark.slow
 @needs_data
 def test_tied_embedding_is_stored_once(runs: dict[str, Path]) -> None:
     state = state_at(runs["char_gpt"], 0)
@@ -285,6 +287,7 @@ def test_parameter_count(name: str, count: int, example: Callable[[str], Task]) 
         assert sum(p.ndim > 1 for p in model.parameters()) == 20
 
 
+@pytest.mark.slow
 @needs_data
 def test_same_seed_same_run_other_seed_another(runs: dict[str, Path]) -> None:
     for step in range(STEPS + 1):

@@ -163,16 +163,19 @@ def test_batches_that_are_part_of_the_loss_are_noted_unless_asked_for(record: Re
 
 @pytest.mark.usefixtures("inline")
 def test_a_loss_that_closes_over_another_value_is_refused(plain_run: Path, tmp_path: Path) -> None:
+    """By its value, as a tensor is nothing that the fingerprint looks into."""
     out = tmp_path / "out"
-    lcray.analyze(plain_run, scenes.with_loss(scaled_loss, 1.0), out, span_length=6)
+    lcray.analyze(plain_run, scenes.with_loss(scaled_loss, torch.tensor(1.0)), out, span_length=6)
     before = scenes.tables(out)
-    lcray.analyze(plain_run, scenes.with_loss(scaled_loss, 1.0), out, span_length=6)
+    lcray.analyze(plain_run, scenes.with_loss(scaled_loss, torch.tensor(1.0)), out, span_length=6)
     with pytest.raises(OutputError, match=r"\(loss of 'train' at the first step: .* there, "):
-        lcray.analyze(plain_run, scenes.with_loss(scaled_loss, 1.5), out, span_length=6)
+        lcray.analyze(
+            plain_run, scenes.with_loss(scaled_loss, torch.tensor(1.5)), out, span_length=6
+        )
     assert scenes.tables(out) == before
 
 
-def scaled_loss(factor: float, model: Any, batch: scenes.Pair) -> Any:
+def scaled_loss(factor: torch.Tensor, model: Any, batch: scenes.Pair) -> Any:
     return factor * scenes.cross_entropy(model, batch)
 
 

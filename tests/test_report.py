@@ -84,6 +84,7 @@ def hostile_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic.from_elements(path, lc, window=10)
 
 
+@pytest.mark.slow
 def test_every_section_is_drawn_without_a_word_and_without_the_network(seen: Sight) -> None:
     marks = ".scatterlayer .trace, .barlayer .trace, .heatmaplayer image"
     for section in SECTIONS:
@@ -94,6 +95,7 @@ def test_every_section_is_drawn_without_a_word_and_without_the_network(seen: Sig
     assert seen.asked == []
 
 
+@pytest.mark.slow
 def test_the_headline_numbers_are_those_of_the_tables(seen: Sight, out: Path) -> None:
     frame = lcray.open(out).intervals()
     train = frame[frame["split"] == "train"]
@@ -110,6 +112,7 @@ def number(text: str) -> float:
     return float(text.replace("−", "-").replace(",", "").removesuffix("\N{NO-BREAK SPACE}%"))
 
 
+@pytest.mark.slow
 def test_tables_are_what_sql_gives(seen: Sight, out: Path) -> None:
     found = lcray.open(out)
     totals = found.sql(
@@ -136,6 +139,7 @@ def test_tables_are_what_sql_gives(seen: Sight, out: Path) -> None:
     assert [row[3] for row in rows[1:]] == pytest.approx(list(loss["gap"].cumsum()), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_fisher_and_shares_are_those_of_the_tables(seen: Sight, out: Path) -> None:
     found = lcray.open(out)
     fisher = found.fisher()
@@ -157,6 +161,7 @@ def test_fisher_and_shares_are_those_of_the_tables(seen: Sight, out: Path) -> No
     assert [row[1] for row in seen.rows("shares")] == pytest.approx(list(share))
 
 
+@pytest.mark.slow
 def test_the_slider_shows_the_layers_of_an_interval_and_of_a_window(seen: Sight, out: Path) -> None:
     layers = lcray.open(out).layers()
     layers = layers[layers["split"] == "train"]
@@ -192,6 +197,7 @@ def by_layer(rows: pd.DataFrame) -> dict[str, float]:
     return {str(k): v for k, v in rows.groupby("layer", observed=True)["lc"].sum().items()}
 
 
+@pytest.mark.slow
 def test_drop_downs_change_the_chart(seen: Sight, out: Path) -> None:
     found = lcray.open(out)
     name = found.plan.layers[2].name
@@ -210,6 +216,7 @@ def test_drop_downs_change_the_chart(seen: Sight, out: Path) -> None:
     assert shown == pytest.approx(dict(units))
 
 
+@pytest.mark.slow
 def test_the_split_is_that_of_all_charts(seen: Sight, out: Path) -> None:
     box = seen.page.locator("#bar select").first
     box.select_option(label="val")
@@ -221,6 +228,7 @@ def test_the_split_is_that_of_all_charts(seen: Sight, out: Path) -> None:
     seen.settle()
 
 
+@pytest.mark.slow
 def test_hovering_names_layer_iteration_and_value(seen: Sight) -> None:
     seen.show("heat-map")
     seen.page.locator("#heat-map .chart").scroll_into_view_if_needed()
@@ -231,6 +239,7 @@ def test_hovering_names_layer_iteration_and_value(seen: Sight) -> None:
     assert layer in text and re.search(r"step 3\D", text) and "units of the loss" in text
 
 
+@pytest.mark.slow
 def test_light_and_dark(browser: Any, seen: Sight, out: Path) -> None:
     colour = "getComputedStyle(document.body).backgroundColor"
     line = "document.querySelector('#loss .chart')._fullData[0].line.color"
@@ -249,6 +258,7 @@ def test_light_and_dark(browser: Any, seen: Sight, out: Path) -> None:
     dark.page.context.close()
 
 
+@pytest.mark.slow
 def test_hostile_names_are_names(browser: Any, hostile_out: Path) -> None:
     path = lcray.report(hostile_out)
     text = path.read_text()

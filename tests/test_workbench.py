@@ -131,9 +131,9 @@ class TestLossContract:
             (loss_without_grad, "has no gradient"),
             (loss_in_inference_mode, "has no gradient"),
             (lambda net, b: net(b[0]).tolist(), "must give a tensor [n], gave a list"),
-            (lambda net, b: None, "must give a tensor [n], gave a NoneType"),
+            (lambda net, b: None, "must give a tensor [n], gave nothing (no return?)"),
             (lambda net, b: {"loss": net(b[0])}, "must give a tensor [n], gave a dict"),
-            (lambda net, b: (None, b[1]), "must give a tensor [n], gave a NoneType"),
+            (lambda net, b: (None, b[1]), "must give a tensor [n], gave nothing (no return?)"),
         ],
     )
     def test_losses_of_another_kind(self, loss: Callable, message: str) -> None:

@@ -21,16 +21,19 @@ from lcray.errors import RecorderError, UsageError
 from lcray.task import Task
 
 pytest.importorskip("lightning")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers",
-    "ignore:.*is smaller than the logging interval",
-    "ignore:.*`isinstance.treespec, LeafSpec.` is deprecated",
-    "ignore:.*You defined a `validation_step`",
-    "ignore:.*`ModelCheckpoint` not configured",
-    "ignore:Checkpoint directory .* exists and is not empty",
-    "ignore:.*LeafSpec",
-    "ignore::DeprecationWarning:torch.*",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:.*does not have many workers",
+        "ignore:.*is smaller than the logging interval",
+        "ignore:.*`isinstance.treespec, LeafSpec.` is deprecated",
+        "ignore:.*You defined a `validation_step`",
+        "ignore:.*`ModelCheckpoint` not configured",
+        "ignore:Checkpoint directory .* exists and is not empty",
+        "ignore:.*LeafSpec",
+        "ignore::DeprecationWarning:torch.*",
+    ),
+]
 
 
 def data() -> tuple[Tensor, Tensor]:

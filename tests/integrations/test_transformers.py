@@ -34,10 +34,13 @@ from lcray.integrations.transformers import (  # noqa: E402
     language_model_task,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*'pin_memory' argument is set as true:UserWarning",
-    "ignore::DeprecationWarning:torch.*",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:.*'pin_memory' argument is set as true:UserWarning",
+        "ignore::DeprecationWarning:torch.*",
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -243,7 +246,6 @@ def test_a_trainer_records_and_the_run_closes(tmp_path: Path) -> None:
     assert abs(found.gap) < 1e-4 * abs(change)
 
 
-@pytest.mark.slow
 def test_accumulation_records_optimizer_steps_and_every_leaves_some_out(tmp_path: Path) -> None:
     settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 5}
     callback = RecorderCallback(tmp_path / "run", every=2)
@@ -264,7 +266,6 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-@pytest.mark.slow
 def test_the_best_model_is_not_taken_for_the_last(tmp_path: Path) -> None:
     """The Trainer loads it before it says that training ended."""
     settings = {
@@ -294,7 +295,6 @@ def test_a_model_that_was_changed_is_not_recorded_at_the_end(tmp_path: Path) -> 
     assert open_series(tmp_path / "run", minimum=1).steps == (0,)
 
 
-@pytest.mark.slow
 def test_resuming_appends(tmp_path: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     whole = RecorderCallback(tmp_path / "whole")
