@@ -198,6 +198,7 @@ def test_example_records_every_step(
         assert any(not before[key].equal(after[key]) for key in before)
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("name", TWINS)
 def test_losses_of_images_are_those_of_the_twin(
@@ -220,6 +221,7 @@ def windows_of(inputs: torch.Tensor, targets: torch.Tensor, text: str) -> list[s
     return ["".join(vocabulary[i] for i in row) for row in rows]
 
 
+@pytest.mark.slow
 @needs_data
 def test_losses_of_characters_are_those_of_the_twin(
     runs: dict[str, Path], example: Callable[[str], Task]

@@ -47,6 +47,7 @@ def net(s3_endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Itera
         yield Net(proxy, folder, storage_of(folder), direct, name)
 
 
+@pytest.mark.slow
 def test_throttling_for_seconds_is_survived_by_every_operation(net: Net) -> None:
     file = net.put("x", b"data")
     for operation, expected in (
