@@ -236,7 +236,29 @@ def test_hovering_names_layer_iteration_and_value(seen: Sight) -> None:
     seen.page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.1 * box["height"], steps=3)
     text = seen.page.wait_for_selector("#heat-map .hoverlayer .hovertext").text_content()
     layer = seen.page.evaluate("document.querySelector('#heat-map .chart')._fullData[0].y[0]")
-    assert layer in text and re.search(r"step 3\D", text) and "units of the loss" in text
+    assert layer in text and re.search(r"steps 3 to 4\D", text) and "units of the loss" in text
+
+
+def test_cells_and_bars_lie_under_the_band_of_their_interval(seen: Sight, out: Path) -> None:
+    rows = lcray.open(out).intervals()
+    rows = rows[rows["split"] == "train"].sort_values("start_step")
+    edges = [*rows["start_step"], rows["end_step"].iloc[-1]]
+    for section in ("heat-map", "units"):
+        seen.show(section)
+        x = f"Array.from(document.querySelector('#{section} .chart')._fullData[0].x)"
+        assert seen.page.evaluate(x) == edges
+    seen.show("traces")
+    bars = """() => {
+        const chart = document.querySelector('#traces .chart'), axis = chart._fullLayout.xaxis;
+        const boxes = [...chart.querySelectorAll('.barlayer path')].map((bar) => bar.getBBox());
+        return boxes.map((box) => [axis.p2d(box.x), axis.p2d(box.x + box.width)]);
+    }"""
+    found = seen.page.evaluate(bars)
+    for (left, right), start, end in zip(found, edges, edges[1:], strict=False):
+        assert start - 0.1 < left < right < end + 0.1
+    assert len(found) == len(edges) - 1
+    reach = seen.page.evaluate("document.querySelector('#traces .chart')._fullLayout.xaxis.range")
+    assert reach == [edges[0], edges[-1]]
 
 
 @pytest.mark.slow

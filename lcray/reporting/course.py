@@ -122,13 +122,14 @@ def _loss_figure(store: Store, x: Any, curves: tuple[Any, ...], what: str) -> Fi
 def heat_map(source: Source, store: Store) -> Section:
     """LC by layer and interval."""
     lc, x = store.add(source.by_layer["lc"]), store.add(source.starts)
+    edges = store.add(along(source))
     names, n = list(source.layers), len(source.starts)
     figures = {}
     for s in range(len(source.splits)):
         limits = colour_limits(source.by_layer["lc"][s])
         for p, _ in enumerate(PERCENTILES):
             figures[f"{s}.{p}"] = Figure(
-                [heat_trace(lc.matrix(s), x.whole, names, limits[p])],
+                [heat_trace(lc.matrix(s), edges.whole, names, limits[p])],
                 {"xaxis": STEP, "yaxis": {"names": names, "autorange": "reversed"}},
                 bars_height(len(names), 18, 240),
                 [
@@ -174,9 +175,18 @@ def colour_limits(lc: Floats) -> list[float]:
 
 
 def heat_trace(
-    z: Any, x: Any, names: list[str], limit: float, *, across: str = "step", what: str = "LC"
+    z: Any,
+    x: Any,
+    names: list[str],
+    limit: float,
+    *,
+    across: str = "steps %{customdata}",
 ) -> dict[str, Any]:
-    """A heat map of diverging colours about 0, rows by name."""
+    """A heat map of diverging colours about 0, rows by name.
+
+    Along the run `x` has the edges of the columns, one more than there are columns: a cell reaches
+    from the first step of its interval to the last. The page makes `customdata` of them.
+    """
     return {
         "type": "heatmap",
         "x": x,
@@ -187,12 +197,12 @@ def heat_trace(
         "zmid": 0,
         "colorscale": "@diverging",
         "colorbar": {
-            "title": {"text": f"{what} (loss)", "side": "right"},
+            "title": {"text": "LC (loss)", "side": "right"},
             "thickness": 10,
             "outlinewidth": 0,
             "tickformat": ".2~g",
         },
-        "hovertemplate": f"%{{y}}<br>{across} %{{x}}<br>{what} %{{z:.4g}} ({LOSS})<extra></extra>",
+        "hovertemplate": f"%{{y}}<br>{across}<br>LC %{{z:.4g}} ({LOSS})<extra></extra>",
     }
 
 

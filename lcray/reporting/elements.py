@@ -237,7 +237,8 @@ def _unit_figure(source: Source, store: Store, rows: pd.DataFrame, each: int) ->
         column("start_step", x.whole, "step"),
         column("lc", packed.flat, "loss"),
     ]
-    traces = [heat_trace(packed.whole, x.whole, names, limit or 1.0)]
+    edges = store.put(np.append(starts, source.ends[-1:]))
+    traces = [heat_trace(packed.whole, edges, names, limit or 1.0)]
     height = max(240, min(620, 70 + 14 * len(kept)))
     return Figure(traces, layout, height, columns, z.size)
 
@@ -270,8 +271,8 @@ def traces(source: Source, store: Store) -> Section:
     groups = dict(iter(found.groupby(["layer", "index"])))
     figures, options = {}, []
     for k, (layer, index, lc) in enumerate(big[["layer", "index", "lc"]].itertuples(index=False)):
-        rows = groups[layer, index]
-        figures[str(k)] = _trace_figure(store, f"{layer}[{index}]", rows, source.each)
+        rows, end = groups[layer, index], int(source.ends[-1])
+        figures[str(k)] = _trace_figure(store, f"{layer}[{index}]", rows, source.each, end)
         verb = "helps" if lc < 0 else "hurts"
         options.append(f"{one_line(layer)}[{index}] {verb}, Σ LC {plain(lc, 2)}")
     return Section(
@@ -294,7 +295,7 @@ def traces(source: Source, store: Store) -> Section:
     )
 
 
-def _trace_figure(store: Store, name: str, rows: pd.DataFrame, each: int) -> Figure:
+def _trace_figure(store: Store, name: str, rows: pd.DataFrame, each: int, end: int) -> Figure:
     step = rows["step"].to_numpy(np.int64)
     kept = np.arange(0, len(step), each)
     lc = rows["lc"].to_numpy(float)
@@ -307,10 +308,17 @@ def _trace_figure(store: Store, name: str, rows: pd.DataFrame, each: int) -> Fig
     shown = plotted(name).replace("{", "&#123;")
     line = {"type": "scatter", "mode": "lines", "x": x}
     colours = ["@hurts" if value > 0 else "@helps" for value in sums]
-    made = [
+    made: list[dict[str, Any]] = [
         {**line, "y": weight, "line": {"color": "@ink", "width": 1.8}},
         {**line, "y": gradient, "yaxis": "y2", "line": {"color": "@s5", "width": 1.8}},
-        {"type": "bar", "x": x, "y": lc_sums, "yaxis": "y3", "marker": {"color": colours}},
+        {
+            "type": "bar",
+            "x": x,
+            "offset": 0,  # a bar begins at the step that its interval begins at
+            "y": lc_sums,
+            "yaxis": "y3",
+            "marker": {"color": colours},
+        },
     ]
     for trace, what, unit in zip(
         made, ("weight", "gradient", "LC"), ("parameter", "loss/parameter", LOSS), strict=True
@@ -320,7 +328,7 @@ def _trace_figure(store: Store, name: str, rows: pd.DataFrame, each: int) -> Fig
             f"{shown}<br>step %{{x}}<br>{what} %{{y:.4g}} ({unit})<extra></extra>"
         )
     layout = {
-        "xaxis": {**STEP, "anchor": "y3"},
+        "xaxis": {**STEP, "anchor": "y3", "range": [int(step[0]), end]},
         "yaxis": {"title": {"text": "weight"}, "domain": [0.7, 1], "nticks": 4},
         "yaxis2": {
             "title": {"text": "gradient"},

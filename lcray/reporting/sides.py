@@ -225,7 +225,7 @@ def _heat_maps(sources: Sequence[Source], names: Sequence[str], store: Store) ->
     for k, (source, name) in enumerate(zip(sources, names, strict=True)):
         n = "" if k == 0 else str(k + 1)
         trace = heat_trace(
-            store.put(source.by_layer["lc"][0]), store.put(source.starts), [*source.layers], limit
+            store.put(source.by_layer["lc"][0]), store.put(along(source)), [*source.layers], limit
         )
         trace |= {"xaxis": f"x{n}", "yaxis": f"y{n}", "showscale": k == 0, "name": plotted(name)}
         trace["hovertemplate"] = "%{fullData.name}<br>" + trace["hovertemplate"]

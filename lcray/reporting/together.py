@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lcray.analyses.synchrony import coincidences, peaks_of_learning
 from lcray.errors import InapplicableError, one_line
-from lcray.reporting.course import STEP, heat_trace
+from lcray.reporting.course import STEP, along, heat_trace
 from lcray.reporting.sections import (
     LOSS,
     Control,
@@ -203,7 +203,7 @@ def _class_layer(source: Source, store: Store, rows: Any) -> Figure:
     z = _grid(rows, labels, at.to_numpy(np.int64), len(source.layers)).T
     x = [f"class {label}" for label in labels]
     names = [*source.layers]
-    trace = heat_trace(store.put(z), x, names, _limit(z, 100), across="whole run,", what="LC")
+    trace = heat_trace(store.put(z), x, names, _limit(z, 100), across="whole run, %{x}")
     layout = {
         "xaxis": {
             "title": {"text": "class"},
@@ -227,7 +227,7 @@ def _class_time(source: Source, store: Store, rows: Any) -> Figure:
     z = _grid(rows, labels, rows["col"].to_numpy(np.int64), len(source.starts))
     names = [f"class {label}" for label in labels]
     packed, x = store.add(z), store.add(source.starts)
-    trace = heat_trace(packed.whole, x.whole, names, _limit(z, 98))
+    trace = heat_trace(packed.whole, store.put(along(source)), names, _limit(z, 98))
     layout = {"xaxis": STEP, "yaxis": {"names": names, "autorange": "reversed"}}
     columns = [
         column("class", labels, each=len(source.starts)),

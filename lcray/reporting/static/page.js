@@ -162,6 +162,10 @@
     const font = { color: THEMES[theme()].muted, size: 12 };
     for (const t of traces) {
       if (!t.colorbar) continue;
+      if (t.x.length > t.z[0].length) {
+        const steps = Array.from(t.z[0], (_, i) => `${t.x[i].toLocaleString("en")} to ${t.x[i + 1].toLocaleString("en")}`);
+        t.customdata = t.z.map(() => steps);
+      }
       Object.assign(t.colorbar, { tickfont: font, title: { ...t.colorbar.title, font }, exponentformat: "power" });
       if (figure.height > 420) Object.assign(t.colorbar, { lenmode: "pixels", len: 260, y: 1, yanchor: "top" });
       if (width < 560) t.showscale = false;
