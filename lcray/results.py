@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what a driver that only opens an output has no memory for
     import pandas as pd
 
 _TIME = ("start_step", "step", "window")
+_UNQUOTED = re.compile(r"(?i)(?<![\w\"'])group(?![\w\"']|\s+by\b)")
 
 
 def open_output(out: PlaceLike) -> Results:
@@ -250,6 +251,8 @@ class Results:
                 message = " ".join(str(error).split("\n\n")[0].split())
                 absent = isinstance(error, duckdb.CatalogException)
                 hint = self._hint(query) if absent else None
+                if isinstance(error, duckdb.ParserException) and _UNQUOTED.search(query):
+                    hint = f'{message}; a column named group is written "group", in quotes'
                 raise UsageError(f"SQL: {hint or message}") from error
 
     def _hint(self, query: str) -> str | None:

@@ -227,6 +227,20 @@ def test_sql_reaches_nothing_else(results: Results, out: Path, attack: str) -> N
     assert len(secret) == 1
 
 
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        ("SELECT group FROM groups", True),
+        ("SELECT lc FROM groups WHERE group = 3", True),
+        ('SELECT "group" FROM groups GROUP BY ALL,', False),
+    ],
+)
+def test_a_group_without_quotes_is_named(results: Results, query: str, told: bool) -> None:
+    with pytest.raises(UsageError, match=r"^SQL: Parser Error") as caught:
+        results.sql(query)
+    assert ('is written "group", in quotes' in str(caught.value)) == told
+
+
 def test_not_reduced_or_no_output(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no such file"):
         open_output(tmp_path)

@@ -143,6 +143,8 @@ def compare(
             samples = [total[:, s, w] for total in totals]
             for condition, tests, n in _conditions(samples, paired, level, seed):
                 rows += _rows(head | {"condition": condition, "n": n}, layers, tests, adjust)
+    if min(len(group) for group in (first, second) if group) < FEWEST_RUNS:
+        notes.append(f"no p-values where a condition has fewer than {FEWEST_RUNS} runs")
     parameters = {"paired": paired, "level": level, "adjust": adjust, "seed": seed}
     names = {FIRST: [str(r.path) for r in first], SECOND: [str(r.path) for r in second]}
     return tidy.table(_FORM, rows, parameters=parameters | names, notes=notes)

@@ -257,6 +257,8 @@ def test_intervals_without_lc_count_0_and_are_named(outs: list[Path], tmp_path: 
     assert notes_of(table) == [note]
     assert note in CliRunner().invoke(app, ["compare", *map(str, [*outs[:6], out])]).output
     assert notes_of(lcray.compare(*outs[:6])) == []
+    few = "no p-values where a condition has fewer than 6 runs"
+    assert notes_of(lcray.compare(*outs[:5])) == [few]
 
 
 def moving(seed: int, momentum: float) -> factory.World:
