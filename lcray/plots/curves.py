@@ -57,7 +57,7 @@ def loss(
     upper, lower = found = panels(ax, 2, (3, 1))
     upper.plot(frame["step"], frame["loss"], color=FAINT, linewidth=2.5, label="measured")
     upper.plot(frame["step"], frame["reconstructed"], color=HELPS, label="from LC", linestyle="--")
-    upper.set_ylabel(f"loss ({LOSS})")
+    upper.set_ylabel("loss")
     upper.legend(frameon=False)
     title(upper, f"Loss, and what LC adds up to, {split}")
     lower.plot(frame["step"], frame["gap"], color=HURTS)
@@ -90,7 +90,7 @@ def first_order(
     ax.plot(frame["step"], frame["reconstructed"], "--", color=HELPS, label=rule)
     ax.plot(frame["step"], frame["first_order"], ":", color=HURTS, label="first order")
     ax.set_xlabel("step")
-    ax.set_ylabel(f"loss ({LOSS})")
+    ax.set_ylabel("loss")
     title(ax, f"First order against the rule, {split}")
     ax.legend(frameon=False)
     return ax
@@ -175,7 +175,7 @@ def shares(
         ax.fill_between(middle, low, high, color=HELPS, alpha=0.2, linewidth=0)
         note(ax, "band: 95% interval of helping")
     ax.set_xlabel("step")
-    ax.set_ylabel("share of parameters (1)")
+    ax.set_ylabel("share of parameters")
     title(ax, f"Who helps and who hurts, {split}" + (f", {shortened(layer)}" if layer else ""))
     ax.legend(frameon=False)
     return ax

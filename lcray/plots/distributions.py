@@ -64,7 +64,7 @@ def distribution(
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel(f"|LC| of an element at an interval ({LOSS})")
-    ax.set_ylabel("density of ln |LC| (1)")
+    ax.set_ylabel("density of ln |LC|")
     title(ax, f"How |LC| is distributed, {split}" + (f", {shortened(layer)}" if layer else ""))
     note(ax, "lines: maximum-likelihood fits")
     ax.legend(frameon=False, fontsize="small")

@@ -162,7 +162,7 @@ def coincidences(
     ]
     ax = axis(ax)
     mesh, end = _coloured(ax, np.arange(len(names) + 1), grids[0], 100.0)
-    _scale(ax, mesh, "coincident peaks above chance (1)", end)
+    _scale(ax, mesh, "coincident peaks above chance", end)
     rows, across = np.nonzero(grids[1] < 0.05)
     ax.plot(across + 0.5, rows + 0.5, "o", color=INK, markeredgecolor="white", markersize=4)
     name_rows(ax, names, np.arange(len(names)) + 0.5)

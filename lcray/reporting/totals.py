@@ -124,7 +124,11 @@ def cards(found: Total) -> list[tuple[str, str, str]]:
             percent(found.helping, 1),
             "of (parameter, iteration) pairs lowered the loss",
         ),
-        ("Gradients", f"{found.gradients:,}", "full-batch gradients, shared ones once"),
+        (
+            "Gradients",
+            f"{found.gradients:,}",
+            f"full-batch gradients of {one_line(found.split)}, endpoints shared; one more a span",
+        ),
     ]
     return cards
 
