@@ -272,7 +272,11 @@ def test_the_same_step_twice(saved: Path, tmp_path: Path) -> None:
         ({"w": torch.ones(1)}, "net.pt", "neither its content nor its name holds a step"),
         ({1: torch.ones(1)}, "step-1.pt", "names that are not text"),
         ({"w": torch.ones(1)}, "step-1.txt", "no checkpoint of torch.save"),
-        ({"w": torch.eye(2).to_sparse()}, "step-1.pt", "which safetensors cannot hold"),
+        ({"w": torch.eye(2).to_sparse()}, "step-1.pt", r"step-1\.pt: .*safetensors cannot hold"),
+        ({"w": torch.ones(1), "__metadata__": torch.ones(1)}, "step-1.pt", "called '__metadata__'"),
+        ({"w\udcff": torch.ones(1)}, "step-1.pt", "save it under another name"),
+        ({"model": {"w": torch.ones(1)}, "step": -5}, "step-1.pt", "says that it is step -5"),
+        ({"model": {"w": torch.ones(1)}, "step": 2**63}, "step-1.pt", "steps are 0 to 2"),
         ({"state_dict": {"epoch": 3}}, "step-1.pt", "no tensors under ''"),
     ],
 )
@@ -281,6 +285,11 @@ def test_what_cannot_be_converted(content: Any, name: str, why: str, tmp_path: P
     with pytest.raises(LcrayError, match=why) as caught:
         lcray.convert(tmp_path / name, tmp_path / "run")
     assert "\n" not in str(caught.value)
+
+
+def test_a_flag_is_no_step(tmp_path: Path) -> None:
+    torch.save({"model": state(7), "step": True, "iteration": 7}, tmp_path / "net-3.pt")
+    assert lcray.convert(tmp_path / "net-3.pt", tmp_path / "run").steps == (7,)
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "noise", "folder", "absent", "nothing"])
