@@ -46,7 +46,7 @@ def query(out: str, sql: str | None, form: str, output: str | None) -> None:
     """
     import pyarrow as pa
 
-    from lcray.answers import WRITERS
+    from lcray.answers import WRITERS, holding
     from lcray.results import distinct, open_output
 
     if _SELECT.match(out) and not _SELECT.match(sql or ""):
@@ -66,7 +66,8 @@ def query(out: str, sql: str | None, form: str, output: str | None) -> None:
     else:
         found = results.sql_arrow(sql)
         found = found.rename_columns(distinct(found.column_names))
-    data = WRITERS[form](found)
+    with holding(form):
+        data = WRITERS[form](found)
     if output is not None:
         _store(data, output, results)
     else:
