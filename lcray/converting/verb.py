@@ -156,9 +156,10 @@ class _Writing:
     def end(self) -> Conversion:
         """Say in `run.json` that all of it is there."""
         steps = tuple(sorted(self._seen))
-        every = min((after - before for before, after in pairwise(steps)), default=1)
-        self._content["sessions"][0] |= {"start": steps[0], "every": every}
-        ended = {**self._content, "every": every, "ended": True, "last_step": steps[-1]}
+        held = sorted(self._known)  # also those whose sources are gone by now
+        every = min((after - before for before, after in pairwise(held)), default=1)
+        self._content["sessions"][0] |= {"start": held[0], "every": every}
+        ended = {**self._content, "every": every, "ended": True, "last_step": held[-1]}
         self._directory.write(runfile.NAME, [runfile.encode(ended)])
         return Conversion(steps, self._written, tuple(self._layout.keys))
 

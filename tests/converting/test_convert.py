@@ -242,6 +242,19 @@ def test_it_goes_on_where_it_stopped_and_overwrites_nothing(
     expect(run, {0: 0, 9: 9, 10: 10}, ("2.weight",))
 
 
+def test_what_was_converted_stays_in_the_run_though_its_source_is_gone(
+    saved: Path, tmp_path: Path
+) -> None:
+    lcray.convert(saved, tmp_path / "run")
+    for step in (0, 10):
+        (saved / f"net-{step}.pt").unlink()
+    torch.save(tied(8), saved / "net-8.pt")
+    assert lcray.convert(saved, tmp_path / "run").steps == (8, 9)
+    expect(tmp_path / "run", {0: 0, 8: 8, 9: 9, 10: 10}, ("2.weight",))
+    said = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (said["sessions"][0]["start"], said["last_step"], said["every"]) == (0, 10, 1)
+
+
 def test_runs_of_others_are_left_alone(saved: Path, tmp_path: Path) -> None:
     lcray.Recorder(net(0), tmp_path / "recorded").close()
     with pytest.raises(RecorderError, match="holds a run that is not of this source"):
