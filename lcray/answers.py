@@ -7,11 +7,14 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from lcray.errors import UsageError, one_line
 
 _ROWS = 1 << 14  # made text at a time
 
@@ -57,6 +60,18 @@ WRITERS: dict[str, Callable[[pa.Table], bytes]] = {
 }
 
 
+@contextmanager
+def holding(form: str) -> Iterator[None]:
+    """Turns the error that a type of SQL has no place in `form` into a `UsageError`."""
+    try:
+        yield
+    except (pa.ArrowException, OverflowError, ValueError) as error:
+        raise UsageError(
+            f"SQL: {form} cannot hold this answer ({one_line(str(error))}); cast such columns, as "
+            "in CAST(x AS VARCHAR)"
+        ) from error
+
+
 def _rows(table: pa.Table) -> Iterator[tuple[Any, ...]]:
     for batch in table.to_batches(max_chunksize=_ROWS):
         yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
@@ -82,4 +97,4 @@ def _plain(value: Any) -> Any:
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -20,12 +20,23 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lcray.errors import CorruptionError, OutputError
+from lcray.errors import CorruptionError, OutputError, UsageError
 from lcray.schema import TableSchema
 from lcray.storage import Place, Remote, storage_of
 
 P = TypeVar("P", Path, Remote, Place)
 
+#: What an output keeps, by its name in there.
+OWN = (
+    "analysis.json",
+    "status.json",
+    "views.sql",
+    ".locks",
+    "shards",
+    "tables",
+    "findings",
+    "traced",
+)
 _JSON_LIMIT = 1 << 28  # bytes; analysis.json holds one checksum a checkpoint
 
 
@@ -85,6 +96,24 @@ def confined(root: P, path: P) -> P:
             "file or folder in its place"
         )
     return path
+
+
+def beside(out: Place, path: Place) -> Place:
+    """`path`, which somebody asked to write to, unless the output `out` keeps its own there.
+
+    Raises:
+        UsageError: if it does.
+    """
+    asked = _plain(path)
+    for name in OWN:
+        own = _plain(out / name)
+        if asked == own or asked.startswith(own + "/"):
+            raise UsageError(f"{path}: is part of the output {out}; name another file")
+    return path
+
+
+def _plain(path: Place) -> str:
+    return str(path) if isinstance(path, Remote) else os.path.realpath(path)
 
 
 def encode_json(data: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,8 @@ from lcray.options import OUT, example
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lcray.results import Results
+
 _SELECT = re.compile(r"\s*(select|with|from)\b", re.IGNORECASE)
 _FORMS = ("table", "csv", "json", "jsonl", "parquet")
 
@@ -44,7 +46,7 @@ def query(out: str, sql: str | None, form: str, output: str | None) -> None:
     """
     import pyarrow as pa
 
-    from lcray.answers import WRITERS
+    from lcray.answers import WRITERS, holding
     from lcray.results import distinct, open_output
 
     if _SELECT.match(out) and not _SELECT.match(sql or ""):
@@ -64,9 +66,10 @@ def query(out: str, sql: str | None, form: str, output: str | None) -> None:
     else:
         found = results.sql_arrow(sql)
         found = found.rename_columns(distinct(found.column_names))
-    data = WRITERS[form](found)
+    with holding(form):
+        data = WRITERS[form](found)
     if output is not None:
-        _store(data, output)
+        _store(data, output, results)
     else:
         click.echo(data if form == "parquet" else data.decode(), nl=False)
 
@@ -81,11 +84,11 @@ def _show(frame: pd.DataFrame) -> None:
     console.print(display.fitted(frame, console.width))
 
 
-def _store(data: bytes, output: str) -> None:
-    from lcray.files import writing
+def _store(data: bytes, output: str, results: Results) -> None:
+    from lcray.files import beside, writing
     from lcray.storage import place, storage_of
 
-    path = place(output)
+    path = beside(results.path, place(output))
     with writing(path):
         storage_of(path).write(path, data)
     click.echo(f"{path}: {len(data):,} bytes", err=True)

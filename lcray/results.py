@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lcray.answers import holding
 from lcray.arrow import largest_group
 from lcray.checkpoints.naming import matches
 from lcray.confidence import frame, sums
@@ -233,10 +234,11 @@ class Results:
         no network.
 
         Raises:
-            UsageError: if it is not one valid SELECT.
+            UsageError: if it is not one valid SELECT, or has types that pandas does not.
         """
         found = self.sql_arrow(query)
-        return self._frame(found.rename_columns(distinct(found.column_names)))
+        with holding("a pandas frame"):
+            return self._frame(found.rename_columns(distinct(found.column_names)))
 
     def sql_arrow(self, query: str) -> pa.Table:
         """As `sql`, as an Arrow table."""

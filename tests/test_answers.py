@@ -121,3 +121,25 @@ def test_without_sql_tables_and_views_are_listed(out: Path) -> None:
     assert listed["closure"]["rows"] is None
     assert "closure" in ask(out).stdout
     assert ask(out, "SELECT 1 AS a WHERE false", "--format", "json").stdout == "[]\n"
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "value", ["DATE '100000-01-01'", "INTERVAL 1 DAY", "union_value(k := 1)", "MAP {'a': 'nan'}"]
+)
+def test_types_without_a_place_are_one_line(out: Path, form: str, value: str) -> None:
+    try:
+        text = ask(out, f"SELECT {value} AS v", "--format", form).stdout_bytes
+    except UsageError as error:
+        assert form in str(error) or "pandas" in str(error)
+        assert "CAST(x AS VARCHAR)" in str(error) and "\n" not in str(error)
+        assert form != "parquet" or "DATE" not in value
+    else:
+        assert text
+    cast = ask(out, f"SELECT ({value})::VARCHAR AS v", "--format", form)
+    assert cast.exit_code == 0
+
+
+def test_json_of_a_map_has_null_for_what_is_not_finite(out: Path) -> None:
+    text = ask(out, "SELECT MAP {'a': 'nan'::DOUBLE, 'b': 0.5} AS m", "--format", "json").stdout
+    assert json.loads(text) == [{"m": [["a", None], ["b", 0.5]]}]

@@ -8,6 +8,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -171,3 +172,10 @@ def test_wandb_runs_offline(
     expected = results.layers().groupby(["split", "layer"], observed=True)["lc"].sum()
     assert lc == pytest.approx(expected.to_dict())
     assert np.isfinite(list(lc.values())).all()
+
+
+def test_an_address_is_no_folder(results: Results, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="goes to a local folder"):
+        lcray.export(results.path, "csv", "s3://bucket/tables")
+    assert [*tmp_path.iterdir()] == []

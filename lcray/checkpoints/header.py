@@ -19,6 +19,7 @@ import torch
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 MAX_AXES = 64  # of a tensor; the limit of NumPy, and of torch where it iterates over elements
+METADATA = "__metadata__"  # the key that is no tensor
 CANONICAL_KEY = "lcray_names"  # in the metadata: the names are already without wrapper prefixes
 
 DTYPES: dict[str, torch.dtype] = {
@@ -94,7 +95,7 @@ def parse(text: bytes, data_size: int) -> Header:
         raise ValueError(f"the header is not JSON ({error.msg})") from error
     if not isinstance(raw, dict):
         raise ValueError("the header is not a JSON object")
-    metadata = raw.pop("__metadata__", {})
+    metadata = raw.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__ is not an object of strings")
     entries = {name: _entry(name, value) for name, value in raw.items()}
@@ -104,7 +105,7 @@ def parse(text: bytes, data_size: int) -> Header:
 
 def build(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
     """The first bytes of a file: length and JSON, padded so that the data starts on 8 bytes."""
-    raw: dict[str, Any] = {"__metadata__": dict(metadata)}
+    raw: dict[str, Any] = {METADATA: dict(metadata)}
     for name, entry in entries.items():
         raw[name] = {
             "dtype": CODES[entry.dtype],

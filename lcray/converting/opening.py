@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcray.checkpoints import naming
+from lcray.checkpoints import header, naming
 from lcray.converting.sources import Source
 from lcray.errors import CheckpointError, one_line, suggest
 
@@ -59,7 +59,15 @@ def read_source(source: Source, *, key: str | None, prefix: str, trust: bool) ->
             f"{source.path}: neither its content nor its name holds a step; rename it, as to "
             f"step-10{source.path.suffix}"
         )
+    if not 0 <= step < 2**63:
+        raise CheckpointError(f"{source.path}: says that it is step {step}; steps are 0 to 2**63")
     names = naming.canonical_names(kept)
+    for name in names.values():
+        if name == header.METADATA or any("\ud800" <= c <= "\udfff" for c in name):
+            raise CheckpointError(
+                f"{source.path}: safetensors cannot hold a tensor that is called {name!r}; save it "
+                "under another name"
+            )
     return Saved(_tied({names[name]: value for name, value in kept.items()}), step)
 
 
@@ -69,7 +77,7 @@ def _file(source: Source, key: str | None, trust: bool) -> tuple[Mapping[str, An
         kind = type(content).__name__
         raise CheckpointError(f"{source.path}: holds a {kind}, not tensors by name")
     model = _model_in(source, content, key)
-    steps = [content[name] for name in _STEPS if isinstance(content.get(name), int)]
+    steps = [content[name] for name in _STEPS if type(content.get(name)) is int]  # no bool
     return model, steps[0] if steps else None
 
 

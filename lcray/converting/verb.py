@@ -88,7 +88,7 @@ def convert(
     try:
         for number, each in enumerate(sources):
             saved = read_source(each, key=key, prefix=strip_prefix, trust=trust_pickle)
-            writing = writing or _Writing(target, root, saved)
+            writing = writing or _Writing(target, root, saved, each.path)
             writing.add(saved, each.path)
             if progress is not None:
                 progress(number + 1, len(sources))
@@ -102,8 +102,8 @@ def convert(
 class _Writing:
     """A run that checkpoints are added to."""
 
-    def __init__(self, run: Path, source: Path, first: Saved) -> None:
-        self._layout = _layout(first.tensors)
+    def __init__(self, run: Path, source: Path, first: Saved, path: Path) -> None:
+        self._layout = _layout(first.tensors, path)
         self._slot = Slot(self._layout)
         self._seen: dict[int, Path] = {}
         self._written = 0
@@ -133,10 +133,11 @@ class _Writing:
 
     def add(self, saved: Saved, path: Path) -> None:
         """Write one checkpoint, unless it is there."""
-        if _signature(_layout(saved.tensors)) != _signature(self._layout):
+        layout = _layout(saved.tensors, path)
+        if _signature(layout) != _signature(self._layout):
             raise CheckpointError(
-                f"{path}: {_difference(_layout(saved.tensors), self._layout)}; convert models of "
-                "different form into different runs"
+                f"{path}: {_difference(layout, self._layout)}; convert models of different form "
+                "into different runs"
             )
         snapshot(self._layout, saved.tensors, self._slot)
         known = self._known.get(saved.step)
@@ -155,9 +156,10 @@ class _Writing:
     def end(self) -> Conversion:
         """Say in `run.json` that all of it is there."""
         steps = tuple(sorted(self._seen))
-        every = min((after - before for before, after in pairwise(steps)), default=1)
-        self._content["sessions"][0] |= {"start": steps[0], "every": every}
-        ended = {**self._content, "every": every, "ended": True, "last_step": steps[-1]}
+        held = sorted(self._known)  # also those whose sources are gone by now
+        every = min((after - before for before, after in pairwise(held)), default=1)
+        self._content["sessions"][0] |= {"start": held[0], "every": every}
+        ended = {**self._content, "every": every, "ended": True, "last_step": held[-1]}
         self._directory.write(runfile.NAME, [runfile.encode(ended)])
         return Conversion(steps, self._written, tuple(self._layout.keys))
 
@@ -171,11 +173,14 @@ def _settings(source: Path) -> dict[str, Any]:
     return {"every": 1, "trainable_only": False, "task": None, "metadata": metadata}
 
 
-def _layout(tensors: Mapping[str, Tensor]) -> Layout:
+def _layout(tensors: Mapping[str, Tensor], path: Path) -> Layout:
     """Names say which tensors are buffers: those of BatchNorm; a file does not."""
     buffers = {name for name in tensors if name.rpartition(".")[2] in _BUFFERS}
     everything = frozenset(tensors)
-    return layout_of(Contents(tensors, everything - buffers, everything))
+    try:
+        return layout_of(Contents(tensors, everything - buffers, everything))
+    except RecorderError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _signature(layout: Layout) -> list[tuple[Any, ...]]:

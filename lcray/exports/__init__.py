@@ -10,7 +10,7 @@ from lcray.exports.csv_files import write_csv_files
 from lcray.exports.offline import write_wandb
 from lcray.exports.tensorboard_events import write_events
 from lcray.results import open_output
-from lcray.storage import PlaceLike
+from lcray.storage import PlaceLike, Remote, place
 
 KINDS = ("tensorboard", "wandb", "csv")
 
@@ -32,7 +32,8 @@ def export(
         The files or folders that were written.
 
     Raises:
-        UsageError: for another kind, tables that there are not, or tables beside another kind.
+        UsageError: for another kind, an address, or tables that there are not or beside another
+            kind.
         OutputError: if there are no tables in `out`, or `folder` cannot be written.
         LcrayError: if the other tool's package is not installed.
     """
@@ -40,6 +41,8 @@ def export(
         raise UsageError(suggest(to, KINDS, "export"))
     if tables is not None and to != "csv":
         raise UsageError(f"tables are chosen for csv, not for {to}")
+    if isinstance(place(folder), Remote):
+        raise UsageError(f"{folder}: an export goes to a local folder; copy it afterwards")
     results, target = open_output(out), Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)

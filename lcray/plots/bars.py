@@ -12,7 +12,7 @@ from lcray.analyses import layer_totals as totals
 from lcray.analyses import memorising as learning
 from lcray.analyses.tables import require, split_of
 from lcray.analyses.windows import RUN
-from lcray.errors import UsageError, suggest
+from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.plots.styling import (
     HATCH,
     HELPS,
@@ -23,6 +23,7 @@ from lcray.plots.styling import (
     THIRD,
     axis,
     legend_above,
+    literal,
     name_rows,
     note,
     title,
@@ -52,6 +53,8 @@ def layer_totals(
     found = totals.layer_totals(results, windows={"all": ":"}, level=level).to_pandas()
     here = (found["split"] == split) & (found["window"] == RUN) & (found["layer"] != "")
     frame = found[here].reset_index(drop=True)
+    if frame.empty:
+        raise InapplicableError(f"no interval of split {split!r} has LC")
     ax = axis(ax)
     lc, places = frame["lc"].to_numpy(), np.arange(len(frame))
     _signed_bars(ax, places, lc)
@@ -109,6 +112,8 @@ def memorising(
     others = list(dict.fromkeys(found["other"].astype(str)))
     if other is not None and other not in others:
         raise UsageError(suggest(other, others, "split"))
+    if not others:
+        raise InapplicableError("no interval has LC on train and on another split")
     chosen = others[0] if other is None else other
     here = (found["other"] == chosen) & (found["window"] == RUN) & (found["layer"] != "")
     frame = found[here & (found["resolution"] == "run")].reset_index(drop=True)
@@ -117,7 +122,7 @@ def memorising(
     for k, (name, side, colour, hatch) in enumerate(sides):
         low, high, lc = (frame[f"lc_{side}{end}"].to_numpy() for end in ("_low", "_high", ""))
         places = np.arange(len(frame)) + 0.38 * (k - 0.5)
-        ax.barh(places, lc, 0.36, color=colour, hatch=hatch, edgecolor="white", label=name)
+        ax.barh(places, lc, 0.36, color=colour, hatch=hatch, edgecolor="white", label=literal(name))
         known = np.isfinite(low)
         reach = np.maximum(np.stack([lc - low, high - lc])[:, known], 0)
         ax.errorbar(lc[known], places[known], xerr=reach, fmt="none", ecolor=INK, elinewidth=0.8)

@@ -14,7 +14,7 @@ from lcray.analyses.tables import require, split_of
 from lcray.errors import InapplicableError, UsageError
 from lcray.figures import class_layers as by_class
 from lcray.figures import layer_matrix, unit_matrix
-from lcray.plots.styling import HURTS, INK, LOSS, axis, name_rows, note, shortened, title
+from lcray.plots.styling import HURTS, INK, LOSS, axis, literal, name_rows, note, shortened, title
 from lcray.results import Results
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def unit_map(
     split = split_of(results, split)
     table = unit_matrix(results, layer, split=split, columns=columns)
     frame = table.to_pandas()
+    if frame.empty:
+        raise InapplicableError(f"no interval of split {split!r} has LC of units of {layer!r}")
     units = sorted(set(frame["unit"]))
     grid, edges = _grid(frame, "unit", units)
     ax = axis(ax)
@@ -167,7 +169,9 @@ def coincidences(
     ax.plot(across + 0.5, rows + 0.5, "o", color=INK, markeredgecolor="white", markersize=4)
     name_rows(ax, names, np.arange(len(names)) + 0.5)
     step = -(-len(names) // 40)
-    ax.set_xticks((np.arange(len(names)) + 0.5)[::step], names[::step], rotation=90)
+    ax.set_xticks(
+        (np.arange(len(names)) + 0.5)[::step], [*map(literal, names[::step])], rotation=90
+    )
     title(ax, f"Which learn together, {split}")
     note(ax, "dots: p < 0.05, adjusted")
     return ax

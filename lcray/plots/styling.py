@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -117,7 +118,7 @@ def note(ax: Axes, text: str) -> None:
 
 def title(ax: Axes, text: str) -> None:
     """A title at the upper left."""
-    ax.set_title(text, loc="left", pad=14)
+    ax.set_title(literal(text), loc="left", pad=14)
 
 
 def legend_above(ax: Axes, columns: int) -> None:
@@ -142,8 +143,13 @@ def name_rows(ax: Axes, names: Sequence[str], at: NDArray[Any] | None = None) ->
 
 
 def shortened(name: str, most: int = 32) -> str:
-    """A name of bounded length; its end tells layers apart."""
-    return name if len(name) <= most else "…" + name[1 - most :]
+    """A name of bounded length, as it is: its end tells layers apart."""
+    return literal(name if len(name) <= most else "…" + name[1 - most :])
+
+
+def literal(text: str) -> str:
+    """Text whose dollars begin no formula."""
+    return re.sub(r"(?<!\\)\$", r"\\$", text)
 
 
 def depth_colours(n: int) -> list[Any]:

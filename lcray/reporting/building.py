@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lcray.errors import InapplicableError, UsageError, one_line
-from lcray.files import confined, writing
+from lcray.files import beside, confined, writing
 from lcray.reporting import course, elements, layers, rates, together
 from lcray.reporting.head import head, run_name
 from lcray.reporting.page import links_to, plotly_source, render
@@ -55,22 +55,28 @@ def report(out: PlaceLike, *others: PlaceLike, file: str | os.PathLike[str] | No
         Where the page is.
 
     Raises:
-        UsageError: if Plotly is missing, or an output is given twice.
+        UsageError: if Plotly is missing, an output is given twice, or `file` is a part of one.
         OutputError: if there are no tables, or the page cannot be written.
         CorruptionError: if a table is damaged.
     """
     plotly_source()  # where it is missing, nothing has to be computed first
     results = [open_output(one) for one in (out, *others)]
-    if len({str(one.path) for one in results}) < len(results):
+    if len({_real(one.path) for one in results}) < len(results):
         raise UsageError(f"{results[0].path}: an output is given twice; give each once")
     root = results[0].path
     inside = root / (COMPARISON if others else PAGE)
     target = confined(root, inside) if file is None else place(file)
+    for one in results:
+        beside(one.path, target)
     page = target if isinstance(target, Path) else Path("/") / "page.html"
     text = compared(results, page) if others else single(results[0], page)
     with writing(target):
         storage_of(target).write(target, text)
     return target
+
+
+def _real(out: Place) -> str:
+    return str(out.resolve()) if isinstance(out, Path) else str(out)
 
 
 def single(results: Results, page: Path) -> bytes:

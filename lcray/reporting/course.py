@@ -51,7 +51,9 @@ def loss(source: Source, store: Store) -> Section:
         what = "loss" if known[s] else "loss change"
         figures[str(s)] = _loss_figure(store, x, (measured[s], rebuilt[s], gap[s]), what)
     worst = float(np.abs(gap[0]).max())
-    change = abs(float(measured[0, -1] - measured[0, 0]))
+    change = abs(float(np.nansum(source.intervals["loss_change"][0])))
+    bad = np.nansum(source.intervals["n_bad"]) > 0
+    note = "Where an interval has no LC, its measured change stands in for it."
     return Section(
         "loss",
         "Loss and its reconstruction from LC",
@@ -66,19 +68,24 @@ def loss(source: Source, store: Store) -> Section:
         "FROM intervals ORDER BY split, start_step",
         figures,
         time=True,
-        notes=source.coarse,
+        notes=(*((note,) if bad else ()), *source.coarse),
     )
 
 
 def loss_curves(source: Source) -> tuple[Floats, Floats, Floats]:
-    """Measured loss, first loss plus LC so far, and their difference, each [S, B + 1]."""
+    """Measured loss, first loss plus LC so far, and their difference, each [S, B + 1].
+
+    Where an interval has no LC, its measured change stands in for it.
+    """
     values = source.intervals
     first = np.nan_to_num(values["loss_start"][:, :1])
     change = np.concatenate([first, values["loss_end"]], axis=1)
     measured = np.where(
         np.isfinite(values["loss_start"][:, :1]), change, cumulative(values["loss_change"])
     )
-    return measured, first + cumulative(values["lc"]), cumulative(values["gap"])
+    gap = cumulative(values["gap"])
+    broken = np.nansum(values["n_bad"], axis=1, keepdims=True) > 0
+    return measured, np.where(broken, measured + gap, first + cumulative(values["lc"])), gap
 
 
 def _loss_figure(store: Store, x: Any, curves: tuple[Any, ...], what: str) -> Figure:

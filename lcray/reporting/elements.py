@@ -13,6 +13,7 @@ from lcray.reporting.course import STEP, heat_trace
 from lcray.reporting.sections import LOSS, Control, Figure, Section, plain, plotted
 from lcray.reporting.source import Source, total
 from lcray.reporting.store import Store, column
+from lcray.views import literal
 
 Floats = NDArray[np.float64]
 
@@ -164,12 +165,13 @@ def units(source: Source, store: Store) -> Section:
     """LC of units by iteration, layer by layer."""
     source.need("units")
     present = source.sql(
-        "SELECT layer, count(DISTINCT unit) AS n FROM units GROUP BY layer"
+        "SELECT layer, count(DISTINCT unit) AS n FROM units "
+        f"WHERE split = {literal(source.splits[0])} GROUP BY layer"
     ).to_pandas()
     sizes = dict(zip(present["layer"].astype(str), present["n"], strict=True))
     layers = [name for name in source.layers if sizes.get(name, 0) > 1][:MOST_LAYERS]
     if not layers:
-        raise InapplicableError("no layer has several units")
+        raise InapplicableError(f"no layer has LC of several units on {source.splits[0]}")
     rows = sum(min(sizes[name], MOST_UNITS) for name in layers)
     columns = max(20, min(len(source.starts), MOST_UNIT_CELLS // rows))
     each = -(-len(source.starts) // columns)

@@ -62,7 +62,11 @@ def totals(source: Source, store: Store) -> Section:
     }
     lc = source.totals[0]
     order = np.argsort(lc)
-    says = f"{one_line(source.layers[order[0]])} lowered the loss most ({signed(lc[order[0]])}); "
+    says = "No layer lowered the loss; "
+    if lc[order[0]] < 0:
+        says = (
+            f"{one_line(source.layers[order[0]])} lowered the loss most ({signed(lc[order[0]])}); "
+        )
     says += _hurting(source, lc, found["lc_low"][0])
     note = (
         "Whiskers are 95 % intervals by blocks of iterations of this one run; they say nothing "

@@ -44,12 +44,13 @@ def shares(source: Source, store: Store) -> Section:
         for s in range(len(source.splits))
         for k in range(len(names))
     }
-    helping, hurting = (np.nansum(counts[i, 0, 0]) / np.nansum(all_of[0, 0]) for i in (0, 1))
+    pairs = float(np.nansum(all_of[0, 0]))
+    helping, hurting = (float(np.nansum(counts[i, 0, 0])) for i in (0, 1))
     return Section(
         "shares",
         "How many parameters help",
-        f"On {one_line(source.splits[0])} {percent(float(helping), 1)} of (parameter, iteration) "
-        f"pairs help and {percent(float(hurting), 1)} hurt.",
+        f"On {one_line(source.splits[0])} {percent(helping, pairs)} of (parameter, iteration) "
+        f"pairs help and {percent(hurting, pairs)} hurt.",
         "Thin lines are single iterations, thick ones windows. Helping and hurting leave a rest "
         "below 100 %: parameters whose LC is exactly 0.",
         ("layers",),

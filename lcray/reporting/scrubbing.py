@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lcray.reporting.source import Source, numbers, positions
+from lcray.reporting.source import ALLOCATED, Source, numbers, positions
 from lcray.reporting.store import Store
 
 MOST_WINDOWS = 1000
@@ -52,7 +52,7 @@ def _window(source: Source, store: Store, width: int, origin: int, n: int) -> di
     sums = source.sql(
         f"SELECT split, {group} AS part, min(start_step) AS starts, max(end_step) AS ends, "
         "sum(loss_change ORDER BY start_step) AS change, sum(lc ORDER BY start_step) AS lc "
-        "FROM intervals GROUP BY ALL ORDER BY ALL"
+        f"FROM {ALLOCATED} GROUP BY ALL ORDER BY ALL"
     )
     parts, number = np.unique(sums["part"].to_numpy(), return_inverse=True)
     shape = len(source.splits), len(parts)

@@ -119,7 +119,9 @@ def plain(value: float, digits: int = 3) -> str:
 
 
 def _typeset(text: str) -> str:
-    """A number with a true minus, and no zeros before its exponent."""
+    """A number with a true minus, and no zeros before its exponent; a dash where there is none."""
+    if "nan" in text:
+        return "–"
     digits, e, exponent = text.partition("e")
     return (digits + (f"e{int(exponent)}" if e else "")).replace("-", "−")
 
@@ -130,7 +132,7 @@ MATERIAL = 0.01
 
 def percent(part: float, whole: float, digits: int = 3) -> str:
     """A share for people."""
-    if not whole or part != part:
+    if not whole or part != part or whole != whole:
         return "–"
     return plain(100 * part / whole, digits) + "\N{NO-BREAK SPACE}%"
 

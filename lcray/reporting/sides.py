@@ -68,7 +68,7 @@ def distinct_names(results: Sequence[Results]) -> list[str]:
 
 def _head(sources: Sequence[Source], names: Sequence[str]) -> str:
     found = [totals(source)[0] for source in sources]
-    order = sorted(range(len(names)), key=lambda i: found[i].change)
+    order = sorted(range(len(names)), key=lambda i: (found[i].lc != found[i].lc, found[i].change))
     best = order[0]
     rows = [dict(settings(one.results.plan, one.n_intervals)) for one in sources]
     facts = [
@@ -168,9 +168,10 @@ def _curves(sources: Sequence[Source], names: Sequence[str], store: Store) -> Se
         str(i): _figure(sources, names, store, [curves[j][0] for curves in found], xs, what)
         for i, (j, what) in enumerate(((0, "measured loss"), (2, "gap so far")))
     }
+    changes = [float(np.nansum(source.intervals["loss_change"][0])) for source in sources]
     closing = [
-        percent(abs(float(gap[0, -1])), abs(float(loss[0, -1] - loss[0, 0])), 2)
-        for loss, _, gap in found
+        percent(abs(float(gap[0, -1])), abs(change), 2)
+        for (_, _, gap), change in zip(found, changes, strict=True)
     ]
     said = "; ".join(f"{name} {gap}" for name, gap in zip(names, closing, strict=True))
     return Section(
@@ -203,7 +204,9 @@ def _layers(sources: Sequence[Source], names: Sequence[str], store: Store) -> Se
         "Loss change allocated to each layer",
         f"{listed(apart)} {verb} in one run and hurt in another."
         if apart
-        else "Every layer has the same sign in all runs.",
+        else "Every layer that all runs have has the same sign in all of them."
+        if some.any()
+        else "No layer is in all runs.",
         "One mark a run: left of 0 helped, right of 0 hurt. `lcray compare` has p-values, from six "
         "runs on.",
         ("layers",),

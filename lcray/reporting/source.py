@@ -25,6 +25,11 @@ Floats = NDArray[np.float64]
 MOST_COLUMNS, MOST_CELLS = 1000, 200_000
 
 _SUMS = ("loss_change", "lc", "gap", "first_order_lc", "n_helping", "n_hurting", "n_zero")
+#: The table `intervals`, where only those with LC have a change: sums of both compare.
+ALLOCATED = (
+    "(SELECT * REPLACE (CASE WHEN lc IS NOT NULL THEN loss_change END AS loss_change) "
+    "FROM intervals)"
+)
 _LAYER_SUMS = ("lc", "n_helping", "n_hurting", "n_zero")
 
 
@@ -157,7 +162,7 @@ def _intervals(
         "sum(abs(loss_change) ORDER BY start_step) AS abs_change, "
         "sum(n_gradients)::DOUBLE AS n_gradients, "
         "count(*) FILTER (status <> 'ok')::DOUBLE AS n_bad "
-        "FROM intervals JOIN grid USING (start_step) GROUP BY split, col ORDER BY split, col"
+        f"FROM {ALLOCATED} JOIN grid USING (start_step) GROUP BY split, col ORDER BY split, col"
     )
     split, col = positions(found, "split", splits), found["col"].to_numpy()
     starts, ends = np.zeros(width, np.int64), np.zeros(width, np.int64)
@@ -188,8 +193,8 @@ def _by_layer(
 
 
 def positions(table: pa.Table, column: str, names: Sequence[str]) -> NDArray[np.int64]:
-    """The place in `names` of each text of a column."""
-    found = pd.Categorical(table[column].to_pandas().astype(str), categories=list(names)).codes
+    """The place in `names` of each text of a column; -1 where it is none of them."""
+    found = pd.Index([*names], dtype=object).get_indexer(table[column].to_pandas().astype(object))
     return np.asarray(found, np.int64)
 
 

@@ -163,17 +163,24 @@ def classes(source: Source, store: Store) -> Section:
         f'{source.grid}SELECT split, "group", col, {total("lc")} FROM groups '
         'JOIN grid USING (start_step) GROUP BY split, "group", col'
     ).to_pandas()
+    if not len(over_run):
+        raise InapplicableError("no interval has LC by class")
     figures = {}
     for s, split in enumerate(source.splits):
         figures[f"{s}.0"] = _class_layer(source, store, over_run[over_run["split"] == split])
         figures[f"{s}.1"] = _class_time(source, store, along[along["split"] == split])
     first = over_run[over_run["split"] == source.splits[0]].groupby("group")["lc"].sum()
-    best, least = first.idxmin(), first.idxmax()
+    says = f"No class has LC on {one_line(source.splits[0])}."
+    if len(first):
+        best, least = first.idxmin(), first.idxmax()
+        says = (
+            f"Class {best} was learned most ({signed(float(first[best]))}) and class {least} least "
+            f"({signed(float(first[least]))}) on {one_line(source.splits[0])}."
+        )
     return Section(
         "classes",
         "Classes and layers",
-        f"Class {best} was learned most ({signed(float(first[best]))}) and class {least} least "
-        f"({signed(float(first[least]))}) on {one_line(source.splits[0])}.",
+        says,
         "A cell is the LC of that class's own mean loss: blue where the layer, or the iteration, "
         "taught the class, orange where it made it forget.",
         ("groups",),

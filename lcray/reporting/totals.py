@@ -21,7 +21,7 @@ class Total:
         split: its name.
         first: the loss at the first checkpoint.
         last: the loss at the last one.
-        change: the measured change of the loss.
+        change: the measured change of the loss, over the intervals that have LC.
         lc: all LC.
         gap: LC minus the change.
         abs_gap: Σ|gap| over intervals.
@@ -80,8 +80,12 @@ def _sum(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 
 def lede(source: Source, found: Total) -> str:
     """The run in a few sentences, from the first split."""
-    direction = "fell" if found.change < 0 else "rose"
-    if found.first == found.first and found.last == found.last:
+    known = found.first == found.first and found.last == found.last
+    change = found.last - found.first if known else found.change
+    direction = "fell" if change < 0 else "rose"
+    if found.lc != found.lc:
+        return f"No interval has LC on {one_line(found.split)}."
+    if known:
         how = f"{direction} from {plain(found.first)} to {plain(found.last)}"
     else:
         how = f"{direction} by {plain(abs(found.change))}"
@@ -109,7 +113,8 @@ def lede(source: Source, found: Total) -> str:
 def cards(found: Total) -> list[tuple[str, str, str]]:
     """The headline numbers: name, value, and a line of explanation."""
     ends = f"from {plain(found.first, 4)} to {plain(found.last, 4)}"
-    change = ends if found.first == found.first else "measured at the checkpoints"
+    whole = found.first == found.first and not found.bad
+    change = ends if whole else "measured over the intervals that have LC"
     cards = [
         ("Loss change", signed(found.change, 4), f"{change}, split {one_line(found.split)}"),
         ("Σ LC", signed(found.lc, 4), "loss change allocated to all parameters"),

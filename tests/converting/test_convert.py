@@ -242,6 +242,19 @@ def test_it_goes_on_where_it_stopped_and_overwrites_nothing(
     expect(run, {0: 0, 9: 9, 10: 10}, ("2.weight",))
 
 
+def test_what_was_converted_stays_in_the_run_though_its_source_is_gone(
+    saved: Path, tmp_path: Path
+) -> None:
+    lcray.convert(saved, tmp_path / "run")
+    for step in (0, 10):
+        (saved / f"net-{step}.pt").unlink()
+    torch.save(tied(8), saved / "net-8.pt")
+    assert lcray.convert(saved, tmp_path / "run").steps == (8, 9)
+    expect(tmp_path / "run", {0: 0, 8: 8, 9: 9, 10: 10}, ("2.weight",))
+    said = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (said["sessions"][0]["start"], said["last_step"], said["every"]) == (0, 10, 1)
+
+
 def test_runs_of_others_are_left_alone(saved: Path, tmp_path: Path) -> None:
     lcray.Recorder(net(0), tmp_path / "recorded").close()
     with pytest.raises(RecorderError, match="holds a run that is not of this source"):
@@ -272,7 +285,11 @@ def test_the_same_step_twice(saved: Path, tmp_path: Path) -> None:
         ({"w": torch.ones(1)}, "net.pt", "neither its content nor its name holds a step"),
         ({1: torch.ones(1)}, "step-1.pt", "names that are not text"),
         ({"w": torch.ones(1)}, "step-1.txt", "no checkpoint of torch.save"),
-        ({"w": torch.eye(2).to_sparse()}, "step-1.pt", "which safetensors cannot hold"),
+        ({"w": torch.eye(2).to_sparse()}, "step-1.pt", r"step-1\.pt: .*safetensors cannot hold"),
+        ({"w": torch.ones(1), "__metadata__": torch.ones(1)}, "step-1.pt", "called '__metadata__'"),
+        ({"w\udcff": torch.ones(1)}, "step-1.pt", "save it under another name"),
+        ({"model": {"w": torch.ones(1)}, "step": -5}, "step-1.pt", "says that it is step -5"),
+        ({"model": {"w": torch.ones(1)}, "step": 2**63}, "step-1.pt", "steps are 0 to 2"),
         ({"state_dict": {"epoch": 3}}, "step-1.pt", "no tensors under ''"),
     ],
 )
@@ -281,6 +298,11 @@ def test_what_cannot_be_converted(content: Any, name: str, why: str, tmp_path: P
     with pytest.raises(LcrayError, match=why) as caught:
         lcray.convert(tmp_path / name, tmp_path / "run")
     assert "\n" not in str(caught.value)
+
+
+def test_a_flag_is_no_step(tmp_path: Path) -> None:
+    torch.save({"model": state(7), "step": True, "iteration": 7}, tmp_path / "net-3.pt")
+    assert lcray.convert(tmp_path / "net-3.pt", tmp_path / "run").steps == (7,)
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "noise", "folder", "absent", "nothing"])

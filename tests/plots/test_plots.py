@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import output_factory as factory
 import pytest
 import synthetic
 from matplotlib import pyplot
@@ -257,3 +258,29 @@ def picture(name: str) -> Any:
 
 for _name in FIGURES:
     globals()[f"test_picture_of_{_name}"] = picture(_name)
+
+
+def test_dollars_in_names_begin_no_formula(tmp_path: Path) -> None:
+    lc = {
+        (split, layer): np.random.default_rng(0).normal(size=(30, 4))
+        for split in ("train", r"va$\l{$")
+        for layer in (r"a$\frac{$", "b$$")
+    }
+    found = lcray.open(synthetic.from_elements(tmp_path / "out", lc, window=10))
+    for draw in (plots.layer_totals, plots.memorising, plots.trajectories, plots.coincidences):
+        ax = axes()
+        draw(found, ax, **({} if draw is plots.memorising else {"split": r"va$\l{$"}))
+        ax.figure.savefig(tmp_path / "a.svg")
+        assert r"a$\frac{$" in (tmp_path / "a.svg").read_text() or draw is plots.trajectories
+
+
+def test_where_nothing_has_lc_there_is_a_word(tmp_path: Path) -> None:
+    bad = {
+        (split, step): "nonfinite_loss" for split in ("val", "train") for step in range(0, 12, 2)
+    }
+    factory.write_output(tmp_path / "out", factory.make_world(bad=bad))
+    lcray.reduce(tmp_path / "out")
+    found = lcray.open(tmp_path / "out")
+    for draw in (plots.layer_totals, plots.memorising, lambda r: plots.unit_map(r, "b.weight")):
+        with pytest.raises(InapplicableError, match="no interval"):
+            draw(found)
