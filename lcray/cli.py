@@ -57,7 +57,7 @@ def app() -> None:
 
     \b
     First steps:
-      lcray demo                                        train, analyze and look, in a minute
+      lcray demo                                        train, analyze and look
       lcray inspect RUN                                 is this run fit for analysis?
       lcray plan RUN --task module:task                 how long will it take?
       lcray analyze RUN --task module:task --out OUT    loss change allocation, to Parquet
