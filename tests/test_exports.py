@@ -179,3 +179,30 @@ def test_an_address_is_no_folder(results: Results, tmp_path: Path, monkeypatch: 
     with pytest.raises(UsageError, match="goes to a local folder"):
         lcray.export(results.path, "csv", "s3://bucket/tables")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_csv_replaces_links_and_leaves_no_halves(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "layers.csv").symlink_to(tmp_path / "victim")
+    lcray.export(results.path, "csv", tmp_path / "csv", tables=["layers"])
+    assert (tmp_path / "victim").read_text() == "mine"
+    before = (tmp_path / "csv" / "layers.csv").read_bytes()
+    assert before.startswith(b"split,")
+
+    def full(table: object, file: Any) -> None:
+        file.write("half a")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lcray.exports.csv_files.write_csv", full)
+    with pytest.raises((OSError, LcrayError)):
+        lcray.export(results.path, "csv", tmp_path / "csv", tables=["layers"])
+    assert (tmp_path / "csv" / "layers.csv").read_bytes() == before
+    assert {p.name for p in (tmp_path / "csv").iterdir()} == {"layers.csv", "columns.json"}
+
+
+def test_csv_does_not_go_among_the_tables_of_the_output(results: Results) -> None:
+    with pytest.raises(UsageError, match="part of the output"):
+        lcray.export(results.path, "csv", Path(str(results.path)) / "tables")

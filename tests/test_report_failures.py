@@ -121,3 +121,12 @@ def test_no_page_and_no_answer_takes_the_place_of_an_outputs_own_files(tmp_path:
     assert json.loads((out / "mine.json").read_text()) == [{"a": 1}]
     with pytest.raises(UsageError, match="given twice"):
         lcray.report(out, tmp_path / "link")
+
+
+def test_runs_are_compared_on_the_same_split(tmp_path: Path) -> None:
+    one, other = (
+        synthetic.from_elements(tmp_path / name, {(name, "w"): -np.ones((2, 3))}, window=1)
+        for name in ("train", "val")
+    )
+    with pytest.raises(UsageError, match=r"first splits differ \(train, val\)"):
+        lcray.report(one, other)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import pyarrow as pa
 
 from lcray.answers import write_csv
 from lcray.errors import UsageError, suggest
+from lcray.files import beside
 from lcray.results import Results
 from lcray.schema import TABLES
 
@@ -25,18 +29,32 @@ def write_csv_files(
     for table in chosen:
         if table not in results.tables:
             raise UsageError(suggest(table, results.tables, "table"))
+    beside(results.path, folder)
     written = []
     for table in chosen:
         path = folder / f"{table}.csv"
-        with path.open("w", encoding="utf-8", newline="") as file:
+        with _whole(path) as file:
             write_csv(results.arrow(table), file)
         written.append(path)
     about = {
         table: {field.name: _about(field) for field in TABLES[table].schema} for table in chosen
     }
     path = folder / COLUMNS
-    path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with _whole(path) as file:
+        file.write(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return (*written, path)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[TextIO]:
+    """A file that gets its name once it is whole, in place of what, or of a link that, had it."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _about(field: pa.Field) -> dict[str, str]:

@@ -63,6 +63,12 @@ def report(out: PlaceLike, *others: PlaceLike, file: str | os.PathLike[str] | No
     results = [open_output(one) for one in (out, *others)]
     if len({_real(one.path) for one in results}) < len(results):
         raise UsageError(f"{results[0].path}: an output is given twice; give each once")
+    first = list(dict.fromkeys(one.plan.splits[0].name for one in results))
+    if len(first) > 1:
+        raise UsageError(
+            f"{results[0].path}: the outputs' first splits differ ({', '.join(first)}), and those "
+            "are compared; give outputs whose first split has the same name"
+        )
     root = results[0].path
     inside = root / (COMPARISON if others else PAGE)
     target = confined(root, inside) if file is None else place(file)
