@@ -55,7 +55,8 @@ def report(out: PlaceLike, *others: PlaceLike, file: str | os.PathLike[str] | No
         Where the page is.
 
     Raises:
-        UsageError: if Plotly is missing, an output is given twice, or `file` is a part of one.
+        UsageError: if Plotly is missing, an output is given twice, their first splits have
+            different names, or `file` is a part of one.
         OutputError: if there are no tables, or the page cannot be written.
         CorruptionError: if a table is damaged.
     """
