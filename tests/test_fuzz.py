@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import output_factory as factory
 import pytest
 import torch
+from benchmarks.peaks import forget_peak, peak_bytes
 from fuzzing import (
     LONGEST,
     damaged,
@@ -94,11 +94,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def bounded(home: Path) -> Iterator[None]:
     """The memory of all inputs of a test, and what they may touch."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forget_peak()
+    before = peak_bytes()
     with nothing_outside(home / "outside"):
         yield
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown << 10 <= PEAK
+    assert peak_bytes() - before <= PEAK
 
 
 def framed(header: bytes, data: bytes = DATA) -> bytes:

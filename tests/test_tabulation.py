@@ -742,14 +742,12 @@ def test_a_split_holds_23_bytes_an_element(shapes: list[tuple[int, ...]]) -> Non
 
 
 GROWTH = """
-import math, resource, sys
+import sys
 import torch
+from benchmarks.peaks import peak_bytes as peak
 from test_tabulation import (
     Collected, ElementsWriter, Point, Segment, SplitTables, ok_interval, replace, synthetic_plan
 )
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 n, width = int(sys.argv[1]), int(sys.argv[2])
 plan = synthetic_plan([(width, width)] * n, 2)

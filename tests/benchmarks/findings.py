@@ -16,10 +16,11 @@ from pathlib import Path
 from .suite import ROOT, Bench, Row
 
 _CHILD = """
-import json, resource, sys, time
+import json, sys, time
 begin = time.perf_counter()
 import lcray
 from lcray.analyses.registry import FINDINGS
+from tests.benchmarks.peaks import peak_bytes
 seconds = {}
 for finding in FINDINGS:
     start = time.perf_counter()
@@ -30,8 +31,7 @@ for finding in FINDINGS:
         continue
     seconds[finding.name] = time.perf_counter() - start
 seconds["all findings"] = time.perf_counter() - begin
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps([seconds, peak]))
+print(json.dumps([seconds, peak_bytes()]))
 """
 
 

@@ -8,13 +8,13 @@ networks are measured, and the slope between them is the figure beside that of t
 
 from __future__ import annotations
 
-import resource
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from . import adapter
+from .peaks import peak_bytes, resident_bytes
 from .player import Player
 from .suite import Bench, Row
 from .tasks import mlp, record
@@ -40,13 +40,12 @@ class Footprint:
     def tiny(self, run: str) -> int:
         """Bytes in use after all code was at work once."""
         self._work(TINY, run, {})
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+        return resident_bytes()
 
     def wide(self, widths: list[int], run: str, options: dict[str, Any]) -> int:
         """The most bytes that were ever in use."""
         self._work(tuple(widths), run, options)
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak_bytes()
 
     def _work(self, widths: tuple[int, ...], run: str, options: dict[str, Any]) -> None:
         workspace = adapter.open_workspace(mlp(widths, SAMPLES), run, options)

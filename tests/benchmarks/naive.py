@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lcray.task import load_task
+
+from .peaks import peak_bytes
 
 State = dict[str, Tensor]
 
@@ -72,5 +73,8 @@ class Naive:
         for _ in allocate(self._model, self._loss, self._loader, self._files):
             pass
         seconds = time.perf_counter() - begin
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"gradients": 2 * len(self._files) - 1, "seconds": seconds, "peak_bytes": peak}
+        return {
+            "gradients": 2 * len(self._files) - 1,
+            "seconds": seconds,
+            "peak_bytes": peak_bytes(),
+        }

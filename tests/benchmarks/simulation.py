@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -42,6 +41,8 @@ from lcray.schema import FORMAT_VERSION
 from lcray.shards import ShardWriter, committed, remove_strays, span_folder
 from lcray.standing import StatusFile, status
 from lcray.storage import place
+
+from .peaks import peak_bytes
 
 _PLANTED = "1-0123456789ab"
 SPLIT = SplitPlan("train", 1000, 1000, 1000.0, 2.3, 4)
@@ -388,8 +389,3 @@ def _analyze(pool: Any, out: Any) -> dict[str, float]:
         "given_up": len(computation.failures),
         "strays": len(strays),
     }
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

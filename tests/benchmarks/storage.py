@@ -6,7 +6,6 @@ interval and 51 million in the longest output.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import lcray
 
 from .adapter import Plan, worker_environment, write_plan
 from .nets import FC
+from .peaks import peak_bytes
 from .player import Player
 from .suite import Bench, Row
 
@@ -35,8 +35,7 @@ class Reducer:
         begin = time.perf_counter()
         lcray.reduce(out)
         seconds = time.perf_counter() - begin
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"seconds": seconds, "peak_bytes": peak}
+        return {"seconds": seconds, "peak_bytes": peak_bytes()}
 
 
 def write_output(bench: Bench, out: Path, intervals: int) -> None:

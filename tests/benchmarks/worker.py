@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from . import adapter, machine
+from .peaks import peak_bytes
 
 
 class Worker:
@@ -50,7 +50,7 @@ class Worker:
             "gradients": adapter.count_gradients(self._plan, report),
             "seconds": seconds,
             "inside": self._watch.seconds,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_bytes": peak_bytes(),
         }
 
     def peak(self, kind: str) -> float:
