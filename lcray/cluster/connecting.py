@@ -14,13 +14,13 @@ from typing import Any
 import ray
 import torch
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 from ray.exceptions import RayError
 
 from lcray.errors import ClusterError
 from lcray.process import environment, worker_environment
 from lcray.resources import Resources
 
-LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _OBJECT_STORE = 128 * 2**20  # bytes; nothing but plans goes through it, unless there are teams
 
 
@@ -48,7 +48,7 @@ def connection(resources: Resources) -> Iterator[None]:
         _check_reachable(address)
         # In a runtime environment of the actors they would cost Ray a start of processes anew.
         if address == "local":
-            with environment(variables | {LOOPBACK: "0"}), _on_loopback():
+            with environment(variables), _on_loopback():
                 ray.init(**options)
         else:
             ray.init(**options)
@@ -62,6 +62,8 @@ def connection(resources: Resources) -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
         yield
     finally:
+        if address == "local":
+            _end_autoscaler()
         ray.shutdown()
 
 
@@ -69,8 +71,8 @@ def connection(resources: Resources) -> Iterator[None]:
 def _on_loopback() -> Iterator[None]:
     """A Ray that starts in the block listens on 127.0.0.1 alone, not on every interface.
 
-    Ray has one switch for that, meant for systems whose firewall would ask. Its processes read it
-    from the environment (`LOOPBACK`), this one has read it when it imported Ray.
+    Ray has one switch for that, meant for systems whose firewall would ask, and has read it when it
+    was imported. Its other processes are told the address by this one.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -78,6 +80,16 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _end_autoscaler() -> None:
+    """End the autoscaler of a Ray of one's own, which has nothing to scale.
+
+    It does not heed the signal that Ray's shutdown sends, and so takes a second of it.
+    """
+    node: Any = ray_worker._global_node
+    if node is not None:
+        node.kill_monitor(check_alive=False)
 
 
 def _check_reachable(address: str) -> None:
