@@ -253,14 +253,20 @@ def verify(out: str, run: str | None, as_json: bool) -> None:
 @click.option("--watch", is_flag=True, help="Show it again and again, until the analysis ends.")
 @JSON
 def status(out: str, watch: bool, as_json: bool) -> None:
-    """Say how far the analysis of OUT is: done, running, failed, time left, gap so far."""
-    from lcray import display
+    """Say how far the analysis of OUT is: done, running, failed, time left, gap so far.
 
+    --watch gives up, with exit code 1, on a driver that has given no sign for half a minute.
+    """
+    from lcray import display
+    from lcray.standing import Silence
+
+    silence = Silence(out)
     while True:
         found = lcray.status(out)
         _show(asdict(found), partial(display.status_text, found), as_json)
         if not watch or found.state in ("finished", "failed", "interrupted"):
             break
+        silence.check(found)
         time.sleep(_SECONDS_A_LOOK)
         if not as_json:
             click.echo()

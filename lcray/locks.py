@@ -28,7 +28,7 @@ from pathlib import Path
 
 import psutil
 
-from lcray.errors import OutputError
+from lcray.errors import LcrayError, OutputError
 from lcray.files import confined, writing
 from lcray.storage import Place, Remote, storage_of
 from lcray.strict import build
@@ -214,6 +214,19 @@ def newest(out: Place) -> int:
     """
     with writing(out / LOCK):
         return max(_numbers(out), default=0)
+
+
+def pulse(out: Place) -> tuple[int, int]:
+    """The number of the lock's present file and its counter: they change while a holder lives.
+
+    Both are 0 where there is no lock, or none that can be read.
+    """
+    with suppress(OSError, LcrayError):
+        confined(out, out / LOCK)
+        last = max(_numbers(out), default=0)
+        holder = _read(out, last) if last else None
+        return last, holder.beat if holder is not None else 0
+    return 0, 0
 
 
 def _acquire(out: Place, stale: float, alone: bool) -> Lock:

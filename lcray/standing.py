@@ -16,8 +16,9 @@ from types import TracebackType
 from typing import Any
 
 from lcray.commits import each_commit
-from lcray.errors import LcrayError
+from lcray.errors import LcrayError, OutputError
 from lcray.files import confined, read_json, write_json_atomic
+from lcray.locks import STALE, pulse
 from lcray.outcomes import SpanReport, View, report_of
 from lcray.planning import Plan, Span
 from lcray.shards import read_plan
@@ -156,6 +157,35 @@ def _read(path: Place) -> Status | None:
         if said.state in _STATES and min(counts) >= 0 and zone is not None:
             return said
     return None
+
+
+class Silence:
+    """For how long an output has given no sign of a driver: no new word, no beat of its lock.
+
+    By the clock here, since clocks of machines need not agree.
+
+    Args:
+        out: the output.
+    """
+
+    def __init__(self, out: PlaceLike) -> None:
+        self._out, self._since = place(out), time.monotonic()
+        self._signs: tuple[str, tuple[int, int]] | None = None
+
+    def check(self, found: Status) -> None:
+        """Look for signs beside `found`, an analysis that has not ended.
+
+        Raises:
+            OutputError: if there were none for as long as it takes to lose the lock.
+        """
+        now, signs = time.monotonic(), (found.written, pulse(self._out))
+        if signs != self._signs:
+            self._signs, self._since = signs, now
+        elif now - self._since >= STALE:
+            raise OutputError(
+                f"{self._out}: no sign of its driver for {STALE:.0f} s: it was killed, or not "
+                "started; run its command again to go on: what is committed is kept"
+            )
 
 
 class Standing:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -16,9 +19,9 @@ import scenes
 import lcray
 from lcray.errors import IncompleteError, OutputError
 from lcray.files import read_json
-from lcray.locks import LOCK, Holder, locked
+from lcray.locks import LOCK, STALE, Holder, locked
 from lcray.outcomes import SpanInHand, SpanReport, View
-from lcray.standing import Gap, RunningSpan, StatusFile
+from lcray.standing import Gap, RunningSpan, Silence, StatusFile
 from lcray.storage import storage_of
 
 OPTIONS: dict[str, Any] = {"span_length": 3, "elements": True}
@@ -112,6 +115,118 @@ def test_a_driver_at_work_is_believed_until_it_has_been_silent(out: Path) -> Non
     found = lcray.status(out)
     assert (found.state, found.silent, found.spans_done) == ("running", True, 4)
     assert (found.running, found.workers, found.rate) == ((), 0, None)
+
+
+class TestWatching:
+    """How long `lcray status --watch` waits for a driver that says nothing."""
+
+    @pytest.fixture
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        now = [100.0]
+        monkeypatch.setattr("lcray.standing.time.monotonic", lambda: now[0])
+        return now
+
+    @pytest.mark.parametrize("state", ["running", "unknown"])
+    def test_silence_is_borne_as_long_as_the_lock_bears_it(
+        self, state: str, out: Path, clock: list[float]
+    ) -> None:
+        if state == "unknown":
+            (out / "status.json").unlink()
+        else:
+            edit(out, state=state, written=ago(45))
+        found, silence = lcray.status(out), Silence(out)
+        assert found.state == state
+        silence.check(found)
+        clock[0] += STALE - 0.1
+        silence.check(found)
+        clock[0] += 0.1
+        with pytest.raises(OutputError, match="no sign of its driver for 30 s: it was killed"):
+            silence.check(found)
+
+    def test_a_beat_of_the_lock_and_a_new_word_are_signs(
+        self, out: Path, clock: list[float]
+    ) -> None:
+        edit(out, state="running", written=ago(3600))  # a driver whose clock is an hour off
+        found, silence = lcray.status(out), Silence(out)
+        with locked(out, every=3600) as lock:
+            for _ in range(3):
+                lock.beat()
+                silence.check(found)
+                clock[0] += STALE
+            edit(out, written=ago(3599))
+            silence.check(lcray.status(out))
+            clock[0] += STALE
+            with pytest.raises(OutputError, match="no sign of its driver"):
+                silence.check(lcray.status(out))
+
+    def test_a_lock_that_says_nonsense_is_no_sign(
+        self, out: Path, tmp_path: Path, clock: list[float]
+    ) -> None:
+        shutil.rmtree(out / LOCK)
+        (tmp_path / "elsewhere").mkdir()
+        (out / LOCK).symlink_to(tmp_path / "elsewhere")
+        edit(out, state="running", written=ago(45))
+        found, silence = lcray.status(out), Silence(out)
+        silence.check(found)
+        (tmp_path / "elsewhere" / "00000009.json").write_text("{}")
+        clock[0] += STALE
+        with pytest.raises(OutputError, match="no sign of its driver"):
+            silence.check(found)
+
+    @pytest.mark.slow
+    def test_watching_a_driver_that_was_killed_ends(self, plain_run: Path, tmp_path: Path) -> None:
+        (tmp_path / "slow").touch()
+        out, other = tmp_path / "out", tmp_path / "other"
+        paths = [str(scenes.HERE), os.environ.get("PYTHONPATH", "")]
+        environment = scenes.python_environment() | {"PYTHONPATH": os.pathsep.join(paths)}
+        driver = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(plain_run), str(out), str(tmp_path)],
+            env=environment,
+        )
+        try:
+            while not scenes.spans_of(out):
+                assert driver.poll() is None
+                time.sleep(0.05)
+        finally:
+            driver.kill()
+            driver.wait()
+        shutil.copytree(out, other)
+        (other / "status.json").unlink()
+        watching = [
+            subprocess.Popen(
+                [sys.executable, "-m", "lcray", "status", str(folder), "--watch"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+            for folder in (out, other)
+        ]
+        try:
+            said = [watch.communicate(timeout=180) for watch in watching]
+        finally:
+            for watch in watching:
+                watch.kill()
+                watch.wait()
+        for folder, watch, (text, error), state in zip(
+            (out, other), watching, said, ("running", "unknown"), strict=True
+        ):
+            assert watch.returncode == 1
+            assert text.startswith(state)
+            assert error.startswith(f"lcray: {folder}: no sign of its driver for 30 s")
+            assert error.count("\n") == 1
+
+
+DRIVER = """
+import sys
+import pytest
+import scenes
+import lcray
+
+run, out, folder = sys.argv[1:]
+scenes.work_inline(pytest.MonkeyPatch())
+lcray.analyze(run, scenes.with_loss(scenes.paced_loss, folder), out, span_length=3)
+"""
 
 
 def test_no_output(tmp_path: Path) -> None:
