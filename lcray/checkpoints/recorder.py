@@ -12,7 +12,7 @@ from torch import nn
 
 from lcray.checkpoints import ranks
 from lcray.checkpoints.layout import contents_of, tensors_of
-from lcray.checkpoints.session import Session, Settings, check_settings
+from lcray.checkpoints.session import Session, Settings, check_settings, expected_start
 from lcray.checkpoints.session import file_name as file_name
 from lcray.errors import RecorderError
 
@@ -47,8 +47,9 @@ class Recorder:
     than N are an error, unless ``overwrite=True``, which removes them first.
 
     **On several processes** (a torch.distributed process group) make it on each of them: rank 0
-    writes, the others do nothing. Of a sharded model (FSDP) rank 0 writes the whole, which all
-    processes gather: they must all make the recorder, and call `step` and `close`.
+    writes, the others only count, without `start` from the last step that they see in the
+    directory. Of a sharded model (FSDP) rank 0 writes the whole, which all processes gather: they
+    must all make the recorder, and call `step` and `close`.
 
     Args:
         model: the model in training; wrappers (data parallel, sharded, compiled) are welcome.
@@ -102,7 +103,7 @@ class Recorder:
         """Open the session where this rank writes: the step that training begins from."""
         if self._gathered is None:
             if not writes:
-                return settings.start or 0
+                return expected_start(directory, settings.start)
             self._session = Session(directory, contents_of(self._model), settings)
             return self._session.start
         contents, step = self._gathered.contents(), None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,19 @@ def _choose_start(root: Path, start: int | None, overwrite: bool) -> _Start:
             )
     same = next((checkpoint for checkpoint in existing if checkpoint.step == step), None)
     return _Start(step, same, later)
+
+
+def expected_start(directory: str | os.PathLike[str], start: int | None) -> int:
+    """The step that a session begins from, for a process that writes nothing and only counts.
+
+    What is wrong there is for the one that writes to say.
+    """
+    where = place(directory)
+    if start is None and not isinstance(where, Remote) and where.is_dir():
+        with suppress(CheckpointError):
+            existing = list_checkpoints(where)
+            return existing[-1].step if existing else 0
+    return start or 0
 
 
 def _local(directory: str | os.PathLike[str]) -> Path:

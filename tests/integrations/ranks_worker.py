@@ -149,6 +149,16 @@ def main() -> None:
             (folder / f"error-{rank}").write_text(str(error))
     elif scene == "lightning":
         lightning(own, rank)
+    elif scene == "resumed":
+        with lcray.Recorder(wrapped("ddp", rank), folder / "run") as recorder:
+            for _ in range(3):
+                recorder.step()
+        dist.barrier()  # the run has ended
+        with lcray.Recorder(wrapped("ddp", rank), folder / "run") as recorder:
+            dist.barrier()  # every rank has begun
+            (folder / f"start-{rank}").write_text(str(recorder.last_step))
+            recorder.step()
+            (folder / f"end-{rank}").write_text(str(recorder.last_step))
     elif scene == "every_rank":
         with lcray.Recorder(build(), own, every_rank=True) as recorder:
             recorder.step()

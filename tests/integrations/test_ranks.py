@@ -123,6 +123,14 @@ def test_no_rank_waits_for_one_that_could_not_begin(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ranks_agree_on_the_step_that_training_resumes_from(tmp_path: Path) -> None:
+    launch(WORKER, "resumed", tmp_path)
+    assert [(tmp_path / f"start-{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
+    assert [(tmp_path / f"end-{rank}").read_text() for rank in (0, 1)] == ["4", "4"]
+    assert open_series(tmp_path / "run").steps == (0, 1, 2, 3, 4)
+
+
+@pytest.mark.slow
 def test_every_rank_may_write_a_run_of_its_own(tmp_path: Path) -> None:
     launch(WORKER, "every_rank", tmp_path)
     assert [open_series(tmp_path / f"rank-{rank}").steps for rank in (0, 1)] == [(0, 1)] * 2
