@@ -7,8 +7,11 @@ running anything (``weights_only=True``), and that is all that happens without t
 
 from __future__ import annotations
 
+import tarfile
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,11 +80,27 @@ def _file(source: Source, key: str | None, trust: bool) -> tuple[Mapping[str, An
         kind = type(content).__name__
         raise CheckpointError(f"{source.path}: holds a {kind}, not tensors by name")
     model = _model_in(source, content, key)
-    steps = [content[name] for name in _STEPS if type(content.get(name)) is int]  # no bool
-    return model, steps[0] if steps else None
+    return model, _step_in(content, model)
+
+
+def _step_in(content: Mapping[str, Any], model: Mapping[str, Any]) -> int | None:
+    """The step that a file names beside its model; a tensor among those of the model is not it."""
+    for name in _STEPS:
+        value = content.get(name)
+        if content is not model and isinstance(value, Tensor) and _is_integer(value):
+            value = value.item()
+        if type(value) is int:  # no bool
+            return value
+    return None
+
+
+def _is_integer(value: Tensor) -> bool:
+    plain = value.layout == torch.strided and not value.is_meta and value.dim() == 0
+    return plain and not (value.is_floating_point() or value.is_complex() or value.is_quantized)
 
 
 def _load(source: Source, trust: bool) -> Any:
+    _refuse_other_formats(source.path)
     try:
         return torch.load(source.path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -98,6 +117,36 @@ def _load(source: Source, trust: bool) -> Any:
         return torch.load(source.path, map_location="cpu", weights_only=False)
     except Exception as error:
         raise _damaged(source, error) from error
+
+
+def _refuse_other_formats(path: Path) -> None:
+    """Refuse what torch.load would hand to other readers, trusted or not."""
+    if _is_torchscript(path):
+        raise CheckpointError(
+            f"{path}: is a TorchScript archive, a program that is not run here: if you trust it, "
+            "save what torch.jit.load(FILE).state_dict() gives, with torch.save"
+        )
+    if _is_tar(path):
+        raise CheckpointError(
+            f"{path}: is a tar file, as the first versions of torch wrote, and not unpickled here: "
+            "if you trust it, save what torch.load(FILE, weights_only=False) gives, with torch.save"
+        )
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception:  # whatever is wrong with it, torch.load tells
+        return False
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        with tarfile.open(path, "r:") as archive:
+            return archive.next() is not None  # zeros alone are an empty archive, too
+    except Exception:  # likewise
+        return False
 
 
 def _model_in(source: Source, content: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -107,15 +108,17 @@ class _Writing:
         self._slot = Slot(self._layout)
         self._seen: dict[int, Path] = {}
         self._written = 0
+        self._had_ended = self._begun = False
         self._directory = LockedDirectory(run)
         try:
-            self._content = self._begin(source)
+            self._content = self._check(source)
             self._known = {each.step: each for each in list_checkpoints(run)}
         except BaseException:
             self._directory.close()
             raise
 
-    def _begin(self, source: Path) -> dict[str, Any]:
+    def _check(self, source: Path) -> dict[str, Any]:
+        """What `run.json` is to say, where the directory may be added to."""
         run, settings = self._directory.path, _settings(source)
         previous = runfile.load(run)
         if previous is None and any(run.iterdir()):
@@ -127,9 +130,8 @@ class _Writing:
                     f"{run}: holds a run that is not of this source; name a new directory"
                 )
             runfile.check_same_layers(run, previous, self._layout)
-        content = runfile.describe(self._layout, settings, 0, None)
-        self._directory.write(runfile.NAME, [runfile.encode(content)])
-        return content
+            self._had_ended = previous.get("ended") is True
+        return runfile.describe(self._layout, settings, 0, None)
 
     def add(self, saved: Saved, path: Path) -> None:
         """Write one checkpoint, unless it is there."""
@@ -142,6 +144,7 @@ class _Writing:
         snapshot(self._layout, saved.tensors, self._slot)
         known = self._known.get(saved.step)
         if known is None:
+            self._begin()
             chunks: list[bytes | memoryview] = [self._layout.head, self._slot.memory]
             self._directory.write(file_name(saved.step), chunks)
             self._written += 1
@@ -153,19 +156,33 @@ class _Writing:
             raise CheckpointError(f"{path}: and {other} are both step {saved.step}, and differ")
         self._seen[saved.step] = path
 
+    def _begin(self) -> None:
+        """Say in `run.json`, before the first new checkpoint, that there will be more."""
+        if not self._begun:
+            self._directory.write(runfile.NAME, [runfile.encode(self._content)])
+            self._begun = True
+
     def end(self) -> Conversion:
         """Say in `run.json` that all of it is there."""
-        steps = tuple(sorted(self._seen))
+        self._say_ended()
+        return Conversion(tuple(sorted(self._seen)), self._written, tuple(self._layout.keys))
+
+    def _say_ended(self) -> None:
         held = sorted(self._known)  # also those whose sources are gone by now
         every = min((after - before for before, after in pairwise(held)), default=1)
         self._content["sessions"][0] |= {"start": held[0], "every": every}
         ended = {**self._content, "every": every, "ended": True, "last_step": held[-1]}
         self._directory.write(runfile.NAME, [runfile.encode(ended)])
-        return Conversion(steps, self._written, tuple(self._layout.keys))
+        self._begun = False
 
     def close(self) -> None:
-        """Give the lock back."""
-        self._directory.close()
+        """Give the lock back; a run that had ended has not lost its end to a source that failed."""
+        try:
+            if self._begun and self._had_ended:
+                with suppress(OSError):  # what went wrong before is what is told
+                    self._say_ended()
+        finally:
+            self._directory.close()
 
 
 def _settings(source: Path) -> dict[str, Any]:

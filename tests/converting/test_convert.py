@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import shutil
 import sys
+import tarfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +119,34 @@ def test_the_files_own_step_wins_over_its_name(name: str, tmp_path: Path) -> Non
     assert lcray.convert(tmp_path / "epoch-2.pt", tmp_path / "run").steps == (700,)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_a_step_may_be_a_tensor_beside_the_model(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.save({"model": state(1), "step": torch.tensor(70, dtype=dtype)}, tmp_path / "epoch-2.pt")
+    assert lcray.convert(tmp_path / "epoch-2.pt", tmp_path / "run").steps == (70,)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor(70.0),
+        torch.tensor([70]),
+        torch.tensor(True),
+        torch.tensor(70, device="meta"),
+        torch.tensor(70).to_sparse(),
+    ],
+    ids=["float", "vector", "flag", "meta", "sparse"],
+)
+def test_other_tensors_are_no_steps(value: Tensor, tmp_path: Path) -> None:
+    torch.save({"model": state(1), "step": value}, tmp_path / "epoch-2.pt")
+    assert lcray.convert(tmp_path / "epoch-2.pt", tmp_path / "run").steps == (2,)
+
+
+def test_a_tensor_of_the_model_is_no_step(tmp_path: Path) -> None:
+    torch.save(state(1) | {"step": torch.tensor(70)}, tmp_path / "epoch-2.pt")
+    found = lcray.convert(tmp_path / "epoch-2.pt", tmp_path / "run")
+    assert found.steps == (2,) and "step" in found.layers
+
+
 def test_folders_of_a_step(tmp_path: Path) -> None:
     for step in (5, 10):
         folder = tmp_path / "hf" / f"checkpoint-{step}"
@@ -199,9 +230,34 @@ def test_nothing_is_unpickled_without_trust(tmp_path: Path, zipped: bool, place:
         expect(tmp_path / "run", {1: 1})
 
 
-def test_a_distributed_index_is_not_unpickled_without_trust(tmp_path: Path) -> None:
-    import pickle
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("trust", [False, True])
+def test_torchscript_is_refused_with_what_to_do(trust: bool, tmp_path: Path) -> None:
+    path = tmp_path / "step-1.pt"
+    torch.jit.script(nn.Linear(2, 2)).save(str(path))
+    with pytest.raises(
+        CheckpointError, match=r"is a TorchScript archive.*torch\.jit\.load"
+    ) as caught:
+        lcray.convert(path, tmp_path / "run", trust_pickle=trust)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_tar_files_are_refused_with_what_to_do(trust: bool, tmp_path: Path) -> None:
+    mark, path = tmp_path / "executed", tmp_path / "step-1.pt"
+    with tarfile.open(path, "w:") as archive:  # as torch wrote up to 0.1.10
+        for name in ("sys_info", "pickle", "tensors", "storages"):
+            data = pickle.dumps(Payload(mark))
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    with pytest.raises(CheckpointError, match=r"is a tar file.*weights_only=False") as caught:
+        lcray.convert(path, tmp_path / "run", trust_pickle=trust)
+    assert "\n" not in str(caught.value)
+    assert not mark.exists() and not (tmp_path / "run").exists()
+
+
+def test_a_distributed_index_is_not_unpickled_without_trust(tmp_path: Path) -> None:
     mark, folder = tmp_path / "executed", tmp_path / "step-1"
     save_distributed(folder, 1)
     (folder / ".metadata").write_bytes(pickle.dumps(Payload(mark)))
@@ -253,6 +309,41 @@ def test_what_was_converted_stays_in_the_run_though_its_source_is_gone(
     expect(tmp_path / "run", {0: 0, 8: 8, 9: 9, 10: 10}, ("2.weight",))
     said = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (said["sessions"][0]["start"], said["last_step"], said["every"]) == (0, 10, 1)
+
+
+@pytest.mark.parametrize("good", [0, 1], ids=["damaged", "good and damaged"])
+def test_a_run_that_had_ended_keeps_its_end(good: int, saved: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    lcray.convert(saved, run)
+    before = (run / "run.json").read_bytes()
+    if good:
+        torch.save(tied(11), saved / "net-11.pt")
+    (saved / "net-12.pt").write_bytes(b"torn")
+    # Sources are read by name: net-9.pt, which is known, comes last and is not reached.
+    with pytest.raises(CheckpointError, match=r"net-12\.pt: cannot be read"):
+        lcray.convert(saved, run)
+    said = json.loads((run / "run.json").read_text())
+    assert (said["ended"], said["last_step"]) == (True, 11 if good else 10)
+    expect(run, {0: 0, 9: 9, 10: 10} | ({11: 11} if good else {}), ("2.weight",))
+    if not good:
+        assert (run / "run.json").read_bytes() == before
+
+
+def test_a_run_has_not_ended_while_checkpoints_are_added(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, original, ended = tmp_path / "run", verb.read_source, []
+
+    def looking(source: Any, **options: Any) -> Any:
+        ended.append(json.loads((run / "run.json").read_text())["ended"])
+        return original(source, **options)
+
+    lcray.convert(saved, run)
+    torch.save(tied(11), saved / "net-11.pt")
+    monkeypatch.setattr(verb, "read_source", looking)
+    lcray.convert(saved, run)
+    assert ended == [True, True, True, False]  # after net-0, net-10 and net-11; before net-9
+    assert json.loads((run / "run.json").read_text())["last_step"] == 11
 
 
 def test_runs_of_others_are_left_alone(saved: Path, tmp_path: Path) -> None:
