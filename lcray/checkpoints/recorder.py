@@ -39,7 +39,9 @@ class Recorder:
     `step` once an iteration: a skipped update is then a step without movement. The hook alone does
     not see an update that the scaler skipped (the scaler does not call the optimizer, unless it is
     a fused one). Calling `step` after ``scaler.step(optimizer)`` as well settles this: it counts
-    the iteration where the hook has not, and does nothing where it has.
+    the iteration where the hook has not, and does nothing where it has. So never call `step` once
+    a micro-batch: those between two updates would be taken for skipped updates. Where no scaler
+    skips, leave counting to the hook alone.
 
     **Resuming** appends. Without `start`, the model must hold the last checkpoint's values, bit
     for bit, and the next step follows it. With ``start=N``: where a checkpoint of N exists the
@@ -123,7 +125,9 @@ class Recorder:
     def step(self) -> None:
         """Count one step and, every k-th, queue the model's state of this moment.
 
-        With `optimizer=` it does nothing for an iteration that the hook has counted.
+        With `optimizer=` it does nothing for an update that the hook has counted, and is a step
+        without movement where there was none: call it where a gradient scaler may skip updates,
+        once after each ``scaler.step(optimizer)``, and else not at all.
 
         Raises:
             RecorderError: an earlier checkpoint could not be written (then every call raises), the
