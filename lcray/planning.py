@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, cast, get_type_hints
 
 from lcray.checkpoints.header import MAX_AXES
@@ -42,7 +43,10 @@ class Span:
 
     def __init__(self, steps: Sequence[int]) -> None:
         self._steps: Sequence[int] = tuple(steps)
-        if len(self._steps) > 1 and {*map(type, self._steps)} == {int}:
+        kinds = {*map(type, self._steps)}
+        if kinds != {int} and all(issubclass(k, Integral) and k is not bool for k in kinds):
+            self._steps, kinds = tuple(map(int, self._steps)), {int}  # those of NumPy
+        if len(self._steps) > 1 and kinds == {int}:
             first, stride = self._steps[0], self._steps[1] - self._steps[0]
             last = first + stride * (len(self._steps) - 1)
             if stride > 0 and last == self._steps[-1]:  # else the range might be endless

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -209,3 +211,13 @@ def test_evenly_spaced_steps_take_no_room_each() -> None:
 def test_spans_differ_by_their_steps() -> None:
     assert Span((0, 1, 2)) != Span((0, 2)) != Span((0, 1, 3)) != (0, 1, 3)
     assert [type(step) for step in Span((0, True, 2)).steps] == [int, bool, int]
+
+
+@pytest.mark.parametrize("steps", [range(0, 10**6, 10), [0, 1, 3], [7]], ids=repr)
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint32])
+def test_steps_of_numpy_are_integers(steps: Sequence[int], kind: type[np.integer[Any]]) -> None:
+    found, wanted = Span([kind(step) for step in steps]), Span(steps)
+    assert found == wanted and hash(found) == hash(wanted)
+    assert Span(np.array(steps, kind)) == Span([steps[0], *map(kind, steps[1:])]) == wanted
+    assert {*map(type, found.steps)} == {int}
+    assert pickle.dumps(found) == pickle.dumps(wanted)
