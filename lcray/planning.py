@@ -44,7 +44,7 @@ class Span:
     def __init__(self, steps: Sequence[int]) -> None:
         self._steps: Sequence[int] = tuple(steps)
         kinds = {*map(type, self._steps)}
-        if kinds != {int} and all(issubclass(k, Integral) and k is not bool for k in kinds):
+        if kinds != {int} and bool not in kinds and all(issubclass(k, Integral) for k in kinds):
             self._steps, kinds = tuple(map(int, self._steps)), {int}  # those of NumPy
         if len(self._steps) > 1 and kinds == {int}:
             first, stride = self._steps[0], self._steps[1] - self._steps[0]
