@@ -8,6 +8,7 @@ import click
 
 import lcray
 from lcray.options import example, folders
+from lcray.storage import Remote, place
 
 
 @click.command(
@@ -35,6 +36,8 @@ def report(outs: tuple[str, ...], compare: bool, file: str | None, show: bool) -
         raise click.UsageError(f"{len(outs)} outputs: say --compare to put them side by side")
     if compare and len(outs) < 2:
         raise click.UsageError("--compare takes two outputs or more")
+    if show and isinstance(place(file or outs[0]), Remote):
+        raise click.UsageError("--open shows a page on this machine: name it with --out FILE")
     path = lcray.report(*outs, file=file)
     address = path.resolve().as_uri() if isinstance(path, Path) else str(path)
     click.echo(address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -335,6 +336,75 @@ def test_the_command_line_takes_addresses(out: str, plain_run: Path, base: str) 
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 0, done.output
         assert expected in done.output
+
+
+@pytest.mark.slow
+class TestReadersOfAnOutputOnS3:
+    """Views, report and exports say of an output in S3 what they say of the same on a disk."""
+
+    @pytest.fixture
+    def there(self, plain_out: Path, bucket: str) -> str:
+        return copy(plain_out, f"{bucket}/out")
+
+    def run(self, *arguments: object) -> str:
+        done = CliRunner().invoke(app, [*map(str, arguments)])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    def test_tables_and_views(self, plain_out: Path, there: str) -> None:
+        here, results = lcray.open(plain_out), lcray.open(there)
+        names = [*here.contents()["name"]]
+        assert {"layers", "elements", "layer_totals", "class_layers"} < {*names}
+        assert [*results.contents()["name"]] == names
+        for name in names:
+            query = f"SELECT * FROM {name} ORDER BY ALL"
+            assert results.sql(query).equals(here.sql(query)), name
+        query = (
+            "SELECT split, layer, any_value(v.lc) - sum(l.lc) AS difference "
+            "FROM layer_totals v JOIN layers l USING (split, layer) GROUP BY ALL ORDER BY ALL"
+        )
+        assert results.sql(query).equals(here.sql(query)) and len(here.sql(query)) == 8
+
+    def test_the_report(self, plain_out: Path, there: str, tmp_path: Path) -> None:
+        def page(file: Path, *arguments: object) -> str:
+            assert self.run("report", *arguments, "--out", file) == f"{file.as_uri()}\n"
+            return file.read_text("utf-8")
+
+        def without_links(text: str) -> str:
+            text = re.sub(r'<a href="[^"]*\.parquet">(<code>[^<]*</code>)</a>', r"\1", text)
+            return text.replace(there, str(plain_out))
+
+        text = page(tmp_path / "there.html", there)
+        assert without_links(text) == without_links(page(tmp_path / "here.html", plain_out))
+        assert "<code>tables/layers.parquet</code>" in text and '.parquet">' not in text
+        assert self.run("report", there) == f"{there}/report.html\n"
+        stored = place(there) / "report.html"
+        assert storage_of(stored).read(stored) == text.encode()
+        assert verify(there).ok  # a page among its files is no stray
+        both = page(tmp_path / "both.html", "--compare", there, plain_out)
+        assert both.count("<section") > 3
+
+    def test_a_page_that_no_browser_can_open_is_not_promised(self, there: str) -> None:
+        done = CliRunner().invoke(app, ["report", there, "--open"])
+        assert done.exit_code == 2
+        assert "name it with --out FILE" in done.output
+        assert not storage_of(place(there)).exists(place(there) / "report.html")
+
+    def test_exports(self, plain_out: Path, there: str, tmp_path: Path) -> None:
+        for out, folder in ((plain_out, "here"), (there, "there")):
+            self.run("export", out, "--to", "csv", "--out", tmp_path / folder)
+        files = {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()}
+        assert len(files) == len(lcray.open(plain_out).tables) + 1  # columns.json
+        assert {p.name: p.read_bytes() for p in (tmp_path / "there").iterdir()} == files
+        rows = files["layers.csv"].decode().splitlines()
+        assert len(rows) == 1 + len(lcray.open(plain_out).layers())
+        self.run("export", there, "--to", "csv", "--table", "fits", "--out", tmp_path / "one")
+        assert (tmp_path / "one" / "fits.csv").read_bytes() == files["fits.csv"]
+        events = self.run("export", there, "--to", "tensorboard", "--out", tmp_path / "events")
+        assert Path(events.strip()).stat().st_size > 1000
+        done = CliRunner().invoke(app, ["export", there, "--to", "csv", "--out", f"{there}/csv"])
+        assert done.exit_code == 1
+        assert "goes to a local folder; copy it afterwards" in str(done.exception)
 
 
 def test_a_recorder_takes_local_paths_only() -> None:
