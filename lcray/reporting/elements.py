@@ -312,7 +312,7 @@ def _trace_figure(store: Store, name: str, rows: pd.DataFrame, each: int, end: i
     colours = ["@hurts" if value > 0 else "@helps" for value in sums]
     made: list[dict[str, Any]] = [
         {**line, "y": weight, "line": {"color": "@ink", "width": 1.8}},
-        {**line, "y": gradient, "yaxis": "y2", "line": {"color": "@s5", "width": 1.8}},
+        {**line, "y": gradient, "yaxis": "y2", "line": {"color": "@s2", "width": 1.8}},
         {
             "type": "bar",
             "x": x,
