@@ -9,9 +9,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lcray.errors import InapplicableError, one_line
+from lcray.figures.grouping import total
 from lcray.reporting.course import STEP, heat_trace
 from lcray.reporting.sections import LOSS, Control, Figure, Section, plain, plotted
-from lcray.reporting.source import Source, total
+from lcray.reporting.source import Source
 from lcray.reporting.store import Store, column
 from lcray.views import literal
 
@@ -212,7 +213,7 @@ def _unit_rows(source: Source, each: int) -> dict[str, pd.DataFrame]:
         f"<= {MOST_UNITS}"
     )
     found = source.sql(
-        f"{source.grid}, largest AS ({largest}) "
+        f"{source.grid.sql}, largest AS ({largest}) "
         f"SELECT layer::VARCHAR AS layer, unit, col // {each} AS col, {total('lc')} "
         "FROM units JOIN grid USING (start_step) JOIN largest USING (layer, unit) "
         f"WHERE split = '{split}' GROUP BY ALL ORDER BY ALL"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lcray.analyses.synchrony import coincidences, peaks_of_learning
 from lcray.errors import InapplicableError, one_line
+from lcray.figures.grouping import total
 from lcray.reporting.course import STEP, along, heat_trace
 from lcray.reporting.sections import (
     LOSS,
@@ -22,7 +23,7 @@ from lcray.reporting.sections import (
     plotted,
     signed,
 )
-from lcray.reporting.source import Source, total
+from lcray.reporting.source import Source
 from lcray.reporting.store import Store, column
 
 Floats = NDArray[np.float64]
@@ -165,9 +166,8 @@ def classes(source: Source, store: Store) -> Section:
         f'SELECT split, layer, "group", {total("lc")} FROM groups '
         'GROUP BY split, layer, "group" ORDER BY split, layer, "group"'
     ).to_pandas()
-    along = source.sql(
-        f'{source.grid}SELECT split, "group", col, {total("lc")} FROM groups '
-        'JOIN grid USING (start_step) GROUP BY split, "group", col'
+    along = source.grid.read(
+        source.results, "groups", [total("lc")], ("split", '"group"')
     ).to_pandas()
     if not len(over_run):
         raise InapplicableError("no interval has LC by class")
