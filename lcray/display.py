@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lcray.analyses.registry import FINDINGS
 from lcray.analyses.tidy import notes_of
+from lcray.analyses.titles import EMPTY, READING
 from lcray.checkpoints import Audit
 from lcray.concluding import Findings
 from lcray.costs import n_fisher
@@ -354,12 +355,26 @@ def findings_summary(found: Findings, width: int = 10_000) -> Group:
         if len(frame) > _BRIEF:
             file = f"{found.path}/{finding.name}.parquet"
             parts.append(Text(f"{_BRIEF} of {len(frame)} rows; all: {file}"))
+        parts += [Text(line, "dim") for line in _explained(finding.name, narrow)]
         parts += [Text(note, "yellow") for note in notes_of(table)] + [""]
     for name, why in found.impossible.items():
         parts.append(Text(f"no {name}: {why}", "yellow"))
     more = f"; also of split {', '.join(left_out)}" if left_out else ""
     parts.append(f"findings, all rows and columns{more}: {found.path}/*.parquet")
     return Group(*parts)
+
+
+def _explained(name: str, shown: pd.DataFrame) -> Iterable[str]:
+    """How to read a finding's table, and what its empty cells mean; a line each, or none."""
+    if name in READING:
+        yield READING[name]
+    empty = [
+        f"no {column}: {meaning}"
+        for column, meaning in EMPTY.get(name, {}).items()
+        if column in shown and shown[column].isna().any()
+    ]
+    if empty:
+        yield "; ".join(empty)
 
 
 def _narrowed(frame: pd.DataFrame, width: int) -> pd.DataFrame:

@@ -15,6 +15,8 @@ from rich.console import Console, RenderableType
 
 import lcray
 from lcray import display
+from lcray.analyses.registry import FINDINGS
+from lcray.analyses.titles import EMPTY, READING
 from lcray.analysis import PlanReport
 from lcray.checkpoints.audit import Audit
 from lcray.concluding import Findings
@@ -223,6 +225,32 @@ def test_a_summary_of_findings_names_each_and_where_all_its_rows_are(tmp_path: P
     assert lines[0] == "When each layer starts to overfit (overfitting)"
     assert [line.split()[2] for line in lines[2:26]] == [f"l{i}" for i in range(24)]
     assert lines[26] == f"24 of 60 rows; all: {tmp_path}/overfitting.parquet"
+
+
+def test_a_summary_says_what_an_empty_cell_means(tmp_path: Path) -> None:
+    def lines(onsets: list[int | None], width: int = 10_000) -> list[str]:
+        n = len(onsets)
+        words = {name: ["x"] * n for name in ("train", "other", "layer")}
+        after = pa.array([None if onset is None else -0.1 for onset in onsets], pa.float64())
+        numbers = {"onset": pa.array(onsets, pa.int64()), "lc_train_after": after}
+        rows = pa.table(words | numbers | {"lc_other_after": after})
+        rows = rows.replace_schema_metadata({"lcray.notes": '["a note"]'})
+        found = Findings(tmp_path, {"overfitting": rows}, {}, {})
+        return shown(display.findings_summary(found, width)).splitlines()
+
+    found = lines([None, 7])
+    assert found[4].startswith("onset: the step from which, for three windows in a row")
+    assert found[5:7] == ["no onset: none was found", "a note"]
+    assert not any(line.startswith("no onset") for line in lines([3, 7]))
+    assert not any(line.startswith("no onset") for line in lines([None], 20)), "it is not shown"
+
+
+def test_words_on_findings_are_about_what_their_summaries_show() -> None:
+    shown_columns = {finding.name: finding.shown for finding in FINDINGS if finding.brief}
+    assert set(READING) <= set(shown_columns)
+    for name, columns in EMPTY.items():
+        assert set(columns) <= set(shown_columns[name]), name
+    assert all(len(line) < 140 for line in READING.values())
 
 
 def test_a_frame_too_wide_is_shown_value_by_value() -> None:

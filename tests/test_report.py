@@ -18,8 +18,11 @@ import scenes
 import synthetic
 from browsing import Sight
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 
 import lcray
+from lcray import plots
+from lcray.analyses.synchrony import peaks_of_learning
 from lcray.cli import app
 from lcray.errors import CorruptionError, OutputError, UsageError
 
@@ -38,6 +41,7 @@ SECTIONS = (
     "first-order",
     "fisher",
 )
+WORDS = ("helping", "hurting")
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",
     "<b>bold</b> & %{x} {y} ${z}",
@@ -259,6 +263,51 @@ def test_cells_and_bars_lie_under_the_band_of_their_interval(seen: Sight, out: P
     assert len(found) == len(edges) - 1
     reach = seen.page.evaluate("document.querySelector('#traces .chart')._fullLayout.xaxis.range")
     assert reach == [edges[0], edges[-1]]
+
+
+@pytest.mark.slow
+def test_peaks_stand_in_the_middle_of_their_intervals(seen: Sight, out: Path) -> None:
+    found = peaks_of_learning(lcray.open(out), groups=False).to_pandas()
+    found = found[(found["split"] == "train") & found["group"].isna()]
+    seen.show("synchrony")
+    chart = "document.querySelector('#synchrony .chart')"
+    x = seen.page.evaluate(f"Array.from({chart}._fullData[0].x)")
+    assert x == [start + 0.5 for start in found["start_step"]] != []
+    assert seen.page.evaluate(f"{chart}._fullLayout.xaxis.range") == [0, 12]
+    said = seen.page.evaluate(f"{chart}._fullData[0].text[0]")
+    assert said.endswith(
+        f"steps {found['start_step'].iloc[0]} to {found['start_step'].iloc[0] + 1}"
+    )
+
+
+@pytest.mark.slow
+def test_thick_and_thin_lines_of_shares_are_told_apart(seen: Sight) -> None:
+    seen.show("shares")
+    legend = seen.page.locator("#shares .legendtext").all_text_contents()
+    lines = seen.page.evaluate(
+        "document.querySelector('#shares .chart')._fullData.map((t) => [t.name, t.line.width])"
+    )
+    expected = [[f"{k}, {what}", n] for k in WORDS for what, n in (("interval", 1), ("window", 3))]
+    assert lines == expected and legend == [name for name, _ in lines]
+    assert "in windows of 1 interval." in seen.page.locator("#shares .reading").inner_text()
+
+
+@pytest.mark.slow
+def test_layers_have_the_colours_of_matplotlibs_figures(seen: Sight, out: Path) -> None:
+    seen.show("trajectories")
+    chart = "document.querySelector('#trajectories .chart')"
+    drawn = seen.page.evaluate(f"{chart}._fullData.map((t) => [t.name, t.line.color])")
+    ax = plots.trajectories(lcray.open(out), Figure().subplots())
+    assert dict(drawn) == {line.get_label(): line.get_color() for line in ax.lines[1:]}
+    reading = seen.page.locator("#trajectories .reading").inner_text()
+    assert "in the order of the model" in reading and "grey" not in reading
+
+
+def test_of_many_layers_the_text_says_that_six_have_colours() -> None:
+    from lcray.reporting.course import _colouring
+
+    assert _colouring(6) == "Colours go from dark to light in the order of the model."
+    assert _colouring(7).startswith("The 6 that reach furthest have colours")
 
 
 @pytest.mark.slow

@@ -85,6 +85,7 @@ ORDER = (
     "recipes",
     "answers",
     "results",
+    "palette",
     "analyses",
     "figures",
     "plots",

@@ -129,7 +129,10 @@ def _gaussian_log_cdf(theta: Floats, y: Floats) -> Floats:
 
 
 def _gaussian_log_sf(theta: Floats, y: Floats) -> Floats:
-    """Log Q(1/β, h); beyond what Q can hold by its asymptotic series (DLMF 8.11.2)."""
+    """Log Q(1/β, h); beyond what Q can hold by its asymptotic series (DLMF 8.11.2).
+
+    Of small h by P: for a large β, h = (x/α)^β may be less than any float where Q is well below 1.
+    """
     a = np.exp(-theta[:, :1])
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         h = np.exp(_log_hazard(theta, y))
@@ -137,7 +140,8 @@ def _gaussian_log_sf(theta: Floats, y: Floats) -> Floats:
         series = np.log1p((a - 1) / h * (1 + (a - 2) / h * (1 + (a - 3) / h)))
         far = -h + (a - 1) * np.log(h) - gammaln(a) + series
         far = np.where(np.isinf(h), -np.inf, far)
-        return np.where(tail > 1e-280, np.log(tail), far)
+        near = np.log(-np.expm1(_gaussian_log_cdf(theta, y)))
+        return np.where(h < 1e-8, near, np.where(tail > 1e-280, np.log(tail), far))
 
 
 def _gaussian_log_density(theta: Floats, y: Floats) -> Floats:

@@ -144,7 +144,7 @@ def _total(weights: Floats, terms: Floats) -> Floats:
 def _score(
     family: Family, edges: Floats, weights: Floats, theta: Floats, n: Floats
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Fisher scoring, each step halved until it climbs; where it settles, and whether it does."""
+    """Fisher scoring, steps halved until they climb enough; where it settles, and whether so."""
     theta = theta.copy()
     settled = np.zeros(len(theta), np.bool_)
     active = np.arange(len(theta))
@@ -160,9 +160,9 @@ def _score(
         gradient = np.einsum("hpb,hb->hp", slope, w)
         step = np.linalg.solve(fisher, gradient[..., None])[..., 0]
         step /= np.maximum(1.0, np.abs(step).max(axis=1, keepdims=True) / _FARTHEST)
-        theta[active], value[active] = _climb(family, edges, w, here, step, value[active])
+        gain = np.einsum("hp,hp->h", gradient, step)  # no less than 0
+        theta[active], value[active] = _climb(family, edges, w, here, step, value[active], gain)
         moved = np.abs(theta[active] - here).max(axis=1)
-        gain = np.abs(np.einsum("hp,hp->h", gradient, step))
         done = (np.maximum(n[active], 1e4) * gain < 1e-8) & (moved < 1e-3)
         settled[active[done]] = True
         active = active[~done & np.isfinite(value[active])]
@@ -170,16 +170,28 @@ def _score(
 
 
 def _climb(
-    family: Family, edges: Floats, weights: Floats, here: Floats, step: Floats, value: Floats
+    family: Family,
+    edges: Floats,
+    weights: Floats,
+    here: Floats,
+    step: Floats,
+    value: Floats,
+    gain: Floats,
 ) -> tuple[Floats, Floats]:
-    """The first of here + step, + step/2, … that is no lower; `here` where none is."""
+    """The first of here + step, + step/2, … that climbs as the slope promises; else `here`.
+
+    A quarter of `gain`, which a step would climb if the slope stayed, has to be there (Armijo): of
+    few bins the likelihood may bend twice as much as scoring expects, so that whole steps end as
+    far behind the maximum as they began before it, and never settle.
+    """
     best, best_value = here.copy(), value.copy()
     left = np.arange(len(here))
     size = 1.0
     for _ in range(12):
         there = here[left] + size * step[left]
         reached = _total(weights[left], family.log_mass(there, edges))
-        fine = (reached >= value[left] - 1e-14 * np.abs(value[left])) | ~np.isfinite(value[left])
+        least = value[left] + 0.25 * size * gain[left] - 1e-14 * np.abs(value[left])
+        fine = (reached >= least) | ~np.isfinite(value[left])
         fine &= np.isfinite(reached)
         best[left[fine]], best_value[left[fine]] = there[fine], reached[fine]
         left = left[~fine]

@@ -1,4 +1,4 @@
-"""The findings' names and titles, in the order they are told; imports nothing."""
+"""The findings' names, titles and words, in the order they are told; imports nothing."""
 
 from __future__ import annotations
 
@@ -21,4 +21,28 @@ TITLES: dict[str, str] = {
     "coincidences": "Coincident peaks of pairs of layers, and of groups",
     "peaks": "Peaks of learning",
     "fisher": "Fisher information beside LC, layer by layer",
+}
+
+#: By name, how to read a summary whose columns do not say so themselves.
+READING: dict[str, str] = {
+    "overfitting": "onset: the step from which, for three windows in a row, LC on train falls and "
+    "LC on the other split rises",
+    "synchrony": "coincidences: pairs of layers, or groups, that peak at the same interval; "
+    "expected: their number by chance",
+}
+
+_FEW = "too few intervals, or windows, for errors"
+#: By name and column, what it means that a summary has no value.
+EMPTY: dict[str, dict[str, str]] = {
+    "shares": {"helping_low": _FEW},
+    "fits": {"shape_se_blocks": _FEW},
+    "memorising": {"difference_low": _FEW},
+    "overfitting": {"onset": "none was found"},
+    "oscillation": {"half_period": "no flip was seen", "net": "this source does not have it"},
+    "layer_totals": {"lc_low": _FEW},
+    "synchrony": {
+        "group": "LC of the whole split",
+        "p_value": "by chance there would be no coincidence at all",
+    },
+    "fisher": {"trace_true": "the analysis has the empirical kind alone"},
 }

@@ -1,16 +1,24 @@
 """Neighbouring intervals taken together, so that a figure has as many columns as it can show.
 
+Sums are made by DuckDB, in the order of the steps: a long run is not read into memory, and however
+many threads add, the sums are the same bit for bit.
+
 Legend: T intervals, C columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.errors import UsageError
+from lcray.results import Results
 
 Floats = NDArray[np.float64]
 
@@ -20,45 +28,88 @@ class Columns:
     """At most so many columns, each of one or more neighbouring intervals.
 
     Attributes:
+        rows: SQL of the rows whose intervals these are: a table, and a condition if any.
+        each: intervals in a column; the last may have fewer.
         firsts: the start step of each column's first interval [C].
         ends: the end step of its last [C].
-        cuts: the position of each column's first interval [C].
         total: T.
     """
 
+    rows: str
+    each: int
     firsts: NDArray[np.int64]
     ends: NDArray[np.int64]
-    cuts: NDArray[np.int64]
     total: int
 
     @classmethod
-    def of(cls, starts: NDArray[np.int64], ends: NDArray[np.int64], most: int) -> Columns:
-        """As even columns of intervals [T] as there can be, at most `most`.
+    def of(cls, results: Results, rows: str, most: int) -> Columns:
+        """As even columns of the intervals of `rows` as there can be, at most `most`.
 
         Raises:
             UsageError: for fewer than 1.
         """
         if most < 1:
             raise UsageError(f"columns {most}: must be at least 1")
-        n = len(starts)
-        size = max(1, -(-n // most))
-        cuts = np.arange(0, n, size)
-        lasts = np.minimum(cuts + size, n) - 1
-        return cls(starts[cuts], ends[lasts], cuts, n)
+        found = results.sql_arrow(f"SELECT DISTINCT start_step FROM {rows} ORDER BY start_step")
+        starts: NDArray[np.int64] = found["start_step"].to_numpy()
+        each = max(1, -(-len(starts) // most))
+        lasts = np.minimum(np.arange(each - 1, len(starts) + each - 1, each), len(starts) - 1)
+        steps = np.array(results.plan.steps)
+        ends = steps[np.searchsorted(steps, starts[lasts]) + 1]
+        return cls(rows, each, starts[::each], ends, len(starts))
 
     def __len__(self) -> int:
-        return len(self.cuts)
+        return len(self.firsts)
 
-    def sums(self, values: Floats) -> Floats:
-        """Sums of [T, …] over each column's intervals, [C, …]; NaN where none has a number."""
-        known = np.isfinite(values)
-        total = np.add.reduceat(np.where(known, values, 0.0), self.cuts, axis=0)
-        return np.where(np.add.reduceat(known, self.cuts, axis=0), total, np.nan)
+    @property
+    def sql(self) -> str:
+        """The beginning of a query, that has them as a table `grid`: start_step and col."""
+        return (
+            "WITH grid AS (SELECT start_step, (row_number() OVER (ORDER BY start_step) - 1) "
+            f"// {self.each} AS col FROM (SELECT DISTINCT start_step FROM {self.rows}))\n"
+        )
+
+    def read(
+        self, results: Results, rows: str, what: Sequence[str], by: Sequence[str] = ()
+    ) -> pa.Table:
+        """A row for each column and group that has any.
+
+        Args:
+            results: of the output.
+            rows: SQL of what is grouped: a table, or a query in parentheses.
+            what: SQL of aggregates, as of `total`.
+            by: columns of `rows` that make groups.
+
+        Returns:
+            `by`, ``col`` (the position of the column), and `what`.
+        """
+        keys = ", ".join((*by, "col"))
+        return results.sql_arrow(
+            f"{self.sql}SELECT {keys}, {', '.join(what)} FROM {rows} JOIN grid USING (start_step) "
+            f"GROUP BY {keys} ORDER BY {keys}"
+        )
 
     @property
     def notes(self) -> list[str]:
         """What a reader must know: how many intervals are in a column, if more than one."""
-        if len(self) == self.total:
+        if self.each == 1:
             return []
-        size = int(self.cuts[1]) if len(self) > 1 else self.total
+        size = min(self.each, self.total)
         return [f"{self.total} intervals in {len(self)} columns: sums of {size} intervals each"]
+
+
+def total(column: str) -> str:
+    """SQL of a sum that is the same bit for bit, however many threads add; null of nothing."""
+    return f"sum({column}::DOUBLE ORDER BY start_step) AS {column}"
+
+
+def positions(table: pa.Table, column: str, names: Sequence[str]) -> NDArray[np.int64]:
+    """The place in `names` of each text of a column; -1 where it is none of them."""
+    found = pd.Index([*names], dtype=object).get_indexer(table[column].to_pandas().astype(object))
+    return np.asarray(found, np.int64)
+
+
+def numbers(table: pa.Table, column: str) -> Floats:
+    """A column as float64; NaN for null."""
+    values: Any = table[column].to_numpy()
+    return np.asarray(values, np.float64)

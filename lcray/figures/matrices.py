@@ -1,16 +1,21 @@
-"""LC as matrices over intervals: of all layers, and of the units of one."""
+"""LC as matrices over intervals: of all layers, and of the units of one.
+
+Legend: S splits, L layers, C columns.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.series import Floats, layer_series
-from lcray.analyses.tables import layer_of, only, require, split_of
+from lcray.analyses.tables import layer_of, require, split_of
 from lcray.columns import COUNT, column
-from lcray.figures.grouping import Columns
+from lcray.figures.grouping import Columns, Floats, numbers, positions, total
 from lcray.results import Results
+from lcray.views import literal
 
 _TIMES = (
     tidy.count("first_step", "start of the column's first interval"),
@@ -51,13 +56,14 @@ def layer_matrix(results: Results, *, columns: int = 200) -> pa.Table:
         UsageError: for fewer columns than 1.
     """
     require(results, "layers")
-    series = layer_series(results, ["lc"], ("parameter", "buffer"))
-    times = Columns.of(series.starts, series.ends, columns)
-    lc = np.stack([times.sums(series["lc"][s]).T for s in range(len(series.splits))])
+    splits = [split.name for split in results.plan.splits]
+    layers = [layer.name for layer in results.plan.layers]
+    times = Columns.of(results, "layers", columns)
+    lc = layer_sums(results, times, ("lc",), splits, layers)["lc"]
     split, layer, at = (i.ravel() for i in np.indices(lc.shape))
     found = {
-        "split": (split, list(series.splits)),
-        "layer": (layer, list(series.layers)),
+        "split": (split, splits),
+        "layer": (layer, layers),
         "first_step": times.firsts[at],
         "end_step": times.ends[at],
         "lc": lc.ravel(),
@@ -65,6 +71,25 @@ def layer_matrix(results: Results, *, columns: int = 200) -> pa.Table:
     return tidy.stamped(
         tidy.from_columns(_LAYERS, found), parameters={"columns": columns}, notes=times.notes
     )
+
+
+def layer_sums(
+    results: Results,
+    times: Columns,
+    names: Sequence[str],
+    splits: Sequence[str],
+    layers: Sequence[str],
+) -> dict[str, Floats]:
+    """Sums of columns of `layers` by name, [S, L, C]; NaN where no interval has a number."""
+    found = times.read(results, "layers", [total(name) for name in names], ("split", "layer"))
+    split, layer = positions(found, "split", splits), positions(found, "layer", layers)
+    here = (split >= 0) & (layer >= 0)
+    place = split[here], layer[here], found["col"].to_numpy()[here]
+    sums = {}
+    for name in names:
+        sums[name] = np.full((len(splits), len(layers), len(times)), np.nan)
+        sums[name][place] = numbers(found, name)[here]
+    return sums
 
 
 def unit_matrix(
@@ -88,16 +113,12 @@ def unit_matrix(
     require(results, "units")
     split = split_of(results, split)
     layer_of(results, layer, "units", results.plan.unit_layers)
-    mine = only(split=split, layer=layer)
-    table = results.arrow("units", columns=["start_step", "unit", "lc"], filters=mine)
-    start, unit = table["start_step"].to_numpy(), table["unit"].to_numpy()
-    starts, row = np.unique(start, return_inverse=True)
-    units, place = np.unique(unit, return_inverse=True)
-    grid: Floats = np.full((len(starts), len(units)), np.nan)
-    grid[row, place] = table["lc"].to_numpy().astype(np.float64)
-    steps = np.array(results.plan.steps)
-    times = Columns.of(starts, steps[np.searchsorted(steps, starts) + 1], columns)
-    lc = times.sums(grid).T
+    mine = f"(FROM units WHERE split = {literal(split)} AND layer = {literal(layer)})"
+    times = Columns.of(results, mine, columns)
+    table = times.read(results, mine, [total("lc")], ("unit",))
+    units, row = np.unique(table["unit"].to_numpy(), return_inverse=True)
+    lc: Floats = np.full((len(units), len(times)), np.nan)
+    lc[row, table["col"].to_numpy()] = numbers(table, "lc")
     which, at = (i.ravel() for i in np.indices(lc.shape))
     found = {
         "split": (np.zeros(lc.size, np.int64), [split]),

@@ -14,14 +14,16 @@ from lcray.analyses import trajectories as cumulative
 from lcray.analyses.tables import require, split_of
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.figures import reconstruction
+from lcray.palette import by_depth
 from lcray.plots.styling import (
     FAINT,
     HELPS,
     HURTS,
     INK,
     LOSS,
+    OTHER,
+    THIRD,
     axis,
-    depth_colours,
     note,
     panels,
     shortened,
@@ -60,7 +62,7 @@ def loss(
     upper.set_ylabel("loss")
     upper.legend(frameon=False)
     title(upper, f"Loss, and what LC adds up to, {split}")
-    lower.plot(frame["step"], frame["gap"], color=HURTS)
+    lower.plot(frame["step"], frame["gap"], color=THIRD)
     lower.axhline(0, color=INK, linewidth=0.8)
     lower.set_ylabel(f"gap ({LOSS})")
     lower.set_xlabel("step")
@@ -88,7 +90,7 @@ def first_order(
     ax = axis(ax)
     ax.plot(frame["step"], frame["loss"], color=FAINT, linewidth=2.5, label="measured")
     ax.plot(frame["step"], frame["reconstructed"], "--", color=HELPS, label=rule)
-    ax.plot(frame["step"], frame["first_order"], ":", color=HURTS, label="first order")
+    ax.plot(frame["step"], frame["first_order"], ":", color=OTHER, label="first order")
     ax.set_xlabel("step")
     ax.set_ylabel("loss")
     title(ax, f"First order against the rule, {split}")
@@ -124,7 +126,7 @@ def trajectories(
             raise UsageError(suggest(name, known, "layer"))
     ax = axis(ax)
     ax.axhline(0, color=INK, linewidth=0.8)
-    for name, colour in zip(chosen, depth_colours(len(chosen)), strict=True):
+    for name, colour in zip(chosen, by_depth(len(chosen)), strict=True):
         here = frame[frame["layer"] == name]
         dash = "--" if here["lc"].iloc[-1] > 0 else "-"
         ax.plot(here["step"], here["lc"], dash, color=colour, label=shortened(name, 24))

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from lcray.analyses.tables import split_of
 from lcray.analyses.tidy import notes_of
 from lcray.figures import tracks as traced
-from lcray.plots.styling import INK, LOSS, depth_colours, note, panels, shortened, title
+from lcray.palette import by_depth
+from lcray.plots.styling import INK, LOSS, legend_beside, note, panels, shortened, title
 from lcray.results import Results
 
 
@@ -36,7 +37,7 @@ def tracks(
     units = (("weight", "weight"), ("gradient", "gradient"), ("lc", f"LC ({LOSS})"))
     for at, (column, label) in zip(found, units, strict=True):
         at.axhline(0, color=INK, linewidth=0.6)
-        for index, colour in zip(indices, depth_colours(len(indices)), strict=True):
+        for index, colour in zip(indices, by_depth(len(indices)), strict=True):
             here = frame[frame["index"] == index]
             at.plot(here["step"], here[column], color=colour, label=f"[{index}]")
         at.set_ylabel(label)
@@ -44,5 +45,5 @@ def tracks(
     note(found[0], notes_of(table)[0].replace("elements with the greatest sum of", "by"))
     found[-1].set_xlabel("step")
     if len(indices) <= 8:
-        found[0].legend(loc="upper right", framealpha=0.7, fontsize="x-small", ncols=2)
+        legend_beside(found[0])
     return found

@@ -14,13 +14,23 @@ from lcray.analyses.tables import require, split_of
 from lcray.errors import InapplicableError, UsageError
 from lcray.figures import class_layers as by_class
 from lcray.figures import layer_matrix, unit_matrix
-from lcray.plots.styling import HURTS, INK, LOSS, axis, literal, name_rows, note, shortened, title
+from lcray.plots.styling import (
+    HURTS,
+    INK,
+    LOSS,
+    MISSING,
+    axis,
+    diverging,
+    literal,
+    name_rows,
+    note,
+    shortened,
+    title,
+)
 from lcray.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_MAP = "RdBu_r"  # blue below, red above: also for colour-blind people
 
 
 def layer_map(
@@ -163,7 +173,7 @@ def coincidences(
         for name in ("excess", "p_adjusted")
     ]
     ax = axis(ax)
-    mesh, end = _coloured(ax, np.arange(len(names) + 1), grids[0], 100.0)
+    mesh, end = _coloured(ax, np.arange(len(names) + 1), grids[0], 100.0, backwards=True)
     _scale(ax, mesh, "coincident peaks above chance", end)
     rows, across = np.nonzero(grids[1] < 0.05)
     ax.plot(across + 0.5, rows + 0.5, "o", color=INK, markeredgecolor="white", markersize=4)
@@ -201,7 +211,13 @@ def _over_time(
 
 
 def _coloured(
-    ax: Axes, edges: NDArray[Any], grid: NDArray[Any], percentile: float, first: float = 0.0
+    ax: Axes,
+    edges: NDArray[Any],
+    grid: NDArray[Any],
+    percentile: float,
+    first: float = 0.0,
+    *,
+    backwards: bool = False,
 ) -> tuple[Any, bool]:
     """The map, its first row from `first` on, and whether any value is beyond its colours."""
     if not 0 < percentile <= 100:
@@ -213,12 +229,12 @@ def _coloured(
         edges,
         np.arange(grid.shape[0] + 1) + first,
         np.ma.masked_invalid(grid),
-        cmap=_MAP,
+        cmap=diverging(backwards),
         vmin=-top,
         vmax=top,
         rasterized=True,
     )
-    ax.set_facecolor("#dddddd")  # where there is no LC
+    ax.set_facecolor(MISSING)
     return mesh, bool(size.size and size.max() > top)
 
 

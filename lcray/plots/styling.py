@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lcray.errors import LcrayError, UsageError
+from lcray.errors import LcrayError, UsageError, one_line
+from lcray.palette import LIGHT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Of Okabe and Ito's palette, which colour-blind people can tell apart.
-HELPS, HURTS, OTHER, THIRD = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-INK, FAINT = "#333333", "#999999"
+HELPS, HURTS, INK, FAINT = LIGHT.helps, LIGHT.hurts, LIGHT.ink, LIGHT.measured
+MISSING = LIGHT.missing
+OTHER, THIRD = LIGHT.categories[1:3]
 HATCH = "////"
 LOSS = "loss"
 _MOST_NAMES = 40
@@ -134,6 +135,17 @@ def legend_above(ax: Axes, columns: int) -> None:
     )
 
 
+def legend_beside(ax: Axes) -> None:
+    """A legend at the right, where no curve can be under it."""
+    ax.legend(
+        loc="upper left",
+        bbox_to_anchor=(1, 1),
+        frameon=False,
+        fontsize="x-small",
+        borderaxespad=0.2,
+    )
+
+
 def name_rows(ax: Axes, names: Sequence[str], at: NDArray[Any] | None = None) -> None:
     """Names along the vertical axis from the top down; every k-th where they are many."""
     places = np.arange(len(names)) if at is None else at
@@ -144,16 +156,18 @@ def name_rows(ax: Axes, names: Sequence[str], at: NDArray[Any] | None = None) ->
 
 def shortened(name: str, most: int = 32) -> str:
     """A name of bounded length, as it is: its end tells layers apart."""
+    name = one_line(name)
     return literal(name if len(name) <= most else "…" + name[1 - most :])
 
 
 def literal(text: str) -> str:
-    """Text whose dollars begin no formula."""
-    return re.sub(r"(?<!\\)\$", r"\\$", text)
+    """Text on one line, control characters escaped, whose dollars begin no formula."""
+    return re.sub(r"(?<!\\)\$", r"\\$", one_line(text))
 
 
-def depth_colours(n: int) -> list[Any]:
-    """Colours of n layers by their depth, dark to light, colour-blind safe."""
-    from matplotlib import colormaps
+def diverging(backwards: bool = False) -> Any:
+    """The colours of LC, helping at the lower end; backwards, where more is better."""
+    from matplotlib.colors import LinearSegmentedColormap
 
-    return list(colormaps["viridis"](np.linspace(0.0, 0.88, max(n, 1))))
+    stops = LIGHT.diverging[::-1] if backwards else LIGHT.diverging
+    return LinearSegmentedColormap.from_list("lcray", stops)

@@ -14,6 +14,7 @@ from lcray.reporting.sections import (
     Figure,
     Section,
     bars_height,
+    depths,
     listed,
     percent,
     plain,
@@ -59,7 +60,7 @@ def loss(source: Source, store: Store) -> Section:
         "Loss and its reconstruction from LC",
         f"Adding up the LC of all parameters gives back the {one_line(source.splits[0])} loss to "
         f"within {plain(worst, 2)}, {percent(worst, change, 2)} of its change.",
-        "The line is the measured loss, the dashes are the first loss plus all LC so far; the "
+        "The grey line is the measured loss, the dashes are the first loss plus all LC so far; the "
         "lower panel has their difference, the gap, on a scale of its own.",
         ("intervals",),
         "SELECT split, end_step, loss_end, gap,\n"
@@ -93,7 +94,12 @@ def _loss_figure(store: Store, x: Any, curves: tuple[Any, ...], what: str) -> Fi
     line = {"x": x.whole, "type": "scatter", "mode": "lines"}
     hover = f"step %{{x}}<br>%{{fullData.name}} %{{y:.5g}} ({LOSS})<extra></extra>"
     traces = [
-        {**line, "y": measured, "name": f"measured {what}", "line": {"color": "@ink", "width": 2}},
+        {
+            **line,
+            "y": measured,
+            "name": f"measured {what}",
+            "line": {"color": "@measured", "width": 4},
+        },
         {
             **line,
             "y": rebuilt,
@@ -154,7 +160,7 @@ def heat_map(source: Source, store: Store) -> Section:
         f"{percent(hurting, 1, 2)} of the cells hurt: there a layer raised the "
         f"{one_line(source.splits[0])} loss in that {source.span}.",
         "A row is a layer, from the input down; blue cells lowered the loss, orange ones raised "
-        "it, and what is near 0 has the colour of the page.",
+        "it; what is near 0 has the colour of the page, and grey ones have no LC.",
         ("layers",),
         "SELECT split, layer, start_step, lc FROM layers ORDER BY ALL",
         figures,
@@ -243,8 +249,7 @@ def trajectories(source: Source, store: Store) -> Section:
         "Cumulative LC of each layer",
         f"{says}: what each layer had done to the {one_line(source.splits[0])} loss by each step.",
         "A line that falls helps at that time, one that rises hurts; its last point is the layer's "
-        f"total. The {_HIGHLIGHTED} that reach furthest have colours, the others are grey: "
-        "hover names them.",
+        f"total. {_colouring(len(names))}",
         ("layers",),
         "SELECT split, layer, end_step,\n"
         "  sum(lc) OVER (PARTITION BY split, layer ORDER BY start_step) AS lc_so_far\n"
@@ -255,14 +260,26 @@ def trajectories(source: Source, store: Store) -> Section:
     )
 
 
+def _colouring(n: int) -> str:
+    """How the lines of n layers have their colours."""
+    if n <= _HIGHLIGHTED:
+        return "Colours go from dark to light in the order of the model."
+    return (
+        f"The {_HIGHLIGHTED} that reach furthest have colours, from dark to light in the order of "
+        "the model; the others are grey: hover names them."
+    )
+
+
 def trajectory_traces(names: list[str], reach: Floats, x: Any, rows: list[Any]) -> list[Any]:
     """A line a layer; those that reach furthest from 0 on top, in colours."""
     order = np.argsort(-reach, kind="stable")
+    chosen = np.sort(order[:_HIGHLIGHTED])
+    colours = dict(zip(chosen.tolist(), depths(len(chosen)), strict=True))
     dashes = ("solid", "dash", "dot", "dashdot", "longdash", "solid")
     traces = []
     for rank, i in reversed([*enumerate(order)]):
         shown = rank < _HIGHLIGHTED
-        line = {"color": f"@s{rank}", "width": 2, "dash": dashes[rank]} if shown else None
+        line = {"color": colours[i], "width": 2, "dash": dashes[rank]} if shown else None
         name = plotted(names[i])
         traces.append(
             {

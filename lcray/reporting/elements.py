@@ -9,9 +9,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lcray.errors import InapplicableError, one_line
+from lcray.figures.grouping import total
 from lcray.reporting.course import STEP, heat_trace
 from lcray.reporting.sections import LOSS, Control, Figure, Section, plain, plotted
-from lcray.reporting.source import Source, total
+from lcray.reporting.source import Source
 from lcray.reporting.store import Store, column
 from lcray.views import literal
 
@@ -212,7 +213,7 @@ def _unit_rows(source: Source, each: int) -> dict[str, pd.DataFrame]:
         f"<= {MOST_UNITS}"
     )
     found = source.sql(
-        f"{source.grid}, largest AS ({largest}) "
+        f"{source.grid.sql}, largest AS ({largest}) "
         f"SELECT layer::VARCHAR AS layer, unit, col // {each} AS col, {total('lc')} "
         "FROM units JOIN grid USING (start_step) JOIN largest USING (layer, unit) "
         f"WHERE split = '{split}' GROUP BY ALL ORDER BY ALL"
@@ -312,7 +313,7 @@ def _trace_figure(store: Store, name: str, rows: pd.DataFrame, each: int, end: i
     colours = ["@hurts" if value > 0 else "@helps" for value in sums]
     made: list[dict[str, Any]] = [
         {**line, "y": weight, "line": {"color": "@ink", "width": 1.8}},
-        {**line, "y": gradient, "yaxis": "y2", "line": {"color": "@s5", "width": 1.8}},
+        {**line, "y": gradient, "yaxis": "y2", "line": {"color": "@s2", "width": 1.8}},
         {
             "type": "bar",
             "x": x,

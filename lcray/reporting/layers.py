@@ -18,6 +18,7 @@ from lcray.reporting.sections import (
     Figure,
     Section,
     bars_height,
+    category,
     count,
     listed,
     percent,
@@ -128,7 +129,7 @@ def _bars(source: Source, store: Store, found: dict[str, Floats], errors: bool) 
             "xanchor": "left",
             "showarrow": False,
             "text": f"{signed(value)} ▲" if value > 0 else signed(value),
-            "font": {"color": "@hurtsText" if value > 0 else "@muted"},
+            "font": {"color": "@hurts_text" if value > 0 else "@muted"},
         }
         for i, value in enumerate(lc)
     ]
@@ -250,7 +251,7 @@ def dots(
                 "text": [plotted(row) for row in rows],
                 "name": plotted(name),
                 "marker": {
-                    "color": f"@s{k % 8}",
+                    "color": category(k),
                     "symbol": _SHAPES[k % 6],
                     "size": 9 if n <= 30 else 7,
                 },

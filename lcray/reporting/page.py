@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lcray.errors import UsageError, one_line
+from lcray.palette import css, themes
 from lcray.reporting.sections import Absent, Section
 from lcray.reporting.store import Store
 from lcray.storage import Place, Remote
@@ -55,6 +56,7 @@ def render(
     shown = [section for section in sections if isinstance(section, Section)]
     data = {
         **data,
+        "themes": themes(),
         "arrays": store.arrays,
         "sections": [section.data() for section in shown],
     }
@@ -62,7 +64,7 @@ def render(
     page = Template((static / "page.html").read_text("utf-8")).substitute(
         title=escape(title),
         policy=_POLICY.format(scripts=" ".join(map(_hash, (plotly, script)))),
-        style=(static / "page.css").read_text("utf-8"),
+        style=css() + "\n" + (static / "page.css").read_text("utf-8"),
         head=head,
         contents="\n".join(_entry(section) for section in sections),
         sections="\n".join(

@@ -14,6 +14,7 @@ from lcray.reporting.sections import (
     Control,
     Figure,
     Section,
+    count,
     percent,
     plotted,
     signed,
@@ -36,11 +37,11 @@ def shares(source: Source, store: Store) -> Section:
     counts, all_of = counts[:, :, keep], all_of[:, keep]
     with np.errstate(invalid="ignore", divide="ignore"):
         found = store.add(100 * counts / all_of)  # [3, S, K, B]
-        means, edges = _window_shares(source, counts)
+        means, edges, width = _window_shares(source, counts)
     window, steps, x = store.add(means), store.add(edges), store.add(source.starts)
     names = [("all layers", *source.layers)[i] for i in keep]
     figures = {
-        f"{s}.{k}": _share_figure(found, window, steps, x, (s, k), names[k])
+        f"{s}.{k}": _share_figure(found, window, steps, x, (s, k), names[k], source.span)
         for s in range(len(source.splits))
         for k in range(len(names))
     }
@@ -51,8 +52,9 @@ def shares(source: Source, store: Store) -> Section:
         "How many parameters help",
         f"On {one_line(source.splits[0])} {percent(helping, pairs)} of (parameter, iteration) "
         f"pairs help and {percent(hurting, pairs)} hurt.",
-        "Thin lines are single iterations, thick ones windows. Helping and hurting leave a rest "
-        "below 100 %: parameters whose LC is exactly 0.",
+        f"Thin lines go through each {source.span}, thick ones are the shares in windows of "
+        f"{count(width * source.each, 'interval')}. Helping and hurting leave a rest below 100 %: "
+        "parameters whose LC is exactly 0.",
         ("layers",),
         "SELECT split, layer, start_step,\n"
         "  n_helping / (n_helping + n_hurting + n_zero) AS helping,\n"
@@ -65,23 +67,26 @@ def shares(source: Source, store: Store) -> Section:
     )
 
 
-def _window_shares(source: Source, counts: Floats) -> tuple[Floats, NDArray[np.int64]]:
-    """Shares in at most 40 windows of the grid, as steps [3, S, K, 2 W], and their edges [2 W]."""
+def _window_shares(source: Source, counts: Floats) -> tuple[Floats, NDArray[np.int64], int]:
+    """Shares in at most 20 windows of the grid, as steps [3, S, K, 2 W]; their edges [2 W]; width.
+
+    The width is in columns of the grid.
+    """
     width = max(1, -(-len(source.starts) // 20))
     first = np.arange(0, len(source.starts), width)
     sums = np.add.reduceat(np.nan_to_num(counts), first, axis=3)
     last = np.append(first[1:], len(source.starts)) - 1
     edges = np.column_stack([source.starts[first], source.ends[last]]).ravel()
-    return np.repeat(100 * sums / sums.sum(axis=0), 2, axis=3), edges
+    return np.repeat(100 * sums / sums.sum(axis=0), 2, axis=3), edges, width
 
 
 def _share_figure(
-    found: Any, window: Any, steps: Any, x: Any, at: tuple[int, int], layer: str
+    found: Any, window: Any, steps: Any, x: Any, at: tuple[int, int], layer: str, span: str
 ) -> Figure:
     traces = []
     name = plotted(layer).replace("{", "&#123;")
     for i, (kind, colour) in enumerate((("helping", "@helps"), ("hurting", "@hurts"))):
-        base = {"type": "scatter", "mode": "lines", "name": kind, "legendgroup": kind}
+        base = {"type": "scatter", "mode": "lines"}
         hover = f"{name}<br>step %{{x}}<br>{kind} %{{y:.1f}} % of parameters<extra></extra>"
         dash = ("solid", "dot")[i]
         traces += [
@@ -89,8 +94,8 @@ def _share_figure(
                 **base,
                 "x": x.whole,
                 "y": found.row(i, *at),
-                "opacity": 0.4,
-                "showlegend": False,
+                "name": f"{kind}, {span}",
+                "opacity": 0.6,
                 "line": {"color": colour, "width": 1},
                 "hovertemplate": hover,
             },
@@ -98,6 +103,7 @@ def _share_figure(
                 **base,
                 "x": steps.whole,
                 "y": window.row(i, *at),
+                "name": f"{kind}, window",
                 "line": {"color": colour, "width": 3, "dash": dash},
                 "hoverinfo": "skip",
             },
@@ -157,7 +163,7 @@ def _claims(store: Store, x: Packed, curves: dict[str, Floats], rule: str) -> Fi
     """Measured change, the rule's LC and the first order's, so far."""
     rows = {name: store.put(values) for name, values in curves.items()}
     style = {
-        "measured": ("measured change", "@ink", "solid"),
+        "measured": ("measured change", "@measured", "solid"),
         "rule": (f"Σ LC, {plotted(rule)}", "@s0", "dash"),
         "first order": ("first order, g(start)·Δ", "@s1", "dot"),
     }
@@ -168,7 +174,7 @@ def _claims(store: Store, x: Packed, curves: dict[str, Floats], rule: str) -> Fi
             "x": x.whole,
             "y": rows[key],
             "name": name,
-            "line": {"color": colour, "width": 2, "dash": dash},
+            "line": {"color": colour, "width": 4 if key == "measured" else 2, "dash": dash},
             "hovertemplate": f"step %{{x}}<br>%{{fullData.name}} %{{y:.4g}} ({LOSS})"
             "<extra></extra>",
         }

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from lcray.reporting.source import ALLOCATED, Source, numbers, positions
+from lcray.figures.grouping import numbers, positions
+from lcray.reporting.source import ALLOCATED, Source
 from lcray.reporting.store import Store
 
 MOST_WINDOWS = 1000

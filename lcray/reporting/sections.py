@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from lcray.errors import one_line
+from lcray.palette import DARK, LIGHT, by_depth
 
 #: The unit of LC in words.
 LOSS = "units of the loss (nats for cross-entropy)"
@@ -106,6 +107,16 @@ class Absent:
 def plotted(name: str) -> str:
     """A name as Plotly shows it as it is: it takes text for a small HTML."""
     return escape(one_line(name), quote=False)
+
+
+def category(k: int) -> str:
+    """The colour of the k-th of things without an order, begun again after the last."""
+    return f"@s{k % len(LIGHT.categories)}"
+
+
+def depths(n: int) -> list[str]:
+    """Colours of n layers in the model's order, each for both themes."""
+    return [f"@{a}|{b}" for a, b in zip(by_depth(n, LIGHT), by_depth(n, DARK), strict=True)]
 
 
 def signed(value: float, digits: int = 3) -> str:

@@ -22,6 +22,7 @@ from lcray.reporting.sections import (
     Figure,
     Section,
     bars_height,
+    category,
     count,
     listed,
     percent,
@@ -109,7 +110,7 @@ def _line(x: Any, y: Any, k: int, name: str, what: str, unit: str) -> dict[str, 
         "x": x,
         "y": y,
         "name": plotted(name),
-        "line": {"color": f"@s{k % 8}", "width": 2, "dash": _DASHES[k % 6]},
+        "line": {"color": category(k), "width": 2, "dash": _DASHES[k % 6]},
         "hovertemplate": f"%{{fullData.name}}<br>step %{{x}}<br>{what} %{{y:.4g}} ({unit})"
         "<extra></extra>",
     }

@@ -5,17 +5,16 @@ Legend: S splits, B columns of the time grid, L layers, T intervals.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.errors import InapplicableError, OutputError
+from lcray.figures.grouping import Columns, numbers, positions, total
+from lcray.figures.matrices import layer_sums
 from lcray.recipes import recipe_for
 from lcray.results import Results
 
@@ -42,10 +41,7 @@ class Source:
         splits: names [S].
         layers: names [L] in the model's order; buffers that never have LC are left out.
         left_out: how many those are.
-        each: intervals that are added up in a column of the grid.
-        n_intervals: T.
-        starts: the first step of each column [B].
-        ends: the last step of each column [B].
+        grid: the columns.
         intervals: by column of `intervals`, sums [S, B]; NaN where there is none.
         by_layer: by column of `layers`, sums [S, L, B], likewise.
     """
@@ -54,17 +50,29 @@ class Source:
     splits: tuple[str, ...]
     layers: tuple[str, ...]
     left_out: int
-    each: int
-    n_intervals: int
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
+    grid: Columns
     intervals: dict[str, Floats]
     by_layer: dict[str, Floats]
 
-    @cached_property
-    def grid(self) -> str:
-        """The beginning of a query, that has the grid as a table: start_step and column."""
-        return grid_sql(self.each)
+    @property
+    def each(self) -> int:
+        """Intervals that are added up in a column of the grid."""
+        return self.grid.each
+
+    @property
+    def n_intervals(self) -> int:
+        """T."""
+        return self.grid.total
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """The first step of each column [B]."""
+        return self.grid.firsts
+
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """The last step of each column [B]."""
+        return self.grid.ends
 
     @cached_property
     def totals(self) -> Floats:
@@ -97,14 +105,6 @@ class Source:
         return self.results.sql_arrow(query)
 
 
-def grid_sql(each: int) -> str:
-    """The common table expression of the grid."""
-    return (
-        f"WITH grid AS (SELECT start_step, (row_number() OVER (ORDER BY start_step) - 1) // {each} "
-        "AS col FROM (SELECT DISTINCT start_step FROM intervals))\n"
-    )
-
-
 def read_source(results: Results) -> Source:
     """Reads what most sections need.
 
@@ -115,24 +115,18 @@ def read_source(results: Results) -> Source:
     splits = tuple(split.name for split in results.plan.splits)
     known = tuple(layer.name for layer in results.plan.layers)
     layers = _with_lc(results)
-    found = results.sql_arrow("SELECT count(DISTINCT start_step) AS n FROM intervals")
-    n_intervals = int(found["n"][0].as_py())
-    if not n_intervals:
+    most = max(10, min(MOST_COLUMNS, MOST_CELLS // len(layers)))
+    grid = Columns.of(results, "intervals", most)
+    if not grid.total:
         raise OutputError(f"{results.path}: has no intervals; run the analysis again to finish it")
-    columns = max(10, min(MOST_COLUMNS, MOST_CELLS // len(layers)))
-    each = -(-n_intervals // columns)
-    width = -(-n_intervals // each)
-    starts, ends, intervals = _intervals(results, splits, each, width)
-    by_layer = _by_layer(results, splits, layers, each, width)
+    intervals = _intervals(results, splits, grid)
+    by_layer = layer_sums(results, grid, _LAYER_SUMS, splits, layers)
     return Source(
         results,
         splits,
         layers,
         len(known) - len(layers),
-        each,
-        n_intervals,
-        starts,
-        ends,
+        grid,
         intervals,
         by_layer,
     )
@@ -147,58 +141,20 @@ def _with_lc(results: Results) -> tuple[str, ...]:
     return kept or tuple(la.name for la in layers)
 
 
-def total(column: str) -> str:
-    """SQL of a sum that is the same bit for bit, however many threads add."""
-    return f"sum({column}::DOUBLE ORDER BY start_step) AS {column}"
-
-
-def _intervals(
-    results: Results, splits: tuple[str, ...], each: int, width: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[str, Floats]]:
-    found = results.sql_arrow(
-        grid_sql(each) + "SELECT split, col, min(start_step) AS starts, max(end_step) AS ends, "
-        "arg_min(loss_start, start_step) AS loss_start, arg_max(loss_end, start_step) AS loss_end, "
-        f"{', '.join(map(total, _SUMS))}, sum(abs(gap) ORDER BY start_step) AS abs_gap, "
-        "sum(abs(loss_change) ORDER BY start_step) AS abs_change, "
-        "sum(n_gradients)::DOUBLE AS n_gradients, "
-        "count(*) FILTER (status <> 'ok')::DOUBLE AS n_bad "
-        f"FROM {ALLOCATED} JOIN grid USING (start_step) GROUP BY split, col ORDER BY split, col"
-    )
+def _intervals(results: Results, splits: tuple[str, ...], grid: Columns) -> dict[str, Floats]:
+    more = {
+        "loss_start": "arg_min(loss_start, start_step)",
+        "loss_end": "arg_max(loss_end, start_step)",
+        "abs_gap": "sum(abs(gap) ORDER BY start_step)",
+        "abs_change": "sum(abs(loss_change) ORDER BY start_step)",
+        "n_gradients": "sum(n_gradients)::DOUBLE",
+        "n_bad": "count(*) FILTER (status <> 'ok')::DOUBLE",
+    }
+    what = [*map(total, _SUMS), *(f"{sql} AS {name}" for name, sql in more.items())]
+    found = grid.read(results, ALLOCATED, what, ("split",))
     split, col = positions(found, "split", splits), found["col"].to_numpy()
-    starts, ends = np.zeros(width, np.int64), np.zeros(width, np.int64)
-    starts[col], ends[col] = found["starts"].to_numpy(), found["ends"].to_numpy()
     values = {}
-    names = ("loss_start", "loss_end", *_SUMS, "abs_gap", "abs_change", "n_gradients", "n_bad")
-    for name in names:
-        values[name] = np.full((len(splits), width), np.nan)
+    for name in (*_SUMS, *more):
+        values[name] = np.full((len(splits), len(grid)), np.nan)
         values[name][split, col] = numbers(found, name)
-    return starts, ends, values
-
-
-def _by_layer(
-    results: Results, splits: tuple[str, ...], layers: tuple[str, ...], each: int, width: int
-) -> dict[str, Floats]:
-    found = results.sql_arrow(
-        grid_sql(each) + f"SELECT split, layer, col, {', '.join(map(total, _LAYER_SUMS))} "
-        "FROM layers JOIN grid USING (start_step) GROUP BY split, layer, col"
-    )
-    split, layer = positions(found, "split", splits), positions(found, "layer", layers)
-    here = layer >= 0
-    place = split[here], layer[here], found["col"].to_numpy()[here]
-    values = {}
-    for name in _LAYER_SUMS:
-        values[name] = np.full((len(splits), len(layers), width), np.nan)
-        values[name][place] = numbers(found, name)[here]
     return values
-
-
-def positions(table: pa.Table, column: str, names: Sequence[str]) -> NDArray[np.int64]:
-    """The place in `names` of each text of a column; -1 where it is none of them."""
-    found = pd.Index([*names], dtype=object).get_indexer(table[column].to_pandas().astype(object))
-    return np.asarray(found, np.int64)
-
-
-def numbers(table: pa.Table, column: str) -> Floats:
-    """A column as float64; NaN for null."""
-    values: Any = table[column].to_numpy()
-    return np.asarray(values, np.float64)

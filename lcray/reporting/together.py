@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from lcray.analyses.synchrony import coincidences, peaks_of_learning
 from lcray.errors import InapplicableError, one_line
+from lcray.figures.grouping import total
 from lcray.reporting.course import STEP, along, heat_trace
 from lcray.reporting.sections import (
     LOSS,
@@ -21,7 +23,7 @@ from lcray.reporting.sections import (
     plotted,
     signed,
 )
-from lcray.reporting.source import Source, total
+from lcray.reporting.source import Source
 from lcray.reporting.store import Store, column
 
 Floats = NDArray[np.float64]
@@ -46,7 +48,7 @@ def synchrony(source: Source, store: Store) -> Section:
     parameters = [la.name for la in source.results.plan.layers if la.kind == "parameter"]
     for s, split in enumerate(source.splits):
         here = peaks[peaks["split"] == split]
-        figures[f"{s}.0"] = _peak_figure(store, here, parameters)
+        figures[f"{s}.0"] = _peak_figure(store, here, parameters, source.results.plan.steps)
         rows = pairs[pairs["split"] == split]
         figures[f"{s}.1"] = _matrix_figure(store, rows, parameters[:MOST_LAYERS])
     first = pairs[(pairs["split"] == source.splits[0]) & (pairs["a"] != pairs["b"])]
@@ -78,16 +80,21 @@ def synchrony(source: Source, store: Store) -> Section:
     )
 
 
-def _peak_figure(store: Store, here: Any, layers: list[str]) -> Figure:
+def _peak_figure(store: Store, here: Any, layers: list[str], known: Sequence[int]) -> Figure:
     at = here["series"].astype(str).map({name: i for i, name in enumerate(layers)})
     steps, lc = here["start_step"].to_numpy(np.int64), here["lc"].to_numpy(float)
+    ends = np.array(known)[np.searchsorted(known, steps) + 1]
     names = [str(name) for name in here["series"]]
+    said = [
+        f"{plotted(name)}<br>steps {start:,} to {end:,}"
+        for name, start, end in zip(names, steps, ends, strict=True)
+    ]
     trace = {
         "type": "scatter",
         "mode": "markers",
-        "x": store.put(steps),
+        "x": store.put((steps + ends) / 2),  # the middle of the interval
         "y": [int(i) for i in at],
-        "text": [plotted(name) for name in names],
+        "text": said,
         "customdata": store.put(lc),
         "marker": {
             "color": "@helps",
@@ -95,11 +102,11 @@ def _peak_figure(store: Store, here: Any, layers: list[str]) -> Figure:
             "size": 11,
             "line": {"width": 2, "color": "@helps"},
         },
-        "hovertemplate": "%{text}<br>step %{x}<br>peak of learning, LC %{customdata:.4g} "
+        "hovertemplate": "%{text}<br>peak of learning, LC %{customdata:.4g} "
         f"({LOSS})<extra></extra>",
     }
     layout = {
-        "xaxis": STEP,
+        "xaxis": {**STEP, "range": [known[0], known[-1]]},
         "yaxis": {"names": layers, "range": [len(layers) - 0.5, -0.5], "rows": True},
         "showlegend": False,
     }
@@ -159,9 +166,8 @@ def classes(source: Source, store: Store) -> Section:
         f'SELECT split, layer, "group", {total("lc")} FROM groups '
         'GROUP BY split, layer, "group" ORDER BY split, layer, "group"'
     ).to_pandas()
-    along = source.sql(
-        f'{source.grid}SELECT split, "group", col, {total("lc")} FROM groups '
-        'JOIN grid USING (start_step) GROUP BY split, "group", col'
+    along = source.grid.read(
+        source.results, "groups", [total("lc")], ("split", '"group"')
     ).to_pandas()
     if not len(over_run):
         raise InapplicableError("no interval has LC by class")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import mpmath
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 from synthetic import bin_of
 
 from lcray.analyses.families import FAMILIES, Family
@@ -61,12 +61,12 @@ def test_distributions_are_those_of_scipy(family: Family, shape: float) -> None:
     assert density == pytest.approx(frozen.logpdf(x), rel=1e-10, abs=1e-10)
 
 
-@pytest.mark.parametrize("shape", [0.35, 2.5, 8.0])
+@pytest.mark.parametrize("shape", [0.35, 2.5, 8.0, 2000.0])
 def test_the_tails_of_the_generalized_gaussian_hold(shape: float) -> None:
     family = BY_NAME["generalized_gaussian"]
     theta = theta_of(family, shape, 1.0)
-    for h in (1e-12, 1e-7, 300.0, 640.0, 700.0, 1e4, 1e8):
-        y = np.array([np.log(h) / shape])
+    for h in (mpmath.mpf(10) ** -400, 1e-12, 1e-7, 300.0, 640.0, 700.0, 1e4, 1e8):
+        y = np.array([float(mpmath.log(h)) / shape])
         exact = mpmath.gammainc(1 / mpmath.mpf(shape), h, mpmath.inf, regularized=True)
         below = mpmath.gammainc(1 / mpmath.mpf(shape), 0, h, regularized=True)
         assert family.log_sf(theta, y)[0, 0] == pytest.approx(float(mpmath.log(exact)), rel=1e-8)
@@ -183,3 +183,62 @@ def test_p_values_are_small_where_it_is_not() -> None:
 def test_slopes_that_overflow_are_none_and_warn_of_nothing() -> None:
     found = slopes(lambda theta: np.where(theta > 0, -1e306, 1e306), np.zeros((1, 1)))
     assert found.tolist() == [[[0.0]]]
+
+
+#: Counts by bin where the likelihood bends twice as much as scoring expects, for some family.
+FEW_BINS = (
+    {0: 1, 1: 1, 2: 1},
+    {7: 166, 12: 204, 28: 574},
+    {1: 9, 14: 1, 24: 9, 30: 4},
+    {11: 259, 20: 673, 22: 389, 35: 62},
+    {12: 6, 16: 1, 38: 9},
+    {3: 1, 4: 1, 5: 7, 13: 7, 22: 1},
+    {10: 892, 12: 672, 26: 114, 29: 358, 30: 466},
+)
+
+
+def sought(family: Family, edges: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, float]:
+    """θ and the averaged log-likelihood that SciPy's simplex finds, of SciPy's distributions."""
+    some = counts > 0
+    middle = (edges[1:] + edges[:-1])[some] / 2
+    share = counts[some] / counts.sum()
+    mean = share @ middle
+    spread = np.sqrt(share @ (middle - mean) ** 2)
+
+    def loss(theta: np.ndarray) -> float:
+        frozen = SCIPY[family.name](np.exp(theta[0]), np.exp(theta[-1]))
+        x = np.exp(edges)
+        below = np.diff(frozen.cdf(x))[some]
+        above = -np.diff(frozen.sf(x))[some]  # where these are the small numbers
+        mass = np.where(frozen.cdf(x[1:])[some] < 0.5, below, above)
+        return float(-share @ np.log(mass))
+
+    begin = {"weibull": [-np.log(spread), mean], "lognormal": [np.log(spread), mean]}
+    options = {"xatol": 1e-10, "fatol": 1e-15, "maxiter": 5000, "maxfev": 5000}
+    with np.errstate(all="ignore"):
+        start = begin.get(family.name, [mean])
+        found = optimize.minimize(loss, start, method="Nelder-Mead", options=options)
+    assert found.success
+    return found.x, -found.fun
+
+
+@pytest.mark.parametrize("family", FAMILIES[:3], ids=lambda f: f.name)
+@pytest.mark.parametrize("cells", FEW_BINS, ids=str)
+def test_few_bins_settle_where_an_independent_search_ends(
+    family: Family, cells: dict[int, int]
+) -> None:
+    edges = np.arange(41) / 8 * np.log(2) - 5
+    counts = np.zeros(40)
+    counts[list(cells)] = list(cells.values())
+    found = fit_bins(family, edges, counts[None])
+    assert found.found.all()
+    theta, value = sought(family, edges, counts)
+    assert found.theta[0] == pytest.approx(theta, abs=1e-5)
+    assert found.value[0] / counts.sum() == pytest.approx(value, rel=1e-11)
+
+
+def test_the_uniform_is_not_taken_for_a_generalized_gaussian() -> None:
+    """Where density rises with x the likelihood does so up to β = ∞: there is no maximum."""
+    edges, counts = np.arange(5.0), np.array([[1.0, 5.0, 20.0, 90.0]])
+    assert not fit_bins(BY_NAME["generalized_gaussian"], edges, counts).found.any()
+    assert fit_bins(BY_NAME["generalized_gaussian"], edges, counts[:, ::-1]).found.all()

@@ -15,6 +15,7 @@ from lcray import figures
 from lcray.analyses import tidy
 from lcray.analyses.fits import fits as fits_of
 from lcray.errors import InapplicableError, UsageError
+from lcray.reporting.source import read_source
 from lcray.results import Results
 
 SIZES = {"b.weight": 6, "a.weight": 4}
@@ -84,6 +85,21 @@ def test_a_matrix_adds_neighbouring_intervals_up(
     assert bool(tidy.notes_of(found)) == (len(cuts) < T)
     with pytest.raises(UsageError, match="at least 1"):
         figures.layer_matrix(results, columns=0)
+
+
+def test_the_report_shows_the_same_sums(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    lc = {(split, "w"): rng.normal(size=(2001, 2)) for split in ("train", "val")}
+    found = lcray.open(synthetic.from_elements(tmp_path / "out", lc, window=2001))
+    source = read_source(found)
+    assert source.each == 3 and len(source.starts) == 667
+    matrix = figures.layer_matrix(found, columns=1000)
+    assert matrix["lc"].to_numpy().tolist() == source.by_layer["lc"].ravel().tolist()
+    assert matrix["first_step"].to_pylist() == [*source.starts] * 2
+    assert matrix["end_step"].to_pylist() == [*source.ends] * 2
+    cuts = np.arange(0, 2001, 3)
+    expected = [np.add.reduceat(lc[split, "w"].sum(axis=1), cuts) for split in ("train", "val")]
+    assert matrix["lc"].to_numpy() == pytest.approx(np.concatenate(expected), rel=1e-9)
 
 
 def test_a_column_without_lc_is_null(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ import output_factory as factory
 import pytest
 import synthetic
 from matplotlib import pyplot
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 import lcray
 from lcray import plots
 from lcray.errors import InapplicableError, LcrayError, UsageError
+from lcray.palette import LIGHT
 from lcray.results import Results
 
 LAYERS = ["b.weight", "a.weight"]
@@ -284,3 +286,39 @@ def test_where_nothing_has_lc_there_is_a_word(tmp_path: Path) -> None:
     for draw in (plots.layer_totals, plots.memorising, lambda r: plots.unit_map(r, "b.weight")):
         with pytest.raises(InapplicableError, match="no interval"):
             draw(found)
+
+
+def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
+    names = ("a\n\x1b[31mb", "c\td\u202e", "e\x00" + "x" * 60)
+    rng = np.random.default_rng(0)
+    lc = {(split, name): rng.normal(size=(30, 4)) for split in ("train", "v\x07") for name in names}
+    found = lcray.open(synthetic.from_elements(tmp_path / "out", lc, window=10))
+    for draw in (plots.layer_totals, plots.memorising, plots.trajectories, plots.coincidences):
+        ax = axes()
+        draw(found, ax, **({} if draw is plots.memorising else {"split": "v\x07"}))
+        ax.figure.savefig(tmp_path / "a.png")  # a missing glyph would be a warning, and so an error
+        legend = ax.get_legend()
+        rows = [*ax.get_yticklabels(), *(legend.get_texts() if legend else ())]
+        texts = [text.get_text() for text in rows]
+        assert r"a\n\x1b[31mb" in texts and all(text.isprintable() for text in texts)
+        assert r"v\x07" in ax.get_title(loc="left") or draw is plots.memorising
+
+
+def test_the_legend_of_tracks_is_beside_the_curves(results: Results) -> None:
+    figure = Figure(layout="constrained")
+    found = plots.tracks(results, "b.weight", figure.subplots(3), count=4)
+    figure.draw_without_rendering()
+    legend = found[0].get_legend()
+    assert len(legend.get_texts()) == 4
+    box = legend.get_window_extent()
+    assert all(box.x0 >= ax.get_window_extent().x1 for ax in found)
+    assert box.x1 <= figure.bbox.x1
+
+
+def test_blue_is_for_what_is_wanted(results: Results) -> None:
+    """LC below 0, and more coincidences than by chance: as in the report."""
+    helping = plots.layer_map(results, axes()).collections[0].cmap
+    assert to_hex(helping(0.0)) == LIGHT.diverging[0]
+    assert to_hex(helping(1.0)) == LIGHT.diverging[-1]
+    together = plots.coincidences(results, axes()).collections[0].cmap
+    assert to_hex(together(1.0)) == LIGHT.diverging[0]

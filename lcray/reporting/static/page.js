@@ -15,22 +15,6 @@
   };
 
   // --- theme -------------------------------------------------------------------------------
-  const CATEGORIES = {
-    light: ["#2f6fd0", "#d9780d", "#1f8f6b", "#b03a8f", "#7a5af0", "#8a6d1d", "#c43b4e", "#4b8ea8"],
-    dark: ["#7aaefc", "#f5a352", "#5cc9a2", "#e58acb", "#ab95fb", "#d9b95c", "#f28492", "#8cc7de"],
-  };
-  const THEMES = {
-    light: {
-      ink: "#16191d", muted: "#5b6470", line: "#e6e9ed", zero: "#8a939e", rest: "#c9ced5", faint: "rgba(31,143,107,0.15)",
-      page: "#ffffff", helps: "#1f66b0", hurts: "#d9660d", hurtsText: "#a8460a", marker: "rgba(22,25,29,0.16)", markerLine: "rgba(22,25,29,0.55)",
-      diverging: ["#0b3c6f", "#1f66b0", "#6ea6d9", "#bcd7ee", "#f3f3f2", "#f8cfac", "#ee9c56", "#d0620d", "#7f3406"],
-    },
-    dark: {
-      ink: "#e9ecef", muted: "#a3acb8", line: "#2a3037", zero: "#6d7680", rest: "#474f59", faint: "rgba(92,201,162,0.2)",
-      page: "#14171b", helps: "#6aaef2", hurts: "#f5924d", hurtsText: "#f7a66c", marker: "rgba(233,236,239,0.2)", markerLine: "rgba(233,236,239,0.6)",
-      diverging: ["#a9d3ff", "#6aaef2", "#3578b8", "#234a70", "#23272d", "#6b3d17", "#b5621f", "#f5924d", "#ffd0a8"],
-    },
-  };
   const scale = (colours) => colours.map((c, i) => [i / (colours.length - 1), c]);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   let chosen = null;
@@ -40,10 +24,11 @@
   const setTheme = () => { document.documentElement.dataset.theme = theme(); };
   setTheme();
   const colour = (role) => {
-    const colours = THEMES[theme()];
+    const colours = page.themes[theme()];
     if (role === "diverging") return scale(colours.diverging);
     if (role === "contrast") return scale([...colours.diverging].reverse());
-    if (/^s\d$/.test(role)) return CATEGORIES[theme()][+role[1]];
+    if (/^s\d$/.test(role)) return colours.categories[+role[1]];
+    if (role.includes("|")) return role.split("|")[theme() === "dark" ? 1 : 0];
     return colours[role];
   };
 
@@ -101,9 +86,9 @@
     return { ...rest, tickmode: "array", tickvals: at, ticktext: at.map((i) => shown(cut(names[i], most))), showgrid: !!rows, zeroline: false };
   };
   const laidOut = (figure, width) => {
-    const colours = THEMES[theme()], narrow = width < 560;
+    const colours = page.themes[theme()], narrow = width < 560;
     const { half, untimed, ...given } = resolved(figure.layout);
-    const axis = { gridcolor: colours.line, zerolinecolor: colours.zero, zeroline: false, linecolor: colours.zero, tickcolor: colours.zero,
+    const axis = { gridcolor: colours.grid, zerolinecolor: colours.zero, zeroline: false, linecolor: colours.zero, tickcolor: colours.zero,
       automargin: true, tickfont: { color: colours.muted, size: narrow || figure.height > 700 ? 10 : 12 }, exponentformat: "power", minexponent: 5, separatethousands: true };
     const layout = { ...given };
     for (const key of Object.keys(given)) {
@@ -117,7 +102,8 @@
     }
     const lines = half === undefined ? [] : [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: half, y1: half,
       line: { color: colours.zero, width: 1, dash: "dash" } }];
-    return { ...layout, height: figure.height, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    return { ...layout, height: figure.height, autosize: true, paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: figure.traces[0] && figure.traces[0].type === "heatmap" ? colours.missing : "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, color: colours.ink, size: 13 },
       margin: { l: 10, r: 12, t: given.legend ? 34 : 10, b: 44, pad: 0, ...given.margin, ...(narrow && given.margin && given.margin.r ? { r: 74 } : {}) },
       hoverlabel: { bgcolor: colours.page, bordercolor: colours.zero, font: { color: colours.ink, size: 13 }, align: "left", namelength: -1 },
@@ -139,9 +125,9 @@
   };
   const marker = (view, figure) => {
     if (!page.windows || !view.section.time || figure.layout.untimed) return [];
-    const [x0, x1] = moment(), colours = THEMES[theme()];
+    const [x0, x1] = moment(), colours = page.themes[theme()];
     return [{ type: "rect", xref: "x", yref: "paper", x0, x1, y0: 0, y1: 1, fillcolor: colours.marker, name: "moment",
-      line: { color: colours.markerLine, width: 1 }, layer: "above" }];
+      line: { color: colours.marker_line, width: 1 }, layer: "above" }];
   };
   const ramp = (colours, trace) => {
     const strip = make("i");
@@ -159,7 +145,7 @@
     view.drawn = true;
     view.stale = false;
     const traces = resolved(figure.traces);
-    const font = { color: THEMES[theme()].muted, size: 12 };
+    const font = { color: page.themes[theme()].muted, size: 12 };
     for (const t of traces) {
       if (!t.colorbar) continue;
       if (t.x.length > t.z[0].length) {
