@@ -254,6 +254,10 @@ def test_workers_hold_the_custom_resources_that_were_asked_for(
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_metrics_are_there_to_be_scraped(plain_run: Path, tmp_path: Path) -> None:
+    failing = scenes.with_loss(scenes.failing_loss, str(tmp_path))
+    told = scenes.Told(done=6, then=(tmp_path / "fail").touch)
+    with pytest.raises(IncompleteError):
+        analyze(plain_run, failing, tmp_path / "half", 1, span_length=6, on_progress=told)
     analyze(plain_run, "scenes:plain", tmp_path / "out", 1, span_length=6)
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -274,6 +278,7 @@ def test_metrics_are_there_to_be_scraped(plain_run: Path, tmp_path: Path) -> Non
             }
     # At least those of this analysis: others of this process count as well.
     assert found["ray_lcray_spans_done_total"] >= 2
+    assert found["ray_lcray_spans_failed_total"] >= 1
     assert found["ray_lcray_intervals_total"] >= 12
     assert found["ray_lcray_gradients_total"] >= 2 * 2 * 12
 
