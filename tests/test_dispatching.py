@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 import ray
 
 import lcray
+from lcray.cluster import dispatching
 from lcray.cluster.dispatching import Dispatch
 from lcray.cluster.metrics import Metrics
 from lcray.errors import ClusterError
 from lcray.outcomes import Outcome, SpanReport
 from lcray.planning import Plan, Span
+from lcray.scheduling import Policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 # Workers do not find this module: they get the class itself.
@@ -42,13 +45,27 @@ class Idler:
         return SpanReport(True, 1, 0.0, {"train": (float(span.first), 0.0)})
 
 
+class Straggler:
+    """Waits for a file ``go-…`` at each span, but for copies of the first one."""
+
+    def run_span(self, plan: Plan, span: Span, out: str, attempt: str, beats: Any) -> SpanReport:
+        with open(f"{out}/attempts", "a") as file:
+            file.write(f"{span.first}-{attempt[0]}\n")
+        deadline = time.monotonic() + 60
+        while not os.path.exists(f"{out}/go-{span.first}") and (span.first or attempt[0] == "1"):
+            if time.monotonic() > deadline:
+                raise ClusterError("waited too long")
+            time.sleep(0.01)
+        return SpanReport(True, 1, 0.0)
+
+
 class Few:
     """As `lcray.cluster.crew.Crew`, of workers that are ready."""
 
     team, patience, setting_up = 1, None, ()
 
-    def __init__(self, workers: int) -> None:
-        start = ray.remote(Idler).options(num_cpus=0, max_restarts=0).remote
+    def __init__(self, workers: int, kind: type = Idler) -> None:
+        start = ray.remote(kind).options(num_cpus=0, max_restarts=0).remote
         self.ready = {number: start() for number in range(workers)}
         self.before_a_look: Callable[[], None] = lambda: None
         self.ended: list[int] = []
@@ -106,3 +123,33 @@ def test_a_result_is_not_kept_back_until_others_come(plain_out: Path, tmp_path: 
     outcome = make(Few(2), plan, tmp_path, hear).run()
     assert {span.first for span in outcome.reports} == {0, 3, 6, 9}
     assert len((tmp_path / "attempts").read_text().split()) == 4
+
+
+def test_the_second_to_finish_a_span_counts_for_nothing(
+    plain_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first span is done by a copy, and by the straggler while the others are not done yet."""
+    monkeypatch.setattr(dispatching, "Policy", partial(Policy, straggling_seconds=1.0))
+    plan, crew, told = lcray.open(plain_out).plan, Few(5, Straggler), []
+    counted: list[Span] = []
+
+    def hear(span: Span, report: SpanReport) -> None:
+        told.append(span)
+        (tmp_path / "go-0").touch()  # the copy was first
+
+    dispatch = make(crew, plan, tmp_path, hear)
+    original = dispatch._finish
+
+    def finish(span: Span, report: SpanReport) -> None:
+        counted.append(span)
+        original(span, report)
+        if counted.count(plan.spans[0]) == 2:
+            for other in plan.spans:
+                (tmp_path / f"go-{other.first}").touch()
+
+    monkeypatch.setattr(dispatch, "_finish", finish)
+    outcome = dispatch.run()
+    assert counted.count(plan.spans[0]) == 2
+    assert sorted(span.first for span in told) == [0, 3, 6, 9]  # each once
+    assert {"0-1", "0-2"} <= {*(tmp_path / "attempts").read_text().split()}
+    assert (len(outcome.reports), outcome.failures) == (4, {})

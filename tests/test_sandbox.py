@@ -352,6 +352,69 @@ def test_an_answer_may_take_half_of_the_room(home: Path, monkeypatch: pytest.Mon
         out.sql_arrow("SELECT * FROM range(5000000)")  # 40 MB
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "autoinstall_known_extensions",
+        "autoload_known_extensions",
+        "allow_community_extensions",
+        "python_enable_replacements",
+        "python_scan_all_frames",
+    ],
+)
+def test_a_database_finds_and_loads_nothing_even_before_it_is_shut(setting: str) -> None:
+    local_frame = pd.DataFrame({"a": [1]})
+    with sandbox.connect(1 << 28) as connection:
+        asked = f"SELECT current_setting('{setting}')"
+        assert connection.execute(asked).fetchall() == [(False,)]
+        for frame in ("local_frame", "global_frame"):
+            with pytest.raises(duckdb.CatalogException, match=f"{frame} does not exist"):
+                connection.execute(f"SELECT * FROM {frame}")
+        with pytest.raises(duckdb.Error, match="requires the extension httpfs to be loaded"):
+            connection.execute("SELECT * FROM read_parquet('http://127.0.0.1:9/x.parquet')")
+    assert len(local_frame) == 1
+
+
+def test_nothing_is_outside_once_it_is_shut(tmp_path: Path) -> None:
+    """By each setting alone: the statements here are those that `select` would refuse as well."""
+    with sandbox.connect(1 << 28) as connection:
+        sandbox.shut(connection, [tmp_path / "x.parquet"])
+        for statement in (
+            f"COPY (SELECT 1) TO '{tmp_path}/y.csv'",
+            f"ATTACH '{tmp_path}/z.db'",
+            "SELECT * FROM read_text('/etc/passwd')",
+            "LOAD httpfs",
+        ):
+            with pytest.raises(duckdb.PermissionException):
+                connection.execute(statement)
+        connection.execute(f"COPY (SELECT 1 AS i) TO '{tmp_path}/x.parquet'")
+        assert connection.execute(f"SELECT i FROM '{tmp_path}/x.parquet'").fetchall() == [(1,)]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
+
+
+def test_a_query_that_needs_more_leaves_no_files_where_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DuckDB would put them into a folder of where the process is."""
+    monkeypatch.chdir(tmp_path)
+    query = "SELECT count(*) FROM (SELECT DISTINCT hash(i) FROM range(5000000) t(i))"
+    with sandbox.connect(50 << 20) as database:
+        sandbox.shut(database, [])
+        with pytest.raises(duckdb.OutOfMemoryException):
+            database.execute(query)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kind_of_statement_without_a_name_is_no_select() -> None:
+    """Refused by its kind, before DuckDB is asked to explain it."""
+    query = "UPDATE EXTENSIONS"
+    with sandbox.connect(1 << 28) as connection:
+        with pytest.raises(ValueError, match="StatementType"):
+            connection.extract_statements(query)[0].type  # noqa: B018 - asked for its error
+        with pytest.raises(UsageError, match="give exactly one SELECT"):
+            sandbox.select(connection, query, 1 << 20)
+
+
 def test_what_is_shut_stays_shut(tmp_path: Path) -> None:
     with sandbox.connect(1 << 28) as connection:
         sandbox.shut(connection, [tmp_path / "x.parquet"])
