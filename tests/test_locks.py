@@ -299,3 +299,31 @@ def test_no_span_is_committed_that_was_begun_before_a_takeover(out: Place) -> No
     commit = read_commit(out, span)
     assert commit is not None and commit.attempt == "new"
     assert not [item for item in storage_of(out).find(out) if "old" in item.name]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("inline")
+def test_an_analysis_in_a_thread_stops_as_well_once_its_lock_is_lost(
+    plain_run: Path, tmp_path: Path
+) -> None:
+    """There is no main thread to interrupt: the next span that is done ends it."""
+    out, errors = tmp_path / "out", []
+
+    def take_over() -> None:
+        other = locks.Holder("t", "far", 1, 0.0, "another boot", "then")
+        storage_of(out).create(out / locks.LOCK / "00000002.json", other.encode())
+        time.sleep(locks.BEAT + 2)  # until the next beat
+
+    def work() -> None:
+        told = scenes.Told(done=3, then=take_over)
+        try:
+            lcray.analyze(plain_run, "scenes:plain", out, span_length=3, on_progress=told)
+        except OutputError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert [error.startswith(f"{out}: the lock was lost to another") for error in errors] == [True]
+    assert scenes.spans_of(out) == ["00000000-00000003", "00000003-00000006"]
+    assert not (out / "tables").exists()

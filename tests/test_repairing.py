@@ -99,6 +99,18 @@ def test_what_a_link_leads_to_is_left_alone(out: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == before
 
 
+def test_a_commit_that_is_a_link_out_of_the_output_is_left_alone(out: Path, tmp_path: Path) -> None:
+    """Nobody knows what it says: its span is not taken to be damaged."""
+    folder = out / "shards" / scenes.spans_of(out)[0]
+    (folder / "commit.json").rename(tmp_path / "elsewhere.json")
+    (folder / "commit.json").symlink_to(tmp_path / "elsewhere.json")
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(CorruptionError, match="a link leads out of"):
+        take_back(out, lcray.open(out).plan.spans)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert (tmp_path / "elsewhere.json").is_file()
+
+
 def test_an_interruption_leaves_a_span_that_does_not_count(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
