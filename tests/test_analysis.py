@@ -186,6 +186,26 @@ class TestResume:
             ("reduce", 12, 12),
         ]
 
+    def test_another_one_that_ended_between_reading_and_locking_is_noticed(
+        self, run: Path, tmp_path: Path
+    ) -> None:
+        """It takes place while the task is loaded, and has another plan."""
+        out = tmp_path / "out"
+        (tmp_path / "task.py").write_text(
+            "import os, lcray\n"
+            "from scenes import plain as task\n"
+            f"if not os.path.exists({str(out)!r}):\n"
+            f"    lcray.analyze({str(run)!r}, 'scenes:plain', {str(out)!r}, span_length=4)\n"
+        )
+        task = f"{tmp_path}/task.py:task"
+        with pytest.raises(OutputError, match="has just changed; run the same command again"):
+            lcray.analyze(run, task, out, span_length=6)
+        before = scenes.commits(out)
+        assert [span.steps[-1] for span in lcray.open(out).plan.spans] == [4, 8, 12]
+        assert len(lcray.analyze(run, task, out, span_length=6).plan.spans) == 3
+        assert scenes.commits(out) == before
+        assert lcray.verify(out).ok
+
 
 @pytest.mark.usefixtures("inline")
 class TestExtension:

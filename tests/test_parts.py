@@ -273,3 +273,11 @@ def test_the_plan_keeps_the_number_of_sums(tmp_path: Path) -> None:
             run, "scenes:plain", tmp_path / "3", partial_sums=3,
             resources=Resources(data_parallel=4), **options,
         )  # fmt: skip
+    team = Resources(data_parallel=4)
+    by_plan = r"there are 3 partial sums to share \(the plan says so\)"
+    with pytest.raises(UsageError, match=by_plan):
+        lcray.analyze(run, "scenes:plain", tmp_path / "new", plan=three.plan, resources=team)
+    assert not (tmp_path / "new").exists()
+    by_record = r"there are 1 partial sums to share \(the plan says so\)"
+    with pytest.raises(UsageError, match=by_record):
+        lcray.analyze(run, "scenes:plain", tmp_path / "1", resources=team, **options)
