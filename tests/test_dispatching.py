@@ -18,8 +18,8 @@ import lcray
 from lcray.cluster import dispatching
 from lcray.cluster.dispatching import Dispatch
 from lcray.cluster.metrics import Metrics
-from lcray.errors import ClusterError
-from lcray.outcomes import Outcome, SpanReport
+from lcray.errors import ClusterError, TaskError
+from lcray.outcomes import Outcome, SpanReport, View
 from lcray.planning import Plan, Span
 from lcray.scheduling import Policy
 
@@ -56,6 +56,8 @@ class Straggler:
             if time.monotonic() > deadline:
                 raise ClusterError("waited too long")
             time.sleep(0.01)
+        if not span.first and attempt[0] != "1" and os.path.exists(f"{out}/fail"):
+            raise TaskError("the copy failed")
         return SpanReport(True, 1, 0.0)
 
 
@@ -153,3 +155,27 @@ def test_the_second_to_finish_a_span_counts_for_nothing(
     assert sorted(span.first for span in told) == [0, 3, 6, 9]  # each once
     assert {"0-1", "0-2"} <= {*(tmp_path / "attempts").read_text().split()}
     assert (len(outcome.reports), outcome.failures) == (4, {})
+
+
+def test_a_span_that_was_given_up_counts_if_another_one_at_it_finishes(
+    plain_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy of the first span fails for good; its straggler is done before the others are."""
+    monkeypatch.setattr(dispatching, "Policy", partial(Policy, straggling_seconds=1.0))
+    plan, seen = lcray.open(plain_out).plan, []
+    crew: Any = Few(5, Straggler)
+    (tmp_path / "fail").touch()
+
+    def look(view: View) -> None:
+        if view.failures:
+            seen.append(dict(view.failures))
+            (tmp_path / "go-0").touch()
+
+    def hear(span: Span, report: SpanReport) -> None:
+        for other in plan.spans:
+            (tmp_path / f"go-{other.first}").touch()
+
+    outcome = Dispatch(crew, plan, plan.spans, tmp_path, hear, look, Metrics()).run()
+    assert seen[0] == {plan.spans[0]: "the copy failed"}
+    assert outcome.failures == {}
+    assert {*outcome.reports} == {*plan.spans}
