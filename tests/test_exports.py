@@ -6,6 +6,7 @@ import csv
 import json
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,8 @@ def records(data: bytes) -> Iterator[bytes]:
             at += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):
+            return  # the rest is not written yet
         held += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last piece
@@ -154,16 +157,19 @@ def test_wandb_runs_offline(
     (run,) = lcray.export(results.path, "wandb", tmp_path / "runs")
     assert run.name.startswith("offline-run-")
     (file,) = run.glob("*.wandb")
-    history = []
-    for data in records(file.read_bytes()):
-        record = Record()
-        record.ParseFromString(data)
-        if record.HasField("history"):
-            history.append({i.key or i.nested_key[0]: i.value_json for i in record.history.item})
+    deadline, found = time.monotonic() + 60, list[Record]()
+    while not (found and found[-1].HasField("exit")):  # wandb's own process writes on for a while
+        assert time.monotonic() < deadline
+        found = [Record.FromString(data) for data in records(file.read_bytes())]
+    history = [
+        {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+        for record in found
+        if record.HasField("history")
+    ]
     intervals = results.intervals()
     mine = intervals[intervals["split"] == "val"].set_index("end_step")
-    found = {json.loads(r["step"]): json.loads(r["val/lc"]) for r in history if "val/lc" in r}
-    assert found == pytest.approx(mine["lc"].to_dict())
+    curve = {json.loads(r["step"]): json.loads(r["val/lc"]) for r in history if "val/lc" in r}
+    assert curve == pytest.approx(mine["lc"].to_dict())
     keys = {key for row in history for key in row if not key.startswith("_")}
     assert len(keys) <= 1 + 2 * 4 + 3 + 2 * 2, "a few panels"
     (table,) = run.rglob("layer_totals*.table.json")

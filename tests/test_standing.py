@@ -194,7 +194,7 @@ class TestWatching:
         (other / "status.json").unlink()
         watching = [
             subprocess.Popen(
-                [sys.executable, "-m", "lcray", "status", str(folder), "--watch"],
+                [sys.executable, "-c", WATCHER, "status", str(folder), "--watch"],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -213,9 +213,17 @@ class TestWatching:
         ):
             assert watch.returncode == 1
             assert text.startswith(state)
-            assert error.startswith(f"lcray: {folder}: no sign of its driver for 30 s")
+            assert error.startswith(f"lcray: {folder}: no sign of its driver for 5 s")
             assert error.count("\n") == 1
 
+
+WATCHER = """
+import lcray.standing
+from lcray.cli import main
+
+lcray.standing.STALE = 5.0  # as the lock's, but for a test
+main()
+"""
 
 DRIVER = """
 import sys
