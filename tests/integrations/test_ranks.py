@@ -19,6 +19,16 @@ from lcray.checkpoints import open_series
 
 HERE = Path(__file__).parent
 WORKER = HERE / "ranks_worker.py"
+#: Runs a script and ends at once: threads of gloo that meet an interpreter in its last steps abort
+#: the process, whether or not its groups were destroyed (pytorch/pytorch#179291).
+RUN = """
+import os, runpy, sys
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
+"""
 
 
 def free_port() -> int:
@@ -33,7 +43,7 @@ def launch(script: Path, *arguments: object, cwd: Path | None = None) -> None:
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     common |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     common["PYTHONPATH"] = str(Path(lcray.__file__).parents[1])
-    command = [sys.executable, str(script), *map(str, arguments)]
+    command = [sys.executable, "-c", RUN, str(script), *map(str, arguments)]
     processes = [
         subprocess.Popen(
             command,
