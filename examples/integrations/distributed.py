@@ -31,8 +31,8 @@ def main():
             F.cross_entropy(model(x[mine]), y[mine]).backward()
             optimizer.step()
             recorder.step()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    dist.destroy_process_group()  # once the model is gone: DDP holds on to the group

@@ -37,7 +37,6 @@ def train():
     )
     trainer.save_model(TRAINED / "hf" / "checkpoint-0")  # only if those are analyzed: see the docs
     trainer.train()
-    trainer.accelerator.end_training()  # also ends the process group, if any
 
 
 def task():

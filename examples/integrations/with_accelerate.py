@@ -28,7 +28,6 @@ def main():
                 accelerator.backward(F.cross_entropy(model(images), labels))
                 optimizer.step()  # every other time: the recorder counts updates
                 optimizer.zero_grad()
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

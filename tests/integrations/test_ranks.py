@@ -20,7 +20,7 @@ from lcray.checkpoints import open_series
 HERE = Path(__file__).parent
 WORKER = HERE / "ranks_worker.py"
 #: Runs a script and ends at once: threads of gloo that meet an interpreter in its last steps abort
-#: the process, whether or not its groups were destroyed (pytorch/pytorch#179291).
+#: the process (pytorch/pytorch#179291), or wait for ever where DDP is the last to hold the group.
 RUN = """
 import os, runpy, sys
 del sys.argv[0]
