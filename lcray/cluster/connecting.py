@@ -87,9 +87,10 @@ def _end_autoscaler() -> None:
 
     It does not heed the signal that Ray's shutdown sends, and so takes a second of it.
     """
-    node: Any = ray_worker._global_node
-    if node is not None:
-        node.kill_monitor(check_alive=False)
+    node = getattr(ray_worker, "_global_node", None)
+    end: Any = getattr(node, "kill_monitor", None)  # not public: a Ray without it ends by itself
+    if end is not None:
+        end(check_alive=False)
 
 
 def _check_reachable(address: str) -> None:
