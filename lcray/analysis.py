@@ -261,7 +261,7 @@ class _Job:
         )
 
     def draft(self, pool: Pool) -> PlanReport:
-        description, probe = pool.describe(), pool.probe()
+        description, soundness, probe = pool.describe(), pool.check(), pool.probe()
         drafted = make_plan(
             self.series.steps,
             self.settings,
@@ -294,7 +294,7 @@ class _Job:
             cost,
             pool.size * team,
             probe.resident,
-            make_notes(description, drafted.settings),
+            make_notes(description, drafted.settings, soundness),
             team,
             get_rule(drafted.settings.rule).n_gradients * pass_seconds(drafted, team, seconds),
         )
@@ -311,23 +311,26 @@ class _Job:
         description = pool.describe()
         if record is not None:
             check_same_numbers(out, record, description, description.layers)
+            pool.check()
             check_same_losses(out, record, pool.losses(record.plan))
             return self._continued(out, record, given)
         if given is not None:
             check_plan_fits(given, description)
+            notes = make_notes(description, given.settings, pool.check())
             check_plan_losses(given, pool.losses(given))
             self._check_steps(given)
             chosen = given
         else:
             tell(Progress("probe"))
-            chosen = self.draft(pool).plan
+            report = self.draft(pool)
+            chosen, notes = report.plan, report.notes
         made = Record(
             self.run,
             self.source.reference,
             chosen,
             make_fingerprint(description),
             carrier_versions(),
-            make_notes(description, chosen.settings),
+            notes,
         )
         made.write(out)
         return made

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lcray.data import SplitData
+from lcray.errors import TaskError
 from lcray.layers import Layer
 from lcray.planning import SplitPlan
+from lcray.sums import Evaluation
 from lcray.tuning import Tuning
 
 
@@ -65,3 +69,49 @@ class Probe:
     checkpoint_bytes: int
     read_seconds: float
     fisher_seconds: float = 0.0
+
+
+def split_plan(split: SplitData, found: Evaluation) -> SplitPlan:
+    """How a split is evaluated, by its evaluation at the first checkpoint."""
+    return SplitPlan(
+        name=split.name,
+        n_samples=split.n_samples,
+        n_items=found.n_items,
+        total_weight=found.total_weight,
+        first_loss=found.loss if math.isfinite(found.loss) else None,
+        n_batches=len(split.batches),
+        groups=split.groups,
+        group_weights=found.group_weights,
+        sorted_by_group=split.sorted_by_group,
+        drawn_from=split.drawn_from,
+        replicate_weights=found.replicate_weights,
+    )
+
+
+def check_repeatable(
+    split: SplitData, first: Evaluation, second: Evaluation, same: bool, *, exact: bool
+) -> None:
+    """Refuse a loss that is not a function of the weights.
+
+    Args:
+        split: what was evaluated.
+        first: without a gradient.
+        second: with one.
+        same: whether a batch had the same gradient twice.
+        exact: whether losses must be equal in every bit.
+
+    Raises:
+        TaskError: if the two evaluations differ.
+    """
+    if first.n_items != second.n_items or first.total_weight != second.total_weight:
+        raise TaskError(
+            f"task loss on split {split.name!r}: {first.n_items} items at first, then "
+            f"{second.n_items}; their number and weights must not change"
+        )
+    close = abs(first.loss - second.loss) <= 1e-5 * abs(first.loss)
+    finite = first.loss == first.loss
+    if finite and not (same and first.loss == second.loss if exact else close):
+        raise TaskError(
+            f"task loss on split {split.name!r}: {first.loss!r} at first, then {second.loss!r} at "
+            "the same weights; switch sampling, dropout by hand and augmentation off"
+        )

@@ -50,6 +50,10 @@ class TaskError(LcrayError):
     """A task that cannot be loaded, or whose model, data or loss break the contract."""
 
 
+class DisagreementError(TaskError):
+    """A worker that computes other numbers than the one that planned; nothing can be computed."""
+
+
 class ClusterError(LcrayError):
     """Ray, or a worker on it, that failed for another reason than the task or the files."""
 

@@ -11,6 +11,7 @@ result is a function of the point alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -187,6 +188,40 @@ class GradientEngine:
                 raise _failed(_where(split, index), "its backward pass failed", error) from error
             finally:
                 self.flat.receiver = None
+
+    def evaluate_sample(self, split: SplitData, out: Tensor) -> float:
+        """The mean loss of some samples; its gradient goes into `out`, [P] float64.
+
+        NaN where the samples have no weight, which is no reason to refuse a split that has.
+
+        Raises:
+            TaskError: if the task's loss fails or breaks the contract.
+        """
+        sums = self.sum_part(split, range(len(split.batches)), out.zero_(), (), 1.0)
+        weight = math.fsum(sums.weights)
+        if not weight > 0:
+            return math.nan
+        out.div_(weight)
+        return sum(sums.losses) / weight
+
+    def per_item(self, split: SplitData) -> tuple[Tensor, Tensor]:
+        """The losses of all items of `split` at the current point, and their weights.
+
+        Returns:
+            Two tensors [n] in float64, on the CPU.
+
+        Raises:
+            TaskError: if the task's loss fails or breaks the contract.
+        """
+        losses, weights = [], []
+        with self._functions(), torch.enable_grad():
+            for index, batch in enumerate(split.batches):
+                found, weight = self.item_losses(split, index, batch)
+                losses.append(found.detach().double().cpu())
+                own = torch.ones_like(losses[-1]) if weight is None else weight.double().cpu()
+                weights.append(own)
+        self.flat.check_tied()
+        return torch.cat(losses), torch.cat(weights)
 
     def item_losses(self, split: SplitData, index: int, batch: Any) -> tuple[Tensor, Tensor | None]:
         """The losses [n] of a batch and their weights, checked.

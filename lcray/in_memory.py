@@ -18,6 +18,7 @@ from lcray.confidence import Replication, columns
 from lcray.data import SplitData
 from lcray.drafting import make_settings
 from lcray.errors import CheckpointError, UsageError
+from lcray.fresh import check_model
 from lcray.layers import Layer
 from lcray.path import Point, Segment
 from lcray.planning import Settings
@@ -135,9 +136,12 @@ def allocate(
     """
     settings = make_settings(options)
     _check_states(before, after)
-    bench = Workbench(locate(task).load(), settings, device=device)
+    task = locate(task).load()
+    bench = Workbench(task, settings, device=device)
     states = [_point(bench, state, step) for step, state in enumerate((before, after))]
     segment = Segment(*states)
+    if segment.is_finite:
+        check_model(bench, task, states[0], states[1], states[1])
     return {
         split.name: _allocate(bench, settings, index, segment)
         for index, split in enumerate(bench.splits)

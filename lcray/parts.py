@@ -9,7 +9,7 @@ depends on their number alone, and losses not even on that: they are summed exac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Protocol
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lcray.flat import FlatModel
-from lcray.path import Segment
-from lcray.planning import Plan
+from lcray.path import Point, Segment
+from lcray.planning import Plan, Reference
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,9 @@ class Colleagues(Protocol):
 
     def start(self, plan: Plan) -> None:
         """A span of `plan` begins."""
+
+    def measure(self, point: Point) -> Iterable[Mapping[str, Reference]]:
+        """What each of them finds for a few samples of every split at a checkpoint."""
 
     def share_out(self, request: Request, n_parts: int) -> tuple[range, Iterator[Answer]]:
         """Have the colleagues begin with their parts.

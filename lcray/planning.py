@@ -94,6 +94,19 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What a worker finds for a few samples of a split at the first checkpoint.
+
+    Attributes:
+        loss: their mean loss.
+        norms: the norm of its gradient by layer, [L].
+    """
+
+    loss: float
+    norms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class SplitPlan:
     """How one split is evaluated.
 
@@ -110,6 +123,8 @@ class SplitPlan:
         drawn_from: samples in the data set, where some were drawn from it; None where all are
             evaluated.
         replicate_weights: Σ w of each replicate of the samples that were drawn.
+        reference: what every worker must find for a few samples; None if it was not measured, or is
+            not finite.
     """
 
     name: str
@@ -123,6 +138,7 @@ class SplitPlan:
     sorted_by_group: bool = False
     drawn_from: int | None = None
     replicate_weights: tuple[float, ...] = ()
+    reference: Reference | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -263,6 +279,8 @@ def _check(plan: Plan) -> None:
         _check_layer(layer)
     for split in plan.splits:
         _check_sample(split)
+        if split.reference is not None and len(split.reference.norms) != len(plan.layers):
+            raise ValueError(f"split {split.name!r} with gradients of other layers")
     if plan.settings.dtype not in ("float32", "float64"):
         raise ValueError(f"unknown dtype {plan.settings.dtype!r}")
     sizes = (plan.window, plan.threads, plan.batch_size, plan.trace_sample + 1)

@@ -38,6 +38,8 @@ from lcray.views import write_views
 from lcray.weibull import fit_weibull
 
 MANIFEST = "manifest.json"
+# How far the losses of two workers at a step may lie apart: of the loss, and of the first loss.
+_LOSS_RTOL, _LOSS_ATOL = 1e-5, 1e-6
 #: What Arrow, NumPy and Python raise at numbers and names that are not what a table may hold.
 MALFORMED = (pa.ArrowException, ArithmeticError, LookupError, TypeError, ValueError)
 
@@ -222,7 +224,33 @@ def _pieces(source: Source, table: str, fits: Fits) -> Iterator[pa.Table]:
         return fits.rows()
     if table in _MERGED:
         return _MERGED[table](source)
-    return merging.concatenated(source, table)
+    pieces = merging.concatenated(source, table)
+    return _continuous(source, pieces) if table == "intervals" else pieces
+
+
+def _continuous(source: Source, pieces: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Rows of `intervals`, the same; where spans meet, both must have found the same loss."""
+    first = {split.name: abs(split.first_loss or 0.0) for split in source.plan.splits}
+    before: dict[str, Any] | None = None
+    for rows in pieces:
+        (start,) = rows.slice(0, 1).to_pylist()
+        if before is not None and _adjoin(before, start):
+            one, other = before["loss_end"], start["loss_start"]
+            bound = _LOSS_RTOL * max(abs(one), abs(other)) + _LOSS_ATOL * first[start["split"]]
+            if abs(one - other) > bound:
+                raise CorruptionError(
+                    f"{source.out}: split {start['split']!r} has a loss of {one:.8g} at step "
+                    f"{start['start_step']} in the span before it, and of {other:.8g} in the one "
+                    "after: their workers had other models or data; seed what is random in the "
+                    "task, and analyze into a new output"
+                )
+        (before,) = rows.slice(rows.num_rows - 1).to_pylist()
+        yield rows
+
+
+def _adjoin(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    same = (before["split"], before["end_step"]) == (after["split"], after["start_step"])
+    return same and None not in (before["loss_end"], after["loss_start"])
 
 
 def _sound(source: Source, table: str, pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:

@@ -14,25 +14,27 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lcray.agreement import check_agreement, digest, measure, with_reference
 from lcray.allocation import Accuracy, Scratch, SplitAllocator
 from lcray.arrow import make_table
 from lcray.checkpoints import open_series
 from lcray.data import SplitData
 from lcray.descriptions import Description as Description
 from lcray.descriptions import Probe as Probe
-from lcray.errors import TaskError
+from lcray.descriptions import check_repeatable, split_plan
+from lcray.errors import CheckpointError, TaskError
 from lcray.fisher import FisherMeter, check_task
+from lcray.fresh import Soundness, check_model
 from lcray.outcomes import Outcome as Outcome
 from lcray.outcomes import SpanReport as SpanReport
 from lcray.outcomes import Tally
 from lcray.parts import Seat
 from lcray.path import Point, Segment
-from lcray.planning import Plan, Settings, Span, SplitPlan, shares_pass
+from lcray.planning import Plan, Reference, Settings, Span, SplitPlan, shares_pass
 from lcray.quadrature import get_rule
 from lcray.rowgroups import ElementsWriter
 from lcray.shards import ShardWriter
 from lcray.storage import Place
-from lcray.sums import Evaluation
 from lcray.tabulation import SplitTables
 from lcray.task import Task, source_hash
 from lcray.tuning import Tuning, tune
@@ -98,6 +100,8 @@ class Workspace:
         self._read_seconds = time.perf_counter() - start
         self._dtypes = self._first.dtypes
         self._meters: dict[str, FisherMeter] = {}
+        self._reference: dict[str, Reference] = {}
+        self._agrees = False  # with the plan
 
     def describe(self) -> Description:
         """What decides the numbers beside the settings."""
@@ -119,6 +123,29 @@ class Workspace:
         found = self._dtypes.items()
         return tuple(n for n, d in found if d.is_floating_point and d.itemsize in sizes)
 
+    def check(self) -> Soundness:
+        """Compare the model at points of the run with models newly built there.
+
+        Raises:
+            TaskError: where they differ.
+        """
+        steps = self.series.steps
+        some = dict.fromkeys((steps[-2], steps[len(steps) // 2], steps[1]))
+        points = (self._try_to_read(step) for step in some if step > steps[0])
+        later = next((point for point in points if point is not None), None)
+        known = later is not None and later.step == steps[1]
+        second = later if known else self._try_to_read(steps[1])
+        return check_model(self.bench, self.task, self._read_first(), second, later)
+
+    def _try_to_read(self, step: int) -> Point | None:
+        """A checkpoint; None for one that its span will fail at, or pass over."""
+        try:
+            with Walk(self.series, self.flat, self._dtypes) as walk:
+                point = walk.read(step)
+        except CheckpointError:
+            return None
+        return point if Segment(point, point).is_finite else None
+
     def probe(self) -> Probe:
         """Choose what the settings leave open; evaluate every split twice at the first checkpoint.
 
@@ -128,6 +155,7 @@ class Workspace:
             TaskError: if the loss is not a function of the weights, or breaks the contract.
         """
         self._go_to_first()
+        reference = self._measured()
         tuning = tune(self.bench)
         partial_sums = self.bench.engine.partial_sums
         self.bench.adopt(tuning.batch_size, tuning.memory_format, partial_sums)
@@ -140,8 +168,8 @@ class Workspace:
             second = self.bench.engine.evaluate(split, out)
             seconds[split.name] = time.perf_counter() - start
             same = self._gradient_repeats(split.single(first.first_weighted), out)
-            _check_repeatable(split, first, second, same, exact=self.settings.deterministic)
-            plans.append(_split_plan(split, first))
+            check_repeatable(split, first, second, same, exact=self.settings.deterministic)
+            plans.append(with_reference(split_plan(split, first), reference[split.name]))
         return Probe(
             splits=tuple(plans),
             seconds=seconds,
@@ -199,6 +227,26 @@ class Workspace:
         own = self.bench.base_bytes + _LOADED_LATER
         return own + data + math.ceil(tuning.sample_bytes * widest)
 
+    def _agree(self, plan: Plan) -> None:
+        """Compare this worker, and its team, with the plan, before the first of its spans.
+
+        Raises:
+            DisagreementError: if they differ.
+        """
+        if self._agrees:
+            return
+        check_agreement(plan.splits, plan.layers, self._measured())
+        colleagues = self.bench.engine.colleagues
+        if colleagues is not None:
+            for found in colleagues.measure(self._read_first()):
+                check_agreement(plan.splits, plan.layers, found)
+        self._agrees = True
+
+    def _measured(self) -> dict[str, Reference]:
+        if not self._reference:
+            self._reference = measure(self.bench, self._read_first())
+        return self._reference
+
     def _go_to_first(self) -> None:
         point = self._read_first()
         Segment(point, point).set_point(self.flat, 0.0)
@@ -213,6 +261,7 @@ class Workspace:
 
         Without gradients.
         """
+        self._measured()  # while the data are open
         self.bench.adopt(plan.batch_size, plan.memory_format, plan.partial_sums)
         self._go_to_first()
         engine = self.bench.engine
@@ -240,6 +289,7 @@ class Workspace:
                 nothing is committed then.
         """
         start = time.perf_counter()
+        self._agree(plan)
         self.bench.adopt(plan.batch_size, plan.memory_format, plan.partial_sums, whole=False)
         if self.bench.engine.colleagues is not None:
             self.bench.engine.colleagues.start(plan)
@@ -269,6 +319,7 @@ class Workspace:
                 "seconds": seconds,
                 "n_gradients": tally.n_gradients,
                 "device": str(self.bench.device),
+                "reference": digest(self._reference),
                 "sums": {name: list(sums) for name, sums in tally.sums.items()},
             }
             committed = writer.commit(checkpoints=hashes, info=info)
@@ -324,37 +375,3 @@ class Workspace:
             for number, table in enumerate(tables, 1):
                 table.write(walk.again)
                 tally.tell(number / (len(tables) + 1) / len(plan.splits))
-
-
-def _split_plan(split: SplitData, found: Evaluation) -> SplitPlan:
-    return SplitPlan(
-        name=split.name,
-        n_samples=split.n_samples,
-        n_items=found.n_items,
-        total_weight=found.total_weight,
-        first_loss=found.loss if math.isfinite(found.loss) else None,
-        n_batches=len(split.batches),
-        groups=split.groups,
-        group_weights=found.group_weights,
-        sorted_by_group=split.sorted_by_group,
-        drawn_from=split.drawn_from,
-        replicate_weights=found.replicate_weights,
-    )
-
-
-def _check_repeatable(
-    split: SplitData, first: Evaluation, second: Evaluation, same: bool, *, exact: bool
-) -> None:
-    """Refuse a loss that is not a function of the weights."""
-    if first.n_items != second.n_items or first.total_weight != second.total_weight:
-        raise TaskError(
-            f"task loss on split {split.name!r}: {first.n_items} items at first, then "
-            f"{second.n_items}; their number and weights must not change"
-        )
-    close = abs(first.loss - second.loss) <= 1e-5 * abs(first.loss)
-    finite = first.loss == first.loss
-    if finite and not (same and first.loss == second.loss if exact else close):
-        raise TaskError(
-            f"task loss on split {split.name!r}: {first.loss!r} at first, then {second.loss!r} at "
-            "the same weights; switch sampling, dropout by hand and augmentation off"
-        )

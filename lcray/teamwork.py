@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lcray.agreement import measure
 from lcray.parts import PartSums, Request, Site, cut_parts
 from lcray.path import Point, Segment
-from lcray.planning import Plan
+from lcray.planning import Plan, Reference
 from lcray.task import Task, source_hash
 from lcray.vectors import zeros
 from lcray.workbench import Workbench
@@ -129,6 +130,14 @@ class Colleague:
         batches = cut_parts(len(split.batches), cut.partial_sums)[order.number]
         sums = engine.sum_part(split, batches, out, directions, order.share)
         return sums.to("cpu"), None if out is None else out.cpu().numpy()
+
+    def measure(self, sent: SentPoint) -> dict[str, Reference]:
+        """What it finds for a few samples of every split at a checkpoint.
+
+        Raises:
+            TaskError: if the task's loss fails or breaks the contract.
+        """
+        return measure(self._bench, self._kept(sent))
 
     def _site(self, order: Order, sent: Sequence[SentPoint]) -> Site:
         for point in sent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from functools import partial
 
 import psutil
@@ -17,6 +18,7 @@ from lcray.gradient import GradientEngine
 from lcray.memory import available_bytes
 from lcray.normalization import depends_on_batches
 from lcray.parts import Seat, batches_of
+from lcray.path import Point
 from lcray.planning import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_MEMORY_FORMAT,
@@ -28,6 +30,7 @@ from lcray.task import Task, call_model, split_data
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 FISHER_BATCH = 64  # samples a batch of those that Fisher information takes
+_ELEMENTS, _FEWEST = 1 << 24, 2  # of the model times samples in checks; samples, at least
 _SHARE = 0.8  # of the memory that is free; the rest is for what cannot be foreseen
 
 
@@ -160,9 +163,17 @@ class Workbench:
         base = self.flat.base
         return "" if base is None else hashlib.sha256(base.numpy().data).hexdigest()
 
+    def few(self, most: int) -> int:
+        """How many samples stand for a split in checks: at most so many, fewer of large models."""
+        return max(_FEWEST, min(most, _ELEMENTS // max(1, self.flat.layout.size)))
+
     def excerpt(self, number: int, batch_size: int, count: int = 1) -> SplitData:
         """The largest `count` batches of a split cut to `batch_size`, without groups."""
         return self.sources[number].excerpt(batch_size, count, place=self._place)
+
+    def placed(self, point: Point) -> Point:
+        """`point` with its vector on the device."""
+        return replace(point, vector=point.vector.to(self.device))
 
     def _open(self) -> tuple[SplitSource, ...]:
         seed = self.settings.batch_seed if self.fixed_batches else None

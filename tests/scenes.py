@@ -24,6 +24,7 @@ from lcray.analysis import Progress
 from lcray.checkpoints import Recorder
 from lcray.cluster.actor import Shipment, Worker
 from lcray.errors import LcrayError
+from lcray.fresh import Soundness
 from lcray.outcomes import Outcome, SpanReport, View
 from lcray.planning import Plan, Settings, Span
 from lcray.reduction import Reduction, merge
@@ -273,6 +274,10 @@ class InlinePool:
         if self._description is None:
             self._description = self._worker.set_up(*self._setup)
         return self._description
+
+    def check(self) -> Soundness:
+        self.describe()
+        return self._worker.check()
 
     def probe(self) -> Probe:
         self.describe()

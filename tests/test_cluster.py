@@ -181,7 +181,7 @@ def test_a_set_up_that_dies_once_after_poisonous_spans_ends_nothing(
 def test_a_worker_that_dies_while_it_probes_is_an_error(plain_run: Path, tmp_path: Path) -> None:
     (tmp_path / "kill").touch()
     task = scenes.with_loss(scenes.deadly_loss, str(tmp_path))
-    with pytest.raises(ClusterError, match="died while probing"):
+    with pytest.raises(ClusterError, match="died while checking the model"):
         lcray.plan(plain_run, task, resources=Resources(workers=1))
 
 

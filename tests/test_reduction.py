@@ -356,3 +356,25 @@ def test_spans_that_read_different_checkpoints_are_not_merged(tmp_path: Path) ->
             "checkpoints of step 8; analyze the run into a new output"
         )
     assert not (tmp_path / "tables").exists()
+
+
+@pytest.mark.parametrize(("factor", "refused"), [(1 + 1e-3, True), (1 + 1e-7, False)])
+def test_spans_must_have_the_same_loss_where_they_meet(
+    tmp_path: Path, factor: float, refused: bool
+) -> None:
+    """Workers with other models would put two losses of a step into one table."""
+    world = factory.make_world()
+    out = tmp_path / "out"
+    factory.write_analysis(out, world)
+    for number, span in enumerate(world.plan.spans):
+        rows = factory.intervals(world, factory.span_range(world, span))
+        if number == 1:
+            for row in rows:
+                if row["start_step"] == span.first:
+                    row["loss_start"] *= factor
+        factory.write_span(out, world, span, rows={"intervals": rows})
+    if refused:
+        with pytest.raises(CorruptionError, match=f"at step {world.plan.spans[1].first} in the"):
+            reduce(out)
+    else:
+        assert reduce(out).rows["intervals"] == 2 * 6

@@ -403,7 +403,9 @@ class TestPlanAndTask:
         plan = draft(workspace(task, tiny_run), 4)
 
         def fewer(net: nn.Module, batch: Any) -> Tensor:
-            return tiny_task.loss(net, batch)[1:]  # type: ignore[index]
+            losses = tiny_task.loss(net, batch)
+            assert isinstance(losses, Tensor)
+            return losses[1:] if len(losses) > 16 else losses  # not in what workers compare
 
         other = workspace(replace(task, loss=fewer), tiny_run)
         with pytest.raises(TaskError, match="16 items of weight 16") as caught:

@@ -71,6 +71,8 @@ ORDER = (
     "rowgroups",
     "tabulation",
     "workbench",
+    "fresh",
+    "agreement",
     "teamwork",
     "tuning",
     "in_memory",

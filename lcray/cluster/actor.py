@@ -15,6 +15,7 @@ from lcray.cluster.calls import plainly
 from lcray.cluster.connecting import in_one_line
 from lcray.cluster.team import Team
 from lcray.errors import ClusterError, TaskError
+from lcray.fresh import Soundness
 from lcray.outcomes import SpanReport, report_of
 from lcray.parts import Seat
 from lcray.planning import Plan, Settings, Span
@@ -115,6 +116,10 @@ class Worker:
             return self._workspace.describe()
 
         return plainly(work)
+
+    def check(self) -> Soundness:
+        """Compare the model with models newly built."""
+        return plainly(self._ready().check)
 
     def probe(self) -> Probe:
         """Evaluate the splits at the first checkpoint."""

@@ -16,7 +16,7 @@ from lcray.cluster.calls import Reference, fetched, result
 from lcray.cluster.connecting import in_one_line
 from lcray.cluster.crew import Crew
 from lcray.cluster.metrics import Metrics
-from lcray.errors import LcrayError, TaskError, TeamError
+from lcray.errors import DisagreementError, LcrayError, TaskError, TeamError
 from lcray.outcomes import Outcome, SpanInHand, SpanReport, View
 from lcray.planning import Plan, Span, largest_share
 from lcray.quadrature import get_rule
@@ -67,6 +67,7 @@ class Dispatch:
 
         Raises:
             TaskError, CheckpointError, ClusterError: as setting up a worker raises them.
+            DisagreementError: if a worker computes other numbers than the plan's.
         """
         try:
             now = time.monotonic()
@@ -112,6 +113,8 @@ class Dispatch:
             lead = f"its worker died ({in_one_line(error)})"
             reason = str(error) if isinstance(error, TeamError) else lead
             self._carry_out(self._scheduler.worker_lost(number, reason, now))
+        except DisagreementError:
+            raise
         except LcrayError as error:
             final = isinstance(error, TaskError)
             self._carry_out(self._scheduler.span_failed(number, str(error), now, final=final))

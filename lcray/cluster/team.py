@@ -21,6 +21,7 @@ from lcray.cluster.calls import Reference, plainly, result
 from lcray.cluster.connecting import in_one_line
 from lcray.errors import TaskError, TeamError
 from lcray.parts import Answer, Request, Seat, deal
+from lcray.path import Point
 from lcray.planning import Plan, Settings
 from lcray.process import tune_process
 from lcray.resources import Placement
@@ -91,6 +92,11 @@ class Member:
 
         return plainly(work)
 
+    def measure(self, sent: SentPoint) -> Any:
+        """What it finds for a few samples of every split at a checkpoint."""
+        assert self._colleague is not None
+        return plainly(partial(self._colleague.measure, sent))
+
     def answer(self, order: Order, *sent: SentPoint) -> Any:
         """The sums and the gradient of a part."""
         assert self._colleague is not None
@@ -141,6 +147,11 @@ class Team:
         self._cut = Cut.of(plan)
         for known in self._known:
             known.clear()
+
+    def measure(self, point: Point) -> Iterator[Any]:
+        """What each member finds at a checkpoint; see `lcray.parts.Colleagues`."""
+        sent = ray.put(SentPoint.of(point))
+        return map(_result, [member.measure.remote(sent) for member in self._members])
 
     def share_out(self, request: Request, n_parts: int) -> tuple[range, Iterator[Answer]]:
         """Have the members begin with their parts; see `lcray.parts.Colleagues`."""
