@@ -38,7 +38,8 @@ from lcray.workbench import Workbench
 
 _SAMPLES = 32  # of each split that are compared, at most
 _MORE = 64  # times as many, to tell whether a layer gets a gradient at all
-_HALF_STEP = 1 / 32  # h, of the interval
+# h, of the interval; in float32 small ones are lost in rounding.
+_HALF_STEPS, _FLOAT32_HALF_STEPS = (2.0**-5, 2.0**-11, 2.0**-17), (2.0**-5, 2.0**-8)
 # How far losses may lie apart: of the largest loss in float32 and in float64, and without a
 # control in float64; and times what the control says is rounding, of which so much is believed.
 _FLOAT32, _FLOAT64, _UNCONTROLLED = 1e-5, 1e-9, 1e-4
@@ -148,14 +149,26 @@ class _Check:
         )
 
     def slope_along(self, path: Segment) -> None:
-        """Compare the gradient at the middle of an interval with a central difference."""
+        """Compare the gradient at the middle of an interval with central differences.
+
+        Smaller ones where the first does not agree: it may have had a kink of a ReLU in it.
+        """
         Site(path, 0.5).enter(self._flat)
         moving = path.moving_buffers(self._flat)
-        small = self._around(path, moving)
-        if not bool((small.difference() != 0).any()):
-            return
-        out = self._engine.new_vector()
-        exact = self._new.exact
+        problem = None
+        for half_step in _HALF_STEPS if self._new.exact else _FLOAT32_HALF_STEPS:
+            small = self._around(path, moving, half_step)
+            if not bool((small.difference() != 0).any()):
+                return
+            problem = self._slope_differs(path, small)
+            if problem is None:
+                return
+        if problem is not None:
+            raise problem
+
+    def _slope_differs(self, path: Segment, small: Segment) -> TaskError | None:
+        """What is wrong if Σ g·Δ is not the difference of the losses at the ends of `small`."""
+        exact, out = self._new.exact, self._engine.new_vector()
         ends = [self._new.most_exact(end) for end in (small.start, small.end)]
         for number, split in enumerate(self._splits):
             self._evaluate(split, out)
@@ -165,15 +178,16 @@ class _Check:
             bound = _SLOPE * float(by_layer.abs().sum())
             bound += (1e-12 if exact else 1e-6) * max(_largest(before), _largest(after))
             if abs(change - slope) > bound:  # never so where either is not finite
-                raise TaskError(
+                return TaskError(
                     f"model: between steps {path.start.step} and {path.end.step} its gradient "
                     f"says that the loss changes by {slope:.4g}, but losses of models built anew "
                     f"differ by {change:.4g} (central difference, on {split.n_samples} samples of "
                     f"split {split.name!r}); part of the loss has no gradient: look for detach(), "
                     "no_grad(), .data or rounding in model and loss"
                 )
+        return None
 
-    def _around(self, path: Segment, moving: frozenset[int]) -> Segment:
+    def _around(self, path: Segment, moving: frozenset[int], half_step: float) -> Segment:
         """From θ − hΔ to θ + hΔ, θ being where the model is; only what gets gradients moves."""
         middle = self._flat.theta
         ends = [middle.clone(), middle.clone()]
@@ -181,7 +195,7 @@ class _Check:
             zip(self._flat.layers, self._flat.slices, strict=True)
         ):
             if layer.trainable or number in moving:
-                step = _HALF_STEP * path.difference(where)
+                step = half_step * path.difference(where)
                 for end, sign in zip(ends, (-1.0, 1.0), strict=True):
                     end[where] = torch.add(middle[where].double(), step, alpha=sign)
         return Segment(*(replace(path.start, vector=end) for end in ends))

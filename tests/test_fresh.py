@@ -201,6 +201,22 @@ def test_a_gradient_is_checked_without_float64_as_well() -> None:
         allocate(case.task, *case.states[:2])
 
 
+def test_a_kink_is_no_missing_gradient() -> None:
+    """ReLU(x·w) of one sample, with the kink right beside the middle of the path."""
+
+    class Kink(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x * self.w - 0.501).sum(1) + 0.01 * (x * self.w).sum(1)
+
+    task = Task(Kink, {"train": (torch.ones(1, 1),)}, lambda net, batch: net(batch[0]))
+    (found,) = allocate(task, {"w": torch.zeros(1)}, {"w": torch.ones(1)}, refine=True).values()
+    assert abs(found.loss_change - (1 - 0.501 + 0.01)) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["bfloat16", "float32", "float64"])
 def test_models_of_any_precision_pass(name: str) -> None:
     case = case_of(nn.Linear)
