@@ -223,7 +223,11 @@ def source_hash(task: Task, model: nn.Module) -> str:
     elsewhere. Where there is no source (a session typed by hand) the parts' code stands for it.
     Of a `functools.partial` that builds the model or is the loss, plain arguments count as well.
     """
-    kinds = sorted({type(part) for part in model.modules()}, key=lambda kind: kind.__qualname__)
+    # The order of a set differs from process to process, and two classes may have one name.
+    kinds = sorted(
+        {type(part) for part in model.modules()},
+        key=lambda kind: (kind.__qualname__, _source_of(kind)),
+    )
     parts: list[Any] = [task.model, task.splits, task.loss, task.groups, task.collate]
     parts += [task.sample_targets, *kinds]
     digest = hashlib.sha256()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import subprocess
 import sys
@@ -296,6 +297,29 @@ class TestSourceHash:
         net = nn.Linear(2, 2)
         assert source_hash(typed(sets[0]), net) == source_hash(typed(sets[1]), net)
         assert source_hash(typed(sets[0]), net) != source_hash(typed(frozenset([1])), net)
+
+    def test_classes_of_one_name_count_in_one_order(self) -> None:
+        # A set of classes is ordered by their addresses, which differ from process to process.
+        def typed(factor: int) -> type[nn.Module]:
+            space = {"__name__": "__main__", "nn": nn}
+            text = "class Linear(nn.Linear):\n    def forward(self, x):\n        return x * "
+            exec(f"{text}{factor}", space)
+            return space["Linear"]
+
+        task, kept, found = make(), [], set()
+        for _ in range(20):
+            kept.append([typed(2), nn.Linear, typed(3)])
+            found.add(source_hash(task, nn.Sequential(*(kind(2, 2) for kind in kept[-1]))))
+            kept[-1].append(typed(5))  # so that addresses do not come again in the same order
+        assert len(found) == 1
+
+    def test_the_hash_of_ordinary_models_stays(self) -> None:
+        # Outputs that were begun before must go on: installed parts by name, classes in their
+        # order, each once, "-" for what is data or missing.
+        task = Task(nn.Identity, {"train": (torch.ones(1),)}, nn.functional.mse_loss)
+        model = nn.Sequential(nn.ReLU(), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1))
+        expected = hashlib.sha256(b"Identity-mse_lossLinearReLUSequential")
+        assert source_hash(task, model) == expected.hexdigest()
 
     def test_partial_functions_and_callable_objects_count(self, tmp_path: Path) -> None:
         module = types.ModuleType("lc_object")
