@@ -24,7 +24,7 @@ from lcray.convolution import PaddedConvolutions
 from lcray.data import SplitData
 from lcray.errors import TaskError, brief
 from lcray.flat import FlatModel
-from lcray.normalization import Normalization, depends_on_batches
+from lcray.normalization import Normalization, depends_on_batches, may_normalize
 from lcray.parts import Answer, Colleagues, PartSums, Request, Site, cut_parts
 from lcray.path import Segment
 from lcray.sums import Evaluation, Sums, evaluation_of
@@ -49,8 +49,10 @@ class GradientEngine:
         self.flat = flat
         self._loss = task.loss
         fixed = depends_on_batches(flat.model, batch_norm)
-        self._normalization = Normalization(batch_norm, fixed_batches=fixed)
-        self._always = fixed
+        self._normalizes = fixed or may_normalize(flat.model)
+        self._normalization = Normalization(
+            batch_norm, fixed_batches=fixed, formula=self._normalizes
+        )
         self._untried = True
         self.partial_sums = 1
         self.colleagues: Colleagues | None = None
@@ -162,14 +164,13 @@ class GradientEngine:
 
     @contextmanager
     def _functions(self) -> Iterator[None]:
-        """Our own versions of some functions.
+        """Our own versions of some functions, by rules that know no history: workers compute alike.
 
-        An evaluation that succeeds tells whether the model normalizes at all.
+        The first evaluation of any model is looked at for batch statistics, which are refused.
         """
         with ExitStack() as stack:
-            if self._always or self._untried or self._normalization.used:
+            if self._normalizes or self._untried:
                 stack.enter_context(self._normalization)
-            # By a rule that knows no history: workers must compute alike.
             if self.flat.layout.memory_format == "channels_last":
                 stack.enter_context(PaddedConvolutions())
             yield
@@ -223,6 +224,17 @@ class GradientEngine:
         self.flat.check_tied()
         return torch.cat(losses), torch.cat(weights)
 
+    def _result(self, batch: Any) -> Any:
+        """What the task's loss gives."""
+        try:
+            return self._loss(self.flat.model, batch)
+        except RuntimeError as error:
+            if self._normalizes or "running_" not in str(error):
+                raise
+        # Its own statistics are parameters, say: torch gives those no gradient.
+        with self._normalization:
+            return self._loss(self.flat.model, batch)
+
     def item_losses(self, split: SplitData, index: int, batch: Any) -> tuple[Tensor, Tensor | None]:
         """The losses [n] of a batch and their weights, checked.
 
@@ -231,7 +243,7 @@ class GradientEngine:
         """
         where = _where(split, index)
         try:
-            result = self._loss(self.flat.model, batch)
+            result = self._result(batch)
         except TaskError:
             raise
         except Exception as error:

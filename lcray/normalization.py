@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 
 from lcray.errors import TaskError
@@ -30,16 +30,18 @@ class Normalization(TorchFunctionMode):
     """While active, `torch.nn.functional.batch_norm` and `instance_norm` follow `mode`.
 
     Attributes:
-        used: whether either was called yet; where it never is, the mode may be left out.
+        used: whether either was called yet.
 
     Args:
         mode: ``running`` or ``batch``.
         fixed_batches: whether batches are a part of the plan, so that their statistics may count.
+        formula: whether running statistics are always taken by the formula; otherwise only those
+            that require gradients, and torch's own kernel takes the others.
     """
 
-    def __init__(self, mode: str, *, fixed_batches: bool) -> None:
+    def __init__(self, mode: str, *, fixed_batches: bool, formula: bool = True) -> None:
         super().__init__()
-        self._batch, self._fixed = mode == "batch", fixed_batches
+        self._batch, self._fixed, self._formula = mode == "batch", fixed_batches, formula
         self.used = False
 
     def __torch_function__(
@@ -56,7 +58,7 @@ class Normalization(TorchFunctionMode):
             return self._batch_norm(*args, **kwargs)
         if func is F.instance_norm:
             self.used = True
-            return _instance_norm(*args, **kwargs)
+            return self._instance_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _batch_norm(
@@ -77,22 +79,29 @@ class Normalization(TorchFunctionMode):
                     "analyze with batch_norm='batch' (--batch-norm batch)"
                 )
             return F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
-        return _normalize(input, running_mean, running_var, weight, bias, eps)
+        if self._needs_formula(running_mean, running_var):
+            return _normalize(input, running_mean, running_var, weight, bias, eps)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
 
+    def _instance_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if use_input_stats or running_mean is None or running_var is None:
+            return F.instance_norm(input, None, None, weight, bias, True, 0.0, eps)
+        if self._needs_formula(running_mean, running_var):
+            return _normalize(input, running_mean, running_var, weight, bias, eps)
+        return F.instance_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
 
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if use_input_stats or running_mean is None or running_var is None:
-        return F.instance_norm(input, None, None, weight, bias, True, 0.0, eps)
-    return _normalize(input, running_mean, running_var, weight, bias, eps)
+    def _needs_formula(self, mean: Tensor, var: Tensor) -> bool:
+        return self._formula or mean.requires_grad or var.requires_grad
 
 
 def _normalize(
@@ -113,4 +122,24 @@ def depends_on_batches(model: nn.Module, mode: str) -> bool:
     """
     return mode == "batch" or any(
         isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules()
+    )
+
+
+def may_normalize(model: nn.Module) -> bool:
+    """Whether the model may take running statistics that move along the path.
+
+    Such are those of torch's BatchNorm and InstanceNorm, and saved float buffers of one axis, which
+    a model may hand to the functional forms itself. The answer depends on the model alone, not on
+    which of its modules have been called so far: they may be gated.
+    """
+    if any(isinstance(module, _NormBase) for module in model.modules()):
+        return True
+    saved = model.state_dict(keep_vars=True).values()
+    parameters = {id(parameter) for parameter in model.parameters()}
+    return any(
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dim() == 1
+        and id(value) not in parameters
+        for value in saved
     )

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import Bench, Case, classify, convnet, random_states
+from strategies import Bench, Case, classify, closeness, convnet, random_states
 from torch import Tensor, nn
+from twin import Twin
 
 from lcray.errors import TaskError
-from lcray.normalization import Normalization, depends_on_batches
+from lcray.in_memory import allocate
+from lcray.normalization import Normalization, depends_on_batches, may_normalize
 from lcray.planning import Settings
 from lcray.task import Task
 from lcray.workbench import Workbench
@@ -296,3 +300,121 @@ def test_moving_statistics_of_the_functional_form_are_allocated_too() -> None:
     for name, values in found.items():
         assert torch.equal(values, expected[name if name.startswith("fc") else f"norm.{name}"])
     assert found["running_mean"].any() and found["running_var"].any()
+
+
+class Gated(nn.Module):
+    """BatchNorm that is called where a gate is open: a counter of the checkpoint, or an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm, self.out = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+        self.register_buffer("phase", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor, open: bool = False) -> Tensor:
+        h = self.fc(x)
+        return self.out(torch.tanh(self.norm(h) if open or self.phase > 0 else h))
+
+
+def gated_loss(net: Any, batch: Any) -> Tensor:
+    x, y, open = batch
+    return F.cross_entropy(net(x, bool(open[0])), y, reduction="none")
+
+
+def gated_states(*phases: int) -> tuple[dict[str, Tensor], ...]:
+    states = random_states(Gated, 4, len(phases))
+    return tuple(
+        {**state, "phase": torch.tensor(phase)} for state, phase in zip(states, phases, strict=True)
+    )
+
+
+def gated_data(open: int) -> tuple[Tensor, ...]:
+    random = torch.Generator().manual_seed(7)
+    x = torch.randn(6, 3, generator=random, dtype=torch.float64)
+    return x, torch.randint(3, (6,), generator=random), torch.full((6,), open)
+
+
+def test_a_layer_that_a_later_checkpoint_calls_first() -> None:
+    states = gated_states(0, 0, 1, 1)
+    case = Case("gated", Gated, gated_data(0), gated_loss, states)
+    bench = Bench(case)
+    twin = bench.twin(case)
+    for (before, after), found in zip(pairwise(states), bench.run(states), strict=True):
+        expected = twin.interval(before, after, bench.settings.rule)
+        assert closeness(found, expected, bench) <= ROUNDING
+        assert abs(found.loss_end - expected.loss_end) <= ROUNDING
+    mean = bench.by_layer(found.lc)["norm.running_mean"]
+    assert mean.all()  # it moved, and counted
+
+
+def test_a_layer_that_only_the_second_split_calls() -> None:
+    before, after = gated_states(0, 0)
+    splits = {"shut": gated_data(0), "open": gated_data(1)}
+    found = allocate(Task(Gated, splits, gated_loss), before, after, dtype="float64")
+    for name, data in splits.items():
+        chunks = [tuple(part[i : i + 1] for part in data) for i in range(6)]
+        expected = Twin(Gated, gated_loss, chunks).interval(before, after, "simpson")
+        for layer, values in expected.lc.items():
+            difference = (found[name].elements[layer] - values).abs().max()
+            assert difference <= ROUNDING * expected.scale, (name, layer)
+
+
+def test_what_came_before_does_not_change_a_bit() -> None:
+    states = gated_states(0, 1, 1)
+    case = Case("gated", Gated, gated_data(0), gated_loss, states)
+    along, alone = Bench(case).run(states)[1], Bench(case).run(states[1:])[0]
+    assert torch.equal(along.lc, alone.lc)
+    assert (along.loss_start, along.loss_end) == (alone.loss_start, alone.loss_end)
+
+
+class OfParameters(nn.Module):
+    """Statistics that are parameters: neither a module of torch's nor a buffer says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.var = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
+        self.register_buffer("phase", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.batch_norm(x, self.mean, self.var) if self.phase > 0 else x * self.var + self.mean
+        return h + 0.1 * h**2
+
+
+def test_statistics_that_are_parameters() -> None:
+    # 1 / sqrt(var + eps), by hand and in torch's words.
+    random = torch.Generator().manual_seed(3)
+    data = (torch.randn(5, 3, generator=random, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1]))
+    states = [
+        {
+            "mean": torch.randn(3, generator=random, dtype=torch.float64),
+            "var": 0.5 + torch.rand(3, generator=random, dtype=torch.float64),
+            "phase": torch.tensor(phase),
+        }
+        for phase in (0, 1, 1)
+    ]
+    case = Case("parameters", OfParameters, data, classify, tuple(states))
+    found = Bench(case).run(case.states)[1]
+
+    class ByHand(OfParameters):
+        def forward(self, x: Tensor) -> Tensor:
+            h = (x - self.mean) / torch.sqrt(self.var + 1e-5)
+            return h + 0.1 * h**2
+
+    other = replace(case, make=ByHand)
+    expected = Bench(other).twin(other).interval(states[1], states[2], "simpson")
+    assert closeness(found, expected, Bench(other)) <= ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (nn.Linear(2, 2), False),
+        (nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.GroupNorm(1, 2)), False),
+        (nn.Sequential(nn.BatchNorm2d(2, affine=False)), True),
+        (nn.SyncBatchNorm(2), True),
+        (nn.InstanceNorm1d(2, track_running_stats=True), True),
+        (Custom(), True),
+        (Gated(), True),
+    ],
+)
+def test_the_model_alone_says_whether_it_may_normalize(model: nn.Module, expected: bool) -> None:
+    assert may_normalize(model) is expected
