@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from lcray.errors import CheckpointError, TaskError
+from lcray.embeddings import use_derivatives
+from lcray.errors import CheckpointError, TaskError, brief
 from lcray.layers import Layer, describe_layers
 from lcray.layout import BLOCK, Layout
 from lcray.vectors import zeros
@@ -48,10 +50,11 @@ class FlatModel:
         self, model: nn.Module, device: torch.device, dtype: torch.dtype, *, partial: bool = False
     ) -> None:
         describe_layers(model)  # refuses what the conversion would hide
+        use_derivatives(model)
         # One by one: Module.to copies a shared buffer for each name, and makes complex ones real.
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.to(device=device, dtype=_compute_dtype(tensor, dtype))
-        self.model = model.eval()
+        self.model = _in_evaluation_mode(model)
         self.layers, self._tensors = describe_layers(self.model)
         if not any(layer.trainable for layer in self.layers):
             raise TaskError("model: no parameter requires a gradient, so there is nothing to learn")
@@ -59,6 +62,7 @@ class FlatModel:
         self.theta = zeros(self.layout.size, dtype, device)
         self.receiver: Receiver | None = None
         self._hooked: set[int] = set()
+        self._written: dict[int, int] = {}
         for number in range(len(self.layers)):
             self._tie(number)
         self.base = self.theta.cpu().clone() if partial else None
@@ -66,7 +70,8 @@ class FlatModel:
         self._constants = {k: v for k, v in self._tensors.items() if k not in names}
         self._initial = {name: value.cpu().clone() for name, value in self._constants.items()}
         places = _places(self.model)
-        self._places = {k: places.get(id(self._tensors[k]), []) for k in names}
+        self._places = {k: places.get(id(v), []) for k, v in self._tensors.items()}
+        self.set_constants(self._initial)
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -113,6 +118,7 @@ class FlatModel:
         if layer.kind == "buffer":
             tensor.requires_grad_(False)  # until it is to move again
         tensor.data = self.layout.shaped(self.theta, number)
+        self._written[number] = tensor._version
         if layer.trainable:
             self._hook(number, tensor)
 
@@ -223,18 +229,35 @@ class FlatModel:
 
     def set_constants(self, constants: Mapping[str, Tensor]) -> None:
         """Set the tensors that do not move, such as counters, to a checkpoint's values."""
+        self._values = constants
         with torch.no_grad():
             for name, value in constants.items():
                 self._constants[name].copy_(value)
+        self._versions = {name: tensor._version for name, tensor in self._constants.items()}
+
+    def restore_constants(self) -> None:
+        """Undo what a forward pass has written into tensors that do not move, such as counters.
+
+        So every batch finds them as the checkpoint has them.
+        """
+        for name, tensor in self._constants.items():
+            for held, key in self._places[name]:
+                if held.get(key) is not tensor:
+                    held[key] = tensor
+            if tensor._version != self._versions[name]:
+                with torch.no_grad():
+                    tensor.copy_(self._values[name])
+                self._versions[name] = tensor._version
 
     def check_tied(self) -> None:
-        """Check that the model's tensors still are views of the flat vector.
+        """Check that the model's tensors still are views of the flat vector that nobody wrote to.
 
         Raises:
-            TaskError: if the loss has replaced one, so that it would no longer follow the path.
+            TaskError: if the loss has replaced one, so that it would no longer follow the path, has
+                written into one, or has frozen or unfrozen a parameter.
         """
         start, size = self.theta.data_ptr(), self.theta.element_size()
-        for layer, where in zip(self.layers, self.slices, strict=True):
+        for number, (layer, where) in enumerate(zip(self.layers, self.slices, strict=True)):
             tensor = self._tensors[layer.name]
             moved = layer.numel > 0 and tensor.data_ptr() != start + size * where.start
             if moved or any(held.get(key) is not tensor for held, key in self._places[layer.name]):
@@ -242,6 +265,49 @@ class FlatModel:
                     f"model layer {layer.name!r}: was replaced while the loss was computed; in "
                     "evaluation mode a forward pass must not assign parameters or buffers"
                 )
+            if tensor._version != self._written[number]:
+                raise _written(layer)
+            if layer.kind == "parameter" and tensor.requires_grad is not layer.trainable:
+                raise TaskError(
+                    f"model layer {layer.name!r}: its requires_grad was changed while the loss was "
+                    "computed; set it in model()"
+                )
+
+    def check_unwritten(self, vector: Tensor) -> None:
+        """Check that the model still is at the point that was set, bit for bit.
+
+        Args:
+            vector: the point, [P] in the compute dtype.
+
+        Raises:
+            TaskError: if a forward pass has written into a parameter or a float buffer.
+        """
+        for layer, where in zip(self.layers, self.slices, strict=True):
+            for first in range(where.start, where.stop, self.block):
+                part = slice(first, min(first + self.block, where.stop))
+                if not _same_bits(self.theta[part], vector[part].to(self.theta.device)):
+                    raise _written(layer)
+
+
+def _written(layer: Layer) -> TaskError:
+    return TaskError(
+        f"model layer {layer.name!r}: was written to while the loss was computed; neither the loss "
+        "nor a forward pass in evaluation mode may change parameters or float buffers (max_norm "
+        "and observers of quantization do)"
+    )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    whole = torch.int32 if a.element_size() == 4 else torch.int64
+    return torch.equal(a.view(whole), b.view(whole))
+
+
+def _in_evaluation_mode(model: nn.Module) -> nn.Module:
+    try:
+        model.eval()
+    except Exception as error:  # a module that torch.export made
+        raise TaskError(f"model: cannot be set to evaluation mode: {brief(error)}") from error
+    return model
 
 
 def _arrived(owner: ref[FlatModel], number: int, tensor: Tensor) -> None:
@@ -257,9 +323,9 @@ def _compute_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if tensor.is_floating_point() else tensor.dtype
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[Mapping[str, Tensor | None], str]]]:
+def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
     """Where modules keep a tensor, by its id: the module's dictionary and the key in that."""
-    places: dict[int, list[tuple[Mapping[str, Tensor | None], str]]] = {}
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for key, tensor in held.items():

@@ -31,6 +31,8 @@ from lcray.sums import Evaluation, Sums, evaluation_of
 from lcray.task import Task
 from lcray.vectors import zeros
 
+_FROM_EDGES = torch.__version__ >= "2.7"
+
 
 class GradientEngine:
     """Evaluates loss and gradient of any split at the model's current point.
@@ -184,7 +186,7 @@ class GradientEngine:
         for number, (rows, part) in enumerate(parts):
             self.flat.receiver = partial(sums.add_gradient, rows)
             try:
-                part.sum().backward(retain_graph=number + 1 < len(parts))
+                _backward(part.sum(), keep=number + 1 < len(parts))
             except Exception as error:
                 raise _failed(_where(split, index), "its backward pass failed", error) from error
             finally:
@@ -226,6 +228,7 @@ class GradientEngine:
 
     def _result(self, batch: Any) -> Any:
         """What the task's loss gives."""
+        self.flat.restore_constants()
         try:
             return self._loss(self.flat.model, batch)
         except RuntimeError as error:
@@ -264,6 +267,16 @@ class GradientEngine:
                 "groups must give one label per item"
             )
         return losses, weights
+
+
+def _backward(total: Tensor, *, keep: bool) -> None:
+    """Run the backward pass of `total`, [], with our versions of functions active.
+
+    Layers under `torch.utils.checkpoint` are computed again in it, and must come to the same. From
+    a tensor, torch would run it without them.
+    """
+    root: Any = torch.autograd.graph.get_gradient_edge(total) if _FROM_EDGES else total
+    torch.autograd.backward((root,), (torch.ones_like(total),), retain_graph=keep)
 
 
 def layer_dots(flat: FlatModel, gradient: Tensor, segment: Segment) -> Tensor:

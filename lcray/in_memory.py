@@ -23,6 +23,7 @@ from lcray.layers import Layer
 from lcray.path import Point, Segment
 from lcray.planning import Settings
 from lcray.quadrature import get_rule
+from lcray.sums import check_same
 from lcray.task import Task, locate
 from lcray.workbench import Workbench
 
@@ -175,9 +176,12 @@ def _allocate(bench: Workbench, settings: Settings, index: int, segment: Segment
     split = bench.splits[index]
     segment.set_point(bench.flat, 0.0)
     first = bench.engine.evaluate(split, None)
+    bench.flat.check_unwritten(segment.start.vector)
     accuracy = Accuracy.of(settings, first.loss)
     allocator = SplitAllocator(bench.engine, split, get_rule(settings.rule), accuracy)
     result = allocator.advance(segment)
+    if math.isfinite(result.loss_start):
+        check_same(split.name, first.loss, result.loss_start, exact=settings.deterministic)
     if result.lc is None:
         raise CheckpointError(f"split {split.name!r}: no LC between the states: {result.status}")
     lc = result.lc.cpu()

@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lcray.checkpoints.naming import canonical_names
@@ -66,8 +67,10 @@ def describe_layers(model: nn.Module) -> tuple[tuple[Layer, ...], dict[str, Tens
         The layers, and the tensor behind each name. Integer tensors do not move and are no layers.
 
     Raises:
-        TaskError: for parameters without a shape (lazy modules) or of complex numbers.
+        TaskError: for TorchScript, parameters without a shape (lazy modules), without values (meta
+            tensors, inference mode) or of complex numbers.
     """
+    _check_modules(model)
     tensors = _state_tensors(model)
     names = canonical_names(tensors)
     owners = _owners(model)
@@ -119,8 +122,23 @@ def _unit_axis(owner: nn.Module, tensor: Tensor) -> int | None:
     return 1 if transposed and tensor.dim() > 1 else 0
 
 
+def _check_modules(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TaskError(
+                f"model: has a TorchScript module ({module.original_name}), which nothing can be "
+                "changed in; build the Python module that it was made from in model()"
+            )
+
+
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if nn.parameter.is_lazy(tensor):
         raise TaskError(f"model layer {name!r}: has no shape yet; run one batch in model()")
+    if tensor.is_meta:
+        raise TaskError(f"model layer {name!r}: is a meta tensor, without values; build it on cpu")
+    if tensor.is_inference():
+        raise TaskError(
+            f"model layer {name!r}: was made in inference mode; build the model outside of it"
+        )
     if tensor.is_complex():
         raise TaskError(f"model layer {name!r}: complex numbers are not supported")

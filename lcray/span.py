@@ -159,10 +159,11 @@ class Workspace:
         tuning = tune(self.bench)
         partial_sums = self.bench.engine.partial_sums
         self.bench.adopt(tuning.batch_size, tuning.memory_format, partial_sums)
-        self._go_to_first()
+        point = self._go_to_first()
         plans, seconds = [], {}
         for split in self.bench.splits:
             first = self.bench.engine.evaluate(split, None)
+            self.flat.check_unwritten(point.vector)
             out = self.bench.engine.new_vector()
             start = time.perf_counter()
             second = self.bench.engine.evaluate(split, out)
@@ -247,9 +248,10 @@ class Workspace:
             self._reference = measure(self.bench, self._read_first())
         return self._reference
 
-    def _go_to_first(self) -> None:
+    def _go_to_first(self) -> Point:
         point = self._read_first()
         Segment(point, point).set_point(self.flat, 0.0)
+        return point
 
     def _read_first(self) -> Point:
         known = {self._first.step: self._first.sha256}

@@ -183,6 +183,26 @@ def evaluation_of(split: SplitData, parts: Sequence[PartSums], n_directions: int
     )
 
 
+def check_same(split: str, first: float, second: float, *, exact: bool) -> None:
+    """Check that a loss is a function of the weights: evaluated twice at a point, it is the same.
+
+    Args:
+        split: the name of the split, for messages.
+        first: its loss; one that is not finite tells nothing.
+        second: its loss, evaluated once more.
+        exact: whether to the last bit; otherwise to 1e-5.
+
+    Raises:
+        TaskError: if it is another one.
+    """
+    same = first == second if exact else abs(first - second) <= 1e-5 * abs(first)
+    if first == first and not same:
+        raise TaskError(
+            f"task loss on split {split!r}: {first!r} at first, then {second!r} at the same "
+            "weights; switch sampling, dropout by hand and augmentation off, and count nothing"
+        )
+
+
 def _by_replicate(split: SplitData, batches: Sequence[float]) -> tuple[float, ...]:
     """Sums of what all batches gave, in their order, [R]."""
     parts: list[list[float]] = [[] for _ in range(split.n_replicates)]

@@ -181,6 +181,35 @@ class TestRefusedModels:
         with pytest.raises(TaskError, match="'phase': complex numbers"):
             make_flat(model)
 
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: torch.jit.script(nn.Linear(2, 2)),
+            lambda: torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)),
+            lambda: nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2))),
+        ],
+    )
+    def test_torchscript(self, make: Callable[[], nn.Module]) -> None:
+        self.check(
+            make(), r"model: has a TorchScript module \(Linear\), which nothing can be changed"
+        )
+
+    def test_a_module_that_has_no_evaluation_mode(self) -> None:
+        model = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)).module()
+        self.check(model, "model: cannot be set to evaluation mode: NotImplementedError: ")
+
+    def test_parameters_without_values(self) -> None:
+        self.check(nn.Linear(2, 2, device="meta"), "model layer 'weight': is a meta tensor")
+        with torch.inference_mode():
+            model = nn.Linear(2, 2)
+        self.check(model, "model layer 'weight': was made in inference mode")
+
+    def check(self, model: nn.Module, message: str) -> None:
+        with pytest.raises(TaskError, match=f"^{message}") as caught:
+            make_flat(model)
+        assert "\n" not in str(caught.value)
+
 
 class TestCheckpoints:
     def test_a_missing_tensor(self) -> None:
@@ -412,6 +441,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(2, 3)),
     "LSTM": lambda: nn.LSTM(2, 3),
     "shared": shared,
+    "old spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(2, 3)),
+    "DataParallel": lambda: nn.DataParallel(nn.Linear(2, 3)),
+    "compiled": lambda: torch.compile(nn.Linear(2, 3), backend="eager"),
+    "traced by fx": lambda: torch.fx.symbolic_trace(nn.Linear(2, 3)),
+    "half": lambda: nn.Sequential(nn.Linear(2, 3).half(), nn.Tanh(), nn.Linear(3, 2).bfloat16()),
 }
 
 

@@ -17,6 +17,7 @@ from strategies import (
     Bench,
     Case,
     cases,
+    classify,
     convnet,
     frozen,
     gpt2,
@@ -25,10 +26,12 @@ from strategies import (
     quadratic,
     random_states,
     transformer,
+    vectors,
 )
 from torch import Tensor, nn
+from twin import Twin
 
-from lcray.errors import CheckpointError, UsageError
+from lcray.errors import CheckpointError, TaskError, UsageError
 from lcray.in_memory import Allocation, allocate
 from lcray.task import Task
 
@@ -286,3 +289,98 @@ def test_the_repr_is_one_short_line() -> None:
     text = repr(run(mlp(0, "tanh")))
     assert "\n" not in text and len(text) < 120
     assert text.startswith("Allocation('train', loss_change=")
+
+
+class Writing(nn.Module):
+    """Writes something in its forward pass, whatever the mode."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.how, self.calls = nn.Linear(3, 2), how, 0
+        self.register_buffer("average", torch.zeros(2, 3))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("hidden", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        getattr(self, f"_{self.how}")()
+        scale = 1 + 0.1 * torch.tanh(self.count.to(x.dtype) + self.hidden + self.calls)
+        return self.a(x) * scale + x @ self.average.T
+
+    def _average(self) -> None:
+        self.average.mul_(0.9).add_(self.a.weight.detach(), alpha=0.1)
+
+    def _data(self) -> None:
+        self.a.weight.data.clamp_(-0.1, 0.1)
+
+    def _replaced(self) -> None:
+        self.average = self.average + 1
+
+    def _frozen(self) -> None:
+        self.a.weight.requires_grad_(False)
+
+    def _hidden(self) -> None:
+        self.hidden += 1
+
+    def _calls(self) -> None:
+        self.calls += 1
+
+    def _count(self) -> None:
+        self.count += 1
+
+    def _count_anew(self) -> None:
+        self.count = self.count + 1
+
+    def _nothing(self) -> None:
+        pass
+
+
+def writing(how: str) -> Case:
+    x, y = vectors(2, 6, 3, 2, False)
+    states = random_states(lambda: Writing(how), 3, 2)
+    return Case(how, lambda: Writing(how), (x, y), classify, states)
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("average", "model layer 'average': was written to while the loss was computed"),
+        ("data", "model layer 'a.weight': was written to while the loss was computed"),
+        ("replaced", "model layer 'average': was replaced while the loss was computed"),
+        ("frozen", "model layer 'a.weight': its requires_grad was changed while the loss was"),
+        ("hidden", "at the same weights; switch sampling"),
+        ("calls", "at the same weights; switch sampling"),
+    ],
+)
+def test_a_forward_pass_that_writes_is_refused(how: str, line: str) -> None:
+    with pytest.raises(TaskError, match=line) as caught:
+        run(writing(how), batch_size=2)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["count", "count_anew"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_counter_is_the_checkpoints_in_every_batch(how: str, batch_size: int) -> None:
+    # As in a fresh model, the loss of any batch is that after one more count.
+    case = writing(how)
+    before, after = ({**s, "count": torch.tensor(0)} for s in case.states)
+    counted = tuple({**s, "count": torch.tensor(1)} for s in (before, after))
+    found = run(replace(case, states=(before, after)), batch_size=batch_size)
+    still = writing("nothing")
+    chunks = [tuple(part[i : i + 1] for part in case.data) for i in range(len(case.data[0]))]
+    expected = Twin(still.make, still.loss, chunks).interval(*counted, "simpson")
+    assert abs(found.loss_start - expected.loss_start) <= 1e-15
+    for name, values in expected.lc.items():
+        assert (found.elements[name] - values).abs().max() <= 1e-14 * expected.scale, name
+
+
+def test_a_buffer_that_follows_a_weight_moves_along_the_path() -> None:
+    # An exponential average that training wrote: one more thing that the loss depends on.
+    case = writing("nothing")
+    before, after = case.states
+    after = {**after, "average": 0.9 * before["average"] + 0.1 * after["a.weight"]}
+    found = run(replace(case, states=(before, after)))
+    chunks = [tuple(part[i : i + 1] for part in case.data) for i in range(len(case.data[0]))]
+    expected = Twin(case.make, case.loss, chunks).interval(before, after, "simpson")
+    assert found.elements["average"].abs().sum() > 0.01 * expected.scale
+    for name, values in expected.lc.items():
+        assert (found.elements[name] - values).abs().max() <= 1e-14 * expected.scale, name

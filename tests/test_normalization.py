@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from strategies import Bench, Case, classify, closeness, convnet, random_states
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from twin import Twin
 
 from lcray.errors import TaskError
@@ -364,6 +365,26 @@ def test_what_came_before_does_not_change_a_bit() -> None:
     along, alone = Bench(case).run(states)[1], Bench(case).run(states[1:])[0]
     assert torch.equal(along.lc, alone.lc)
     assert (along.loss_start, along.loss_end) == (alone.loss_start, alone.loss_end)
+
+
+class Checkpointed(WithModule):
+    """Saves memory: the backward pass computes the layer again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", ["running", "batch"])
+def test_layers_that_the_backward_pass_computes_again(mode: str) -> None:
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(5, 3, generator=random, dtype=torch.float64)
+    data = (x, torch.randint(3, (5,), generator=random))
+    states = random_states(WithModule, 1, 2)
+    found, expected = (
+        Bench(Case("again", make, data, classify, states), batch_norm=mode).run(states)[0]
+        for make in (Checkpointed, WithModule)
+    )
+    assert torch.equal(found.lc, expected.lc) and found.lc.any()
 
 
 class OfParameters(nn.Module):

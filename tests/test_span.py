@@ -454,6 +454,14 @@ class TestProbe:
             "at the same weights; switch sampling, dropout by hand and augmentation off" in message
         )
 
+    def test_a_loss_that_writes_into_the_weights_is_refused(self, tiny_task, tiny_run) -> None:
+        def loss(net: Any, batch: Any) -> Tensor:
+            net[0].weight.data.round_(decimals=2)  # does nothing the second time
+            return tiny_task.loss(net, batch)
+
+        with pytest.raises(TaskError, match=r"^model layer '0.weight': was written to while the"):
+            workspace(replace(tiny_task, loss=loss), tiny_run).probe()
+
     def test_a_random_gradient_under_a_fixed_loss_is_refused(self, tiny_task, tiny_run) -> None:
         def loss(net: nn.Module, batch: Any) -> Tensor:
             logits = net(batch[0])

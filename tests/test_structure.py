@@ -39,6 +39,7 @@ ORDER = (
     "drafting",
     "normalization",
     "convolution",
+    "embeddings",
     "flat",
     "path",
     "walk",

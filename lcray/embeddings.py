@@ -1,0 +1,52 @@
+"""Embeddings whose backward pass gives the derivative of the loss.
+
+torch lets an embedding train otherwise than by the derivative: the row of padding gets no gradient,
+gradients may be divided by how often a row is in the batch, and with ``max_norm`` the forward pass
+writes shorter rows into the weight. LC needs the derivative, and a loss that writes nothing:
+
+    e(i) = W_i · min(1, max_norm / ‖W_i‖)
+
+has the same values as torch's, at any W, and is a function of W.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_EPSILON = 1e-7  # what torch adds to the norms that it divides by
+
+
+def use_derivatives(model: nn.Module) -> None:
+    """Make the backward passes of the model's embeddings derivatives; losses stay as they are.
+
+    Left alone are embeddings with a forward pass of their own, and those with ``max_norm`` whose
+    weight has another use: that sees rows shortened or not as the batch has it.
+    """
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.scale_grad_by_freq = False
+        if not isinstance(module, nn.Embedding) or not _is_torchs(module):
+            continue
+        alone = uses.get(id(module._parameters.get("weight"))) == 1
+        if alone if module.max_norm is not None else module.padding_idx is not None:
+            module.forward = partial(_embed, module)  # type: ignore[method-assign]
+
+
+def _is_torchs(module: nn.Embedding) -> bool:
+    return type(module).forward is nn.Embedding.forward and "forward" not in module.__dict__
+
+
+def _embed(module: nn.Embedding, input: Tensor) -> Tensor:
+    rows = F.embedding(input, module.weight, sparse=module.sparse)
+    if module.max_norm is None:
+        return rows
+    norms = torch.linalg.vector_norm(rows, module.norm_type, dim=-1, keepdim=True)
+    return torch.where(norms > module.max_norm, rows * (module.max_norm / (norms + _EPSILON)), rows)
