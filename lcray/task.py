@@ -18,8 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Generator, Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from lcray.errors import LcrayError, TaskError, UsageError, brief, suggest
 
@@ -329,12 +331,25 @@ def split_data(task: Task, names: Sequence[str] | None = None) -> dict[str, Data
 
 def _check_split(name: str, data: Any) -> None:
     where = f"task split {name!r}"
+    if isinstance(data, tuple | TensorDataset):
+        for number, part in enumerate(data if isinstance(data, tuple) else data.tensors):
+            _check_part(f"{where}, part {number}", part)
     if isinstance(data, tuple):
         lengths = [_length(part) for part in data]
         if len(set(lengths)) != 1 or None in lengths:
             shown = ", ".join("no" if n is None else str(n) for n in lengths)
             raise TaskError(f"{where}: its tensors must share their first axis, have {shown} rows")
         length = lengths[0]
+    elif _is_table(data):
+        raise TaskError(
+            f"{where}: is a {type(data).__name__}; pass a tuple of arrays, as in "
+            "(table[columns].to_numpy(), table['label'].to_numpy())"
+        )
+    elif isinstance(data, Mapping) and 0 not in data:
+        raise TaskError(
+            f"{where}: is a {type(data).__name__} of columns; pass a tuple of tensors, or a data "
+            "set whose samples are mappings"
+        )
     elif hasattr(data, "__getitem__") and not isinstance(data, Tensor | IterableDataset):
         length = _length(data)
         if length is None:
@@ -344,6 +359,29 @@ def _check_split(name: str, data: Any) -> None:
         raise TaskError(f"{where}: must be a map-style Dataset or a tuple of tensors, not {kind}")
     if length == 0:
         raise TaskError(f"{where}: is empty")
+
+
+def _is_table(data: Any) -> bool:
+    """Whether it is one of pandas, polars or Arrow: its rows do not come by their numbers."""
+    arrow = type(data).__module__.partition(".")[0] == "pyarrow"
+    return arrow or (hasattr(data, "to_numpy") and not isinstance(data, Dataset))
+
+
+def _check_part(where: str, part: Any) -> None:
+    """Refuse what a tensor could not be made of, or only of other values than are meant."""
+    kind = type(part).__name__
+    if hasattr(part, "to_numpy"):  # rows by label, not by position
+        raise TaskError(f"{where}: is a {kind}; pass .to_numpy()")
+    if hasattr(part, "toarray"):
+        raise TaskError(f"{where}: is a sparse {kind}; pass .toarray()")
+    if np.ma.is_masked(part):
+        raise TaskError(f"{where}: has masked values; pass .filled(VALUE), or leave them out")
+    if isinstance(part, Tensor):
+        if part.is_nested or part.layout != torch.strided:
+            raise TaskError(f"{where}: is a sparse or nested tensor; pass a dense one")
+        if part.is_meta or part.is_quantized:
+            what = "a meta tensor, without values" if part.is_meta else "quantized"
+            raise TaskError(f"{where}: is {what}; pass a plain tensor")
 
 
 def _length(part: Any) -> int | None:

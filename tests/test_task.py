@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
+import scipy.sparse
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
@@ -396,7 +400,7 @@ class TestSplits:
         with pytest.raises(TaskError) as caught:
             split_data(make(splits={"train": data}))
         message = str(caught.value)
-        assert message.startswith("task split 'train': ") and "\n" not in message
+        assert message.startswith("task split 'train'") and "\n" not in message
         return message
 
     def test_the_tasks_order_rules(self) -> None:
@@ -438,6 +442,41 @@ class TestSplits:
     )
     def test_empty(self, data: object) -> None:
         assert self.refusal(data).endswith("is empty")
+
+    @pytest.mark.parametrize(
+        ("data", "line"),
+        [
+            (
+                pd.DataFrame({"a": [1.0]}),
+                "is a DataFrame; pass a tuple of arrays, as in",
+            ),
+            (pd.Series([1.0, 2.0], index=[6, 7]), r"is a Series; pass .*\.to_numpy\(\)"),
+            (pa.table({"a": [1.0]}), r"is a Table; pass a tuple of arrays"),
+            ({"x": torch.ones(2)}, "is a dict of columns; pass a tuple of tensors, or a data set"),
+        ],
+    )
+    def test_tables(self, data: object, line: str) -> None:
+        assert re.fullmatch(rf"task split 'train': {line}.*", self.refusal(data))
+
+    @pytest.mark.parametrize(
+        ("part", "line"),
+        [
+            (pd.DataFrame({"a": [1.0, 2.0]}), "is a DataFrame; pass .to_numpy()"),
+            (pd.Series([1.0, 2.0]), "is a Series; pass .to_numpy()"),
+            (pa.array([1.0, 2.0]), "is a DoubleArray; pass .to_numpy()"),
+            (scipy.sparse.csr_array(np.eye(2)), "is a sparse csr_array; pass .toarray()"),
+            (
+                np.ma.masked_array([1.0, 2.0], [False, True]),
+                "has masked values; pass .filled(VALUE), or leave them out",
+            ),
+            (torch.eye(2).to_sparse(), "is a sparse or nested tensor; pass a dense one"),
+            (torch.ones(2, device="meta"), "is a meta tensor, without values; pass a plain tensor"),
+        ],
+    )
+    def test_parts_that_are_no_plain_arrays(self, part: object, line: str) -> None:
+        for data in ((torch.ones(2), part), (part, torch.ones(2))):
+            number = 1 if data[1] is part else 0
+            assert self.refusal(data) == f"task split 'train', part {number}: {line}"
 
     @pytest.mark.parametrize("data", [Endless(), EndlessWithLength(), torch.ones(3), 3, iter([1])])
     def test_another_kind(self, data: object) -> None:
