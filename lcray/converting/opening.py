@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lcray.checkpoints import header, naming
+from lcray.converting.bounds import check_file, check_tensors
 from lcray.converting.sources import Source
 from lcray.errors import CheckpointError, one_line, suggest
 
@@ -71,7 +72,10 @@ def read_source(source: Source, *, key: str | None, prefix: str, trust: bool) ->
                 f"{source.path}: safetensors cannot hold a tensor that is called {name!r}; save it "
                 "under another name"
             )
-    return Saved(_tied({names[name]: value for name, value in kept.items()}), step)
+    found = _tied({names[name]: value for name, value in kept.items()})
+    if not source.distributed:
+        check_tensors(source.path, found)
+    return Saved(found, step)
 
 
 def _file(source: Source, key: str | None, trust: bool) -> tuple[Mapping[str, Any], int | None]:
@@ -100,7 +104,7 @@ def _is_integer(value: Tensor) -> bool:
 
 
 def _load(source: Source, trust: bool) -> Any:
-    _refuse_other_formats(source.path)
+    _check(source, trust)
     try:
         return torch.load(source.path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -117,6 +121,17 @@ def _load(source: Source, trust: bool) -> Any:
         return torch.load(source.path, map_location="cpu", weights_only=False)
     except Exception as error:
         raise _damaged(source, error) from error
+
+
+def _check(source: Source, trust: bool) -> None:
+    """Refuse what torch.load would hand to other readers, or would take too much for."""
+    _refuse_other_formats(source.path)
+    try:
+        damage = check_file(source.path, trust=trust)
+    except OSError as error:
+        raise CheckpointError(f"{source.path}: cannot be read: {error.strerror}") from error
+    if damage is not None:
+        raise _damaged(source, ValueError(damage))
 
 
 def _refuse_other_formats(path: Path) -> None:
