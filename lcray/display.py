@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lcray.analyses.registry import FINDINGS
 from lcray.analyses.tidy import notes_of
-from lcray.analyses.titles import EMPTY, READING
+from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
 from lcray.checkpoints import Audit
 from lcray.concluding import Findings
 from lcray.costs import n_fisher
@@ -359,6 +359,8 @@ def findings_summary(found: Findings, width: int = 10_000) -> Group:
         parts += [Text(note, "yellow") for note in notes_of(table)] + [""]
     for name, why in found.impossible.items():
         parts.append(Text(f"no {name}: {why}", "yellow"))
+    if parts:
+        parts.append(WHAT_HAPPENED)
     more = f"; also of split {', '.join(left_out)}" if left_out else ""
     parts.append(f"findings, all rows and columns{more}: {found.path}/*.parquet")
     return Group(*parts)

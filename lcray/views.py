@@ -50,7 +50,8 @@ _LAYER_SUMS = """
 SELECT split, layer, any_value(kind) AS kind, any_value(numel) AS numel,
     count(lc) AS n_intervals, sum(lc) AS lc, sum(lc_helping) AS lc_helping,
     sum(lc_hurting) AS lc_hurting, sum(lc) / nullif(any_value(numel), 0) AS lc_per_element,
-    sum(n_helping) / nullif(sum(n_helping + n_hurting + n_zero), 0) AS helping
+    sum(n_helping) / nullif(sum(n_helping + n_hurting + n_zero), 0) AS helping,
+    CASE WHEN count(lc_error) = count(lc) THEN sum(lc_error) END AS lc_bound
 FROM layers GROUP BY split, layer"""
 _LAYER_COLUMNS = {
     "split": "named data set",
@@ -63,6 +64,7 @@ _LAYER_COLUMNS = {
     "lc_hurting": "sum of its positive LC (loss)",
     "lc_per_element": "lc / numel (loss)",
     "helping": "share of elements x intervals with LC < 0; null for buffers",
+    "lc_bound": "what the quadrature may be off lc: sum of lc_error, null without any (loss)",
 }
 
 VIEWS: tuple[View, ...] = (

@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 import lcray
 from lcray import display
 from lcray.analyses.registry import FINDINGS
-from lcray.analyses.titles import EMPTY, READING
+from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
 from lcray.analysis import PlanReport
 from lcray.checkpoints.audit import Audit
 from lcray.concluding import Findings
@@ -225,6 +225,8 @@ def test_a_summary_of_findings_names_each_and_where_all_its_rows_are(tmp_path: P
     assert lines[0] == "When each layer starts to overfit (overfitting)"
     assert [line.split()[2] for line in lines[2:26]] == [f"l{i}" for i in range(24)]
     assert lines[26] == f"24 of 60 rows; all: {tmp_path}/overfitting.parquet"
+    assert lines.count(WHAT_HAPPENED) == 1
+    assert "not what would have happened without a layer" in WHAT_HAPPENED
 
 
 def test_a_summary_says_what_an_empty_cell_means(tmp_path: Path) -> None:

@@ -124,7 +124,9 @@ def test_tables_are_what_sql_gives(seen: Sight, out: Path) -> None:
     ).set_index("layer")["lc"]
     rows = seen.rows("layers")
     assert {row[0]: row[1] for row in rows} == pytest.approx(dict(totals))
-    assert [row[4] for row in rows] == ["hurts" if row[1] > 0 else "helps" for row in rows]
+    words = {(True, True): "hurts", (True, False): "helps"}
+    for row in rows:
+        assert row[3] == words.get((abs(row[1]) > row[2], row[1] > 0), "neither")
 
     cells = found.layers()
     cells = cells[cells["split"] == "train"].set_index(["layer", "start_step"])["lc"]
@@ -473,18 +475,46 @@ def test_a_long_run_is_added_up_and_says_so(browser: Any, tmp_path: Path) -> Non
     sight.page.context.close()
 
 
-def test_layers_hurt_where_their_error_leaves_no_doubt() -> None:
+def test_layers_hurt_where_their_bound_leaves_no_doubt() -> None:
     from types import SimpleNamespace
 
-    from lcray.reporting.layers import _hurting
+    from lcray.reporting.layers import _hurting, _verdict
 
     source: Any = SimpleNamespace(layers=["a", "b", "c"])
 
     def said(*pairs: tuple[float, float]) -> str:
         return _hurting(source, *np.array(pairs).T)
 
-    assert said((0.5, 0.1), (0.2, -0.1), (-1, -2)) == "a hurts in total, b within the error."
-    assert said((0.5, 0.1), (0.7, 0.2), (-1, -2)) == "b and a hurt in total."
-    assert said((-0.5, -0.6), (0.2, -0.1), (-1, -2)) == "b ends above 0, within the error."
-    assert said((-0.5, -0.6), (-0.2, -0.3), (-1, -2)) == "no layer hurts in total."
+    assert said((0.5, 0.1), (0.2, 0.3), (-1, 0.1)) == "a hurts in total, b within the bound."
+    assert said((0.5, 0.1), (0.7, 0.2), (-1, 2)) == "b and a hurt in total."
+    assert said((-0.5, 0.1), (0.2, 0.3), (-1, 0)) == "b ends above 0, within the bound."
+    assert said((-0.5, 0.1), (-0.2, 0.1), (-1, 0)) == "no layer hurts in total."
     assert said((0.5, np.nan), (-0.2, np.nan), (-1, np.nan)) == "a hurts in total."
+    pairs = [(0.5, 0.1), (0.5, 0.6), (-0.5, 0.1), (-0.5, 0.6), (0.0, 0.0), (0.5, np.nan)]
+    words = ["hurts", "neither", "helps", "neither", "neither", "hurts"]
+    assert [_verdict(lc, bound) for lc, bound in pairs] == words
+
+
+def test_totals_have_bounds_and_the_head_says_what_lc_is(out: Path) -> None:
+    """The whiskers are Σ lc_error; nothing of the page resamples a total."""
+    from lcray.analyses.titles import WHAT_HAPPENED
+    from lcray.reporting.layers import run_totals
+    from lcray.reporting.layers import totals as section_of_totals
+    from lcray.reporting.source import read_source
+    from lcray.reporting.store import Store
+
+    source = read_source(lcray.open(out))
+    sums = lcray.open(out).sql("SELECT split, layer, sum(lc_error) AS e FROM layers GROUP BY ALL")
+    sums = sums.set_index(["split", "layer"])["e"]
+    lc, bound = run_totals(source)
+    assert lc.shape == bound.shape == (len(source.splits), len(source.layers))
+    for s, split in enumerate(source.splits):
+        for k, layer in enumerate(source.layers):
+            assert bound[s, k] == pytest.approx(sums[split, layer], rel=1e-12)
+    store = Store()
+    (figure, *_) = section_of_totals(source, store).figures.values()
+    names = [column["name"] for column in figure.columns]
+    assert names == ["layer", "lc", "lc_bound", "verdict", "elements"]
+    assert figure.traces[0]["error_x"]["array"] == figure.columns[2]["values"]
+    page = (out / "report.html").read_text()
+    assert page.count(WHAT_HAPPENED) == 1 and "Whiskers are bounds" in page

@@ -30,6 +30,12 @@ Floats = NDArray[np.float64]
 #: Iterations below which no error is given: blocks of so few say nothing.
 FEWEST = 8
 REPLICATES = 1000
+#: The columns of `Bootstrap.spread`, and what they hold.
+RESAMPLED = {
+    "resampled_se": "standard deviation of the sum over resamplings of the window's intervals",
+    "resampled_low": "lower end of its resampled interval: other stretches of the same process",
+    "resampled_high": "upper end of its resampled interval",
+}
 _CHUNK = 1 << 21  # weights of a chunk of replicates: 16 MB
 
 
@@ -40,7 +46,7 @@ class Bootstrap:
     Attributes:
         seed: of the draws.
         replicates: B.
-        level: of the confidence intervals.
+        level: of the intervals.
         length: of the blocks; None for the rule of Politis and White.
     """
 
@@ -66,6 +72,22 @@ class Bootstrap:
         rng = np.random.default_rng(self.seed)
         found = [w @ values for w in multiplicities(n, length, self.replicates, rng)]
         return np.concatenate(found)
+
+    def spread(self, values: Floats, length: int | None = None) -> dict[str, Floats]:
+        """Columns `resampled_se`, `resampled_low` and `resampled_high` of sums over iterations.
+
+        How far each sum would spread had these iterations come out as other stretches of the same
+        process. Not the error of the sum itself, which is as exact as its terms.
+
+        Args:
+            values: [T, K], one row an iteration, in order.
+            length: as for `sums`.
+
+        Returns:
+            [K] each; none where T is below `FEWEST`.
+        """
+        drawn = self.sums(values, length)
+        return {} if drawn is None else dict(zip(RESAMPLED, self.interval(drawn), strict=True))
 
     def interval(self, replicates: Floats) -> tuple[Floats, Floats, Floats]:
         """Standard error and percentile interval of a statistic from its replicates [B, ...].

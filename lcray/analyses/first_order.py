@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.blocks import Bootstrap
+from lcray.analyses.blocks import RESAMPLED, Bootstrap
 from lcray.analyses.windows import Ranges, Window, Windows
 from lcray.results import Results
 
@@ -29,9 +29,7 @@ _FORM = tidy.schema(
         tidy.number("loss_change", tidy.LOSS, "measured"),
         tidy.number("lc", tidy.LOSS, "allocated"),
         tidy.number("gap", tidy.LOSS, "lc - loss_change"),
-        tidy.number("gap_se", tidy.LOSS, "its standard error, by blocks of iterations"),
-        tidy.number("gap_low", tidy.LOSS, "lower end of its confidence interval"),
-        tidy.number("gap_high", tidy.LOSS, "upper end of its confidence interval"),
+        *(tidy.number(f"gap_{name}", tidy.LOSS, text) for name, text in RESAMPLED.items()),
         tidy.number("gap_percent", "%", "100 gap / |loss_change|"),
         tidy.number("abs_gap_percent", "%", "100 sum of |gap| / sum of |loss_change|"),
         tidy.number("worst_gap", tidy.LOSS, "of the interval whose gap is largest"),
@@ -43,8 +41,8 @@ _FORM = tidy.schema(
             {
                 "unit": "1",
                 "description": "-1: LC is systematically below the loss change (it overstates a "
-                "decrease), +1 above it, 0: the confidence interval of the gap holds 0, or there "
-                "is none",
+                "decrease), +1 above it, 0: the resampled interval of the gap holds 0, or there is "
+                "none",
             },
         ),
     ),
@@ -64,15 +62,17 @@ def first_order(
 
     gap = Σ_i LC_i − ΔL for every interval; [LCA] (arXiv 1909.01440) finds the first order,
     Σ_i g_i(θ_t)·Δ_i, far below ΔL, and Runge–Kutta within 0.3 % of it on all its networks. Both
-    are in `intervals`: nothing is computed anew. Rows for the first order are left out where the
-    rule has no node at 0.
+    are in `intervals`: nothing is computed anew. The gap of a window is measured, hence exact;
+    whether it has a sign by tendency (`bias`) is judged by its resampled interval, the spread that
+    it would have in other stretches of the same process. Rows for the first order are left out
+    where the rule has no node at 0.
 
     Args:
         results: of the output; needs `intervals`.
         window: as for `Windows.of`.
         windows: as for `Windows.of`.
         seed: of the bootstrap.
-        level: of the confidence intervals (by blocks of iterations).
+        level: of the resampled intervals.
 
     Returns:
         One row for each split, window and rule; losses in the units of the loss.
@@ -126,11 +126,10 @@ def _rows(
 
 
 def _errors(gap: Any, draws: Bootstrap) -> dict[str, Any]:
-    sums = draws.sums(gap[:, None])
-    if sums is None:
+    ends = {f"gap_{name}": float(ends[0]) for name, ends in draws.spread(gap[:, None]).items()}
+    if not ends:
         return {"bias": 0}
-    se, low, high = (float(values[0]) for values in draws.interval(sums))
-    return {"gap_se": se, "gap_low": low, "gap_high": high, "bias": int(low > 0) - int(high < 0)}
+    return ends | {"bias": int(ends["gap_resampled_low"] > 0) - int(ends["gap_resampled_high"] < 0)}
 
 
 def _percent(part: float, whole: float) -> float:

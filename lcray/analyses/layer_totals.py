@@ -1,4 +1,9 @@
-"""What each layer did to the loss, with error bars: layers that help, and layers that hurt."""
+"""What each layer did to the loss, and how exactly that is known: layers that help, or hurt.
+
+Two numbers go with a total, and they answer different questions. Its *bound* is what the quadrature
+may be off, so it says how exactly the total of this run is known. The *resampled* interval says how
+far the total would spread had the run's intervals come out as other stretches of the same process.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +15,15 @@ import pyarrow as pa
 from scipy.stats import spearmanr
 
 from lcray.analyses import tidy
-from lcray.analyses.blocks import Bootstrap
+from lcray.analyses.blocks import RESAMPLED, Bootstrap
+from lcray.analyses.bounds import BOUND, bounds, notes, verdicts
 from lcray.analyses.series import Series, layer_series
 from lcray.analyses.windows import RUN, Ranges, Windows
 from lcray.columns import SIGN, column
 from lcray.results import Results
 
 _LAYERS_FOR_RANKS = 5  # fewer say nothing about size
-_VERDICT = "+1: hurts, the interval is above 0; -1: helps, it is below; 0: undecided"
+_VERDICT = "+1: hurts, lc > lc_bound; -1: helps, lc < -lc_bound; 0: neither, or without a bound"
 
 _FORM = tidy.schema(
     "layer_totals",
@@ -30,15 +36,14 @@ _FORM = tidy.schema(
         tidy.count("numel", "elements of the layer"),
         tidy.count("n_intervals", "intervals that have LC"),
         tidy.number("lc", tidy.LOSS, "loss change allocated to the layer"),
-        tidy.number("lc_se", tidy.LOSS, "its standard error, by blocks of iterations"),
-        tidy.number("lc_low", tidy.LOSS, "lower end of its confidence interval"),
-        tidy.number("lc_high", tidy.LOSS, "upper end of its confidence interval"),
+        tidy.number("lc_bound", tidy.LOSS, BOUND),
         column("hurts", SIGN, "1", _VERDICT),
         tidy.number("share", "1", "of the network's LC; negative where it went the other way"),
         tidy.number("lc_per_element", tidy.LOSS, "lc / numel"),
         tidy.number("share_hurting", "1", "intervals at which the layer's LC is above 0"),
+        *(tidy.number(name, tidy.LOSS, text) for name, text in RESAMPLED.items()),
     ),
-    "LC of every layer with its error, over windows and the run",
+    "LC of every layer with its bound, over windows and the run",
 )
 
 
@@ -52,18 +57,25 @@ def layer_totals(
 ) -> pa.Table:
     """Σ_t LC of each layer, whether it is above or below 0, and how that goes with its size.
 
-    A layer hurts in total if LC summed over its elements and over time is above 0: without its
-    movements the loss would have fallen further ([LCA], arXiv 1909.01440, section 4.2: the first
-    and last layer of ResNets, the last of others). Errors resample blocks of iterations, so they
-    are those of this one run; `lcray.compare` has those over repeated runs. A note gives Spearman's
-    rank correlation of LC with the layers' size over the run.
+    A layer hurts in total if LC summed over its elements and over time is above 0 ([LCA], arXiv
+    1909.01440, section 4.2: the first and last layer of ResNets, the last of others). That is what
+    happened in this run: it does not say what would have happened without the layer.
+
+    `lc_bound` is Σ_t lc_error, |rule − embedded rule| summed over the intervals (over the layers as
+    well for the whole network): an upper indication of the error of the total, which is 0 only
+    where both rules agree. `hurts` is ±1 where |LC| exceeds it. Where the rule has no embedded one
+    there is no bound: it is null, `hurts` is 0, and a note says so. `resampled_*` answer another
+    question: how far the total would spread had the run's intervals come out as other stretches of
+    the same process (blocks of the window's intervals, drawn anew). Other seeds are neither:
+    `lcray.compare`. A note gives Spearman's rank correlation of LC with the layers' size over the
+    run.
 
     Args:
         results: of the output; needs `layers`.
         window: as for `Windows.of`.
         windows: as for `Windows.of`.
         seed: of the bootstrap.
-        level: of the confidence intervals.
+        level: of the resampled intervals.
 
     Returns:
         One row for each split, window and layer (empty for all).
@@ -72,10 +84,11 @@ def layer_totals(
         UsageError: for windows that cannot be.
     """
     chosen, draws = Windows.of(results, window, windows), Bootstrap(seed, level=level)
-    series = layer_series(results, ["lc"], ("parameter", "buffer"))
+    series = layer_series(results, ["lc_error"], ("parameter", "buffer"))
     rows = [*_rows(results, series, chosen, draws)]
     parameters = {"seed": seed, "level": level}
-    return tidy.table(_FORM, rows, parameters=parameters, notes=[*_with_size(series, rows)])
+    said = [*notes(results, rows), *_with_size(series, rows)]
+    return tidy.table(_FORM, rows, parameters=parameters, notes=said)
 
 
 def _rows(
@@ -86,12 +99,15 @@ def _rows(
     names = (tidy.ALL_LAYERS, *series.layers)
     for s, split in enumerate(series.splits):
         for item in chosen:
-            lc = series["lc"][s][item.holds(series.starts) & series.ok[s]]
+            here = item.holds(series.starts) & series.ok[s]
+            lc, error = (series[name][s][here] for name in ("lc", "lc_error"))
             if not len(lc):
                 continue
             lc = np.column_stack([lc.sum(axis=1), lc])
-            errors = _errors(lc, draws)
-            total = lc.sum(axis=0)
+            found: dict[str, Any] = {"lc": lc.sum(axis=0), "lc_bound": bounds(error)}
+            found["hurts"] = verdicts(found["lc"], found["lc_bound"])
+            found |= draws.spread(lc)
+            total = found["lc"]
             for k, (name, (kind, numel)) in enumerate(zip(names, about, strict=True)):
                 row = {
                     "split": split,
@@ -102,22 +118,11 @@ def _rows(
                     "kind": kind,
                     "numel": numel,
                     "n_intervals": len(lc),
-                    "lc": total[k],
-                    "hurts": 0,
                     "share": total[k] / total[0] if total[0] else None,
                     "lc_per_element": total[k] / numel if numel else None,
                     "share_hurting": np.mean(lc[:, k] > 0),
                 }
-                yield row | {key: values[k] for key, values in errors.items()}
-
-
-def _errors(lc: np.ndarray[Any, np.dtype[np.float64]], draws: Bootstrap) -> dict[str, Any]:
-    sums = draws.sums(lc)
-    if sums is None:
-        return {}
-    se, low, high = draws.interval(sums)
-    hurts = (low > 0).astype(int) - (high < 0).astype(int)
-    return {"lc_se": se, "lc_low": low, "lc_high": high, "hurts": hurts.tolist()}
+                yield row | {key: values[k] for key, values in found.items()}
 
 
 def _with_size(series: Series, rows: list[dict[str, Any]]) -> Iterator[str]:

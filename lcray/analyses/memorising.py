@@ -10,7 +10,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.analyses import tidy
-from lcray.analyses.blocks import Bootstrap, block_length
+from lcray.analyses.blocks import RESAMPLED, Bootstrap, block_length
+from lcray.analyses.bounds import BOUND
 from lcray.analyses.series import Series, layer_series
 from lcray.analyses.windows import RUN, Ranges, Window, Windows
 from lcray.errors import InapplicableError, UsageError, suggest
@@ -23,6 +24,8 @@ _PAIR = (
     tidy.text("other", "the split that it is compared with"),
 )
 _OF = ("lc_train", "lc_other", "difference")
+_ENDS = ("resampled_low", "resampled_high")
+_BOUNDS = dict.fromkeys(_OF[:2], BOUND) | {"difference": "the sum of the bounds of both"}
 
 _SIDE_BY_SIDE = tidy.schema(
     "memorising",
@@ -36,10 +39,11 @@ _SIDE_BY_SIDE = tidy.schema(
         tidy.number("lc_train", tidy.LOSS, "LC on train"),
         tidy.number("lc_other", tidy.LOSS, "LC on the other split"),
         tidy.number("difference", tidy.LOSS, "lc_other - lc_train: > 0 memorises"),
+        *(tidy.number(f"{name}_bound", tidy.LOSS, _BOUNDS[name]) for name in _OF),
         *(
-            tidy.number(f"{name}_{end}", tidy.LOSS, f"{text} end of the confidence interval")
+            tidy.number(f"{name}_{column}", tidy.LOSS, RESAMPLED[column])
             for name in _OF
-            for end, text in (("low", "lower"), ("high", "upper"))
+            for column in _ENDS
         ),
         tidy.number("cumulative_train", tidy.LOSS, "LC on train up to the end"),
         tidy.number("cumulative_other", tidy.LOSS, "LC on the other split up to the end"),
@@ -76,7 +80,8 @@ def memorising(
 
     [LCA] (arXiv 1909.01440, author response): with several splits on one path, what a layer learns
     (LC < 0 on both) is told from what it memorises (LC < 0 on train alone); the difference is
-    LC_other − LC_train. Confidence intervals are by blocks of iterations, the same ones for both.
+    LC_other − LC_train. Bounds and resampled intervals are as in `layer_totals`; the difference has
+    the sum of both bounds, and one draw of blocks serves both splits.
 
     Args:
         results: of the output; needs `layers` and two splits.
@@ -84,25 +89,27 @@ def memorising(
         windows: as for `Windows.of`.
         seed: of the bootstrap.
         train: the split that was trained on; None for ``train``, else the plan's first.
-        level: of the confidence intervals.
+        level: of the resampled intervals.
 
     Returns:
         One row for each other split, resolution, window (or interval) and layer, the network first
-        (layer "", buffers among it); intervals of confidence not below 8 intervals.
+        (layer "", buffers among it); resampled intervals not below 8 intervals.
 
     Raises:
         InapplicableError: if there is one split only.
         UsageError: for an unknown split, or windows that cannot be.
     """
-    series = layer_series(results, [], ("parameter", "buffer"))
+    series = layer_series(results, ["lc_error"], ("parameter", "buffer"))
     chosen = Windows.of(results, window, windows)
     draws = Bootstrap(seed, level=level)
     pieces: list[dict[str, Any]] = []
-    for names, pair, ok in _pairs(series, train):
+    errors = [error for _, error, _ in _pairs(series, train, "lc_error")]
+    for (names, pair, ok), error in zip(_pairs(series, train), errors, strict=True):
+        error[2] = error[0] + error[1]
         for item in chosen:
-            pieces += _window(series, names, pair, ok, item, draws)
+            pieces += _window(series, names, pair, error, ok, item, draws)
         if ok.any():
-            pieces.append(_intervals(series, names, pair, ok))
+            pieces.append(_intervals(series, names, pair, error, ok))
     form = _SIDE_BY_SIDE
     columns = {name: np.concatenate([p[name] for p in pieces]) for name in form.names if pieces}
     return tidy.stamped(tidy.from_columns(form, columns), parameters={"seed": seed, "level": level})
@@ -121,9 +128,10 @@ def overfitting(
     """When each layer starts to overfit.
 
     The onset of a layer is the first of `patience` windows in a row (of a fixed width) in each of
-    which its cumulative LC on the other split rises (its LC there is above 0 by the whole
-    confidence interval) while that on train falls (below 0 likewise). This is a definition of this
-    library: a chance rise of one window, or a rise on both splits, is no overfitting.
+    which its cumulative LC on the other split rises (its LC there is above 0 by the whole resampled
+    interval) while that on train falls (below 0 likewise). This is a definition of this library:
+    a chance rise of one window, or a rise on both splits, is no overfitting. A tendency is asked
+    for, not what the window's sum is, so the resampled interval judges and not the bound.
 
     Args:
         results: of the output; needs `layers` and two splits.
@@ -132,7 +140,7 @@ def overfitting(
         windows: not used.
         seed: of the bootstrap.
         train: as for `memorising`.
-        level: of the confidence intervals, by blocks of iterations.
+        level: of the resampled intervals.
         patience: windows in a row.
 
     Returns:
@@ -172,9 +180,12 @@ def _layers(series: Series) -> list[str]:
 
 
 def _pairs(
-    series: Series, train: str | None
+    series: Series, train: str | None, column: str = "lc"
 ) -> Iterator[tuple[dict[str, str], Floats, NDArray[np.bool_]]]:
-    """For each other split: names, LC of train, other and difference [3, T, 1 + L], ok [T]."""
+    """For each other split: names, `column` of train, other and difference [3, T, 1 + L], ok [T].
+
+    The network comes first; what is not ok is 0.
+    """
     if len(series.splits) < 2:
         raise InapplicableError(
             f"there is one split, {series.splits[0]!r}; analyze with a second one into a new output"
@@ -187,7 +198,7 @@ def _pairs(
     for i, other in enumerate(series.splits):
         if i != first:
             ok = series.ok[first] & series.ok[i]
-            both = np.where(ok[:, None], series["lc"][[first, i]], 0.0)
+            both = np.where(ok[:, None], series[column][[first, i]], 0.0)
             both = np.concatenate([both.sum(axis=2, keepdims=True), both], axis=2)
             pair = np.concatenate([both, both[1:] - both[:1]])
             yield {"train": train, "other": other}, pair, ok
@@ -197,6 +208,7 @@ def _window(
     series: Series,
     names: dict[str, str],
     pair: Floats,
+    error: Floats,
     ok: NDArray[np.bool_],
     item: Window,
     draws: Bootstrap,
@@ -207,24 +219,25 @@ def _window(
         return
     resolution = "run" if item.name == RUN else "window"
     until = pair[:2, series.starts < item.end].sum(axis=1)
-    found = _columns(series, names, resolution, pair[:, here].sum(axis=1), until)
+    lc, bound = (values[:, here].sum(axis=1) for values in (pair, error))
+    found = _columns(series, names, resolution, lc, bound, until)
     times: dict[str, str | int] = {"window": item.name, "first_step": item.first}
     times |= {"end_step": item.end, "n_intervals": int(here.sum())}
     rows = len(found["layer"])
     found |= {name: _repeated(value, rows) for name, value in times.items()}
-    bounds = _bounds(pair[:, here], draws)
-    if bounds is not None:
-        for i, name in enumerate(_OF):
-            found |= {f"{name}_low": bounds[0][i], f"{name}_high": bounds[1][i]}
+    resampled = _resampled(pair[:, here], draws)
+    for end, values in zip(_ENDS, resampled or (), strict=False):
+        found |= {f"{name}_{end}": values[i] for i, name in enumerate(_OF)}
     yield found
 
 
 def _intervals(
-    series: Series, names: dict[str, str], pair: Floats, ok: NDArray[np.bool_]
+    series: Series, names: dict[str, str], pair: Floats, error: Floats, ok: NDArray[np.bool_]
 ) -> dict[str, Any]:
     """The columns of all intervals at once, layer after layer within each."""
     until = np.cumsum(pair[:2], axis=1)[:, ok].reshape(2, -1)
-    found = _columns(series, names, "interval", pair[:, ok].reshape(3, -1), until)
+    lc, bound = (values[:, ok].reshape(3, -1) for values in (pair, error))
+    found = _columns(series, names, "interval", lc, bound, until)
     starts, ends = series.starts[ok], series.ends[ok]
     windows = np.array([f"{a}:{b}" for a, b in zip(starts, ends, strict=True)], object)
     n_layers = pair.shape[2]
@@ -237,9 +250,12 @@ def _intervals(
 
 
 def _columns(
-    series: Series, names: dict[str, str], resolution: str, lc: Floats, until: Floats
+    series: Series, names: dict[str, str], resolution: str, lc: Floats, bound: Floats, until: Floats
 ) -> dict[str, Any]:
-    """What rows have in common: LC [3, rows], cumulative [2, rows]; rows go round the layers."""
+    """What rows have in common, going round the layers.
+
+    LC and its bounds are [3, rows], cumulative LC [2, rows].
+    """
     rows = lc.shape[1]
     layers = np.array(_layers(series), object)
     nothing = np.full(rows, np.nan)
@@ -248,7 +264,8 @@ def _columns(
         "resolution": _repeated(resolution, rows),
         "layer": np.tile(layers, rows // len(layers)),
         **dict(zip(_OF, lc, strict=True)),
-        **{f"{name}_{end}": nothing for name in _OF for end in ("low", "high")},
+        **{f"{name}_bound": bound[i] for i, name in enumerate(_OF)},
+        **{f"{name}_{end}": nothing for name in _OF for end in _ENDS},
         "cumulative_train": until[0],
         "cumulative_other": until[1],
     }
@@ -258,8 +275,8 @@ def _repeated(value: str | int, times: int) -> NDArray[Any]:
     return np.full(times, value, object if isinstance(value, str) else np.int64)
 
 
-def _bounds(pair: Floats, draws: Bootstrap) -> tuple[Floats, Floats] | None:
-    """Confidence intervals of the sums over iterations of pair [3, T, 1 + L], each [3, 1 + L]."""
+def _resampled(pair: Floats, draws: Bootstrap) -> tuple[Floats, Floats] | None:
+    """Resampled intervals of the sums over iterations of pair [3, T, 1 + L], each [3, 1 + L]."""
     columns = pair.transpose(1, 0, 2).reshape(pair.shape[1], -1)
     sums = draws.sums(columns, block_length(columns)) if len(columns) else None
     if sums is None:
@@ -271,8 +288,8 @@ def _bounds(pair: Floats, draws: Bootstrap) -> tuple[Floats, Floats] | None:
 
 def _overfits(pair: Floats, draws: Bootstrap) -> NDArray[np.bool_] | None:
     """Which layers [1 + L] fall on train and rise on the other split in one window."""
-    bounds = _bounds(pair, draws)
-    return None if bounds is None else np.asarray((bounds[1][0] < 0) & (bounds[0][1] > 0))
+    ends = _resampled(pair, draws)
+    return None if ends is None else np.asarray((ends[1][0] < 0) & (ends[0][1] > 0))
 
 
 def _first_row(states: list[bool], patience: int) -> int | None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from scipy.stats import spearmanr
 
 from lcray.analyses import tidy
-from lcray.analyses.blocks import Bootstrap
+from lcray.analyses.bounds import bounds
 from lcray.analyses.comparison import FEWEST_RUNS, check_alike, one_condition
 from lcray.analyses.lags import lags
 from lcray.analyses.series import layer_series
@@ -29,10 +29,14 @@ _FORM = tidy.schema(
         tidy.number("momentum", "1", "as it was given for the outputs"),
         tidy.count("n", "outputs with this momentum"),
         tidy.number("lc", tidy.LOSS, "mean over them of the layer's LC over the run"),
-        tidy.number("lc_se", tidy.LOSS, "its standard error"),
-        tidy.number("lc_low", tidy.LOSS, "lower end of its confidence interval"),
-        tidy.number("lc_high", tidy.LOSS, "upper end of its confidence interval"),
-        tidy.text("errors", "runs: over outputs, by Student's t; blocks: of one run's intervals"),
+        tidy.number("lc_se", tidy.LOSS, "its standard error over the outputs; null of one"),
+        tidy.number("lc_low", tidy.LOSS, "lower end of what `errors` names"),
+        tidy.number("lc_high", tidy.LOSS, "upper end of it"),
+        tidy.text(
+            "errors",
+            "runs: confidence interval over the outputs, by Student's t; bound: lc and its bound, "
+            "of one run",
+        ),
         tidy.number("lag", "interval", "mean lag of the motion behind -gradient; see lags"),
         tidy.number("lag_low", "interval", "the lowest end of an output's confidence interval"),
         tidy.number("lag_high", "interval", "the highest end"),
@@ -52,14 +56,15 @@ def against_momentum(
 
     Momentum delays a layer's motion behind its gradient; the author response to [LCA]
     (arXiv 1909.01440) changes that of the last layer alone, and finds that its LC changes with it.
-    A note gives Spearman's rank correlation of LC with momentum over the outputs, with a p-value
-    from six outputs on.
+    Of a momentum with one output, LC has the bound of its quadrature alone (see `layer_totals`):
+    how runs differ by their seed takes several. A note gives Spearman's rank correlation of LC with
+    momentum over the outputs, with a p-value from six outputs on.
 
     Args:
         outputs: the momentum of each output, and the output; several may have the same one.
         layers: a pattern such as ``fc2.*``; None for the layers of the last module.
         level: of the confidence intervals.
-        seed: of the bootstrap.
+        seed: of the bootstrap of lags.
 
     Returns:
         One row for each split, layer and momentum, in order.
@@ -72,7 +77,7 @@ def against_momentum(
     if not pairs:
         raise UsageError("momentum: give outputs, each with its momentum")
     check_alike([results for _, results in pairs])
-    chosen, draws = _layers(pairs[0][1], layers), Bootstrap(seed, level=level)
+    chosen = _layers(pairs[0][1], layers)
     momenta = np.array([momentum for momentum, _ in pairs])
     found = [_measured(results, seed, level) for _, results in pairs]
     rows: list[dict[str, Any]] = []
@@ -80,11 +85,11 @@ def against_momentum(
     for split in pairs[0][1].plan.splits:
         for layer in chosen:
             mine = [each[split.name, layer] for each in found]
-            notes += _trend(f"{split.name}, {layer}", momenta, [lc.sum() for lc, _ in mine])
+            notes += _trend(f"{split.name}, {layer}", momenta, [lc for lc, _, _ in mine])
             for momentum in np.unique(momenta):
                 same = [mine[i] for i in np.flatnonzero(momenta == momentum)]
                 head = {"split": split.name, "layer": layer, "momentum": momentum, "n": len(same)}
-                rows.append(head | _of_lc([lc for lc, _ in same], draws) | _of_lags(same))
+                rows.append(head | _of_lc(same, level) | _of_lags(same))
     parameters = {
         "outputs": [[momentum, str(results.path)] for momentum, results in pairs],
         "layers": layers,
@@ -106,7 +111,7 @@ def _layers(results: Results, pattern: str | None) -> list[str]:
 
 
 def _measured(results: Results, seed: int, level: float) -> dict[tuple[str, str], Any]:
-    """LC at each interval, and the row of `lags` if there is one, by split and layer."""
+    """LC over the run, its bound, and the row of `lags` if there is one, by split and layer."""
     rows: dict[tuple[str, str], Any] = {}
     if "traces" in results.tables:
         steps = results.plan.steps
@@ -116,29 +121,27 @@ def _measured(results: Results, seed: int, level: float) -> dict[tuple[str, str]
             rows = {(r["split"], r["layer"]): r for r in table.to_pylist() if r["window"] == RUN}
         except InapplicableError:
             pass  # too short a run has LC all the same
-    series = layer_series(results, ["lc"])
-    return {
-        (split, layer): (np.nan_to_num(series["lc"][s, :, k]), rows.get((split, layer)))
-        for s, split in enumerate(series.splits)
-        for k, layer in enumerate(series.layers)
-    }
-
-
-def _of_lc(series: Sequence[Any], draws: Bootstrap) -> dict[str, Any]:
-    if len(series) > 1:
-        test = one_condition(np.array([lc.sum() for lc in series]), draws.level)
-        ends = {"lc_se": test.se, "lc_low": test.low, "lc_high": test.high}
-        return {"lc": test.lc, **ends, "errors": "runs"}
-    found: dict[str, Any] = {"lc": series[0].sum(), "errors": "blocks"}
-    sums = draws.sums(series[0][:, None])
-    if sums is not None:
-        se, low, high = (float(values[0]) for values in draws.interval(sums))
-        found |= {"lc_se": se, "lc_low": low, "lc_high": high}
+    series = layer_series(results, ["lc_error"])
+    found = {}
+    for s, split in enumerate(series.splits):
+        within = bounds(series["lc_error"][s, series.ok[s]])[1:]
+        total = np.nan_to_num(series["lc"][s]).sum(axis=0)
+        for k, layer in enumerate(series.layers):
+            found[split, layer] = (total[k], within[k], rows.get((split, layer)))
     return found
 
 
+def _of_lc(same: Sequence[Any], level: float) -> dict[str, Any]:
+    if len(same) > 1:
+        test = one_condition(np.array([lc for lc, _, _ in same]), level)
+        ends = {"lc_se": test.se, "lc_low": test.low, "lc_high": test.high}
+        return {"lc": test.lc, **ends, "errors": "runs"}
+    ((lc, within, _),) = same
+    return {"lc": lc, "lc_low": lc - within, "lc_high": lc + within, "errors": "bound"}
+
+
 def _of_lags(same: Sequence[Any]) -> dict[str, Any]:
-    rows = [row for _, row in same if row is not None]
+    rows = [row for _, _, row in same if row is not None]
     if not rows:
         return {}
     return {

@@ -115,7 +115,7 @@ FINDINGS: tuple[Finding, ...] = (
         "memorising",
         memorising,
         ("layers",),
-        ("train", "other", "layer", "lc_train", "lc_other", "difference", "difference_low"),
+        ("train", "other", "layer", "lc_train", "lc_other", "difference", "difference_bound"),
     ),
     Finding(
         "overfitting",
@@ -142,7 +142,7 @@ FINDINGS: tuple[Finding, ...] = (
         "layer_totals",
         layer_totals,
         ("layers",),
-        ("split", "layer", "numel", "lc", "lc_low", "lc_high", "hurts", "share"),
+        ("split", "layer", "numel", "lc", "lc_bound", "hurts", "share"),
     ),
     Finding("trajectories", trajectories, ("layers",), brief=False),
     Finding(

@@ -23,8 +23,15 @@ TITLES: dict[str, str] = {
     "fisher": "Fisher information beside LC, layer by layer",
 }
 
+#: What LC does not say; told once, in the report's head and in a summary of findings.
+WHAT_HAPPENED = (
+    "LC says what happened in this run, not what would have happened without a layer: the others "
+    "may then do its part."
+)
+
 #: By name, how to read a summary whose columns do not say so themselves.
 READING: dict[str, str] = {
+    "layer_totals": "hurts: +1 or -1 where |lc| exceeds lc_bound, what the quadrature may be off",
     "overfitting": "onset: the step from which, for three windows in a row, LC on train falls and "
     "LC on the other split rises",
     "synchrony": "coincidences: pairs of layers, or groups, that peak at the same interval; "
@@ -32,14 +39,15 @@ READING: dict[str, str] = {
 }
 
 _FEW = "too few intervals, or windows, for errors"
+_NO_BOUND = "the rule has no embedded rule"
 #: By name and column, what it means that a summary has no value.
 EMPTY: dict[str, dict[str, str]] = {
     "shares": {"helping_low": _FEW},
     "fits": {"shape_se_blocks": _FEW},
-    "memorising": {"difference_low": _FEW},
+    "memorising": {"difference_bound": _NO_BOUND},
     "overfitting": {"onset": "none was found"},
     "oscillation": {"half_period": "no flip was seen", "net": "this source does not have it"},
-    "layer_totals": {"lc_low": _FEW},
+    "layer_totals": {"lc_bound": _NO_BOUND},
     "synchrony": {
         "group": "LC of the whole split",
         "p_value": "by chance there would be no coincidence at all",

@@ -33,24 +33,23 @@ from lcray.results import Results
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_WHISKERS = "whiskers: what the quadrature may be off"
 
-def layer_totals(
-    results: Results, ax: Axes | None = None, *, split: str | None = None, level: float = 0.95
-) -> Axes:
-    """LC of every layer over the run, with its confidence interval over blocks of iterations.
 
-    Bars of layers that hurt in total are hatched, and marked where the interval says so.
+def layer_totals(results: Results, ax: Axes | None = None, *, split: str | None = None) -> Axes:
+    """LC of every layer over the run, with its bound: what the quadrature may be off.
+
+    Bars of layers that hurt in total are hatched, and marked where LC exceeds the bound.
 
     Args:
         results: of the output; needs `layers`.
         ax: where to draw; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
-        level: of the confidence intervals.
     """
     require(results, "layers")
     split = split_of(results, split)
     # one window beside the run: none but the run is drawn
-    found = totals.layer_totals(results, windows={"all": ":"}, level=level).to_pandas()
+    found = totals.layer_totals(results, windows={"all": ":"}).to_pandas()
     here = (found["split"] == split) & (found["window"] == RUN) & (found["layer"] != "")
     frame = found[here].reset_index(drop=True)
     if frame.empty:
@@ -58,19 +57,21 @@ def layer_totals(
     ax = axis(ax)
     lc, places = frame["lc"].to_numpy(), np.arange(len(frame))
     _signed_bars(ax, places, lc)
-    known = frame["lc_low"].notna().to_numpy()
-    reach = np.stack([lc - frame["lc_low"], frame["lc_high"] - lc])[:, known]
-    # intervals by percentiles need not hold the estimate
-    ax.errorbar(
-        lc[known], places[known], xerr=np.maximum(reach, 0), fmt="none", ecolor=INK, elinewidth=0.8
-    )
+    bounded = _whiskers(ax, places, lc, frame["lc_bound"].to_numpy())
     for place in np.flatnonzero(frame["hurts"] > 0):
         ax.annotate("hurts", (0, float(place)), (-3, 0), **_beside("right"))
     ax.set_xlabel(f"LC over the run ({LOSS})")
     name_rows(ax, list(frame["layer"].astype(str)))
     title(ax, f"LC by layer, {split}")
-    note(ax, f"bars: {level:.0%} intervals; hatched: LC > 0")
+    note(ax, f"{_WHISKERS}; hatched: LC > 0" if bounded else "hatched: LC > 0")
     return ax
+
+
+def _whiskers(ax: Axes, places: Any, lc: Any, bound: Any) -> bool:
+    """Bars of LC and its bound, [L] each, where there is one; whether there is any."""
+    known = np.isfinite(bound)
+    ax.errorbar(lc[known], places[known], xerr=bound[known], fmt="none", ecolor=INK, elinewidth=0.8)
+    return bool(known.any())
 
 
 def _beside(side: str) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def memorising(
     train: str | None = None,
     other: str | None = None,
 ) -> Axes:
-    """LC of every layer on train beside LC on another split.
+    """LC of every layer on train beside LC on another split, each with its bound.
 
     Args:
         results: of the output; needs `layers` and two splits.
@@ -120,16 +121,16 @@ def memorising(
     ax = axis(ax)
     sides = ((str(frame["train"].iloc[0]), "train", HELPS, None), (chosen, "other", OTHER, HATCH))
     for k, (name, side, colour, hatch) in enumerate(sides):
-        low, high, lc = (frame[f"lc_{side}{end}"].to_numpy() for end in ("_low", "_high", ""))
+        lc, bound = (frame[f"lc_{side}{end}"].to_numpy() for end in ("", "_bound"))
         places = np.arange(len(frame)) + 0.38 * (k - 0.5)
         ax.barh(places, lc, 0.36, color=colour, hatch=hatch, edgecolor="white", label=literal(name))
-        known = np.isfinite(low)
-        reach = np.maximum(np.stack([lc - low, high - lc])[:, known], 0)
-        ax.errorbar(lc[known], places[known], xerr=reach, fmt="none", ecolor=INK, elinewidth=0.8)
+        bounded = _whiskers(ax, places, lc, bound)
     ax.axvline(0, color=INK, linewidth=0.8)
     ax.set_xlabel(f"LC over the run ({LOSS})")
     name_rows(ax, list(frame["layer"].astype(str)))
     title(ax, "Learning against memorising")
+    if bounded:
+        ax.set_xlabel(f"{ax.get_xlabel()}\n{_WHISKERS}")
     legend_above(ax, 2)
     return ax
 

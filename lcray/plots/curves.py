@@ -147,7 +147,10 @@ def shares(
     layer: str = "",
     window: int | None = None,
 ) -> Axes:
-    """The shares of parameters that help and that hurt, window by window, with their errors.
+    """The shares of parameters that help and that hurt, window by window.
+
+    The band holds the share of helping in 95 % of the resamplings of the window's intervals: how
+    far it would spread in other stretches of the same process.
 
     Args:
         results: of the output; needs `layers`.
@@ -175,7 +178,7 @@ def shares(
     if frame["helping_low"].notna().any():
         low, high = (frame[f"helping_{end}"].to_numpy(np.float64) for end in ("low", "high"))
         ax.fill_between(middle, low, high, color=HELPS, alpha=0.2, linewidth=0)
-        note(ax, "band: 95% interval of helping")
+        note(ax, "band: helping in 95% of resamplings")
     ax.set_xlabel("step")
     ax.set_ylabel("share of parameters")
     title(ax, f"Who helps and who hurts, {split}" + (f", {shortened(layer)}" if layer else ""))

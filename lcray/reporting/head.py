@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import PurePosixPath
 
+from lcray.analyses.titles import WHAT_HAPPENED
 from lcray.errors import one_line
 from lcray.files import read_json
 from lcray.reporting.page import table
@@ -44,7 +45,8 @@ def head(source: Source, found: Sequence[Total], name: str) -> str:
     warned = "".join(f"<p class=warning>{escape(one_line(note))}</p>" for note in notes)
     return (
         f"<header><p class=kicker>Loss change allocation</p><h1>{escape(name)}</h1>"
-        f"<p class=lede>{escape(lede(source, found[0]))}</p></header>{warned}"
+        f"<p class=lede>{escape(lede(source, found[0]))}</p>"
+        f"<p class=reading>{escape(WHAT_HAPPENED)}</p></header>{warned}"
         f"<div class=cards>{tiles}</div>"
         f"<section id=settings><h2>Closure, and the settings that decide the answer</h2>"
         f"{totals_table(found)}<dl class=facts>{facts}</dl></section>"

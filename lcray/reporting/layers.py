@@ -9,7 +9,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lcray.analyses.information import fisher as fisher_finding
-from lcray.analyses.layer_totals import layer_totals
 from lcray.analyses.windows import RUN
 from lcray.errors import InapplicableError, one_line
 from lcray.reporting.sections import (
@@ -22,6 +21,7 @@ from lcray.reporting.sections import (
     count,
     listed,
     percent,
+    plain,
     plotted,
     signed,
 )
@@ -30,37 +30,24 @@ from lcray.reporting.store import Store, column
 
 Floats = NDArray[np.float64]
 
-#: Cells of `layers` up to which errors by the bootstrap are made for the page.
-MOST_FOR_ERRORS = 5_000_000
 _SHAPES = ("circle", "diamond", "square", "triangle-up", "x", "star")
 
 
-def run_totals(source: Source) -> dict[str, Floats]:
-    """LC of each layer over the run and the ends of its confidence interval, [S, L]."""
-    shape = len(source.splits), len(source.layers)
-    nothing = np.full(shape, np.nan)
-    if source.n_intervals * shape[0] * shape[1] > MOST_FOR_ERRORS:
-        return {"lc": source.totals, "lc_low": nothing, "lc_high": nothing}
-    last = source.results.plan.steps[-1]
-    frame = layer_totals(source.results, window=last + 1).to_pandas()
-    frame = frame[(frame["window"] == RUN) & (frame["layer"] != "")]
-    found = {}
-    for name in ("lc", "lc_low", "lc_high"):
-        grid = frame.pivot_table(name, "split", "layer", observed=True, dropna=False)
-        found[name] = grid.reindex(index=source.splits, columns=source.layers).to_numpy(float)
-    # Where intervals have no LC in one layer alone, the finding leaves them out: so does not this.
-    found["lc"] = source.totals
-    return found
+def run_totals(source: Source) -> tuple[Floats, Floats]:
+    """LC of each layer over the run and its bound, [S, L]; NaN where there is no bound.
+
+    Where an interval lacks LC in one layer alone, the finding `layer_totals` leaves it out; these
+    sums keep the others.
+    """
+    lc, error = source.by_layer["lc"], source.by_layer["lc_error"]
+    lacking = (np.isfinite(lc) & ~np.isfinite(error)).any(axis=2)
+    return source.totals, np.where(lacking, np.nan, np.nansum(error, axis=2))
 
 
 def totals(source: Source, store: Store) -> Section:
     """LC of each layer over the run."""
-    found = run_totals(source)
-    errors = bool(np.isfinite(found["lc_low"]).any())
-    figures = {
-        str(s): _bars(source, store, {k: v[s] for k, v in found.items()}, errors)
-        for s in range(len(source.splits))
-    }
+    every, within = run_totals(source)
+    figures = {str(s): _bars(source, store, every[s], within[s]) for s in range(len(source.splits))}
     lc = source.totals[0]
     order = np.argsort(lc)
     says = "No layer lowered the loss; "
@@ -68,13 +55,13 @@ def totals(source: Source, store: Store) -> Section:
         says = (
             f"{one_line(source.layers[order[0]])} lowered the loss most ({signed(lc[order[0]])}); "
         )
-    says += _hurting(source, lc, found["lc_low"][0])
+    says += _hurting(source, lc, within[0])
     note = (
-        "Whiskers are 95 % intervals by blocks of iterations of this one run; they say nothing "
-        "about other seeds. `lcray findings` stores them as layer_totals."
-        if errors
-        else "No whiskers: there are too few intervals for errors, or too many for a page; "
-        "`lcray findings` has layer_totals."
+        "Whiskers are bounds: what the quadrature may be off, interval by interval, added up. They "
+        "are about this run; `lcray compare` is for other seeds."
+        if np.isfinite(within).any()
+        else f"No whiskers: rule {source.results.plan.settings.rule} has no lower rule on the same "
+        "gradients that would say how far it may be off."
     )
     return Section(
         "layers",
@@ -95,12 +82,11 @@ def _left_out(source: Source) -> tuple[str, ...]:
     return (f"Left out: {count(source.left_out, 'buffer')} whose LC is 0 at every iteration.",)
 
 
-def _bars(source: Source, store: Store, found: dict[str, Floats], errors: bool) -> Figure:
-    lc, low, high = found["lc"], found["lc_low"], found["lc_high"]
+def _bars(source: Source, store: Store, lc: Floats, bound: Floats) -> Figure:
     known = {layer.name: layer.numel for layer in source.results.plan.layers}
     sizes = [known[name] for name in source.layers]
     n = len(lc)
-    custom = [[f"{size:,}", _interval(a, b)] for size, a, b in zip(sizes, low, high, strict=True)]
+    custom = [[f"{size:,}", _within(some)] for size, some in zip(sizes, bound, strict=True)]
     bar: dict[str, Any] = {
         "type": "bar",
         "orientation": "h",
@@ -111,12 +97,10 @@ def _bars(source: Source, store: Store, found: dict[str, Floats], errors: bool) 
         "hovertemplate": f"%{{y}}<br>whole run<br>LC %{{x:.4g}} ({LOSS})%{{customdata[1]}}<br>"
         "%{customdata[0]} elements<extra></extra>",
     }
-    if errors:
+    if np.isfinite(bound).any():
         bar["error_x"] = {
             "type": "data",
-            "symmetric": False,
-            "array": store.put(high - lc),
-            "arrayminus": store.put(lc - low),
+            "array": store.put(bound),
             "color": "@ink",
             "thickness": 1.2,
             "width": 3,
@@ -140,35 +124,41 @@ def _bars(source: Source, store: Store, found: dict[str, Floats], errors: bool) 
         "margin": {"r": 90},
         "bargap": 0.3,
     }
-    verdict = ["hurts" if v > 0 else "helps" if v < 0 else "neither" for v in lc]
+    verdict = [_verdict(v, b) for v, b in zip(lc, bound, strict=True)]
     columns = [
         column("layer", [*source.layers]),
         column("lc", store.put(lc), "loss"),
-        column("lc_low", store.put(low), "loss"),
-        column("lc_high", store.put(high), "loss"),
+        column("lc_bound", store.put(bound), "loss"),
         column("verdict", verdict),
         column("elements", store.put(np.array(sizes, np.int64))),
     ]
     return Figure([bar], layout, bars_height(n), columns, n)
 
 
-def _hurting(source: Source, lc: Floats, low: Floats) -> str:
-    """Which layers hurt in total, and which of them are within their error of not doing so."""
+def _verdict(lc: float, bound: float) -> str:
+    """Helps or hurts, or neither where LC is within its bound; without a bound, LC alone says."""
+    if abs(lc) <= bound or not lc:
+        return "neither"
+    return "hurts" if lc > 0 else "helps"
+
+
+def _hurting(source: Source, lc: Floats, bound: Floats) -> str:
+    """Which layers hurt in total, and which of them are within their bound of not doing so."""
     above = [int(i) for i in np.argsort(-lc) if lc[i] > 0]
-    clear = [source.layers[i] for i in above if not low[i] <= 0]
-    within = [source.layers[i] for i in above if low[i] <= 0]
+    clear = [source.layers[i] for i in above if not lc[i] <= bound[i]]
+    within = [source.layers[i] for i in above if lc[i] <= bound[i]]
     if not above:
         return "no layer hurts in total."
     if not clear:
         end = "ends" if len(within) == 1 else "end"
-        return f"{listed(within)} {end} above 0, within the error."
+        return f"{listed(within)} {end} above 0, within the bound."
     verb = "hurts" if len(clear) == 1 else "hurt"
-    more = f", {listed(within)} within the error" if within else ""
+    more = f", {listed(within)} within the bound" if within else ""
     return f"{listed(clear)} {verb} in total{more}."
 
 
-def _interval(low: float, high: float) -> str:
-    return f", 95 % interval {signed(low)} to {signed(high)}" if low == low else ""
+def _within(bound: float) -> str:
+    return f", known to ±{plain(bound, 2)}" if bound == bound else ""
 
 
 def splits(source: Source, store: Store) -> Section:

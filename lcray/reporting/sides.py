@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lcray.analyses.titles import WHAT_HAPPENED
 from lcray.errors import one_line
 from lcray.reporting.course import STEP, along, cumulative, heat_trace, loss_curves
 from lcray.reporting.head import run_name, totals_table
@@ -95,7 +96,8 @@ def _head(sources: Sequence[Source], names: Sequence[str]) -> str:
     header = ["setting", *names, ""]
     return (
         f"<header><p class=kicker>Loss change allocation, side by side</p>"
-        f"<h1>{escape(count(len(names), 'run'))}</h1><p class=lede>{escape(lede)}</p></header>"
+        f"<h1>{escape(count(len(names), 'run'))}</h1><p class=lede>{escape(lede)}</p>"
+        f"<p class=reading>{escape(WHAT_HAPPENED)}</p></header>"
         f"{warned}<section><h2>Headline numbers, first split of each</h2>"
         f"{totals_table(found, names)}</section>"
         "<section><h2>Settings that decide the answer</h2>"

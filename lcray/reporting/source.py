@@ -29,7 +29,7 @@ ALLOCATED = (
     "(SELECT * REPLACE (CASE WHEN lc IS NOT NULL THEN loss_change END AS loss_change) "
     "FROM intervals)"
 )
-_LAYER_SUMS = ("lc", "n_helping", "n_hurting", "n_zero")
+_LAYER_SUMS = ("lc", "lc_error", "n_helping", "n_hurting", "n_zero")
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,11 @@ def test_lc_and_lag_against_momentum(tmp_path: Path) -> None:
     ]  # fmt: skip
     sums = [0.0 + 2e-6, 0.5 * 0.16 + 4e-6, 0.9 * 0.16 + 2e-6]
     assert [r["lc"] for r in rows] == pytest.approx(sums, rel=1e-9)
-    assert [r["errors"] for r in rows] == ["blocks", "blocks", "runs"]
+    assert [r["errors"] for r in rows] == ["bound", "bound", "runs"]
+    for row, bound in zip(rows[:2], (160e-9, 160e-9), strict=True):  # lc_error is 1e-9, planted
+        assert row["lc_se"] is None
+        ends = (row["lc"] - bound, row["lc"] + bound)
+        assert (row["lc_low"], row["lc_high"]) == pytest.approx(ends, rel=1e-9)
     assert rows[2]["lc_se"] == pytest.approx(1e-6, rel=1e-6)  # of ±1e-6 over two runs
     assert rows[0]["lag"] == 0 < rows[2]["lag"]
     assert all(r["lag_low"] <= r["lag"] <= r["lag_high"] for r in rows)

@@ -41,7 +41,7 @@ def test_the_gaps_of_both(tmp_path: Path) -> None:
     assert left["gap_percent"] == pytest.approx(-200)
     assert left["worst_gap"] == pytest.approx(-1.5)
     assert left["bias"] == -1  # on average -1 an interval: it overstates the decrease
-    assert left["gap_low"] < left["gap"] < left["gap_high"] < 0
+    assert left["gap_resampled_low"] < left["gap"] < left["gap_resampled_high"] < 0
 
 
 def test_intervals_that_are_not_ok_have_no_part(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_without_a_node_at_0_there_is_the_rule_alone(tmp_path: Path) -> None:
 def test_few_intervals_have_no_bias(tmp_path: Path) -> None:
     change = np.full(5, -0.1)
     found = run_rows(output(tmp_path / "out", change, 0 * change, 2 * change)).loc["first order"]
-    assert found["bias"] == 0 and np.isnan(found["gap_se"])
+    assert found["bias"] == 0 and np.isnan(found["gap_resampled_se"])
 
 
 @pytest.mark.slow

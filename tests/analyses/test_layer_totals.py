@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import output_factory as factory
 import pytest
+import synthetic
 from scipy.stats import spearmanr
 
 import lcray
@@ -68,7 +69,7 @@ def planted(split: str, layer: str) -> np.ndarray:
     return np.asarray(total)
 
 
-def test_totals_and_verdicts(results: Results) -> None:
+def test_totals(results: Results) -> None:
     table = layer_totals(results)
     rows = table.to_pylist()
     assert len(rows) == 2 * 4 * 7
@@ -82,28 +83,71 @@ def test_totals_and_verdicts(results: Results) -> None:
         assert row["n_intervals"] == n_ok
         assert row["share_hurting"] == pytest.approx((lc > 0).sum() / n_ok)
     run = {r["layer"]: r for r in rows if (r["split"], r["window"]) == ("train", "run")}
-    verdicts = {"helps": -1, "hurts": 1, "neither": 0, "frozen": 0, "more": -1}
-    assert {name: run[name]["hurts"] for name in verdicts} == verdicts
-    assert run["frozen"]["lc_se"] == 0.0
+    assert run["frozen"]["resampled_se"] == 0.0
     assert run[""]["numel"] == 22
     assert sum(run[la.name]["share"] for la in LAYERS) == pytest.approx(1.0)
     # Independent noise of 1e-3 an element and interval: √(T n) of it.
-    assert run["helps"]["lc_se"] == pytest.approx(1e-3 * math.sqrt(T * 3), rel=0.3)
+    assert run["helps"]["resampled_se"] == pytest.approx(1e-3 * math.sqrt(T * 3), rel=0.3)
     parameters = [la for la in LAYERS if la.kind == "parameter"]
     rank = spearmanr(
         [la.numel for la in parameters], [planted("train", la.name).sum() for la in parameters]
     )
-    assert f"size {rank.statistic:+.2f} (p = {rank.pvalue:.2g}, 5 layers)" in notes_of(table)[1]
+    size = f"size {rank.statistic:+.2f} (p = {rank.pvalue:.2g}, 5 layers)"
+    assert f"train: rank correlation of LC with a layer's {size}" in notes_of(table)
 
 
-def test_the_error_bars_cover_as_often_as_they_say() -> None:
-    """Of layers that do nothing, 5 % come out as helping or hurting, or not many more."""
-    from lcray.analyses.blocks import Bootstrap
-    from lcray.analyses.layer_totals import _errors
+def output(path: Path, lc: np.ndarray, error: np.ndarray | None, **settings: object) -> Results:
+    """Layers a, b and so on with LC and lc_error [T, L]."""
+    sizes = {chr(97 + i): 4 for i in range(lc.shape[1])}
+    plan = synthetic.make_plan(sizes, len(lc), 10, ("train",), ("layers",))
+    plan = replace(plan, settings=replace(plan.settings, **settings))
+    more = {} if error is None else {"lc_error": error[None]}
+    counts = np.zeros((1, *lc.shape, 3), np.int64)
+    columns = synthetic.layer_columns(plan, counts, lc[None], **more)
+    return lcray.open(synthetic.write(path, plan, {"layers": columns}))
 
-    lc = np.random.default_rng(0).normal(size=(300, 400))
-    found = _errors(lc, Bootstrap(length=1, replicates=400))
-    assert 0.02 < np.mean(np.abs(found["hurts"])) < 0.09
+
+def run_rows(results: Results) -> dict[str, dict]:
+    rows = layer_totals(results).to_pylist()
+    return {row["layer"]: row for row in rows if row["window"] == "run"}
+
+
+def test_a_verdict_needs_more_than_the_bound(tmp_path: Path) -> None:
+    """Whatever intervals do, a total is as exact as its terms: lc_error adds up, and decides."""
+    swing = np.array([3.0, -2.75] * 10)  # Σ = 2.5; resampling spreads it far over 0
+    lc = np.stack([swing, -swing, swing, -swing, 0 * swing], axis=1)
+    error = np.tile([0.12, 0.12, 0.13, 0.13, 0.0], (20, 1))  # Σ = 2.4 and 2.6
+    rows = run_rows(output(tmp_path / "out", lc, error))
+    assert [rows[name]["lc"] for name in "abcde"] == [2.5, -2.5, 2.5, -2.5, 0.0]
+    bounds = [rows[name]["lc_bound"] for name in "abcde"]
+    assert bounds == pytest.approx([2.4, 2.4, 2.6, 2.6, 0.0], rel=1e-12)
+    assert rows[""]["lc_bound"] == pytest.approx(2 * (2.4 + 2.6), rel=1e-12)
+    assert [rows[name]["hurts"] for name in ("", *"abcde")] == [0, 1, -1, 0, 0, 0]
+    for name in "abcd":  # the question of other stretches has an answer of its own
+        assert rows[name]["resampled_low"] < rows[name]["lc"] < rows[name]["resampled_high"]
+
+
+def test_a_window_has_the_bound_of_its_intervals(tmp_path: Path) -> None:
+    error = np.arange(20.0)[:, None]
+    rows = layer_totals(output(tmp_path / "out", -1.0 + 0 * error, error)).to_pylist()
+    found = {r["window"]: (r["lc_bound"], r["hurts"]) for r in rows if r["layer"] == "a"}
+    assert found == {"run": (190.0, 0), "0:10": (45.0, 0), "10:20": (145.0, 0)}
+
+
+def test_without_an_embedded_rule_there_is_no_verdict_and_a_note(tmp_path: Path) -> None:
+    results = output(tmp_path / "out", np.full((20, 2), -1.0), None, rule="midpoint")
+    table = layer_totals(results)
+    assert {(row["lc_bound"], row["hurts"]) for row in table.to_pylist()} == {(None, 0)}
+    assert "no lc_error (rule midpoint)" in notes_of(table)[0]
+
+
+def test_a_sample_of_the_data_is_named(tmp_path: Path) -> None:
+    results = output(tmp_path / "out", np.full((20, 1), -1.0), np.zeros((20, 1)))
+    assert notes_of(layer_totals(results)) == []
+    drawn = replace(results.plan.splits[0], drawn_from=80, replicate_weights=(4.0, 4.0))
+    object.__setattr__(results, "plan", replace(results.plan, splits=(drawn,)))
+    (note,) = notes_of(layer_totals(results))
+    assert "train: 8 of 80 samples" in note and "confidence()" in note
 
 
 def test_trajectories_add_up(results: Results) -> None:
@@ -123,8 +167,9 @@ def test_trajectories_add_up(results: Results) -> None:
         trajectories(results, points=0)
 
 
-def test_few_intervals_have_no_error(tmp_path: Path) -> None:
+def test_few_intervals_are_not_resampled(tmp_path: Path) -> None:
     out = factory.write_output(tmp_path, factory.make_world(tables=("intervals", "layers")))
     reduce(out)
     rows = layer_totals(lcray.open(out)).to_pylist()
-    assert {(row["lc_se"], row["hurts"]) for row in rows} == {(None, 0)}
+    assert {(row["resampled_se"], row["resampled_low"]) for row in rows} == {(None, None)}
+    assert all(row["lc_bound"] is not None for row in rows)  # needs no number of intervals

@@ -50,9 +50,29 @@ def test_splits_side_by_side(tmp_path: Path) -> None:
             assert row["difference"] == pytest.approx(val - train)
             assert row["cumulative_train"] == pytest.approx(values[1, :until].sum())
             assert row["cumulative_other"] == pytest.approx(values[0, :until].sum())
-        assert window["lc_train_low"] < window["lc_train"] < window["lc_train_high"]
-        assert np.isnan(interval["lc_train_low"])
+        low, high = (window[f"lc_train_resampled_{end}"] for end in ("low", "high"))
+        assert low < window["lc_train"] < high
+        assert np.isnan(interval["lc_train_resampled_low"])
         assert (run["resolution"], interval["resolution"]) == ("run", "interval")
+
+
+def test_each_side_has_its_bound_and_the_difference_both(tmp_path: Path) -> None:
+    lc, error = np.full((2, T, 2), -1.0), np.zeros((2, T, 2))
+    error[0], error[1] = 0.25, 0.5  # val and train
+    error[1, :, 1] = 0.125
+    lc[1, 7] = error[1, 7] = np.nan  # neither split counts this interval
+    sizes = {"a": 4, "b": 4}
+    plan = synthetic.make_plan(sizes, T, WIDTH, ("val", "train"), ("layers",))
+    columns = synthetic.layer_columns(plan, np.zeros((*lc.shape, 3), np.int64), lc, lc_error=error)
+    results = lcray.open(synthetic.write(tmp_path / "out", plan, {"layers": columns}))
+    frame = memorising(results).to_pandas()
+    names = [f"{name}_bound" for name in ("lc_train", "lc_other", "difference")]
+    expected = {"a": (0.5, 0.25, 0.75), "b": (0.125, 0.25, 0.375), "": (0.625, 0.5, 1.125)}
+    for layer, bounds in expected.items():
+        rows = frame[frame["layer"] == layer].set_index("window")
+        assert tuple(rows.loc["run", names]) == pytest.approx(tuple((T - 1) * x for x in bounds))
+        assert tuple(rows.loc["20:40", names]) == pytest.approx(tuple(WIDTH * x for x in bounds))
+        assert tuple(rows.loc["41:42", names]) == pytest.approx(bounds)
 
 
 @pytest.mark.parametrize("split", [0, 1])

@@ -56,6 +56,25 @@ def test_bars_are_the_totals_of_layers(results: Results) -> None:
     assert ax.yaxis_inverted()
 
 
+def whiskers(ax: Any) -> list[tuple[float, float]]:
+    """The ends of the bars of errors, in the order they were drawn."""
+    return [(line[0][0], line[1][0]) for drawn in ax.collections for line in drawn.get_segments()]
+
+
+def test_whiskers_are_what_the_quadrature_may_be_off(results: Results) -> None:
+    ends = {
+        (row.split, row.layer): (row.lc - row.error, row.lc + row.error)
+        for row in results.sql(
+            "SELECT split, layer, sum(lc) AS lc, sum(lc_error) AS error FROM layers GROUP BY ALL"
+        ).itertuples()
+    }
+    found = np.array(whiskers(plots.layer_totals(results, axes(), split="val")))
+    assert found == pytest.approx(np.array([ends["val", name] for name in LAYERS]))
+    found = np.array(whiskers(plots.memorising(results, axes())))
+    expected = [ends[split, name] for split in ("train", "val") for name in LAYERS]
+    assert found == pytest.approx(np.array(expected))
+
+
 def test_two_splits_stand_side_by_side(results: Results) -> None:
     ax = plots.memorising(results, axes())
     found = results.layers().pivot_table("lc", "layer", "split", "sum", observed=True)
