@@ -145,7 +145,12 @@ class Units:
         for number in self._across:
             layer, first = self._layout.layers[number], self._first[number]
             axes = [axis for axis in range(len(layer.shape)) if axis != layer.unit_axis]
-            values = self._layout.shaped(lc, number).sum(axes)
+            values = self._layout.shaped(lc, number)
+            if layer.unit_groups > 1:  # [groups, inputs of a group, outputs of a group, …]
+                values = values.unflatten(0, (layer.unit_groups, -1))
+                values = values.sum([1, *range(3, values.dim())]).reshape(-1)
+            else:
+                values = values.sum(axes)
             sums[first : first + layer.n_units] += values.numpy()
 
 

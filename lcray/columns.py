@@ -7,6 +7,9 @@ import pyarrow as pa
 #: What an interval's `status` may be; everything but ``ok`` leaves its numbers null.
 STATUSES = ("ok", "nonfinite_checkpoint", "nonfinite_loss", "nonfinite_gradient")
 
+#: What the column `unit` holds.
+UNIT = "output: position along the output axis; group * (outputs of a group) + j where grouped"
+
 #: The type of dictionary columns.
 STRING = pa.dictionary(pa.int32(), pa.string())
 COUNT, SIGN, FLOAT, _SINGLE = pa.int64(), pa.int8(), pa.float64(), pa.float32()
@@ -97,7 +100,7 @@ UNITS = (
     _SPLIT,
     _START,
     _LAYER,
-    _count("unit", "position along the output axis"),
+    _count("unit", UNIT),
     _float("lc", _LOSS, "loss change allocated to the unit"),
 )
 

@@ -1,7 +1,10 @@
 """The layers of a model: its named tensors, each described once, in the model's order.
 
-A *layer* is one named tensor (``conv1.weight``), its *module* the owner, a *unit* one slice along
-the output axis. Tied parameters are one layer, under the first name that the model gives them.
+A *layer* is one named tensor (``conv1.weight``), its *module* the owner, a *unit* the elements of
+one output: a slice along the output axis. Where a transposed convolution has groups, its weight
+[in, out/groups, …] has outputs of every group along one axis: unit group·(out/groups) + j is slice
+j of the rows of that group's inputs. Tied parameters are one layer, under the first name that the
+model gives them.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ class Layer:
         unit_axis: the axis whose slices are the units, None for a scalar.
         trainable: whether it requires gradients; buffers count as not trainable.
         aliases: further names of the same tensor (tied parameters).
+        unit_groups: blocks of the first axis whose slices along `unit_axis` are units of their own.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Layer:
     unit_axis: int | None
     trainable: bool
     aliases: tuple[str, ...] = ()
+    unit_groups: int = 1
 
     @property
     def numel(self) -> int:
@@ -48,11 +53,14 @@ class Layer:
     @property
     def n_units(self) -> int:
         """The number of units; 1 for a scalar."""
-        return 1 if self.unit_axis is None else self.shape[self.unit_axis]
+        return 1 if self.unit_axis is None else self.shape[self.unit_axis] * self.unit_groups
 
     def to_dict(self) -> dict[str, Any]:
-        """The layer as JSON-ready values."""
-        return asdict(self)
+        """The layer as JSON-ready values; without groups of units as before there were any."""
+        data = asdict(self)
+        if self.unit_groups == 1:
+            del data["unit_groups"]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Layer:
@@ -86,15 +94,17 @@ def describe_layers(model: nn.Module) -> tuple[tuple[Layer, ...], dict[str, Tens
         if not tensor.is_floating_point():
             continue
         owner = owners.get(keys[0], model)
+        axis, groups = _units(owner, tensor)
         layers.append(
             Layer(
                 name=names[keys[0]],
                 module=names[keys[0]].rpartition(".")[0],
                 kind="parameter" if id(tensor) in parameters else "buffer",
                 shape=tuple(tensor.shape),
-                unit_axis=_unit_axis(owner, tensor),
+                unit_axis=axis,
                 trainable=id(tensor) in parameters and tensor.requires_grad,
                 aliases=tuple(names[key] for key in keys[1:]),
+                unit_groups=groups,
             )
         )
     return tuple(layers), {names[key]: tensor for key, tensor in tensors.items()}
@@ -114,12 +124,17 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
     return owners
 
 
-def _unit_axis(owner: nn.Module, tensor: Tensor) -> int | None:
-    if tensor.dim() == 0:
-        return None
+def _units(owner: nn.Module, tensor: Tensor) -> tuple[int | None, int]:
+    """The axis of the units, and the groups that they are in."""
+    if tensor.dim() < 2:
+        return (0 if tensor.dim() else None), 1
     kinds = {kind.__name__ for kind in type(owner).__mro__}
-    transposed = "_ConvTransposeNd" in kinds or "Conv1D" in kinds  # the latter: transformers
-    return 1 if transposed and tensor.dim() > 1 else 0
+    if "_ConvTransposeNd" in kinds:
+        groups = int(getattr(owner, "groups", 1))
+        whole = tensor.shape[0] == owner.in_channels  # unlike a factor of a decomposition, say
+        whole = whole and tensor.shape[1] * groups == owner.out_channels
+        return 1, groups if whole else 1
+    return (1 if "Conv1D" in kinds else 0), 1  # Conv1D: of transformers
 
 
 def _check_modules(model: nn.Module) -> None:

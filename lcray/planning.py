@@ -309,6 +309,9 @@ def _check_layer(layer: Layer) -> None:
         raise ValueError(f"layer {layer.name!r} of impossible shape")
     if axis is not None and not 0 <= axis < len(axes):
         raise ValueError(f"layer {layer.name!r} without the axis {axis}")
+    groups = layer.unit_groups
+    if groups != 1 and not (axis == 1 and 1 < groups <= axes[0] and axes[0] % groups == 0):
+        raise ValueError(f"layer {layer.name!r} with impossible groups of units")
 
 
 def shares_pass(size: int, n_splits: int) -> bool:

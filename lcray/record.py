@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -196,7 +196,12 @@ def check_same_numbers(
     """
     found = _differences(record.fingerprint, make_fingerprint(description))
     if layers != record.plan.layers:
-        found.append("the model's layers")
+        alike = tuple(replace(layer, unit_groups=1) for layer in layers) == record.plan.layers
+        found.append(
+            "units of a transposed convolution with groups: added up there, one per channel now"
+            if alike
+            else "the model's layers"
+        )
     same_run = record.fingerprint.get("first checkpoint") == description.first_hash
     _refuse(
         out, found, "another analysis" if same_run else f"the analysis of another run, {record.run}"

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lcray.columns import UNIT
 from lcray.files import confined, writing
 from lcray.planning import Plan
 from lcray.storage import Place, storage_of
@@ -167,7 +168,7 @@ GROUP BY b.split, layer""",
         {
             "split": "named data set",
             "layer": "named tensor of the model",
-            "unit": "position along the output axis",
+            "unit": UNIT,
             "lc": "LC over the run (loss)",
         },
         "every output channel or neuron over the run",

@@ -37,12 +37,13 @@ LAYERS = (
     layer("hollow", (3, 0)),
     layer("left_out", (4, 2)),
     layer("conv1d", (4, 3), 1),
+    Layer("grouped", "", "parameter", (6, 2, 2, 3), 1, True, (), 3),
     layer("bias", (5,)),
     layer("mean", (5,), 0, "buffer"),
 )
 P = sum(item.numel for item in LAYERS)
-UNITS = [0, 1, 2, 3, 4, 6, 7, 8]
-DETAIL = [0, 1, 2, 3, 4, 6, 7]
+UNITS = [0, 1, 2, 3, 4, 6, 7, 8, 9]
+DETAIL = [0, 1, 2, 3, 4, 6, 7, 8]
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,13 @@ def test_sums_of_units(layout: Layout) -> None:
         values = interval.lc[torch.from_numpy(layout.places(number, index))].tolist()
         for i, value in zip(index, values, strict=True):
             place = np.unravel_index(i, item.shape) if item.shape else ()
-            parts[0 if item.unit_axis is None else int(place[item.unit_axis])].append(value)
+            unit = 0 if item.unit_axis is None else int(place[item.unit_axis])
+            if item.unit_groups > 1:  # inputs of two rows each, outputs of two columns each
+                unit += 2 * (int(place[0]) // 2)
+            parts[unit].append(value)
         expected += parts
     units = Units(layout, UNITS)
-    assert units.size == len(expected) == len(found.units) - 1 == 3 + 3 + 1 + 0 + 3 + 3 + 5 + 5
+    assert units.size == len(expected) == len(found.units) - 1 == 3 + 3 + 1 + 0 + 3 + 3 + 6 + 5 + 5
     assert units.numbers.tolist() == [n for n in UNITS for _ in range(LAYERS[n].n_units)]
     assert units.index.tolist() == [u for n in UNITS for u in range(LAYERS[n].n_units)]
     for total, parts in zip(found.units, expected, strict=False):

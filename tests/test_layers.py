@@ -90,6 +90,10 @@ def test_owners_sizes_and_root() -> None:
         (nn.ConvTranspose2d(3, 5, 2), "bias", 0, 5),
         (nn.ConvTranspose1d(3, 5, 2), "weight", 1, 5),
         (nn.ConvTranspose3d(3, 5, 2), "weight", 1, 5),
+        (nn.ConvTranspose2d(4, 12, 2, groups=2), "weight", 1, 12),
+        (nn.ConvTranspose1d(6, 9, 2, groups=3), "weight", 1, 9),
+        (nn.ConvTranspose1d(6, 6, 2, groups=6), "weight", 1, 6),
+        (nn.ConvTranspose1d(6, 9, 2, groups=3), "bias", 0, 9),
         (Conv1D(5, 3), "weight", 1, 5),
         (Conv1D(5, 3), "bias", 0, 5),
         (nn.Embedding(7, 4), "weight", 0, 7),
@@ -114,6 +118,21 @@ def test_a_subclass_of_a_transposed_convolution_is_one() -> None:
         pass
 
     assert named(nn.Sequential(Up(3, 5, 2)))["0.weight"].unit_axis == 1
+    up = Up(4, 6, 2, groups=2)
+    up.factor = nn.Parameter(torch.zeros(6, 2))  # another tensor that it owns has no groups
+    layers = named(nn.Sequential(up))
+    assert (layers["0.weight"].n_units, layers["0.factor"].n_units) == (6, 2)
+
+
+def test_layers_are_written_as_they_were_before_groups_of_units() -> None:
+    """Digests of old plans stay, and layers that say nothing of groups have none."""
+    plain = named(nn.Sequential(nn.ConvTranspose2d(3, 5, 2)))["0.weight"]
+    keys = ["name", "module", "kind", "shape", "unit_axis", "trainable", "aliases"]
+    assert list(plain.to_dict()) == keys
+    assert Layer.from_dict(plain.to_dict()) == plain and plain.unit_groups == 1
+    grouped = named(nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2)))["0.weight"]
+    assert list(grouped.to_dict()) == [*keys, "unit_groups"]
+    assert Layer.from_dict(grouped.to_dict()) == grouped and grouped.unit_groups == 2
 
 
 def test_frozen_parameters_are_parameters_that_are_not_trainable() -> None:

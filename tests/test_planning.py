@@ -133,6 +133,22 @@ def make(**fields: Any) -> Plan:
     return Plan(**{**known, **fields})
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis", "groups"),
+    [((4, 3, 2), 1, 3), ((4, 3), 0, 2), ((0, 3), 1, 2**40), ((4,), None, 2), ((4, 3), 1, 0)],
+)
+def test_groups_of_units_must_be_of_the_first_axis(
+    shape: tuple[int, ...], axis: int | None, groups: int
+) -> None:
+    up = Layer("up", "", "parameter", (4, 3, 2), 1, True, (), 2)
+    split = SplitPlan("train", 8, 8, 8.0, 2.0, 1)
+    sound = make(spans=(Span((0, 1)),), layers=(up,), splits=(split,), trace_sample=1).to_dict()
+    assert Plan.from_dict(sound).layers[0].n_units == 6
+    with pytest.raises(ValueError, match="'up' with impossible groups of units"):
+        sound["layers"][0] |= {"shape": list(shape), "unit_axis": axis, "unit_groups": groups}
+        Plan.from_dict(sound)
+
+
 def test_steps_and_intervals_across_spans(plan: Plan) -> None:
     assert plan.steps == (2, 3, 5, 8, 9, 10, 30)
     assert plan.n_intervals == 6

@@ -116,6 +116,9 @@ def test_other_layers(record: Record) -> None:
     there = replace(record, fingerprint=make_fingerprint(here))
     with pytest.raises(OutputError, match=r"\(the model's layers\)"):
         check_same_numbers(OUT, there, here, here.layers[:-1])
+    grouped = (replace(here.layers[0], unit_groups=2), *here.layers[1:])
+    with pytest.raises(OutputError, match="added up there, one per channel now"):
+        check_same_numbers(OUT, there, here, grouped)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -301,6 +302,70 @@ def test_units_are_slices_of_the_output_axis(output: Output) -> None:
     assert [key for key in found if key[2] == "gain" and key[:2] == ("val", 4)] == [
         ("val", 4, "gain", 0)
     ]
+
+
+class Grouped(nn.Module):
+    """Transposed convolutions with groups, in one and in two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.ConvTranspose1d(4, 6, 2, groups=2)
+        self.two = nn.ConvTranspose2d(6, 9, 2, groups=3, bias=False)
+        self.fc = nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [n, 1, 4, 4]
+        h = torch.tanh(self.one(x[:, 0, :, :3])).unflatten(2, (2, 2))
+        return self.fc(torch.tanh(self.two(h)).mean((2, 3)))
+
+
+def slices(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """For each output channel, where in the weight the elements are that it depends on."""
+    found = []
+    for channel in range(module.out_channels):
+        module.zero_grad()
+        module(x)[:, channel].square().sum().backward()
+        found.append(module.weight.grad != 0)
+    return found
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_units_of_grouped_transposed_convolutions_are_their_channels(
+    tmp_path: Path, memory_format: str
+) -> None:
+    first, second = random_states(Grouped, 3, 2)
+    model = Grouped().double()
+    model.load_state_dict(first)
+    with Recorder(model, tmp_path / "run") as recorder:
+        model.load_state_dict(second)
+        recorder.step()
+    chosen = make_settings({"dtype": "float64", "memory_format": memory_format, "batch_size": 8})
+    task = Task(Grouped, {"train": split_data("train")}, classify)
+    workspace = Workspace(task, str(tmp_path / "run"), chosen)
+    plan = make_plan((0, 1), chosen, workspace.describe().layers, workspace.probe().splits)
+    plan = replace(plan, memory_format=memory_format)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    (span,) = plan.spans
+    assert workspace.run(plan, span, tmp_path / "out", "a").committed
+    (path,) = span_folder(tmp_path / "out", span).glob("units-*.parquet")
+    found = {(row["layer"], row["unit"]): row["lc"] for row in pq.read_table(path).to_pylist()}
+
+    data = split_data("train")
+    chunks = [tuple(part[i : i + 1] for part in data) for i in range(SPLITS["train"])]
+    interval = Twin(Grouped, classify, chunks).interval(first, second, "simpson")
+    model, expected = Grouped().double(), {}
+    shapes = {"one": (2, 4, 3), "two": (2, 6, 2, 2)}
+    for name, shape in shapes.items():
+        lc, module = interval.lc[f"{name}.weight"], getattr(model, name)
+        parts = slices(module, torch.rand(shape, dtype=torch.float64) + 1)
+        assert torch.stack(parts).sum(dim=0).eq(1).all(), "every element has one output"
+        for unit, part in enumerate(parts):
+            expected[f"{name}.weight", unit] = math.fsum(flat(lc[part]))
+    for name in ("one.bias", "fc.weight", "fc.bias"):
+        for unit, values in enumerate(interval.lc[name]):
+            expected[name, unit] = math.fsum(flat(values))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert close(found[key], value, interval.scale), key
 
 
 def test_units_add_up_to_layers_and_layers_to_intervals(output: Output) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from lcray.analyses import tidy
 from lcray.analyses.tables import layer_of, require, split_of
-from lcray.columns import COUNT, column
+from lcray.columns import COUNT, UNIT, column
 from lcray.figures.grouping import Columns, Floats, numbers, positions, total
 from lcray.results import Results
 from lcray.views import literal
@@ -32,7 +32,7 @@ _UNITS = tidy.schema(
     (
         tidy.SPLIT,
         tidy.LAYER,
-        tidy.count("unit", "position along the output axis"),
+        tidy.count("unit", UNIT),
         *_TIMES,
         _LC,
     ),
