@@ -147,12 +147,13 @@ def _parts(plan: Plan) -> Iterator[Invariant]:
         ORDER BY ALL""",
     )
     yield Invariant(
-        "LC of elements adds up to that of layers",
+        "LC of elements adds up to that of layers of kind parameter",
         ("intervals", "layers", "elements"),
         f"""WITH {_OK}, sums AS (
             SELECT split, start_step, layer, fsum(lc::DOUBLE) AS total FROM elements GROUP BY ALL)
         SELECT split, start_step, layer, total AS sum, lc
-        FROM ok JOIN sums USING (split, start_step, layer)
+        FROM (SELECT * FROM ok WHERE kind = 'parameter')
+            RIGHT JOIN sums USING (split, start_step, layer)
         WHERE NOT coalesce(abs(total - lc) <= 1e-7 * scale + 1.5e-45 * numel, false)
         ORDER BY ALL""",
     )
@@ -203,7 +204,7 @@ def _replicates(plan: Plan) -> Iterator[Invariant]:
 
 def _over_time(plan: Plan) -> Iterator[Invariant]:
     yield Invariant(
-        "parameters add up to layers over the run",
+        "parameters add up to layers of kind parameter over the run",
         ("intervals", "layers", "parameters"),
         f"""WITH {_OK}, run AS (
             SELECT split, layer, fsum(lc) AS lc, sum(scale) AS scale, sum(n_helping) AS helping,

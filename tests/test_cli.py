@@ -385,7 +385,11 @@ class TestVerify:
     def test_sound(self, command: Lcray, plain_out: Path) -> None:
         found = command("verify", plain_out)
         assert found.code == 0
-        assert re.fullmatch(re.escape(str(plain_out)) + r": \d+ checks, no problems\n", found.out)
+        assert re.fullmatch(
+            re.escape(str(plain_out)) + r": \d+ checks, no problems .*\n", found.out
+        )
+        sums = "parameters add up to layers of kind parameter over the run"
+        assert f"; {sums}; the LC of buffers is in layers)" in found.out
         data = json.loads(command("verify", plain_out, "--json").out)
         assert (data["ok"], data["problems"]) == (True, [])
 

@@ -304,6 +304,31 @@ def test_units_are_slices_of_the_output_axis(output: Output) -> None:
     ]
 
 
+def test_elements_and_parameters_add_up_to_the_layers_of_kind_parameter(output: Output) -> None:
+    """Buffers have LC of their own, in running mode: elements do not add up to intervals there."""
+    kinds = {layer.name: layer.kind for layer in output.plan.layers}
+    elements: dict[Any, list[float]] = defaultdict(list)
+    for row in output.rows("elements"):
+        assert kinds[row["layer"]] == "parameter"
+        elements[row["split"], row["start_step"]].append(row["lc"])
+    run: dict[str, list[float]] = defaultdict(list)
+    for row in output.rows("parameters"):
+        run[row["split"]].append(row["lc"])
+    buffers = 0.0
+    totals: dict[str, list[float]] = defaultdict(list)
+    for (split, t), interval in output.twin.items():
+        if output.ok(t):
+            whole = math.fsum(interval.layer(n) for n in kinds if kinds[n] == "parameter")
+            totals[split].append(whole)
+            # float32 in the table
+            assert abs(math.fsum(elements[split, t]) - whole) <= 2e-7 * interval.scale
+            buffers = max(buffers, abs(interval.total - whole) / interval.scale)
+    for split, values in totals.items():
+        scale = sum(i.scale for (s, _), i in output.twin.items() if s == split)
+        assert close(math.fsum(run[split]), math.fsum(values), scale)
+    assert (buffers > 1e-3) == (output.plan.settings.batch_norm == "running")
+
+
 class Grouped(nn.Module):
     """Transposed convolutions with groups, in one and in two dimensions."""
 

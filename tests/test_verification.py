@@ -307,32 +307,32 @@ BROKEN: dict[str, tuple[str, Callable[[list[Row]], list[Row]], str]] = {
     "LC of a parameter": (
         "parameters",
         at(2, lc=SMALL),
-        "parameters add up to layers over the run",
+        "parameters add up to layers of kind parameter over the run",
     ),
     "LC of a parameter unknown": (
         "parameters",
         at(2, lc=lambda _: None),
-        "parameters add up to layers over the run",
+        "parameters add up to layers of kind parameter over the run",
     ),
     "absolute LC of a parameter": (
         "parameters",
         at(2, abs_lc=SMALL),
-        "parameters add up to layers over the run",
+        "parameters add up to layers of kind parameter over the run",
     ),
     "a count of a parameter": (
         "parameters",
         at(2, n_zero=1),
-        "parameters add up to layers over the run",
+        "parameters add up to layers of kind parameter over the run",
     ),
     "flips of a parameter": (
         "parameters",
         at(2, n_flips=1),
-        "parameters add up to layers over the run",
+        "parameters add up to layers of kind parameter over the run",
     ),
     "flips of a layer": (
         "layers",
         at(4, n_flips=1),
-        "parameters add up to layers over the run",
+        "parameters add up to layers of kind parameter over the run",
     ),
     "a count of a bin": (
         "histograms",
@@ -349,7 +349,11 @@ BROKEN: dict[str, tuple[str, Callable[[list[Row]], list[Row]], str]] = {
         lambda rows: [*rows, rows[-1] | {"window": 12}],
         "histograms add up to layers, window by window",
     ),
-    "LC of an element": ("elements", at(2, lc=1e-6), "LC of elements adds up to that of layers"),
+    "LC of an element": (
+        "elements",
+        at(2, lc=1e-6),
+        "LC of elements adds up to that of layers of kind parameter",
+    ),
     "n of a fit": ("fits", fits_n, "fits are of the histograms"),
     "an interval missing": (
         "intervals",
