@@ -22,6 +22,7 @@ from lcray.fresh import check_model
 from lcray.layers import Layer
 from lcray.path import Point, Segment
 from lcray.planning import Settings
+from lcray.precision import precision_kept
 from lcray.quadrature import get_rule
 from lcray.sums import check_same
 from lcray.task import Task, locate
@@ -109,6 +110,7 @@ class Allocation:
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 
+@precision_kept()
 def allocate(
     task: Task | str,
     before: Mapping[str, Tensor],

@@ -26,6 +26,7 @@ from lcray.planning import (
     memory_format_of,
     vector_bytes,
 )
+from lcray.precision import check_float32, exact_float32
 from lcray.task import Task, call_model, split_data
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -92,6 +93,8 @@ class Workbench:
         self._kept: int | None = None  # the parts that the seat's share was cut by; None: all
         self.fixed_batches = depends_on_batches(model, settings.batch_norm)
         self._sources: tuple[SplitSource, ...] | None = self._open()
+        exact_float32()  # again: building the model, or opening the data, may have undone it
+        check_float32(self.device)
         self.hashes = {source.name: source.sha256 for source in self._sources}
         self.drawn = {
             source.name: (source.n_samples, source.draw.population)
@@ -119,6 +122,8 @@ class Workbench:
         """The data in batches, in the task's order: resident where they fit, else streamed."""
         if self._splits is None:
             self._splits = self._cut()
+            exact_float32()  # the last that the task does before there are gradients
+            check_float32(self.device)
             if self._adopted and all(split.batches.resident for split in self._splits):
                 self._sources = None  # copies of what batches hold now
         return self._splits
@@ -250,10 +255,8 @@ def _open_device(device: str) -> torch.device:
 def _configure_torch(threads: int | None, deterministic: bool, device: str) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
+    exact_float32()
     if device != "cpu":
-        # float32 means float32: TF32 keeps 10 bits, fewer than a loss difference can afford.
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

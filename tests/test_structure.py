@@ -71,6 +71,7 @@ ORDER = (
     "tracing",
     "rowgroups",
     "tabulation",
+    "precision",
     "workbench",
     "fresh",
     "agreement",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+import lcray
 from lcray.drafting import make_settings
 from lcray.errors import TaskError, UsageError
+from lcray.precision import check_float32, exact_float32
 from lcray.sums import Evaluation
 from lcray.task import Task
 from lcray.workbench import Workbench
@@ -284,6 +286,80 @@ class Convolution(nn.Module):
 def pictures(**options: Any) -> Workbench:
     task = {"model": Convolution, "splits": {"train": (images(), torch.arange(6))}}
     return bench(task=task, **options)
+
+
+class TestPrecision:
+    """Products of float32 are exact to float32, whatever the task's module switches on."""
+
+    @pytest.fixture(autouse=True)
+    def _as_before(self) -> Iterator[None]:
+        yield
+        exact_float32()
+        torch.set_autocast_enabled("cpu", False)
+
+    @staticmethod
+    def _rounds() -> None:
+        torch.set_float32_matmul_precision("medium")
+        if hasattr(torch.backends, "fp32_precision"):
+            torch.backends.mkldnn.conv.fp32_precision = "bf16"
+            torch.backends.fp32_precision = "tf32"
+
+    @pytest.mark.parametrize("when", ["before", "model", "splits"])
+    def test_what_the_task_switches_on_is_off_again(self, when: str) -> None:
+        def model() -> nn.Module:
+            if when == "model":
+                self._rounds()
+            return Sum()
+
+        def splits() -> dict[str, Any]:
+            if when == "splits":
+                self._rounds()
+            return {"train": (X, Y)}
+
+        if when == "before":
+            self._rounds()
+        found = bench(task={"model": model, "splits": splits})
+        evaluate(found)
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert not torch.backends.cudnn.allow_tf32
+        if hasattr(torch.backends, "fp32_precision"):
+            mkldnn = torch.backends.mkldnn
+            kinds = (torch.backends, mkldnn, mkldnn.matmul, mkldnn.conv, torch.backends.cudnn.conv)
+            assert {kind.fp32_precision for kind in kinds} == {"ieee"}
+
+    def test_products_that_lose_bits_all_the_same_are_refused(self) -> None:
+        """Autocast, left on by the task's module, is no switch of a backend."""
+
+        def model() -> nn.Module:
+            torch.set_autocast_dtype("cpu", torch.bfloat16)
+            torch.set_autocast_enabled("cpu", True)
+            return Sum()
+
+        with pytest.raises(TaskError, match="matrix product of float32 is rounded to fewer bits"):
+            bench(task={"model": model})
+
+    @pytest.mark.parametrize("older", [True, False])
+    def test_allocate_leaves_the_process_as_it_was(self, older: bool) -> None:
+        """It may be called in the middle of a training that wants TF32."""
+        newer = hasattr(torch.backends, "fp32_precision")
+        if older or not newer:
+            torch.set_float32_matmul_precision("high")
+        else:
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        task = Task(model=Sum, splits={"train": (X, Y)}, loss=per_item)
+        state = Sum().state_dict()
+        lcray.allocate(task, state, {"a": state["a"] + 1})
+        if older or not newer:
+            assert torch.get_float32_matmul_precision() == "high"
+            assert torch.backends.cuda.matmul.allow_tf32
+        else:
+            assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+    def test_products_are_judged_by_a_number_that_few_bits_cannot_hold(self) -> None:
+        check_float32(torch.device("cpu"))
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TaskError, match="autocast"):
+            check_float32(torch.device("cpu"))
 
 
 class TestAdopting:
