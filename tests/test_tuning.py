@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -299,10 +300,16 @@ class TestActivations:
         assert activation_bytes(work, work.excerpt(1, 8)) == 2.0 * 12
 
 
+def set_clocks(monkeypatch: pytest.MonkeyPatch, clock: Callable[[], float]) -> None:
+    """That of the wall, of the thread and of the process alike: a machine with nothing else."""
+    for name in ("perf_counter", "thread_time", "process_time"):
+        monkeypatch.setattr(tuning.time, name, clock)
+
+
 def test_rates_are_those_of_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that a batch moves on by a second and a sample by a hundredth of one."""
     now = [0.0]
-    monkeypatch.setattr(tuning.time, "perf_counter", lambda: now[0])
+    set_clocks(monkeypatch, lambda: now[0])
 
     def slow(net: nn.Module, batch: Any) -> Tensor:
         now[0] += 1 + len(batch[0]) / 100
@@ -322,7 +329,7 @@ def test_rates_are_those_of_data_that_do_not_stay_in_the_cache(
 ) -> None:
     """A clock on which a sample takes 20 µs, and 10 µs in a batch that was the last one before."""
     now, last = [0.0], [0]
-    monkeypatch.setattr(tuning.time, "perf_counter", lambda: now[0])
+    set_clocks(monkeypatch, lambda: now[0])
 
     def cached(net: nn.Module, batch: Any) -> Tensor:
         now[0] += len(batch[0]) * (1e-5 if batch[0].data_ptr() == last[0] else 2e-5)
@@ -339,7 +346,7 @@ def test_rates_are_those_of_data_that_do_not_stay_in_the_cache(
 def test_a_long_gradient_may_be_probed_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a hundred samples a second a gradient takes 50 s; a tenth of that goes beyond 2 s."""
     now = [0.0]
-    monkeypatch.setattr(tuning.time, "perf_counter", lambda: now[0])
+    set_clocks(monkeypatch, lambda: now[0])
 
     def slow(net: nn.Module, batch: Any) -> Tensor:
         now[0] += len(batch[0]) / 100
@@ -348,3 +355,45 @@ def test_a_long_gradient_may_be_probed_for_longer(monkeypatch: pytest.MonkeyPatc
     found = tune(bench(task={"loss": slow}), seconds=2.0)
     assert [size for size, _, _ in found.rates][:2] == [64, 128]
     assert 2.0 < now[0] < 6.0
+
+
+def test_what_others_take_of_the_processor_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which every batch of more than 64 waits for a second before it may go on."""
+    wall, processor = [0.0], [0.0]
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: wall[0])
+    monkeypatch.setattr(tuning.time, "thread_time", lambda: processor[0])
+    monkeypatch.setattr(tuning.time, "process_time", lambda: processor[0])
+
+    def waits(net: nn.Module, batch: Any) -> Tensor:
+        took = 1e-3 + len(batch[0]) / 1e6
+        processor[0] += took
+        wall[0] += took + (len(batch[0]) > 64)
+        return loss(net, batch)
+
+    found = tune(bench(task={"loss": waits}), seconds=1e9)
+    for size, _, rate in found.rates:
+        width = -(-N // -(-N // size))
+        assert rate == pytest.approx(width / (1e-3 + width / 1e6), rel=0.02)  # ± a sample
+    assert found.batch_size > 64
+
+
+def test_a_pass_that_only_waits_takes_no_time_of_processors() -> None:
+    """The clocks of this machine: half a second of sleep is none of work."""
+    watch = tuning.processor_seconds(1)
+    time.sleep(0.5)
+    assert watch() < 0.25
+
+
+@pytest.mark.parametrize(
+    ("own", "every", "threads", "seconds"), [(2.0, 8.0, 4, 2.0), (1.0, 8.0, 4, 2.0), (5, 6, 4, 5)]
+)
+def test_threads_that_work_together_count_once(
+    monkeypatch: pytest.MonkeyPatch, own: float, every: float, threads: int, seconds: float
+) -> None:
+    clocks = {"thread_time": 10.0, "process_time": 20.0}
+    for name in clocks:
+        monkeypatch.setattr(tuning.time, name, lambda name=name: clocks[name])
+    watch = tuning.processor_seconds(threads)
+    clocks["thread_time"] += own
+    clocks["process_time"] += every
+    assert watch() == seconds
