@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,16 @@ def test_every_public_name_is_what_it_says() -> None:
         assert found.__doc__
         assert found.__name__ in (name, f"{name}_output")
         assert found.__module__.startswith("lcray.")
-    assert "__version__" in dir(lcray)
+    assert set(dir(lcray)) == {*lcray.__all__, "__version__"}
+
+
+def test_only_public_names_are_listed_whatever_is_imported() -> None:
+    code = "import lcray.plots, lcray.figures, lcray.analysis; print(*dir(lcray.{}))"
+    for name in ("plots", "figures"):
+        module = importlib.import_module(f"lcray.{name}")
+        assert python(code.format(name)).split() == sorted(module.__all__)
+    code = "import lcray.plots, lcray.analysis, lcray.results; print(*dir(lcray))"
+    assert python(code).split() == sorted([*lcray.__all__, "__version__"])
 
 
 def test_an_unknown_name() -> None:

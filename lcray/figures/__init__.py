@@ -19,3 +19,7 @@ __all__ = [
     "tracks",
     "unit_matrix",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -32,3 +32,7 @@ __all__ = [
     "trajectories",
     "unit_map",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
