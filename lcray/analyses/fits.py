@@ -83,9 +83,9 @@ def fits(
     Maximum likelihood, location 0: of exact values where `elements` has no more than `exact`, else
     of the bins, Π_b (F(u_b) − F(l_b))^c_b. [LCA] (arXiv 1909.01440, author response) finds that LC
     follows a Weibull distribution closely, F = 1 − exp(−(x/λ)^k). Windows and the network are
-    merged histograms, never merged parameters. Values are **dependent**: `se_blocks` is by blocks
-    of iterations (of base windows, where there are histograms; not below 8 of them), while
-    `se` and `p_value` take values to be independent and are too small.
+    merged histograms, never merged parameters. Values are **dependent**: `shape_se_blocks` is by
+    blocks of iterations (of base windows, where there are histograms; not below 8 of them), while
+    `shape_se` and `p_value` take values to be independent and are too small.
 
     Args:
         results: of the output; needs `histograms`.
