@@ -169,12 +169,14 @@ def each_commit(out: Place, spans: Iterable[Span]) -> Iterator[tuple[Span, Commi
 def _look(folder: str) -> int | None:
     """The size of the commit in a folder; None if there is none, or `_LINKED`.
 
+    A folder without one may be a link all the same, and would be written to.
+
     There are many: two calls of the system instead of the dozens that `confined` takes.
     """
     try:
         status = os.lstat(os.path.join(folder, NAME))
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return _LINKED if os.path.islink(folder) else None
     except OSError:
         return _LINKED  # `exists` says what is wrong
     plain = stat.S_ISREG(status.st_mode) and not os.path.islink(folder)

@@ -132,7 +132,7 @@ def _store(
     found = found.replace_schema_metadata({**found.schema.metadata, **more})
     buffer = io.BytesIO()
     pq.write_table(found, buffer, compression="zstd")
-    path = folder / f"{finding.name}.parquet"
+    path = confined(folder.parent, folder / f"{finding.name}.parquet")
     with writing(path):
         storage_of(path).write(path, buffer.getvalue())
     return found

@@ -90,12 +90,31 @@ def confined(root: P, path: P) -> P:
     """
     if isinstance(path, Remote) or isinstance(root, Remote):  # no links there
         return path
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+    if not _is_within(root, path):
+        parts = path.relative_to(root).parts
+        below = (root.joinpath(*parts[:n]) for n in range(1, len(parts)))
+        link = next((each for each in below if not _is_within(root, each)), path)
         raise CorruptionError(
-            f"{path}: a link leads out of {root}, and nothing outside is touched; put the real "
+            f"{link}: a link leads out of {root}, and nothing outside is touched; put the real "
             "file or folder in its place"
         )
     return path
+
+
+def _is_within(root: Path, path: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def check_links(out: Place) -> None:
+    """Refuse an output in which a link stands where lcray writes, and leads out of there.
+
+    What lies deeper is `confined` when it is written.
+
+    Raises:
+        CorruptionError: naming the link.
+    """
+    for name in OWN:
+        confined(out, out / name)
 
 
 def beside(out: Place, path: Place) -> Place:
@@ -103,13 +122,29 @@ def beside(out: Place, path: Place) -> Place:
 
     Raises:
         UsageError: if it does.
+        CorruptionError: if it is below `out` by its name and a link leads out of there.
     """
+    check_way(out, path)
     asked = _plain(path)
     for name in OWN:
         own = _plain(out / name)
         if asked == own or asked.startswith(own + "/"):
             raise UsageError(f"{path}: is part of the output {out}; name another file")
     return path
+
+
+def check_way(out: Place, path: Place) -> None:
+    """Refuse a `path` that is below `out` by its name, whichever name, but not by its links.
+
+    Raises:
+        CorruptionError: naming the link.
+    """
+    if isinstance(path, Remote) or isinstance(out, Remote):
+        return
+    asked, real = Path(os.path.abspath(path)), os.path.realpath(out)
+    for above in asked.parents:
+        if os.path.realpath(above) == real:
+            confined(above, asked)
 
 
 def _plain(path: Place) -> str:

@@ -29,7 +29,7 @@ from pathlib import Path
 import psutil
 
 from lcray.errors import LcrayError, OutputError
-from lcray.files import confined, writing
+from lcray.files import check_links, confined, writing
 from lcray.storage import Place, Remote, storage_of
 from lcray.strict import build
 
@@ -132,9 +132,10 @@ class Lock:
             try:
                 self.beat()
                 last = time.monotonic()
-            except OSError as error:
+            except (OSError, LcrayError) as error:
                 if time.monotonic() - last > stale:
-                    self._lost = f"the lock could not be kept ({error.strerror or error})"
+                    reason = getattr(error, "strerror", None) or error
+                    self._lost = f"the lock could not be kept ({reason})"
             with self._guard:
                 if self._lost:
                     if main is not None and not self._ended.is_set():
@@ -165,7 +166,9 @@ def locked(out: Place, *, every: float = BEAT, stale: float = STALE) -> Iterator
 
     Raises:
         OutputError: if another process is at work there, the lock cannot be written, or is lost.
+        CorruptionError: if a link in there leads out of it.
     """
+    check_links(out)
     with ExitStack() as stack:
         alone = not isinstance(out, Remote) and stack.enter_context(_flocked(out))
         with writing(out / LOCK):
@@ -289,7 +292,7 @@ def _flocked(out: Path) -> Iterator[bool]:
 
     Gives whether it is held; some file systems have none, and there the counter decides alone.
     """
-    path = confined(out, out / LOCK) / _LOCAL
+    path = confined(out, out / LOCK / _LOCAL)
     with writing(path):
         path.parent.mkdir(exist_ok=True)
         file = open(path, "a", opener=_plainly)  # noqa: SIM115 - its errors are not the block's
@@ -308,7 +311,7 @@ def _flocked(out: Path) -> Iterator[bool]:
 
 
 def _file(out: Place, number: int) -> Place:
-    return out / LOCK / f"{number:08d}.json"
+    return confined(out, out / LOCK / f"{number:08d}.json")
 
 
 def _storage_write(out: Place, number: int, holder: Holder) -> None:

@@ -48,7 +48,7 @@ class Record:
         """Write it to `out`, whole or not at all.
 
         Raises:
-            OutputError: if the disk refuses.
+            OutputError: if the disk refuses, or a link leads out of `out`.
         """
         data = {
             "format_version": FORMAT_VERSION,
@@ -59,7 +59,7 @@ class Record:
             "notes": list(self.notes),
             "plan": self.plan.to_dict(),
         }
-        write_json_atomic(out / _NAME, data)
+        write_json_atomic(confined(out, out / _NAME), data)
 
 
 def read_record(out: Place) -> Record | None:

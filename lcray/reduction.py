@@ -94,9 +94,17 @@ def merge(out: PlaceLike, *, allow_missing: bool = False) -> Reduction:
     for _, commit in each_commit(out, [outline.span for outline in commits]):
         for problem in check_files(out, commit):
             raise CorruptionError(problem)
-    entries = _write_tables(out / "tables", Source(out, plan, commits))
+    entries = _write_tables(_tables_folder(out, plan), Source(out, plan, commits))
     write_views(out, plan, tuple(entries))
     return Reduction({table: entry.rows for table, entry in entries.items()}, missing)
+
+
+def _tables_folder(out: Place, plan: Plan) -> Place:
+    """Where the tables go, once no link in there leads out of `out`."""
+    folder = out / "tables"
+    for name in (MANIFEST, *(f"{table}.parquet" for table in tables_of(plan))):
+        confined(out, folder / name)
+    return folder
 
 
 def _survey(out: Place, plan: Plan) -> tuple[tuple[Outline, ...], list[str]]:

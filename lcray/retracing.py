@@ -12,7 +12,7 @@ from lcray.analysis import analyze
 from lcray.computing import OnProgress
 from lcray.drafting import check_traces
 from lcray.errors import OutputError, UsageError
-from lcray.files import confined, writing
+from lcray.files import check_way, writing
 from lcray.planning import Plan
 from lcray.record import read_record
 from lcray.resources import Resources
@@ -63,7 +63,8 @@ def trace(
     record = read_record(results.path)
     if record is None:
         raise OutputError(f"{results.path}: has no analysis.json; analyze the run again")
-    target = confined(results.path, results.path / FOLDER) if into is None else place(into)
+    target = results.path / FOLDER if into is None else place(into)
+    check_way(results.path, target)
     plan = _plan(results, record.plan, elements)
     known = read_record(target)
     if known is None:

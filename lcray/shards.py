@@ -95,7 +95,7 @@ class ShardWriter:
         attempt: an id that no other attempt has: letters, digits, ``.``, ``_`` and ``-``.
 
     Raises:
-        OutputError: if the folder cannot be made.
+        OutputError: if the folder cannot be made, or a link leads out of `out`.
         UsageError: if `attempt` is no such id.
     """
 
@@ -105,7 +105,7 @@ class ShardWriter:
         out = place(out)
         self.span = span
         self.attempt = attempt
-        self.folder = span_folder(out, span)
+        self.folder = confined(out, span_folder(out, span))
         self._open: dict[str, TableFile] = {}
         self._partitions: dict[str, list[list[Any]]] = {}
         self._out, self._lock = out, newest(out)
@@ -178,11 +178,12 @@ class ShardWriter:
                 "info": dict(info),
             }
             self._check_lock()
+            path = confined(self._out, self.folder / COMMIT)
         except BaseException:
             self.abort()
             raise
         try:
-            won = write_json_atomic(self.folder / COMMIT, seal(data), exclusive=True)
+            won = write_json_atomic(path, seal(data), exclusive=True)
         except BaseException:
             if self._may_count():
                 self._let_go()

@@ -336,4 +336,4 @@ class StatusFile:
         data: dict[str, Any] = asdict(replace(self._latest, written=now))
         with suppress(LcrayError, ValueError):
             if self._holds():
-                write_json_atomic(self._path, data)
+                write_json_atomic(confined(self._path.parent, self._path), data)

@@ -583,3 +583,12 @@ def test_files_without_partitions_are_damaged(tmp_path: Path) -> None:
     path.write_bytes(b"no")
     with pytest.raises(CorruptionError, match="cannot be read"):
         ShardFile(path)
+
+
+def test_a_commit_whose_place_a_dead_link_has_says_so(tmp_path: Path) -> None:
+    folder = span_folder(tmp_path, SPAN)
+    folder.mkdir(parents=True)
+    (folder / "commit.json").symlink_to("nowhere")
+    with pytest.raises(OutputError, match=r"commit\.json: .*a link that leads nowhere"):
+        commit_one(tmp_path)
+    assert names(tmp_path) == {"commit.json"}

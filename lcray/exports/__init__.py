@@ -9,6 +9,7 @@ from lcray.errors import OutputError, UsageError, suggest
 from lcray.exports.csv_files import write_csv_files
 from lcray.exports.offline import write_wandb
 from lcray.exports.tensorboard_events import write_events
+from lcray.files import beside
 from lcray.results import open_output
 from lcray.storage import PlaceLike, Remote, place
 
@@ -33,8 +34,9 @@ def export(
 
     Raises:
         UsageError: for another kind, an address, or tables that there are not or beside another
-            kind.
+            kind, or a folder that is a part of `out`.
         OutputError: if there are no tables in `out`, or `folder` cannot be written.
+        CorruptionError: if `folder` is below `out`, and a link leads out of there.
         LcrayError: if the other tool's package is not installed.
     """
     if to not in KINDS:
@@ -44,6 +46,7 @@ def export(
     if isinstance(place(folder), Remote):
         raise UsageError(f"{folder}: an export goes to a local folder; copy it afterwards")
     results, target = open_output(out), Path(folder)
+    beside(results.path, target)
     try:
         target.mkdir(parents=True, exist_ok=True)
         if to == "csv":

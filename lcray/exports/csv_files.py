@@ -29,7 +29,8 @@ def write_csv_files(
     for table in chosen:
         if table not in results.tables:
             raise UsageError(suggest(table, results.tables, "table"))
-    beside(results.path, folder)
+    for name in (*(f"{table}.csv" for table in chosen), COLUMNS):
+        beside(results.path, folder / name)
     written = []
     for table in chosen:
         path = folder / f"{table}.csv"
@@ -49,8 +50,9 @@ def write_csv_files(
 def _whole(path: Path) -> Iterator[TextIO]:
     """A file that gets its name once it is whole, in place of what, or of a link that, had it."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # of an export that was killed, or a link
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
+        with partial.open("x", encoding="utf-8", newline="") as file:
             yield file
         os.replace(partial, path)
     finally:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lcray.errors import LcrayError
+from lcray.files import beside
 from lcray.results import Results
 
 _CURVES = ("loss_end", "lc", "gap", "first_order_lc")
@@ -25,6 +26,7 @@ def write_wandb(results: Results, folder: Path) -> tuple[Path, ...]:
     settings = wandb.Settings(
         console="off", silent=True, disable_git=True, disable_code=True, x_disable_stats=True
     )
+    beside(results.path, folder / "wandb")
     about = {"lcray_output": str(results.path), "rule": results.plan.settings.rule}
     with wandb.init(
         project="lcray", dir=str(folder), mode="offline", config=about, settings=settings

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lcray.errors import InapplicableError, UsageError, one_line
-from lcray.files import beside, confined, writing
+from lcray.files import beside, writing
 from lcray.reporting import course, elements, layers, rates, together
 from lcray.reporting.head import head, run_name
 from lcray.reporting.page import links_to, plotly_source, render
@@ -72,7 +72,7 @@ def report(out: PlaceLike, *others: PlaceLike, file: str | os.PathLike[str] | No
         )
     root = results[0].path
     inside = root / (COMPARISON if others else PAGE)
-    target = confined(root, inside) if file is None else place(file)
+    target = inside if file is None else place(file)
     for one in results:
         beside(one.path, target)
     page = target if isinstance(target, Path) else Path("/") / "page.html"

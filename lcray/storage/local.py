@@ -114,6 +114,8 @@ def _link(temporary: Path, path: Path, text: bytes) -> bool:
     try:
         os.link(temporary, path)
     except FileExistsError:
+        if os.path.islink(path) and not os.path.exists(path):
+            raise OSError(errno.EEXIST, "a link that leads nowhere is in its place") from None
         # Over NFS a repeated request can report the link that its first try made.
         return os.path.samefile(temporary, path)
     except OSError as error:
