@@ -64,7 +64,7 @@ INTERVALS = (
     _float("gap", _LOSS, "completeness gap: lc - loss_change"),
     _float("first_order_lc", _LOSS, "LC by the gradient at the start; null without a node at 0"),
     column("rule", STRING, "", "quadrature rule, before refinement"),
-    _count("panels", "equal panels that the interval was cut into"),
+    _count("panels", "equal panels that the interval was cut into, at most 4096"),
     _count("n_gradients", "full-batch gradients; a shared left endpoint is not counted"),
     column(
         "converged", pa.bool_(), "", "whether the gap is within its bound; null if not ok", True

@@ -16,6 +16,7 @@ from lcray.cutting import MAX_ELEMENT_ROWS, choose_length, cut, cut_tapering, ti
 from lcray.errors import UsageError, suggest
 from lcray.layers import Layer
 from lcray.layout import MEMORY_FORMATS
+from lcray.numerals import whole_number
 from lcray.planning import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_MEMORY_FORMAT,
@@ -26,7 +27,7 @@ from lcray.planning import (
     largest_share,
     memory_format_of,
 )
-from lcray.quadrature import get_rule
+from lcray.quadrature import MAX_PANELS, get_rule
 from lcray.strict import LIMIT
 
 _MAX_TRACE_ROWS = 10_000_000
@@ -84,6 +85,8 @@ def check_settings(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UsageError(f"{name.replace('_', '-')} {value}: must be at least 1")
+    if settings.max_panels > MAX_PANELS:
+        raise UsageError(f"max-panels {settings.max_panels}: at most {MAX_PANELS}")
     if settings.samples is not None and settings.samples < 2:
         raise UsageError(f"samples {settings.samples}: must be at least 2, to tell how they differ")
     if settings.fisher is not None and settings.batch_norm == "batch":
@@ -201,6 +204,7 @@ def check_plan(plan: Plan) -> None:
         UsageError: saying what is wrong with it.
     """
     check_settings(plan.settings)
+    check_traces(plan.settings, plan.layers, on="traces" in plan.tables)
     names = [layer.name for layer in plan.layers]
     steps = [span.steps for span in plan.spans]
     sizes = (plan.window, plan.trace_sample, plan.threads, plan.batch_size, plan.partial_sums)
@@ -351,11 +355,12 @@ def check_traces(settings: Settings, layers: Sequence[Layer], *, on: bool = True
     sizes = {layer.name: layer.numel for layer in layers if layer.kind == "parameter"}
     for item in settings.trace:
         name, _, index = item.rpartition(":")
-        if not index.isdecimal() or not name:
+        number = whole_number(index)
+        if number is None or not name:
             raise UsageError(f"trace {item!r}: must have the form layer:index")
         if name == "top" and name not in sizes:
             raise UsageError(f"trace {item!r}: known only once LC is: lcray trace, afterwards")
         if name not in sizes:
             raise UsageError(suggest(name, sizes, "layer"))
-        if int(index) >= sizes[name]:
+        if number >= sizes[name]:
             raise UsageError(f"trace {item!r}: the layer has {sizes[name]} elements, from 0")

@@ -15,7 +15,9 @@ from numbers import Integral
 from typing import Any, cast, get_type_hints
 
 from lcray.checkpoints.header import MAX_AXES
+from lcray.errors import UsageError
 from lcray.layers import Layer
+from lcray.quadrature import get_rule
 from lcray.settings import Settings as Settings
 from lcray.strict import build, value_of
 
@@ -281,6 +283,10 @@ def _check(plan: Plan) -> None:
         _check_sample(split)
         if split.reference is not None and len(split.reference.norms) != len(plan.layers):
             raise ValueError(f"split {split.name!r} with gradients of other layers")
+    try:
+        get_rule(plan.settings.rule)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
     if plan.settings.dtype not in ("float32", "float64"):
         raise ValueError(f"unknown dtype {plan.settings.dtype!r}")
     sizes = (plan.window, plan.threads, plan.batch_size, plan.trace_sample + 1)

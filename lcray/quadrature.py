@@ -16,7 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lcray.errors import UsageError, suggest
+from lcray.numerals import brief, whole_number
 
+#: The most panels of a composite, and the cap of any refinement: beyond, memory and time explode.
+MAX_PANELS = 4096
 _TOLERANCE = 1e-14
 
 
@@ -89,9 +92,11 @@ class QuadratureRule:
         ones, else the composite of the embedded rule.
 
         Raises:
-            UsageError: if `panels` is not a positive integer, or the rule is a composite already or
-                chooses panels itself.
+            UsageError: if `panels` is below 1 or above `MAX_PANELS`, or the rule is a composite
+                already or chooses panels itself.
         """
+        if panels > MAX_PANELS:
+            raise UsageError(f"rule {self.name!r}: at most {MAX_PANELS} panels, as {self.name}*64")
         if panels < 1 or self.panels != 1 or self.probe_every:
             raise UsageError(f"rule {self.name!r}: cannot be split into {panels} panels")
         if panels == 1:
@@ -174,15 +179,21 @@ def get_rule(name: str) -> QuadratureRule:
     ``auto`` is Simpson's rule with leave to use the trapezoid instead (see `probe_every`).
 
     Raises:
-        UsageError: if there is no such rule; the message names the nearest one.
+        UsageError: if there is no such rule (the message names the nearest one), or of a number of
+            panels that is none or above `MAX_PANELS`.
     """
-    base, _, panels = name.partition("*")
+    base, star, panels = name.partition("*")
     base = _ALIASES.get(base, base)
     known = {**RULES, **ADAPTIVE}
     if base not in known:
         raise UsageError(suggest(name, [*known, *_ALIASES], "rule"))
-    if panels and not panels.isdecimal():
-        raise UsageError(f"rule {name!r}: panels must be a positive integer, as in 'simpson*2'")
-    if panels and known[base].probe_every:
-        raise UsageError(f"rule {name!r}: {base} chooses the panels itself; leave {panels!r} out")
-    return known[base].composite(int(panels)) if panels else known[base]
+    if not star:
+        return known[base]
+    count = whole_number(panels)
+    if count is None:
+        raise UsageError(f"rule {brief(name)}: panels must be a positive integer: 'simpson*2'")
+    if known[base].probe_every:
+        raise UsageError(
+            f"rule {brief(name)}: {base} chooses the panels itself; leave {brief(panels)} out"
+        )
+    return known[base].composite(count)

@@ -20,6 +20,7 @@ from lcray.confidence import frame, sums
 from lcray.errors import CorruptionError, UsageError, suggest
 from lcray.files import confined, exists, read_json
 from lcray.manifest import read_manifest
+from lcray.numerals import step_range
 from lcray.planning import Plan, read_notes
 from lcray.recipes import OPTIONS, recipe_for
 from lcray.sandbox import connect, query_room, select, shut, sql_path
@@ -374,11 +375,10 @@ class Results:
 
 
 def _bounds(steps: str) -> tuple[int, int | None]:
-    match = re.fullmatch(r"(\d*):(\d*)", steps)
-    if match is None:
+    found = step_range(steps)
+    if found is None:
         raise UsageError(f"steps {steps!r}: give a range such as '0:100', '100:' or ':100'")
-    first, last = match.groups()
-    return int(first or 0), int(last) if last else None
+    return found[0] or 0, found[1]
 
 
 def distinct(names: list[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from lcray.computing import OnProgress
 from lcray.drafting import check_traces
 from lcray.errors import OutputError, UsageError
 from lcray.files import check_way, writing
+from lcray.numerals import whole_number
 from lcray.planning import Plan
 from lcray.record import read_record
 from lcray.resources import Resources
@@ -93,9 +93,10 @@ def _plan(results: Results, plan: Plan, elements: Iterable[str]) -> Plan:
 def _chosen(results: Results, elements: Iterable[str]) -> Iterator[str]:
     names = [layer.name for layer in results.plan.layers]
     for item in elements:
-        match = re.fullmatch(r"top:(\d+)", item)
-        if match and "top" not in names:
-            for row in extremes(results, top=int(match[1])).to_pylist():
+        name, _, number = item.partition(":")
+        top = whole_number(number)
+        if name == "top" and top is not None and "top" not in names:
+            for row in extremes(results, top=top).to_pylist():
                 yield f"{row['layer']}:{row['index']}"
         else:
             yield item

@@ -6,7 +6,6 @@ Legend: P elements, S traced elements, T intervals of a span.
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcray.layout import Layout
+from lcray.numerals import whole_number
 from lcray.planning import Plan
 
 
@@ -29,9 +29,10 @@ def trace_indices(plan: Plan, *, sample_only: bool = False) -> dict[int, NDArray
     """
     named: dict[str, list[int]] = defaultdict(list)
     for item in () if sample_only else plan.settings.trace:
-        match = re.fullmatch(r"(.+):(\d+)", item)
-        if match:
-            named[match[1]].append(int(match[2]))
+        name, _, digits = item.rpartition(":")
+        element = whole_number(digits)
+        if name and element is not None:
+            named[name].append(element)
     chosen = {}
     for number, layer in enumerate(plan.layers):
         if layer.name not in plan.detail_layers and layer.name not in named:
@@ -39,7 +40,8 @@ def trace_indices(plan: Plan, *, sample_only: bool = False) -> dict[int, NDArray
         size = min(plan.trace_sample, layer.numel) if layer.name in plan.detail_layers else 0
         seed = [plan.settings.trace_seed, zlib.crc32(layer.name.encode())]
         sample = np.random.default_rng(seed).choice(layer.numel, size, replace=False)
-        index = np.unique(np.concatenate([sample, np.asarray(named[layer.name], np.int64)]))
+        own = [element for element in named[layer.name] if element < layer.numel]
+        index = np.unique(np.concatenate([sample, np.asarray(own, np.int64)]))
         if len(index):
             chosen[number] = index.astype(np.int64)
     return chosen

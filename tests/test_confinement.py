@@ -91,6 +91,16 @@ def test_an_index_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_series(tmp_path, minimum=1).read(1)
 
 
+@pytest.mark.parametrize("rule", ["simpson*1000000000", "gauss*" + "9" * 5000])
+def test_an_output_that_names_a_rule_of_a_billion_panels(tmp_path: Path, rule: str) -> None:
+    out = factory.write_output(tmp_path / "out", WORLD)
+    data = read_json(out / "analysis.json")
+    data["plan"]["settings"]["rule"] = rule
+    (out / "analysis.json").write_bytes(encode_json(data))
+    with pytest.raises(CorruptionError, match="at most 4096 panels"):
+        reduce(out)
+
+
 def test_row_groups_are_no_larger_than_are_ever_written(tmp_path: Path) -> None:
     """Memory is reserved for as many rows as a group claims, and zeros take no room in a file."""
     out = factory.write_output(tmp_path / "out", WORLD)

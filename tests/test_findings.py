@@ -62,6 +62,9 @@ def test_windows_without_intervals_are_left_out_and_named_ones_are_refused() -> 
     for text in ("5", "a:b", "-1:3", ""):
         with pytest.raises(UsageError, match="no range"):
             Windows.named(STEPS, {"odd": text})
+    for text in (f"{2**63}:", "0:" + "9" * 5000):
+        with pytest.raises(UsageError, match=r"steps end at 2\*\*63"):
+            Windows.named(STEPS, {"odd": text})
     with pytest.raises(UsageError, match="another name"):
         Windows.named(STEPS, {"run": "0:2"})
     with pytest.raises(UsageError, match="at least 1"):

@@ -21,6 +21,7 @@ from lcray.planning import (
     shares_pass,
     vector_bytes,
 )
+from lcray.quadrature import ADAPTIVE, RULES
 
 NAMES = st.text(min_size=1, max_size=8)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -33,7 +34,7 @@ def tuples(values: st.SearchStrategy) -> st.SearchStrategy:
 
 SETTINGS = st.builds(
     Settings,
-    rule=NAMES,
+    rule=st.sampled_from([*RULES, *ADAPTIVE, "rk4", "simpson*4096"]),
     refine=st.booleans(),
     rtol=FLOATS,
     max_panels=COUNTS,

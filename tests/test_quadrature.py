@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcray.errors import UsageError
-from lcray.quadrature import RULES, SIMPSON, TRAPEZOID, QuadratureRule, get_rule
+from lcray.quadrature import MAX_PANELS, RULES, SIMPSON, TRAPEZOID, QuadratureRule, get_rule
 
 # Davis & Rabinowitz: the degrees of precision.
 DEGREES = {
@@ -224,7 +224,9 @@ def test_what_is_no_rule_is_refused(change: dict[str, object], words: str) -> No
     assert "mine" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["simpso", "simpson*x", "simpson*0", "simpson*-1", "", "rk5"])
+@pytest.mark.parametrize(
+    "name", ["simpso", "simpson*x", "simpson*0", "simpson*-1", "", "rk5", "simpson*", "simpson*٤"]
+)
 def test_unknown_rules_are_refused(name: str) -> None:
     with pytest.raises(UsageError):
         get_rule(name)
@@ -238,3 +240,27 @@ def test_the_nearest_rule_is_named() -> None:
 def test_a_composite_is_not_split_again() -> None:
     with pytest.raises(UsageError, match="cannot be split"):
         TRAPEZOID.composite(2).composite(2)
+
+
+@pytest.mark.parametrize("panels", [str(MAX_PANELS + 1), "1000000000", "9" * 5000])
+@pytest.mark.parametrize("base", sorted(DEGREES))
+def test_no_rule_has_more_panels_than_memory_and_time_bear(base: str, panels: str) -> None:
+    with pytest.raises(UsageError, match=r"at most 4096 panels") as caught:
+        get_rule(f"{base}*{panels}")
+    assert len(str(caught.value)) < 200
+    with pytest.raises(UsageError, match=r"at most 4096 panels"):
+        RULES[base].composite(10**9)
+
+
+@pytest.mark.parametrize("base", sorted(DEGREES))
+def test_the_most_panels_are_still_a_rule(base: str) -> None:
+    rule = get_rule(f"{base}*4096")
+    for power in range(rule.degree + 1):
+        assert abs(rule.integrate([s**power for s in rule.nodes]) - 1 / (power + 1)) <= 1e-14
+
+
+@pytest.mark.parametrize("panels", ["x" * 5000, "9" * 5000])
+def test_auto_takes_no_panels(panels: str) -> None:
+    with pytest.raises(UsageError, match="rule 'auto") as caught:
+        get_rule(f"auto*{panels}")
+    assert len(str(caught.value)) < 200

@@ -69,6 +69,7 @@ def test_what_cannot_be_traced(plain_run: Path, out: Path, tmp_path: Path) -> No
         ("nothing:0", "unknown layer 'nothing'"),
         ("top:0", "top 0: must be at least 1"),
         ("top", "must have the form layer:index"),
+        ("top:٣", "must have the form layer:index"),
     ):
         with pytest.raises(UsageError, match=words):
             lcray.trace(plain_run, "scenes:plain", out, elements=[element])
@@ -81,3 +82,13 @@ def test_what_cannot_be_traced(plain_run: Path, out: Path, tmp_path: Path) -> No
         lcray.trace(plain_run, other, out, into=tmp_path / "other")
     with pytest.raises(UsageError, match="trace 'top:3': known only once LC is: lcray trace"):
         lcray.analyze(plain_run, "scenes:plain", tmp_path / "new", trace=("top:3",))
+
+
+@pytest.mark.parametrize("top", [str(2**63), "9" * 5000])
+def test_more_than_there_are_is_all_of_them(plain_run: Path, out: Path, top: str) -> None:
+    found = lcray.trace(plain_run, "scenes:plain", out, elements=[f"top:{top}"])
+    moved = lcray.open(out).parameters()
+    moved = moved[moved["lc"] != 0]
+    chosen = {(str(a), b) for a, b in zip(moved["layer"], moved["index"], strict=True)}
+    traced = found.traces()
+    assert {(str(a), b) for a, b in zip(traced["layer"], traced["index"], strict=True)} == chosen

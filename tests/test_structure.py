@@ -19,6 +19,7 @@ LONGEST = 400  # lines; modules are around 150
 ORDER = (
     "errors",
     "strict",
+    "numerals",
     "storage",
     "quadrature",
     "summary",

@@ -11,6 +11,7 @@ from lcray.analyses.sampled import literal
 from lcray.analyses.windows import Ranges
 from lcray.errors import UsageError
 from lcray.results import Results
+from lcray.strict import LIMIT
 
 _FORM = tidy.schema(
     "extremes",
@@ -68,7 +69,7 @@ def extremes(
             query = f"""
                 SELECT layer, {", ".join(_COLUMNS)} FROM parameters
                 WHERE split = {literal(split.name)} AND lc * {sign} < 0
-                ORDER BY lc * {sign}, {_position(results)}, index LIMIT {top}"""
+                ORDER BY lc * {sign}, {_position(results)}, index LIMIT {min(top, LIMIT - 1)}"""
             found = results.sql_arrow(query).to_pylist()
             head = {"split": split.name, "direction": direction}
             rows += [head | {"rank": n} | row for n, row in enumerate(found, 1)]

@@ -5,7 +5,6 @@ An interval belongs to a window by its `start_step`. Windows may overlap; every 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcray.errors import UsageError
+from lcray.numerals import step_range
 from lcray.results import Results
 
 #: The name of the window that holds every interval; it comes first.
@@ -113,12 +113,13 @@ class Windows:
 
 
 def _named(steps: Sequence[int], name: str, text: str) -> Window:
-    match = re.fullmatch(r"(\d*):(\d*)", text)
-    if match is None:
+    found = step_range(text)
+    if found is None:
         raise UsageError(f"window {name!r}: {text!r} is no range such as '0:100', '100:' or ':100'")
+    ends = steps[0], steps[-1]
     if name in ("", RUN):
         raise UsageError(f"window {name!r}: choose another name, {RUN!r} is the whole run")
-    first, end = int(match[1] or steps[0]), int(match[2] or steps[-1])
+    first, end = (here if step is None else step for step, here in zip(found, ends, strict=True))
     window = Window(name, first, end)
     if not window.holds(np.array(steps[:-1])).any():
         raise UsageError(

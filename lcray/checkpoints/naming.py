@@ -11,15 +11,20 @@ import re
 from collections.abc import Iterable
 
 from lcray.errors import CheckpointError
+from lcray.numerals import whole_number
+from lcray.strict import LIMIT
 
-_INTEGER = re.compile(r"\d+")
+_INTEGER = re.compile(r"([0-9]+)")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 # Where a name holds several integers, the one after such a word is the step; words of the first
 # line win over those of the second ("epoch=3-step=500" is step 500).
 _STEP_WORDS = (
-    re.compile(r"(?:step|steps|iter|iteration|iterations|update|updates)[-_.=]*(\d+)", re.I),
-    re.compile(r"(?:checkpoint|ckpt|epoch)[-_.=]*(\d+)", re.I),
+    re.compile(r"(?:step|steps|iter|iteration|iterations|update|updates)[-_.=]*([0-9]+)", re.I),
+    re.compile(r"(?:checkpoint|ckpt|epoch)[-_.=]*([0-9]+)", re.I),
 )
+# What makes digits another number than they say: a sign, a fraction, an exponent, thousands.
+_SIGNED = re.compile(r"(?:(?:^|[\W_])-|[+\u2212]|[0-9][.,]|[0-9][eE][+-]?)$")
+_CONTINUED = re.compile(r"[.,][0-9]|[eE][+-]?[0-9]|[kKmM](?![A-Za-z0-9])")
 _NOT_A_MODEL = re.compile(
     r"(?:^|[-_.])(?:optimizer|optim|scheduler|scaler|rng|trainer|training)(?:$|[-_.=\d])", re.I
 )
@@ -66,25 +71,49 @@ def is_shard_of(name: str, index_name: str) -> bool:
 def parse_step(name: str) -> int | None:
     """The step in one component of a path, or None where it holds no integer.
 
-    One integer is the step. Of several, the one after ``step``, ``iter`` or ``update`` is; failing
-    those, the one after ``checkpoint``, ``ckpt`` or ``epoch``.
+    One integer in the digits 0 to 9 is the step. Of several, the one after ``step``, ``iter`` or
+    ``update`` is; failing those, the one after ``checkpoint``, ``ckpt`` or ``epoch``.
 
     Raises:
-        CheckpointError: several integers and no rule that chooses one.
+        CheckpointError: several integers and no rule that chooses one, or digits that are part of
+            another number, as in ``step-7.5``, ``step--7``, ``step-1e3`` and ``step-10k``.
     """
     base = stem(name)
-    integers = _INTEGER.findall(base)
+    integers = list(_INTEGER.finditer(base))
     if not integers:
+        if any(character.isdecimal() for character in base):
+            raise _no_step(name, "is not written in the digits 0 to 9")
         return None
     if len(integers) == 1:
-        return int(integers[0])
+        return _step(name, base, integers[0])
     for words in _STEP_WORDS:
-        found = words.findall(base)
+        found = list(words.finditer(base))
         if len(found) == 1:
-            return int(found[0])
+            return _step(name, base, found[0])
     raise CheckpointError(
-        f"{name}: cannot tell which of {', '.join(integers)} is the step; "
-        f"rename it, e.g. to step-{integers[-1]}.safetensors"
+        f"{name}: cannot tell which of {', '.join(match[1] for match in integers)} is the step; "
+        f"rename it, e.g. to step-{integers[-1][1]}.safetensors"
+    )
+
+
+def _step(name: str, base: str, found: re.Match[str]) -> int:
+    """The integer that was `found` in `base`, unless it is part of another number."""
+    start, stop = found.span(1)
+    before, after = base[:start], base[stop:]
+    if _SIGNED.search(before) or _CONTINUED.match(after):
+        raise _no_step(name, "has a sign, a fraction, an exponent or a letter for thousands")
+    if before[-1:].isdigit() or after[:1].isdigit():  # beside it, of another script
+        raise _no_step(name, "is not written in the digits 0 to 9")
+    step = whole_number(found[1])
+    assert step is not None
+    if step == LIMIT:
+        raise _no_step(name, "is too large, and steps end at 2**63")
+    return step
+
+
+def _no_step(name: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: its number {why}; a step is a whole number: rename it, or move it away"
     )
 
 

@@ -20,6 +20,7 @@ from lcray.checkpoints.reading import Checkpoint as Checkpoint
 from lcray.checkpoints.reading import State as State
 from lcray.checkpoints.reading import read_checkpoint as read_checkpoint
 from lcray.errors import CheckpointError, UsageError
+from lcray.numerals import step_range
 from lcray.storage import Place, PlaceLike, place
 
 # Within one checkpoint folder, in the order in which `from_pretrained` looks for them.
@@ -118,7 +119,10 @@ def _checkpoints(folders: Folders) -> tuple[Checkpoint, ...]:
     names = [name for name, _ in entries]
     for name, is_dir in entries:
         files = _in_folder(folders, root / name) if is_dir else _flat(folders, root, name, names)
-        step = naming.parse_step(name) if files else None
+        try:
+            step = naming.parse_step(name) if files else None
+        except CheckpointError as error:
+            raise CheckpointError(f"{root}: {error}") from error
         if step is None:
             continue
         if step in found:
@@ -126,8 +130,6 @@ def _checkpoints(folders: Folders) -> tuple[Checkpoint, ...]:
                 f"{root}: {_below(root, found[step].files[0])} and "
                 f"{_below(root, files[0])} are both step {step}; move one of them away"
             )
-        if step >= 2**63:
-            raise CheckpointError(f"{root}: {name} is step {step}; steps end at 2**63")
         found[step] = Checkpoint(step, files, sum(folders.size(file) for file in files))
     return tuple(found[step] for step in sorted(found))
 
@@ -139,11 +141,10 @@ def _below(root: Place, file: Place) -> str:
 def _parse_range(steps: str | None) -> Callable[[int], bool]:
     if steps is None:
         return lambda step: True
-    parts = [part.strip() for part in steps.split(":")]
-    if len(parts) != 2 or not all(part == "" or part.isdecimal() for part in parts):
+    found = step_range(steps)
+    if found is None:
         raise UsageError(f"steps {steps!r}: write a:b, two steps of which either may be left out")
-    low = int(parts[0]) if parts[0] else 0
-    high = int(parts[1]) if parts[1] else None
+    low, high = found[0] or 0, found[1]
     return lambda step: low <= step and (high is None or step <= high)
 
 

@@ -21,10 +21,60 @@ from lcray.errors import CheckpointError
         ("vit16-ckpt-40.safetensors", 40),
         ("step-10.safetensors.index.json", 10),
         ("model.safetensors", None),
+        ("model².safetensors", None),
+        ("step__7.safetensors", 7),
+        ("step-7.fp16.safetensors", 7),
+        ("step-7-loss-0.25.safetensors", 7),
+        ("lr1e-3-step-500.safetensors", 500),
+        ("v1.5-step-+x-iter7.safetensors", 7),
+        ("pythia-70m-step1000.safetensors", 1000),
+        ("step7e.safetensors", 7),
+        ("step-10mb.safetensors", 10),
+        ("0" * 100 + "7.safetensors", 7),
+        (f"step-{2**63 - 1}.safetensors", 2**63 - 1),
     ],
 )
 def test_step_in_a_name(name, step):
     assert naming.parse_step(name) == step
+
+
+NOT_WHOLE = "a sign, a fraction, an exponent or a letter for thousands"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("step--7.safetensors", NOT_WHOLE),
+        ("step_-7.safetensors", NOT_WHOLE),
+        ("step=-7.safetensors", NOT_WHOLE),
+        ("-7.safetensors", NOT_WHOLE),
+        ("step+7.safetensors", NOT_WHOLE),
+        ("step\N{MINUS SIGN}7.safetensors", NOT_WHOLE),
+        ("step-7.5.safetensors", NOT_WHOLE),
+        ("epoch=1-step=7.50.safetensors", NOT_WHOLE),
+        ("step-1,000.safetensors", NOT_WHOLE),
+        ("step-1e3.safetensors", NOT_WHOLE),
+        ("step-1e-3", NOT_WHOLE),
+        ("step-2E+3.safetensors", NOT_WHOLE),
+        ("step-10k.safetensors", NOT_WHOLE),
+        ("checkpoint_1M", NOT_WHOLE),
+        ("pythia-70m.safetensors", NOT_WHOLE),
+        ("step-٧.safetensors", "not written in the digits 0 to 9"),
+        ("step-1٧.safetensors", "not written in the digits 0 to 9"),
+        ("step-²7.safetensors", "not written in the digits 0 to 9"),
+        ("step-７.safetensors", "not written in the digits 0 to 9"),
+        (f"step-{2**63}.safetensors", r"steps end at 2\*\*63"),
+        ("step-" + "9" * 5000, r"steps end at 2\*\*63"),
+    ],
+)
+def test_digits_that_are_part_of_another_number_are_no_step(name, why):
+    with pytest.raises(CheckpointError, match=why):
+        naming.parse_step(name)
+
+
+@given(st.integers(0, 2**63 - 1), st.sampled_from(["step-{:08d}", "checkpoint-{}", "{:d}", "s{}e"]))
+def test_every_whole_number_is_a_step(step, form):
+    assert naming.parse_step(form.format(step) + ".safetensors") == step
 
 
 def test_ambiguous_name_is_an_error():

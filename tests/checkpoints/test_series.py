@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
+import lcray
 from lcray.checkpoints import header, naming, open_series
 from lcray.checkpoints.bits import count_unchanged, same_bits
 from lcray.checkpoints.series import CheckpointSeries
@@ -80,10 +81,21 @@ def test_step_ranges_include_both_ends(tmp_path, steps, expected):
     assert open_series(tmp_path, steps).steps == expected
 
 
-@pytest.mark.parametrize("steps", ["5", "a:b", "1:2:3", "-1:4"])
+@pytest.mark.parametrize("steps", ["5", "a:b", "1:2:3", "-1:4", "٤:", "1e3:", "0:7.5"])
 def test_bad_ranges(tmp_path, steps):
     with pytest.raises(UsageError, match="write a:b"):
         open_series(tmp_path, steps)
+
+
+@pytest.mark.parametrize("step", [str(2**63), str(10**30), "9" * 5000])
+def test_steps_of_a_range_end_where_those_of_tables_do(tmp_path, step):
+    put(tmp_path / "step-1.safetensors")
+    for steps in (f"0:{step}", f"{step}:", f"{step}:{step}"):
+        with pytest.raises(UsageError, match=r"steps end at 2\*\*63") as caught:
+            open_series(tmp_path, steps)
+        assert len(str(caught.value)) < 200
+    zeros = "0" * 5000
+    assert open_series(tmp_path, f"{zeros}1:{2**63 - 1}", minimum=1).steps == (1,)
 
 
 def test_folders_pick_the_model_and_not_its_neighbours(tmp_path):
@@ -495,7 +507,7 @@ def test_a_step_that_no_table_can_hold(tmp_path):
     put(tmp_path / f"step-{2**63 - 1}.safetensors")
     assert open_series(tmp_path).steps == (1, 2**63 - 1)
     put(tmp_path / f"step-{10**19}.safetensors")
-    with pytest.raises(CheckpointError, match=rf"step {10**19}; steps end at 2\*\*63"):
+    with pytest.raises(CheckpointError, match=rf"step-{10**19}.*steps end at 2\*\*63"):
         open_series(tmp_path)
 
 
@@ -517,3 +529,16 @@ def test_the_command_that_converts_pickles_works_for_any_name(tmp_path, monkeypa
     ).stdout.split(b"\0")
     assert not (tmp_path / "executed").exists()
     assert words[:3] == [b"convert", os.fsencode(path.parent), os.fsencode(path.parent) + b"-run"]
+
+
+@pytest.mark.parametrize("odd", ["step--7", "step-7.5", "step-٧", "step-1e3"])
+@pytest.mark.parametrize("form", ["{}.safetensors", "{}/model.safetensors"])
+def test_a_name_that_says_another_number_is_refused_and_inspect_says_so(tmp_path, odd, form):
+    """Each was taken for step 7 or 1, and stood in for the checkpoint that has that name."""
+    for step in (0, 2):
+        put(tmp_path / f"step-{step}.safetensors", step)
+    put(tmp_path / form.format(odd), 9)
+    for read in (open_series, lcray.inspect):
+        with pytest.raises(CheckpointError, match=rf"^{tmp_path}: {odd}.*: its number ") as caught:
+            read(tmp_path)
+        assert "rename it, or move it away" in str(caught.value)

@@ -1,0 +1,44 @@
+"""Whole numbers and ranges of steps, as people and file names write them."""
+
+from __future__ import annotations
+
+import re
+
+from lcray.errors import UsageError
+from lcray.strict import LIMIT
+
+_DIGITS = re.compile(r"[0-9]+")
+_RANGE = re.compile(r"\s*([0-9]*)\s*:\s*([0-9]*)\s*")
+_MOST = len(str(LIMIT))  # digits; Python takes long to convert many, and refuses very many
+
+
+def whole_number(text: str) -> int | None:
+    """The number in the digits 0 to 9 that `text` is; None for anything else.
+
+    Numbers from 2^63 on, which no table holds, are 2^63, however many digits they have.
+    """
+    if not _DIGITS.fullmatch(text):
+        return None
+    digits = text.lstrip("0")
+    return min(int(digits or "0"), LIMIT) if len(digits) <= _MOST else LIMIT
+
+
+def step_range(text: str) -> tuple[int | None, int | None] | None:
+    """The two steps of ``a:b``, None for one that is left out; None where `text` is no range.
+
+    Raises:
+        UsageError: for a step from 2^63 on, where steps end.
+    """
+    match = _RANGE.fullmatch(text)
+    if match is None:
+        return None
+    first, last = (whole_number(part) for part in match.groups())
+    for step, part in zip((first, last), match.groups(), strict=True):
+        if step == LIMIT:
+            raise UsageError(f"steps {brief(text)}: {brief(part)} is too large; steps end at 2**63")
+    return first, last
+
+
+def brief(text: str) -> str:
+    """`text` in quotes, cut where it is long."""
+    return repr(text if len(text) <= 40 else text[:37] + "…")
