@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lcray.errors import RecorderError
+from lcray.storage import sync_folder
 
 _TEMPORARY = ".tmp"
 
@@ -64,13 +65,13 @@ class LockedDirectory:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        os.fsync(self._fd)
+        sync_folder(self._fd)
 
     def remove(self, paths: Sequence[Path]) -> None:
         """Remove files, the last first, so that a crash leaves a prefix."""
         for path in reversed(paths):
             path.unlink()
-        os.fsync(self._fd)
+        sync_folder(self._fd)
 
     def close(self) -> None:
         """Give the lock back; further calls do nothing."""

@@ -14,6 +14,11 @@ from pathlib import Path
 from lcray.storage.contract import Item
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
+# The first four are what PostgreSQL passes over, too.
+_NO_SYNC = (
+    *(errno.EINVAL, errno.EBADF, errno.EISDIR, errno.EACCES),
+    *(errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.ENOTTY),
+)
 
 
 class LocalStorage:
@@ -129,11 +134,24 @@ def _link(temporary: Path, path: Path, text: bytes) -> bool:
     return True
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable, where the file system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
+def sync_folder(folder: Path | int) -> None:
+    """Makes the names in a folder durable, where its file system can.
+
+    Args:
+        folder: its path, or an open descriptor of it, which stays open.
+
+    Raises:
+        OSError: if that failed; a file system that syncs no folders (some of CIFS, of Ceph and of
+            FUSE), and a folder that one may write to but not read, are no failure.
+    """
+    descriptor = folder if isinstance(folder, int) else -1
+    try:
+        if isinstance(folder, Path):
+            descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        if isinstance(folder, Path) and descriptor >= 0:
             os.close(descriptor)

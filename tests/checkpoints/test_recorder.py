@@ -1,9 +1,11 @@
 """The recorder: what it writes, that it does not disturb training, and that no fault is silent."""
 
 import copy
+import errno
 import importlib.metadata
 import json
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -16,7 +18,9 @@ from torch import nn
 
 from lcray.checkpoints import Recorder, open_series, session, storage, writer
 from lcray.checkpoints.bits import same_bits
-from lcray.errors import RecorderError, UsageError
+from lcray.errors import OutputError, RecorderError, UsageError
+from lcray.files import write_json_atomic
+from lcray.storage import sync_folder
 
 
 def net(seed=0):
@@ -583,6 +587,43 @@ def test_files_are_synced_before_they_get_their_name(tmp_path, monkeypatch):
     one = ["sync", "{}", "sync"]
     names = ["run.json", "step-00000000.safetensors", "step-00000001.safetensors", "run.json"]
     assert events == [event.format(name) for name in names for event in one]
+
+
+@pytest.mark.parametrize("code", ["EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EACCES"])
+def test_file_systems_that_sync_no_folders_are_recorded_on(tmp_path, monkeypatch, code):
+    """Older CIFS and some Ceph refuse it; what there is cannot be more durable there."""
+    number, fsync = getattr(errno, code), os.fsync
+
+    def refusing(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    model = net()
+    with Recorder(model, tmp_path) as rec:
+        rec.step()
+    with Recorder(model, tmp_path, start=0, overwrite=True) as rec:  # which removes files
+        rec.step()
+    assert sorted(stored(tmp_path)) == [0, 1]
+    write_json_atomic(tmp_path / "out" / "a.json", {"a": 1})
+    assert write_json_atomic(tmp_path / "out" / "b.json", {"a": 1}, exclusive=True)
+    sync_folder(tmp_path)
+
+
+def test_a_folder_that_could_be_synced_and_was_not_is_an_error(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def failing(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(RecorderError, match="Input/output error"):
+        Recorder(net(), tmp_path / "run")
+    with pytest.raises(OutputError, match="Input/output error"):
+        write_json_atomic(tmp_path / "out" / "a.json", {"a": 1})
 
 
 def test_memory_is_bounded_and_step_waits_for_the_disk(tmp_path, monkeypatch):
