@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,6 +30,8 @@ import psutil
 
 from lcray.errors import LcrayError, OutputError
 from lcray.files import check_links, confined, writing
+from lcray.liveness import exists, start_ticks
+from lcray.liveness import machine as _machine
 from lcray.storage import Place, Remote, storage_of
 from lcray.strict import build
 
@@ -48,11 +50,13 @@ class Holder:
         token: of this holding alone.
         host: the machine's name.
         pid: of the process, where `machine` is this one's.
-        started: when the process did, in seconds of that machine's clock.
+        started: when the process did, in seconds of that machine's clock, which may be set.
         machine: what tells machines apart, and the sets of processes on them.
         since: when it got the lock, by its own clock.
         beat: the counter.
         released: whether it has let go.
+        ticks: when the process started, in clock ticks since the machine did; -1 where nobody
+            said so, such as an older lcray.
     """
 
     token: str
@@ -63,14 +67,18 @@ class Holder:
     since: str
     beat: int = 0
     released: bool = False
+    ticks: int = -1
 
     @classmethod
     def this(cls) -> Holder:
         """This process."""
         started = psutil.Process().create_time()
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        token = uuid.uuid4().hex
-        return cls(token, platform.node(), os.getpid(), started, _machine(), since)
+        token, pid = uuid.uuid4().hex, os.getpid()
+        ticks = -1
+        with suppress(OSError):
+            ticks = start_ticks(pid)
+        return cls(token, platform.node(), pid, started, _machine(), since, ticks=ticks)
 
     def encode(self) -> bytes:
         """The file."""
@@ -78,13 +86,22 @@ class Holder:
 
     @property
     def is_dead(self) -> bool:
-        """Whether this is known to be a process of this machine that has ended."""
+        """Whether this is known to be a process of this machine that has ended.
+
+        Where its number may be another's by now and nobody can tell, its counter has to.
+        """
         if self.machine != _machine():
             return False
-        try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) > 1
-        except (psutil.NoSuchProcess, ValueError):  # negative, or beyond what a pid can be
+        if not exists(self.pid):
             return True
+        try:
+            return self.ticks not in (-1, start_ticks(self.pid))
+        except OSError:
+            if os.path.exists("/proc/self/stat"):  # that of others is hidden
+                return False
+        with suppress(psutil.Error):
+            return abs(psutil.Process(self.pid).create_time() - self.started) > 1
+        return False
 
 
 @dataclass
@@ -330,24 +347,20 @@ def _read(out: Place, number: int) -> Holder | None:
     except FileNotFoundError:
         return None
     try:
-        holder = build(Holder, json.loads(text))
+        holder = _holder(json.loads(text))
     except (RecursionError, TypeError, ValueError):
         return Holder("", "", 0, 0.0, "", "")
     return replace(holder, host=_word(holder.host), since=_word(holder.since))
 
 
+def _holder(data: object) -> Holder:
+    """What a file says; what a later lcray may say in addition is left out."""
+    known = {each.name for each in fields(Holder)}
+    if isinstance(data, dict):
+        data = {name: value for name, value in data.items() if name in known}
+    return build(Holder, data)
+
+
 def _word(text: str) -> str:
     """What may stand in a message of one line."""
     return "".join(c for c in text[:80] if c.isprintable())
-
-
-def _machine() -> str:
-    """The same for two processes only if they see each other: the boot, and the set of processes.
-
-    Where the system does not tell, the machine's name and address.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{platform.node()}/{uuid.getnode():x}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -12,10 +13,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import object_server
 import output_factory as factory
+import psutil
 import pytest
 import scenes
 
@@ -38,6 +41,7 @@ def unsupported(*_):
 
 if sys.argv[2] == "elsewhere":  # as on another machine, over a file system whose locks end there
     locks._machine = lambda: "another boot"
+if sys.argv[2] != "here":
     fcntl.flock = unsupported
 try:
     with locks.locked(place(sys.argv[1]), every=0.1, stale=float(sys.argv[3])):
@@ -161,6 +165,82 @@ def test_a_killed_driver_of_this_machine_is_known_to_be_dead_at_once(out: Place)
         with locked(out):
             assert time.monotonic() - start < locks.STALE / 2
             assert newest(out) == 2
+
+
+def step_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall clock is set an hour ahead: the boot's time moves, and psutil's times with it."""
+    create_time = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: create_time(self) + 3600)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_living_driver_is_not_taken_for_dead_where_the_clock_was_set(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, older: bool
+) -> None:
+    """On an object store there is no lock of the operating system; nor on some file systems."""
+    out = place(f"{bucket}/out")
+    with holder(out) as process:
+        step_clock(monkeypatch)
+        found = locks._read(out, 1)
+        assert found is not None and not found.is_dead
+        if older:  # as written before start ticks were: nobody can tell, so the counter does
+            found = replace(found, ticks=-1)
+            assert not found.is_dead
+            assert not locks._is_free(out, 1, found, 30, alone=False)
+        else:
+            with pytest.raises(OutputError) as caught, locked(out):
+                pass
+            assert busy(caught, out)
+        kill(process)
+        assert found.is_dead
+
+
+def test_where_the_file_system_has_no_locks_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no such locks here")
+
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
+    with holder(tmp_path, "unlocked"):
+        step_clock(monkeypatch)
+        with pytest.raises(OutputError) as caught, locked(tmp_path):
+            pass
+        assert busy(caught, tmp_path)
+
+
+def test_a_number_that_another_process_has_by_now_is_that_of_a_dead_driver() -> None:
+    me = locks.Holder.this()
+    assert not me.is_dead
+    assert me.ticks == int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    assert replace(me, ticks=me.ticks - 1).is_dead
+    assert not replace(me, ticks=me.ticks - 1, machine="another").is_dead
+    for pid in (-1, 0, 2**22 + 1, 2**40):  # no process, a group of them, beyond what pids can be
+        assert replace(me, pid=pid).is_dead
+
+
+def test_files_of_older_and_of_later_versions_are_read(tmp_path: Path) -> None:
+    me = vars(locks.Holder.this())
+    older = {name: value for name, value in me.items() if name != "ticks"}
+    for data, ticks in ((older, -1), (me | {"more": [1]}, me["ticks"])):
+        path = tmp_path / locks.LOCK / "00000001.json"
+        storage_of(tmp_path).write(path, json.dumps(data).encode())
+        found = locks._read(tmp_path, 1)
+        assert found is not None
+        assert (found.pid, found.machine, found.ticks) == (os.getpid(), me["machine"], ticks)
+
+
+def test_without_proc_the_start_is_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(pid: int) -> int:
+        raise FileNotFoundError(2, "No such file or directory", "/proc/self")
+
+    monkeypatch.setattr(locks, "start_ticks", absent)
+    me = locks.Holder.this()
+    assert me.ticks == -1
+    assert not replace(me, started=me.started - 60).is_dead  # there is one here, so that is hidden
+    monkeypatch.setattr(locks.os.path, "exists", lambda path: False)
+    assert not me.is_dead
+    assert replace(me, started=me.started - 60).is_dead
 
 
 def test_the_next_driver_need_not_wait_for_one_that_has_ended(out: Place) -> None:

@@ -64,6 +64,7 @@ ORDER = (
     "schema",
     "arrow",
     "files",
+    "liveness",
     "locks",
     "commits",
     "shards",
