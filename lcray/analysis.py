@@ -200,7 +200,7 @@ def _compute(
         file.state("running")
         computation.run()
     if computation.failures:
-        raise IncompleteError(explain(out, computation.failures))
+        raise IncompleteError(explain(out, computation.failures, file.latest.intervals_done))
     lock.check()
     remove_strays(out, record.plan.spans)
     total = record.plan.n_intervals

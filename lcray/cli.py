@@ -258,7 +258,8 @@ def verify(out: str, run: str | None, as_json: bool) -> None:
 def status(out: str, watch: bool, as_json: bool) -> None:
     """Say how far the analysis of OUT is: done, running, failed, time left, gap so far.
 
-    --watch gives up, with exit code 1, on a driver that has given no sign for half a minute.
+    --watch gives up, with exit code 1, on a driver that was killed, or has given no sign for half a
+    minute.
     """
     from lcray import display
     from lcray.standing import Silence
@@ -267,7 +268,8 @@ def status(out: str, watch: bool, as_json: bool) -> None:
     while True:
         found = lcray.status(out)
         _show(asdict(found), partial(display.status_text, found), as_json)
-        if not watch or found.state in ("finished", "failed", "interrupted"):
+        is_final = found.state in ("finished", "failed", "interrupted")
+        if not watch or (is_final and not found.silent):
             break
         silence.check(found)
         time.sleep(_SECONDS_A_LOOK)

@@ -104,14 +104,18 @@ class Computation:
         )
 
 
-def explain(out: Place, failures: dict[Span, str]) -> str:
-    """One line about spans that are given up."""
+_AGAIN = "run the same command again to retry"
+
+
+def explain(out: Place, failures: dict[Span, str], done: int) -> str:
+    """One line about spans that are given up, where `done` intervals are committed."""
     lost = sum(span.n_intervals for span in failures)
     names = ", ".join(f"{span.first}-{span.last}" for span in list(failures)[:6])
     more = ", …" if len(failures) > 6 else ""
     span, reason = next(iter(failures.items()))
+    kept = f"the rest is committed: {_AGAIN}, or lcray reduce {out} --allow-missing for the tables"
     return (
-        f"{out}: {lost} intervals are missing (steps {names}{more}): {span.first}-{span.last}: "
-        f"{reason}; the rest is committed: run the same command again to retry, or lcray reduce "
-        f"{out} --allow-missing for the tables of what there is"
+        f"{out}: {lost} {'interval is' if lost == 1 else 'intervals are'} missing (steps "
+        f"{names}{more}): {span.first}-{span.last}: {reason}; "
+        + (f"{kept} of what there is" if done else f"nothing is committed: {_AGAIN}")
     )

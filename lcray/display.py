@@ -303,8 +303,9 @@ def audit_table(audit: Audit) -> Group:
 
 def status_text(found: Status) -> str:
     """How far an analysis is, a few lines of text."""
+    is_quiet = found.silent and found.state != "interrupted"
     lines = [
-        f"{found.state}{' (no word from the driver lately)' if found.silent else ''}: "
+        f"{found.state}{' (no word from the driver lately)' if is_quiet else ''}: "
         f"{found.intervals_done:,}/{found.intervals:,} intervals, "
         f"{found.spans_done:,}/{found.spans:,} spans, {found.workers} workers"
     ]

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from lcray.errors import CorruptionError, OutputError, UsageError
 from lcray.schema import TableSchema
-from lcray.storage import Place, Remote, storage_of
+from lcray.storage import Place, Remote, cure, storage_of
 
 P = TypeVar("P", Path, Remote, Place)
 
@@ -57,6 +57,9 @@ class FileEntry:
     sha256: str
 
 
+_KEPT = "again: what is committed is kept"
+
+
 @contextmanager
 def writing(path: Place) -> Iterator[None]:
     """Turns an error of the operating system into an `OutputError` that names `path`."""
@@ -65,8 +68,8 @@ def writing(path: Place) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(
-            f"{path}: cannot be written ({reason}); make room or give access, then run the same "
-            "command again: what is committed is kept"
+            f"{path}: cannot be written ({reason}); {cure(error, path)}, then run the same command "
+            + ("again" if isinstance(error, FileNotFoundError) else _KEPT)
         ) from error
 
 

@@ -164,9 +164,13 @@ class Lock:
             self._ended.set()
         thread.join()
         holder = Holder(**{**asdict(self._holder), "released": True})
-        if not self._lost:
-            with suppress(OSError):
-                _storage_write(self.out, self.number, holder)
+        if self._lost:
+            return
+        try:
+            _storage_write(self.out, self.number, holder)
+        except (OSError, LcrayError):
+            with suppress(OSError, LcrayError):
+                _overwrite(self.out, self.number, holder)
 
 
 @contextmanager
@@ -247,6 +251,19 @@ def pulse(out: Place) -> tuple[int, int]:
         holder = _read(out, last) if last else None
         return last, holder.beat if holder is not None else 0
     return 0, 0
+
+
+def driver_has_ended(out: Place) -> bool:
+    """Whether the last driver of `out` is known to be at work no more; False where nobody can tell.
+
+    It has let go of the lock, or was a process of this machine that has ended.
+    """
+    with suppress(OSError, LcrayError):
+        confined(out, out / LOCK)
+        last = max(_numbers(out), default=0)
+        holder = _read(out, last) if last else None
+        return holder is not None and (holder.released or (bool(holder.host) and holder.is_dead))
+    return False
 
 
 def _acquire(out: Place, stale: float, alone: bool) -> Lock:
@@ -333,6 +350,15 @@ def _file(out: Place, number: int) -> Place:
 
 def _storage_write(out: Place, number: int, holder: Holder) -> None:
     storage_of(out).write(_file(out, number), holder.encode())
+
+
+def _overwrite(out: Place, number: int, holder: Holder) -> None:
+    """Writes into the file that there is: a full disk has no room for another one."""
+    path, text = _file(out, number), holder.encode()
+    if isinstance(path, Path):
+        with open(path, "r+b", buffering=0, opener=_plainly) as file:
+            file.write(text)
+            file.truncate(len(text))
 
 
 def _numbers(out: Place) -> list[int]:

@@ -18,7 +18,7 @@ from typing import Any
 from lcray.commits import each_commit
 from lcray.errors import LcrayError, OutputError
 from lcray.files import confined, read_json, write_json_atomic
-from lcray.locks import STALE, pulse
+from lcray.locks import STALE, driver_has_ended, pulse
 from lcray.outcomes import SpanReport, View, report_of
 from lcray.planning import Plan, Span
 from lcray.shards import read_plan
@@ -28,6 +28,8 @@ from lcray.strict import build
 NAME = "status.json"
 _SECONDS_A_WRITE = 5.0
 _SILENT = 30.0  # seconds: later, the driver may be gone
+_GONE = "its driver ended without a word: it was killed, or could not write"
+_GO_ON = "run its command again to go on: what is committed is kept"
 _AT_WORK = ("running", "following", "reducing")
 _STATES = (*_AT_WORK, "finished", "failed", "interrupted")
 
@@ -106,7 +108,7 @@ class Status:
         error: what ended the driver, if an error did.
         written: when the driver said so, by its clock (ISO 8601, UTC); empty if it never did.
         silent: whether that is more than 30 seconds ago by the clock here and the state is not
-            final: the driver may be gone.
+            final: the driver may be gone. An ``interrupted`` one is, without having said so.
     """
 
     state: str
@@ -129,6 +131,8 @@ def status(out: PlaceLike) -> Status:
     """How far the analysis is that writes to `out`, from anywhere that can read it.
 
     What the driver said last is taken as it is while it is at work; else commits are counted.
+    A driver that cannot say how it ended, since it was killed or its disk is full, is known by the
+    lock that it has let go of, or by its process, if that was on this machine.
 
     Raises:
         OutputError: if `out` is no output.
@@ -138,10 +142,13 @@ def status(out: PlaceLike) -> Status:
     plan = read_plan(folder)
     said = _read(folder / NAME)
     if said is not None and said.state in _AT_WORK:
+        gone = driver_has_ended(folder)
         age = (datetime.now(UTC) - datetime.fromisoformat(said.written)).total_seconds()
-        if abs(age) <= _SILENT:
+        if abs(age) <= _SILENT and not gone:
             return said
         said = replace(said, silent=True, workers=0, running=(), rate=None, seconds_left=None)
+        if gone:
+            said = replace(said, state="interrupted", error=_GONE)
     tally = Standing(plan)
     for span, commit in each_commit(folder, plan.spans):
         tally.add(span, report_of(commit))
@@ -176,15 +183,18 @@ class Silence:
         """Look for signs beside `found`, an analysis that has not ended.
 
         Raises:
-            OutputError: if there were none for as long as it takes to lose the lock.
+            OutputError: if there were none for as long as it takes to lose the lock, or the driver
+                is known to have ended without a word.
         """
+        if found.silent and found.state == "interrupted":
+            raise OutputError(f"{self._out}: {_GONE}; {_GO_ON}")
         now, signs = time.monotonic(), (found.written, pulse(self._out))
         if signs != self._signs:
             self._signs, self._since = signs, now
         elif now - self._since >= STALE:
             raise OutputError(
                 f"{self._out}: no sign of its driver for {STALE:.0f} s: it was killed, or not "
-                "started; run its command again to go on: what is committed is kept"
+                f"started; {_GO_ON}"
             )
 
 

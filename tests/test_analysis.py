@@ -644,7 +644,7 @@ class TestOutputs:
 
     def test_below_a_file(self, run: Path, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        with pytest.raises(OutputError, match=r"file/out: cannot be written \(Not a directory\)"):
+        with pytest.raises(OutputError, match=r"file/out: .*\(Not a directory\); move away"):
             lcray.analyze(run, "scenes:plain", tmp_path / "file" / "out")
 
     def test_where_nothing_can_be_written(self, run: Path) -> None:
@@ -681,6 +681,10 @@ class TestOutputs:
             lcray.analyze(run, "scenes:plain", out, on_progress=fill, **OPTIONS)
         message = one_line(caught)
         assert f"{12 - 3 * spans} intervals are missing" in message
+        assert ("the rest is committed" in message) == (spans > 0)
+        assert ("nothing is committed" in message) == (spans == 0)
+        found = lcray.status(out)
+        assert (found.state, found.intervals_done, found.silent) == ("interrupted", 3 * spans, True)
         assert "cannot be written (No space left on device); make room" in message
         kept = scenes.commits(out)
         assert len(scenes.spans_of(out)) == spans

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ OPTIONS: dict[str, Any] = {"span_length": 3, "elements": True}
 
 @pytest.fixture
 def out(plain_out: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(plain_out, tmp_path / "out"))
+    """An output of which nobody can tell whether its driver lives."""
+    copy = Path(shutil.copytree(plain_out, tmp_path / "out"))
+    shutil.rmtree(copy / LOCK)
+    return copy
 
 
 def edit(out: Path, **values: Any) -> None:
@@ -117,6 +121,30 @@ def test_a_driver_at_work_is_believed_until_it_has_been_silent(out: Path) -> Non
     assert (found.running, found.workers, found.rate) == ((), 0, None)
 
 
+@pytest.mark.parametrize("age", [0, 45])
+def test_a_driver_that_is_known_to_be_gone_is_not_at_work(out: Path, age: float) -> None:
+    """Its disk was full, say: it said "running: 0 of 12" and nothing more."""
+    said = {"state": "running", "spans_done": 0, "intervals_done": 0, "workers": 2}
+    edit(out, **said, running=[HELD], written=ago(age))
+    shutil.rmtree(out / "shards" / scenes.spans_of(out)[3])
+    with locked(out):
+        found = lcray.status(out)
+        assert (found.state, found.silent) == ("running", age > 30)
+    found = lcray.status(out)
+    assert (found.state, found.spans_done, found.intervals_done) == ("interrupted", 3, 9)
+    assert (found.running, found.workers, found.silent) == ((), 0, True)
+    assert found.error == "its driver ended without a word: it was killed, or could not write"
+    lock = storage_of(out).find(out / LOCK)[0].name
+    me = Holder.this()
+    for holder, state in (
+        (replace(me, ticks=me.ticks - 1), "interrupted"),  # dead: its number is another's now
+        (replace(me, machine="another"), "running"),
+        (me, "running"),
+    ):
+        (out / LOCK / lock).write_bytes(holder.encode())
+        assert lcray.status(out).state == state
+
+
 class TestWatching:
     """How long `lcray status --watch` waits for a driver that says nothing."""
 
@@ -162,7 +190,6 @@ class TestWatching:
     def test_a_lock_that_says_nonsense_is_no_sign(
         self, out: Path, tmp_path: Path, clock: list[float]
     ) -> None:
-        shutil.rmtree(out / LOCK)
         (tmp_path / "elsewhere").mkdir()
         (out / LOCK).symlink_to(tmp_path / "elsewhere")
         edit(out, state="running", written=ago(45))
@@ -209,11 +236,12 @@ class TestWatching:
                 watch.kill()
                 watch.wait()
         for folder, watch, (text, error), state in zip(
-            (out, other), watching, said, ("running", "unknown"), strict=True
+            (out, other), watching, said, ("interrupted", "unknown"), strict=True
         ):
             assert watch.returncode == 1
             assert text.startswith(state)
-            assert error.startswith(f"lcray: {folder}: no sign of its driver for 5 s")
+            why = "its driver ended without" if folder == out else "no sign of its driver for 5 s"
+            assert error.startswith(f"lcray: {folder}: {why}")
             assert error.count("\n") == 1
 
 

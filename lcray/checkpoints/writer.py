@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from lcray.checkpoints.layout import Slot
 from lcray.errors import RecorderError
+from lcray.storage import cure
 
 
 class BackgroundWriter:
@@ -38,10 +39,12 @@ class BackgroundWriter:
         """
         if self._failure is not None:
             step, cause = self._failure
-            why = cause.strerror if isinstance(cause, OSError) and cause.strerror else repr(cause)
+            why, first = repr(cause), ""
+            if isinstance(cause, OSError):
+                why, first = cause.strerror or why, f"{cure(cause)} and "
             raise RecorderError(
                 f"the checkpoint of step {step} could not be written: {why}; nothing after it is "
-                "recorded: make room and resume from the last file"
+                f"recorded: {first}resume from the last file"
             ) from cause
         if not self._thread.is_alive() and not self._closing:
             raise RecorderError(

@@ -10,6 +10,7 @@ from lcray.storage.cache import Cache, shared_cache
 from lcray.storage.choosing import storage_of
 from lcray.storage.contract import Item, Storage
 from lcray.storage.copies import local_copies
+from lcray.storage.cures import cure
 from lcray.storage.local import sync_folder
 from lcray.storage.places import Place, PlaceLike, Remote, place
 from lcray.storage.streams import ObjectReader, open_binary, open_seekable, open_uncached, sha256_of
@@ -22,6 +23,7 @@ __all__ = [
     "PlaceLike",
     "Remote",
     "Storage",
+    "cure",
     "local_copies",
     "open_binary",
     "open_seekable",
