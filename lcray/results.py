@@ -27,7 +27,7 @@ from lcray.sandbox import connect, query_room, select, shut, sql_path
 from lcray.schema import TABLES
 from lcray.shards import read_plan
 from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
-from lcray.views import VIEWS, View, named_in, views_of
+from lcray.views import VIEWS, View, named_in, scan, views_of
 
 if TYPE_CHECKING:  # what a driver that only opens an output has no memory for
     import duckdb
@@ -298,7 +298,7 @@ class Results:
             if isinstance(self.path, Remote) and not path.exists():
                 continue  # the query does not name it
             try:
-                connection.execute(f"CREATE VIEW {table} AS FROM read_parquet('{sql_path(path)}')")
+                connection.execute(f"CREATE VIEW {table} AS FROM {scan(sql_path(path))}")
             except duckdb.Error as error:
                 raise self._unreadable(path, error) from error
             files.append(path)

@@ -17,6 +17,7 @@ import torch
 
 from lcray.errors import UsageError
 from lcray.memory import available_bytes
+from lcray.views import literal
 
 if TYPE_CHECKING:
     import duckdb
@@ -40,8 +41,8 @@ def query_room() -> int:
 
 
 def sql_path(path: Path) -> str:
-    """The path as DuckDB takes it between quotes: as it is, and not as a pattern."""
-    return glob.escape(str(path.resolve())).replace("'", "''")
+    """The path as a literal of DuckDB's, quotes included: as it is, and not as a pattern."""
+    return literal(glob.escape(str(path.resolve())))
 
 
 def connect(room: int) -> duckdb.DuckDBPyConnection:
@@ -54,8 +55,8 @@ def connect(room: int) -> duckdb.DuckDBPyConnection:
 def shut(connection: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> None:
     """Leaves these files to a database, and nothing else: no file, no network, no setting."""
     # DuckDB checks a view's pattern as well as the file that it stands for.
-    plain = [str(file.resolve()).replace("'", "''") for file in files]
-    listed = ", ".join(f"'{name}'" for name in [*plain, *map(sql_path, files)])
+    plain = [literal(str(file.resolve())) for file in files]
+    listed = ", ".join([*plain, *map(sql_path, files)])
     connection.execute(f"SET allowed_paths=[{listed}]")
     connection.execute("SET enable_external_access=false")
     connection.execute("SET lock_configuration=true")

@@ -41,6 +41,7 @@ from lcray.sandbox import connect, shut, sql_path
 from lcray.schema import TABLES
 from lcray.shards import Commit, check_files, file_problems, read_commit, read_plan
 from lcray.storage import Place, PlaceLike, local_copies, place
+from lcray.views import scan
 
 _SHOWN = 3  # offending rows that a problem names
 _MEMORY = 10**9  # bytes
@@ -258,7 +259,7 @@ def _verify_rows(
         database.execute(f"SET temp_directory='{folder}'")
         for table in sound:
             path = sql_path(tables / f"{table}.parquet")
-            database.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{path}')")
+            database.execute(f"CREATE VIEW {table} AS FROM {scan(path)}")
         for name, relation in relations(plan, set(manifest.spans)).items():
             database.register(f"_{name}", relation)
             database.execute(f"CREATE TABLE {name} AS SELECT * FROM _{name}")

@@ -209,6 +209,15 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def scan(source: str) -> str:
+    """The rows of Parquet files as a table function of DuckDB; `source` is SQL for their path.
+
+    Folders of the path are no partitions: one called ``split=train`` would replace the column
+    `split`.
+    """
+    return f"read_parquet({source}, hive_partitioning = false)"
+
+
 def write_views(out: Place, plan: Plan, tables: Sequence[str]) -> None:
     """Writes ``OUT/views.sql``: every table and view, for a DuckDB that was started anywhere.
 
@@ -228,7 +237,8 @@ def write_views(out: Place, plan: Plan, tables: Sequence[str]) -> None:
 def _text(out: Place, plan: Plan, tables: Sequence[str]) -> str:
     # a local path is no pattern; what follows in an address is
     where = glob.escape(str(out.resolve())) if isinstance(out, Path) else str(out)
-    root = f"coalesce(getvariable('{VARIABLE}'), {literal(where)})"
+    said = rf"regexp_replace(getvariable('{VARIABLE}'), '[*?[]', '[\0]', 'g')"  # no pattern, either
+    root = f"coalesce({said}, {literal(where)})"
     parts = [
         "-- The tables and views of an lcray output, for DuckDB: .read views.sql",
         "-- Where the output has moved, or is to be read through another path, say so first:",
@@ -236,8 +246,8 @@ def _text(out: Place, plan: Plan, tables: Sequence[str]) -> str:
         "-- `lcray reduce` writes this file anew.",
     ]
     for table in tables:
-        source = f"read_parquet({root} || '/tables/{table}.parquet')"
-        parts.append(f"CREATE OR REPLACE VIEW {table} AS FROM {source};")
+        source = f"{root} || '/tables/{table}.parquet'"
+        parts.append(f"CREATE OR REPLACE VIEW {table} AS FROM {scan(source)};")
     for view in views_of(tables):
         columns = "\n".join(f"--   {name}: {text}" for name, text in view.columns.items())
         select = view.select(plan).strip()
