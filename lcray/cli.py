@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from lcray import (
     trace_command,
 )
 from lcray.errors import LcrayError, UsageError
+from lcray.interrupting import left_behind
 from lcray.options import JSON, OUT, RUN, SETTINGS, Group, example, folders, refusal, together
 
 if TYPE_CHECKING:
@@ -324,6 +326,8 @@ def main() -> None:
         click.echo(f"lcray: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except (KeyboardInterrupt, click.Abort) as error:
-        known = str(error.__cause__ or "") or "run the same command again to go on"
-        click.echo(f"lcray: interrupted; {known}", err=True)
+        known = str(error.__cause__ or "")
+        click.echo(f"lcray: interrupted{'; ' if known else ''}{known}", err=True)
+        if left_behind():
+            os._exit(128 + received[-1])
         sys.exit(128 + received[-1])

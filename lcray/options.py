@@ -55,6 +55,8 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
         "span_length",
     ),
 }
+#: Commands that go on where they were interrupted.
+_GO_ON = ("demo", "convert", "analyze", "submit", "trace")
 _OWN = "Options"
 _SHARES_A_PAGE = 12  # options, from which on they are shown by section
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
@@ -91,6 +93,15 @@ class Group(click.Group):
         if self.get_command(ctx, args[0]) is None and near:
             ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command that is meant; interrupted, it says whether another try goes on."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            if not error.args and ctx.invoked_subcommand in _GO_ON:
+                raise KeyboardInterrupt("run the same command again to go on") from error
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the commands by step; those that have no step of their own come last."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import pyarrow as pa
 import torch
 
 from lcray.errors import UsageError
+from lcray.interrupting import interruptible, left_behind
 from lcray.memory import available_bytes
 from lcray.views import literal
 
@@ -45,11 +47,17 @@ def sql_path(path: Path) -> str:
     return literal(glob.escape(str(path.resolve())))
 
 
-def connect(room: int) -> duckdb.DuckDBPyConnection:
+@contextmanager
+def connect(room: int) -> Iterator[duckdb.DuckDBPyConnection]:
     """A new database in memory, of at most `room` bytes, that finds and loads nothing by itself."""
     import duckdb
 
-    return duckdb.connect(":memory:", config={**_SETTINGS, "memory_limit": f"{room}B"})
+    connection = duckdb.connect(":memory:", config={**_SETTINGS, "memory_limit": f"{room}B"})
+    try:
+        yield connection
+    finally:
+        if not left_behind():  # to close what is at work would wait for it
+            connection.close()
 
 
 def shut(connection: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> None:
@@ -63,12 +71,16 @@ def shut(connection: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> None:
 
 
 def select(connection: duckdb.DuckDBPyConnection, query: str, room: int) -> pa.Table:
-    """What one SELECT gives.
+    """What one SELECT gives; signals such as Ctrl-C end it.
 
     Raises:
         UsageError: if it is anything else, or its answer takes more than `room` bytes.
         duckdb.Error: if it cannot be run.
     """
+    return interruptible(lambda: _selected(connection, query, room), connection.interrupt)
+
+
+def _selected(connection: duckdb.DuckDBPyConnection, query: str, room: int) -> pa.Table:
     statements = connection.extract_statements(query)
     if len(statements) != 1 or not _reads(connection, statements[0]):
         raise UsageError("SQL: give exactly one SELECT; the tables are read-only")

@@ -26,6 +26,7 @@ from lcray.checkpoints import open_series
 from lcray.completeness import Invariant, coverage, relations
 from lcray.errors import CheckpointError, LcrayError, brief, one_line
 from lcray.files import confined
+from lcray.interrupting import interruptible
 from lcray.invariants import invariants
 from lcray.manifest import Manifest, read_manifest
 from lcray.planning import Plan
@@ -271,8 +272,11 @@ def _verify_rows(
 
 
 def _violations(out: Place, database: duckdb.DuckDBPyConnection, check: Invariant) -> Iterator[str]:
+    def run() -> list[Any]:
+        return database.execute(check.query).fetchmany(_SHOWN + 1)
+
     try:
-        found = database.execute(check.query).fetchmany(_SHOWN + 1)
+        found = interruptible(run, database.interrupt)
         names = [column[0] for column in database.description or ()]
     except (duckdb.Error, *MALFORMED) as error:
         yield f"{out}: {check.name}: cannot be checked ({brief(error)})"

@@ -20,6 +20,7 @@ ORDER = (
     "errors",
     "strict",
     "numerals",
+    "interrupting",
     "storage",
     "quadrature",
     "summary",
