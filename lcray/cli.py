@@ -29,7 +29,7 @@ from lcray import (
     trace_command,
 )
 from lcray.errors import LcrayError, UsageError
-from lcray.interrupting import left_behind
+from lcray.interrupting import Stopped
 from lcray.options import JSON, OUT, RUN, SETTINGS, Group, example, folders, refusal, together
 
 if TYPE_CHECKING:
@@ -328,6 +328,6 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort) as error:
         known = str(error.__cause__ or "")
         click.echo(f"lcray: interrupted{'; ' if known else ''}{known}", err=True)
-        if left_behind():
+        if isinstance(error.__cause__, Stopped):  # in order would be late, or never
             os._exit(128 + received[-1])
         sys.exit(128 + received[-1])
