@@ -13,7 +13,7 @@ from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -26,14 +26,12 @@ from lcray import (
     query_command,
     report_command,
     submit_command,
+    terminal,
     trace_command,
 )
 from lcray.errors import LcrayError, UsageError
 from lcray.interrupting import Stopped
 from lcray.options import JSON, OUT, RUN, SETTINGS, Group, example, folders, refusal, together
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _SECONDS_A_LOOK = 5.0
 
@@ -88,7 +86,7 @@ def demo(directory: Path, workers: int | None) -> None:
     """Train a small net on handwritten digits, analyze it, and show what there is."""
     from lcray import digits, display
 
-    console = _console()
+    console = terminal.console()
     console.print(f"Training a small LeNet on scikit-learn's digits, recording {directory / 'run'}")
     with _working() as report:
         results = digits.demo(directory, workers=workers, on_progress=report)
@@ -205,7 +203,7 @@ def analyze(
     data = display.records(display.totals(results))
     _show({"out": str(out), "splits": data}, lambda: display.summary(results), as_json)
     if not as_json:
-        click.echo(f"next: lcray {'report' if 'report' in app.commands else 'findings'} {out}")
+        terminal.say(f"next: lcray {'report' if 'report' in app.commands else 'findings'} {out}")
 
 
 app.add_command(submit_command.like(analyze))
@@ -227,9 +225,9 @@ def reduce(out: str, allow_missing: bool) -> None:
 
     found = lcray.reduce(out, allow_missing=allow_missing)
     for table, rows in found.rows.items():
-        click.echo(f"{table}: {rows:,} rows")
+        terminal.say(f"{table}: {rows:,} rows")
     if found.missing:
-        click.echo(f"missing steps: {name_intervals(found.missing)}")
+        terminal.say(f"missing steps: {name_intervals(found.missing)}")
 
 
 @app.command(epilog=example("lcray verify out/mine", "lcray verify out/mine --run runs/mine"))
@@ -276,14 +274,14 @@ def status(out: str, watch: bool, as_json: bool) -> None:
         silence.check(found)
         time.sleep(_SECONDS_A_LOOK)
         if not as_json:
-            click.echo()
+            terminal.say("")
 
 
 def _show(data: dict[str, Any], render: Callable[[], Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(data, default=str))
     else:
-        _console().print(render())
+        terminal.console().print(render())
 
 
 @contextmanager
@@ -293,14 +291,6 @@ def _working() -> Iterator[Callable[[Any], None]]:
 
     with reporting() as report, redirect_stdout(sys.stderr):
         yield report
-
-
-def _console() -> Console:
-    """Shows text as it is, and folds no table that goes to a file or a pipe."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else 10_000
-    return Console(width=width, soft_wrap=True, highlight=False, markup=False)
 
 
 def main() -> None:
@@ -314,20 +304,21 @@ def main() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    terminal.prepare()
     try:
         app(prog_name="lcray", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
+        terminal.say(error.format_message())
         sys.exit(2)
     except click.ClickException as error:
-        click.echo(f"lcray: {refusal(error)}", err=True)
+        terminal.say(f"lcray: {refusal(error)}", err=True)
         sys.exit(error.exit_code)
     except LcrayError as error:
-        click.echo(f"lcray: {error}", err=True)
+        terminal.say(f"lcray: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except (KeyboardInterrupt, click.Abort) as error:
         known = str(error.__cause__ or "")
-        click.echo(f"lcray: interrupted{'; ' if known else ''}{known}", err=True)
+        terminal.say(f"lcray: interrupted{'; ' if known else ''}{known}", err=True)
         if isinstance(error.__cause__, Stopped):  # in order would be late, or never
             os._exit(128 + received[-1])
         sys.exit(128 + received[-1])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import click
 
 import lcray
+from lcray import terminal
 from lcray.findings_command import ranges
 from lcray.options import Command, example
 
@@ -64,8 +64,6 @@ def compare(outs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     Every OUT is a run of its own, with another seed; there are p-values from six on. Adjusted ones
     are for all layers.
     """
-    from rich.console import Console
-
     from lcray import display
     from lcray.analyses.tidy import notes_of
 
@@ -76,8 +74,7 @@ def compare(outs: tuple[str, ...], as_json: bool, **options: Any) -> None:
         return
     frame = frame.assign(layer=frame["layer"].astype(object).replace("", "all"))
     shown = ("window", *_SHOWN) if frame["window"].nunique() > 1 else _SHOWN
-    width = None if sys.stdout.isatty() else 10_000  # no table is folded in a file or a pipe
-    console = Console(width=width, soft_wrap=True, highlight=False, markup=False)
+    console = terminal.console()
     console.print(display.frame_table(frame[[*shown]], rows=len(frame)))
     for note in notes_of(found):
         console.print(note)

@@ -8,14 +8,16 @@ from dataclasses import asdict
 import click
 
 import lcray
-from lcray.options import example
+from lcray import terminal
+from lcray.options import Command, example
 
 
 @click.command(
+    cls=Command,
     epilog=example(
         "lcray convert lightning_logs/version_0/checkpoints runs/mine --strip-prefix model.",
         "lcray convert saved/ runs/mine --key model",
-    )
+    ),
 )
 @click.argument("source")
 @click.argument("run")
@@ -50,8 +52,8 @@ def convert(
         click.echo(json.dumps(asdict(found)))
         return
     first, last = found.steps[0], found.steps[-1]
-    click.echo(
+    terminal.say(
         f"{run}: {len(found.steps)} checkpoints, steps {first} to {last}, {len(found.layers)} "
         f"tensors each; {found.written} written now"
     )
-    click.echo(f"next: lcray inspect {run}")
+    terminal.say(f"next: lcray inspect {run}")

@@ -16,7 +16,7 @@ from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
 from lcray.checkpoints import Audit
 from lcray.concluding import Findings
 from lcray.costs import n_fisher
-from lcray.errors import one_line
+from lcray.errors import one_line, visible
 from lcray.planning import Plan, SplitPlan
 from lcray.planreport import PlanReport
 from lcray.results import Results
@@ -33,7 +33,9 @@ def frame_table(frame: pd.DataFrame, *, title: str | None = None, rows: int = 50
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in frame.columns:
         numeric = pd.api.types.is_numeric_dtype(frame[name])
-        table.add_column(str(name), justify="right" if numeric else "left", overflow="fold")
+        table.add_column(
+            visible(str(name)), justify="right" if numeric else "left", overflow="fold"
+        )
     for row in frame.head(rows).itertuples(index=False):
         table.add_row(*(_cell(value) for value in row))
     if len(frame) > rows:
@@ -44,13 +46,13 @@ def frame_table(frame: pd.DataFrame, *, title: str | None = None, rows: int = 50
 def fitted(frame: pd.DataFrame, width: int, *, rows: int = 50) -> RenderableType:
     """`frame_table`; where that is wider than `width`, a line for each value, row by row."""
     table = frame_table(frame, rows=rows)
-    if Console(width=10_000).measure(table).maximum <= width:
+    if _width(table) <= width:
         return table
-    longest = max(len(str(name)) for name in frame.columns)
+    names = [visible(str(name)) for name in frame.columns]
+    longest = max(map(len, names))
     parts = [
         "\n".join(
-            f"{name!s:{longest}}  {_cell(value)}"
-            for name, value in zip(frame.columns, row, strict=True)
+            f"{name:{longest}}  {_cell(value)}" for name, value in zip(names, row, strict=True)
         )
         for row in frame.head(rows).itertuples(index=False)
     ]
@@ -59,10 +61,14 @@ def fitted(frame: pd.DataFrame, width: int, *, rows: int = 50) -> RenderableType
     return Text("\n\n".join(parts))
 
 
+def _width(table: Table) -> int:
+    return Console(width=10_000, height=100).measure(table).maximum  # both, or TERM may decide
+
+
 def _cell(value: object) -> str:
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else visible(str(value))
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, object]]:
@@ -84,13 +90,14 @@ def layer_table(results: Results) -> Table:
     sums = frame.groupby("layer", observed=True).sum(numeric_only=True).reset_index()
     sizes = {layer.name: layer.numel for layer in results.plan.layers}
     table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = f"Loss change allocated to each layer, split {results.plan.splits[0].name}"
+    split = visible(results.plan.splits[0].name)
+    table.title = f"Loss change allocated to each layer, split {split}"
     for column in ("layer", "parameters", "LC", "helping", "hurting", "share helping"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for _, row in sums.iterrows():
         colour = "red" if row["lc"] > 0 else "green"
         table.add_row(
-            str(row["layer"]),
+            visible(str(row["layer"])),
             f"{sizes[row['layer']]:,}",
             Text(f"{row['lc']:+.4f}", colour),
             f"{row['lc_helping']:+.4f}",
@@ -128,7 +135,7 @@ def closure_table(results: Results) -> Table:
         table.add_column(column, justify="right")
     for _, row in totals(results).iterrows():
         table.add_row(
-            str(row["split"]),
+            visible(str(row["split"])),
             f"{row['loss_change']:+.4f}",
             f"{row['lc']:+.4f}",
             _share(row["gap"], abs(row["loss_change"])),
@@ -151,7 +158,7 @@ def confidence_table(results: Results, level: float = 0.95) -> Table:
     for split in results.plan.splits:
         rows = found[found["split"] == split.name]
         cells = zip(rows["estimate"], rows["half"], strict=True)
-        table.add_row(split.name, *(f"{value:+.4f} ± {half:.4f}" for value, half in cells))
+        table.add_row(visible(split.name), *(f"{value:+.4f} ± {half:.4f}" for value, half in cells))
     return table
 
 
@@ -176,7 +183,7 @@ def summary(results: Results) -> Group:
             f"{missed} of {len(frame)} intervals exceed the tolerance (rtol {settings.rtol:g}); "
             f"{cure} and another --out would integrate those more finely"
         )
-    lines += [Text(note, "yellow") for note in results.notes]
+    lines += [Text(visible(note), "yellow") for note in results.notes]
     lines.append(f"tables: {results.path / 'tables'}/*.parquet")
     return Group(*lines)
 
@@ -221,11 +228,11 @@ def plan_table(report: PlanReport) -> Group:
             f"{plan.settings.fisher_samples:,} samples a split; its time is in the above"
         )
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, visible(value))
     sizes = Table("table", "rows", box=None, pad_edge=False)
     for name, count in cost.rows.items():
         sizes.add_row(name, f"{count:,}")
-    return Group(table, "", sizes, *_plan_notes(report))
+    return Group(table, "", sizes, *map(visible, _plan_notes(report)))
 
 
 def _workers(report: PlanReport) -> str:
@@ -292,10 +299,10 @@ def audit_table(audit: Audit) -> Group:
         f"{audit.steps[-1]}; {audit.n_tensors} tensors ({dtypes}), {audit.n_elements:,} float "
         f"elements, {size(audit.nbytes)}"
     )
-    lines: list[RenderableType] = [Text(head)]
+    lines: list[RenderableType] = [Text(visible(head))]
     for finding in audit.findings:
         text = Text(f"{finding.severity:8}", _COLOURS.get(finding.severity, ""))
-        lines.append(text.append(finding.message, "default"))
+        lines.append(text.append(visible(finding.message), "default"))
     if not audit.findings:
         lines.append(Text("nothing stands out", "green"))
     return Group(*lines)
@@ -357,12 +364,12 @@ def findings_summary(found: Findings, width: int = 10_000) -> Group:
             file = f"{found.path}/{finding.name}.parquet"
             parts.append(Text(f"{_BRIEF} of {len(frame)} rows; all: {file}"))
         parts += [Text(line, "dim") for line in _explained(finding.name, narrow)]
-        parts += [Text(note, "yellow") for note in notes_of(table)] + [""]
+        parts += [Text(visible(note), "yellow") for note in notes_of(table)] + [""]
     for name, why in found.impossible.items():
-        parts.append(Text(f"no {name}: {why}", "yellow"))
+        parts.append(Text(f"no {name}: {visible(why)}", "yellow"))
     if parts:
         parts.append(WHAT_HAPPENED)
-    more = f"; also of split {', '.join(left_out)}" if left_out else ""
+    more = visible(f"; also of split {', '.join(left_out)}" if left_out else "")
     parts.append(f"findings, all rows and columns{more}: {found.path}/*.parquet")
     return Group(*parts)
 
@@ -382,9 +389,8 @@ def _explained(name: str, shown: pd.DataFrame) -> Iterable[str]:
 
 def _narrowed(frame: pd.DataFrame, width: int) -> pd.DataFrame:
     """The first columns, as many as fit."""
-    ruler = Console(width=10_000)
     for n_columns in range(len(frame.columns), 1, -1):
         narrow = frame[frame.columns[:n_columns]]
-        if ruler.measure(frame_table(narrow)).maximum <= width:
+        if _width(frame_table(narrow)) <= width:
             return narrow
     return frame[frame.columns[:1]]

@@ -19,6 +19,11 @@ def one_line(text: str) -> str:
     """
     if len(text) > _LONGEST:
         text = text[: _LONGEST // 2] + " … " + text[-_LONGEST // 2 :]
+    return visible(text)
+
+
+def visible(text: str) -> str:
+    """`text` as `one_line` has it, of any length."""
     return text if text.isprintable() else "".join(map(_visible, text))
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import click
 
 import lcray
-from lcray.options import OUT, example
+from lcray import terminal
+from lcray.options import OUT, Command, example
 
 
 @click.command(
+    cls=Command,
     epilog=example(
         "lcray export out/mine --to tensorboard --out runs/mine/lcray",
         "lcray export out/mine --to csv --out tables --table layers",
-    )
+    ),
 )
 @OUT
 @click.option(
@@ -27,4 +29,4 @@ from lcray.options import OUT, example
 def export(out: str, to: str, folder: str, tables: tuple[str, ...]) -> None:
     """Write the tables of OUT for TensorBoard, Weights & Biases, or as CSV."""
     for path in lcray.export(out, to, folder, tables=tables or None):
-        click.echo(path)
+        terminal.say(path)

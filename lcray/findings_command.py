@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import click
 
 import lcray
+from lcray import terminal
 from lcray.analyses.titles import TITLES
 from lcray.options import OUT, Command, after_commas, example, finding_names
 
@@ -69,8 +69,6 @@ def findings(out: str, only: tuple[str, ...], as_json: bool, **options: Any) -> 
 
     Each goes to OUT/findings/NAME.parquet; shown is a summary of the whole run.
     """
-    from rich.console import Console
-
     from lcray import display
     from lcray.computing import Progress
     from lcray.progress import reporting
@@ -87,6 +85,5 @@ def findings(out: str, only: tuple[str, ...], as_json: bool, **options: Any) -> 
         data = {"path": str(found.path), "findings": tables, "impossible": found.impossible}
         click.echo(json.dumps(data, default=str))
         return
-    width = None if sys.stdout.isatty() else 10_000  # no table is folded in a file or a pipe
-    console = Console(width=width, soft_wrap=True, highlight=False, markup=False)
+    console = terminal.console()
     console.print(display.findings_summary(found, console.width))

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from lcray import terminal
 from lcray.analyses.titles import TITLES
 from lcray.errors import one_line
 from lcray.settings import Settings
@@ -62,7 +63,15 @@ _SHARES_A_PAGE = 12  # options, from which on they are shown by section
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
 
-class Command(click.Command):
+class _Helpful(click.Command):
+    """A command whose help is written in characters that the terminal has."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        """The help."""
+        return terminal.fitting(super().get_help(ctx))
+
+
+class Command(_Helpful):
     """A command whose help ends in worked examples, and shows many options by section."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -80,7 +89,7 @@ class Command(click.Command):
                     formatter.write_dl(rows)
 
 
-class Group(click.Group):
+class Group(_Helpful, click.Group):
     """The program: its commands stand by the step of the way that they are for."""
 
     command_class = Command

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
+from lcray import terminal
 from lcray.errors import UsageError
-from lcray.options import OUT, example
+from lcray.options import OUT, Command, example
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,11 +23,12 @@ _FORMS = ("table", "csv", "json", "jsonl", "parquet")
 
 
 @click.command(
+    cls=Command,
     epilog=example(
         "lcray query out/mine",
         'lcray query out/mine "SELECT layer, sum(lc) AS lc FROM layers GROUP BY ALL ORDER BY lc"',
         'lcray query out/mine "SELECT * FROM layers" --format parquet --output layers.parquet',
-    )
+    ),
 )
 @OUT
 @click.argument("sql", required=False)
@@ -57,7 +60,7 @@ def query(out: str, sql: str | None, form: str, output: str | None) -> None:
         raise UsageError(
             "--output: give --format csv, json, jsonl or parquet; tables are to look at"
         )
-    results = open_output(out)
+    results, sql = open_output(out), _text(sql)
     if form == "table":
         _show(results.contents() if sql is None else results.sql(sql))
         return
@@ -71,17 +74,27 @@ def query(out: str, sql: str | None, form: str, output: str | None) -> None:
     if output is not None:
         _store(data, output, results)
     else:
-        click.echo(data if form == "parquet" else data.decode(), nl=False)
+        _print(data)
+
+
+def _text(sql: str | None) -> str | None:
+    """The query, of UTF-8 also where the locale takes arguments for ASCII."""
+    escaped = sql is not None and any("\ud800" <= character <= "\udfff" for character in sql)
+    return os.fsencode(sql).decode("utf-8", "surrogateescape") if sql and escaped else sql
 
 
 def _show(frame: pd.DataFrame) -> None:
-    from rich.console import Console
-
     from lcray import display
 
-    width = None if sys.stdout.isatty() else 10_000  # no table is folded in a file or a pipe
-    console = Console(width=width, soft_wrap=True, highlight=False, markup=False)
+    console = terminal.console()
     console.print(display.fitted(frame, console.width))
+
+
+def _print(data: bytes) -> None:
+    if sys.stdout.isatty():
+        terminal.say(data.decode(), end=False)
+    else:
+        click.echo(data, nl=False)  # UTF-8 in any case: data loses nothing on its way
 
 
 def _store(data: bytes, output: str, results: Results) -> None:
@@ -91,4 +104,4 @@ def _store(data: bytes, output: str, results: Results) -> None:
     path = beside(results.path, place(output))
     with writing(path):
         storage_of(path).write(path, data)
-    click.echo(f"{path}: {len(data):,} bytes", err=True)
+    terminal.say(f"{path}: {len(data):,} bytes", err=True)

@@ -1,6 +1,12 @@
-"""What has to be asked of an analysis for an output to have a table."""
+"""What to do where an output lacks a table, or a query cannot be answered."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from lcray.schema import TABLES
+from lcray.views import VIEWS, named_in, views_of
 
 #: By table, for those that an output may lack.
 OPTIONS = {
@@ -18,3 +24,33 @@ OPTIONS = {
 def recipe_for(table: str) -> str:
     """What gives an output the table that it lacks, in a few words."""
     return f"{OPTIONS.get(table, 'analyze')} into a new output"
+
+
+#: Columns whose names are words of SQL, each where it stands for itself without quotes.
+RESERVED = {
+    "group": re.compile(r"""(?i)(?<![\w"'.])group(?![\w"']|\s+by\b)"""),
+    "window": re.compile(r"""(?i)(?<![\w"'.])window(?![\w"']|\s+\w+\s+as\b)"""),
+}
+
+
+def quotes_for(query: str) -> str | None:
+    """What to do about a query that does not parse, if it names a column without its quotes."""
+    for name, unquoted in RESERVED.items():
+        if unquoted.search(query):
+            return f'a column named {name} is written "{name}", in quotes'
+    return None
+
+
+def tables_for(query: str, tables: Sequence[str], out: object) -> str | None:
+    """What to do about a query on a table or a view that `out`, which has `tables`, lacks."""
+    for name in named_in(query, [t for t in TABLES if t not in tables]):
+        return f"there is no table {name!r} in {out}: {_how(name)}"
+    for view in VIEWS:
+        if view not in views_of(tables) and named_in(query, [view.name]):
+            absent = next(table for table in view.tables if table not in tables)
+            return f"view {view.name!r} needs the table {absent!r}: {_how(absent)}"
+    return None
+
+
+def _how(table: str) -> str:
+    return OPTIONS.get(table, "see lcray analyze --help")

@@ -7,14 +7,16 @@ from pathlib import Path
 import click
 
 import lcray
-from lcray.options import example, folders
+from lcray import terminal
+from lcray.options import Command, example, folders
 from lcray.storage import Remote, place
 
 
 @click.command(
+    cls=Command,
     epilog=example(
         "lcray report out/mine", "lcray report --compare out/a out/b --out comparison.html --open"
-    )
+    ),
 )
 @click.argument("outs", nargs=-1, required=True, metavar="OUT...", shell_complete=folders)
 @click.option("--compare", is_flag=True, help="Put several outputs side by side on one page.")
@@ -40,7 +42,7 @@ def report(outs: tuple[str, ...], compare: bool, file: str | None, show: bool) -
         raise click.UsageError("--open shows a page on this machine: name it with --out FILE")
     path = lcray.report(*outs, file=file)
     address = path.resolve().as_uri() if isinstance(path, Path) else str(path)
-    click.echo(address)
+    terminal.say(address)
     if not show:
         return
     import webbrowser

@@ -22,19 +22,18 @@ from lcray.files import confined, exists, read_json
 from lcray.manifest import read_manifest
 from lcray.numerals import step_range
 from lcray.planning import Plan, read_notes
-from lcray.recipes import OPTIONS, recipe_for
+from lcray.recipes import quotes_for, recipe_for, tables_for
 from lcray.sandbox import connect, query_room, select, shut, sql_path
 from lcray.schema import TABLES
 from lcray.shards import read_plan
 from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
-from lcray.views import VIEWS, View, named_in, scan, views_of
+from lcray.views import View, named_in, scan, views_of
 
 if TYPE_CHECKING:  # what a driver that only opens an output has no memory for
     import duckdb
     import pandas as pd
 
 _TIME = ("start_step", "step", "window")
-_UNQUOTED = re.compile(r"(?i)(?<![\w\"'])group(?![\w\"']|\s+by\b)")
 
 
 def open_output(out: PlaceLike) -> Results:
@@ -246,30 +245,24 @@ class Results:
         room = query_room()
         import duckdb
 
+        try:
+            query.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"SQL: not valid UTF-8 at character {error.start} ({query[error.start]!r}); write "
+                "the query in UTF-8"
+            ) from error
         with self._local(query) as folder, connect(room) as connection:
             shut(connection, self._create_views(connection, folder))
             try:
                 return select(connection, query, room // 2)
             except duckdb.Error as error:
                 message = " ".join(str(error).split("\n\n")[0].split())
-                absent = isinstance(error, duckdb.CatalogException)
-                hint = self._hint(query) if absent else None
-                if isinstance(error, duckdb.ParserException) and _UNQUOTED.search(query):
-                    hint = f'{message}; a column named group is written "group", in quotes'
-                raise UsageError(f"SQL: {hint or message}") from error
-
-    def _hint(self, query: str) -> str | None:
-        """What to do where a query asks for a table that this output does not have."""
-        for name in named_in(query, [t for t in TABLES if t not in self.tables]):
-            how = OPTIONS.get(name, "see lcray analyze --help")
-            return f"there is no table {name!r} in {self.path}: {how}"
-        lacking = [view for view in VIEWS if view not in self._views()]
-        for view in lacking:
-            if named_in(query, [view.name]):
-                absent = next(table for table in view.tables if table not in self.tables)
-                how = OPTIONS.get(absent, "see lcray analyze --help")
-                return f"view {view.name!r} needs the table {absent!r}: {how}"
-        return None
+                if isinstance(error, duckdb.CatalogException):
+                    message = tables_for(query, self.tables, self.path) or message
+                elif isinstance(error, duckdb.ParserException) and (cure := quotes_for(query)):
+                    message = f"{message}; {cure}"
+                raise UsageError(f"SQL: {message}") from error
 
     def __repr__(self) -> str:
         return f"Results({str(self.path)!r}, tables: {', '.join(self.tables)})"

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 import lcray
+from lcray import terminal
 from lcray.errors import UsageError
 from lcray.options import Command, example
 from lcray.resources import Resources
@@ -83,15 +84,15 @@ def submit(
         include=include,
         env=_variables(env),
         wait=not no_wait,
-        on_package=lambda package: click.echo(f"lcray: sending {package}", err=True),
-        on_submit=lambda job: click.echo(f"lcray: submitted {job.job}", err=True),
-        on_log=lambda text: click.echo(text, nl=False),
+        on_package=lambda package: terminal.say(f"lcray: sending {package}", err=True),
+        on_submit=lambda job: terminal.say(f"lcray: submitted {job.job}", err=True),
+        on_log=lambda text: click.echo(text, file=sys.stdout, nl=False),
         **given,
     )
     if no_wait:
-        click.echo(found.job)
+        terminal.say(found.job)
     elif found.exit_code:
-        click.echo(f"lcray: job {found.job} {found.message}", err=True)
+        terminal.say(f"lcray: job {found.job} {found.message}", err=True)
         sys.exit(found.exit_code)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 import lcray
+from lcray import terminal
 from lcray.options import Command, example, folders
 from lcray.resources import Resources
 
@@ -51,7 +52,7 @@ def trace(run: str, task: str, out: str, **options: Any) -> None:
         found = lcray.trace(
             run, task, out, resources=Resources(**given), on_progress=report, **options
         )
-    click.echo(f"tables: {found.path / 'tables'}/*.parquet")
+    terminal.say(f"tables: {found.path / 'tables'}/*.parquet")
 
 
 def like(analyze: click.Command) -> click.Command:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import duckdb
 import output_factory as factory
 import pandas as pd
 import pyarrow as pa
@@ -12,9 +13,12 @@ import pytest
 from lcray.errors import CorruptionError, OutputError, UsageError
 from lcray.files import encode_json, read_sealed, seal
 from lcray.layers import Layer
+from lcray.recipes import RESERVED
 from lcray.reduction import reduce
 from lcray.results import Results, open_output
+from lcray.schema import TABLES as SCHEMAS
 from lcray.verification import verify
+from lcray.views import VIEWS
 
 WORLD = factory.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
 TABLES = [t for t in factory.ALL if t != "borders"]
@@ -232,17 +236,36 @@ def test_sql_reaches_nothing_else(results: Results, out: Path, attack: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("query", "told"),
+    ("query", "word"),
     [
-        ("SELECT group FROM groups", True),
-        ("SELECT lc FROM groups WHERE group = 3", True),
-        ('SELECT "group" FROM groups GROUP BY ALL,', False),
+        ("SELECT group FROM groups", "group"),
+        ("SELECT lc FROM groups WHERE group = 3", "group"),
+        ('SELECT "group" FROM groups GROUP BY ALL,', None),
+        ("SELECT window FROM histograms", "window"),
+        ("SELECT lc FROM histograms WHERE window=0", "window"),
+        ("SELECT window, sum(count) FROM histograms GROUP BY window", "window"),
+        ("SELECT Window, lc FROM histograms", "window"),
+        ("SELECT sum(lc) OVER (PARTITION BY window) FROM histograms", "window"),
+        ('SELECT "window" FROM histograms GROUP BY ALL,', None),
+        ("SELECT sum(count) OVER w FROM histograms h WINDOW w AS (ORDER BY h.window) BY", None),
     ],
 )
-def test_a_group_without_quotes_is_named(results: Results, query: str, told: bool) -> None:
+def test_a_column_that_is_a_word_of_sql_is_named_where_it_lacks_its_quotes(
+    results: Results, query: str, word: str | None
+) -> None:
     with pytest.raises(UsageError, match=r"^SQL: Parser Error") as caught:
         results.sql(query)
-    assert ('is written "group", in quotes' in str(caught.value)) == told
+    told = f'; a column named {word} is written "{word}", in quotes'
+    assert str(caught.value).endswith(told) == (word is not None)
+    assert ("in quotes" in str(caught.value)) == (word is not None)
+
+
+def test_every_column_that_is_a_word_of_sql_is_known() -> None:
+    columns = {field.name for table in SCHEMAS.values() for field in table.schema}
+    columns |= {column for view in VIEWS for column in view.columns}
+    query = "SELECT keyword_name FROM duckdb_keywords() WHERE keyword_category = 'reserved'"
+    reserved = {name for (name,) in duckdb.sql(query).fetchall()}
+    assert columns & reserved == set(RESERVED)
 
 
 def test_not_reduced_or_no_output(tmp_path: Path) -> None:

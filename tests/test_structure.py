@@ -118,6 +118,7 @@ ORDER = (
     "integrations",
     "digits",
     "wording",
+    "terminal",
     "progress",
     "display",
     "options",
@@ -146,6 +147,7 @@ SPEAKS = {
     "lcray.query_command",
     "lcray.report_command",
     "lcray.submit_command",
+    "lcray.terminal",
     "lcray.trace_command",
 }
 #: What `lcray convert` reads with; without trust it unpickles nothing (tests/converting).

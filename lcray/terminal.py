@@ -1,0 +1,87 @@
+"""What commands print: only what the terminal can show, and nothing that it would obey.
+
+Names come out of files: control characters in them, such as escape sequences, are written as Python
+would escape them. What the encoding of the terminal or the pipe lacks is replaced.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lcray.errors import visible
+
+if TYPE_CHECKING:  # what refusals and --help need not wait for
+    from rich.console import Console
+
+_HANDLER = "lcray.plainer"
+_PLAINER = str.maketrans(
+    {"Σ": "sum", "±": "+/-", "–": "-", "−": "-", "…": "...", "×": "x", "·": "*", "→": "->"}
+    | dict.fromkeys("━╸╺─", "-")
+    | dict.fromkeys("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "*")
+)
+
+
+def _plainer(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end].translate(_PLAINER)
+    return lacking.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
+codecs.register_error(_HANDLER, _plainer)
+
+
+def prepare() -> None:
+    """Lets the standard streams replace what their encoding lacks: printing raises no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_HANDLER)
+
+
+def fitting(text: str) -> str:
+    """`text` in characters that the standard output has."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, _HANDLER).decode(encoding)
+
+
+def harmless(text: str) -> str:
+    """`text` with its line breaks and tabs, every other control character escaped."""
+    return text if text.isprintable() else "".join(_kept(c) for c in text)
+
+
+def _kept(character: str) -> str:
+    return character if character in "\n\t" else visible(character)
+
+
+def say(text: object, *, err: bool = False, end: bool = True) -> None:
+    """Prints a text as it is to the standard output, or to that of errors."""
+    # Not click's own choice of a stream: it writes UTF-8 where the encoding is ASCII.
+    click.echo(harmless(str(text)), file=sys.stderr if err else sys.stdout, nl=end)
+
+
+def console() -> Console:
+    """Shows text as it is, and folds no table that goes to a file or a pipe."""
+    from rich.console import Console, RenderHook
+    from rich.segment import Segment
+
+    class Harmless(RenderHook):
+        def __init__(self, inner: Any = None) -> None:
+            self._inner = inner
+
+        def process_renderables(self, renderables: list[Any]) -> list[Any]:
+            return [Harmless(inner) for inner in renderables]
+
+        def __rich_console__(self, console: Console, options: Any) -> Iterator[Segment]:
+            for text, style, control in console.render(self._inner, options):
+                yield Segment(text if control else harmless(text), style, control)
+
+    width = None if sys.stdout.isatty() else 10_000
+    found = Console(width=width, soft_wrap=True, highlight=False, markup=False)
+    found.push_render_hook(Harmless())
+    return found
