@@ -29,6 +29,8 @@ from lcray.sums import Evaluation
 
 __all__ = ["OK", "Accuracy", "IntervalLC", "Scratch", "SplitAllocator"]
 
+_ROUNDING = 1e-9  # of Σ w, by which machines may differ
+
 Following = Callable[[], Segment | None]
 
 
@@ -66,6 +68,7 @@ class SplitAllocator:
         self._rule, self._accuracy, self._adapts = rule, accuracy, refines or rule.probe_every > 0
         self._engine, self._flat, self._split = engine, engine.flat, split
         self._expected = expected
+        self._marks: tuple[int, ...] | None = None  # of the weights at the first point
         self._scratch = scratch or Scratch(engine)
         self._left: Node | None = None
         self._left_gradient = engine.flat.new_vector()
@@ -167,12 +170,29 @@ class SplitAllocator:
         out = self._scratch.total if gradient else None
         share = None if factor is None or self._expected is None else factor / self._expected[1]
         found = self._engine.evaluate(self._split, out, directions, share=share, site=site)
-        items = (found.n_items, found.total_weight)
-        self._expected = self._expected or items
-        if items != self._expected:
-            raise TaskError(
-                f"task loss on split {self._split.name!r}: {items[0]} items of weight {items[1]:g} "
-                f"at step {segment.start.step}, but {self._expected[0]} of {self._expected[1]:g} "
-                "before; number and weights must not change"
-            )
+        self._check_items(found, segment)
         return found
+
+    def _check_items(self, found: Evaluation, segment: Segment) -> None:
+        """Refuse items or weights that are others than at the points before.
+
+        Within a worker each weight must be the same, bit for bit. The plan has their sum alone,
+        and another machine may have rounded that.
+        """
+        n_items, weight = self._expected = self._expected or (found.n_items, found.total_weight)
+        where = f"task loss on split {self._split.name!r}"
+        same = math.isclose(found.total_weight, weight, rel_tol=_ROUNDING)
+        if found.n_items != n_items or not same:
+            raise TaskError(
+                f"{where}: {found.n_items} items of weight {found.total_weight:g} at step "
+                f"{segment.start.step}, but {n_items} of {weight:g} before; number and weights "
+                "must not change"
+            )
+        if self._marks is None:
+            self._marks = found.weight_marks
+        if found.weight_marks != self._marks:
+            raise TaskError(
+                f"{where}: weights of items change between steps {segment.start.step} and "
+                f"{segment.end.step}; weights must come from the data alone, not from the model; "
+                "multiply the losses by what depends on it"
+            )

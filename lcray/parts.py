@@ -70,6 +70,7 @@ class PartSums:
         masses: Σ w of each group and, last, of items of none, [G + 1]; None without groups.
         dots: directional derivatives of Σ wℓ of each group, then of each replicate, by layer,
             [D, G + R, L].
+        marks: a hash of the weights of each batch that has weights, item by item.
     """
 
     losses: tuple[float, ...]
@@ -78,6 +79,7 @@ class PartSums:
     n_items: int
     masses: Tensor | None
     dots: Tensor
+    marks: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str) -> PartSums:
         """The same on `device`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from lcray.errors import TaskError
 from lcray.flat import FlatModel
 from lcray.parts import PartSums
 from lcray.path import Segment
+
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio: its multiples spread evenly
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Evaluation:
         replicate_weights: Σ w of each replicate, [R]; empty unless samples were drawn.
         replicate_losses: the mean loss of each, [R]; 0 where it has no weight.
         first_weighted: number of the first batch that has weight.
+        weight_marks: a hash of the weights of each batch that has weights, item by item.
     """
 
     loss: float
@@ -44,6 +48,7 @@ class Evaluation:
     replicate_weights: tuple[float, ...] = ()
     replicate_losses: tuple[float, ...] = ()
     first_weighted: int = 0
+    weight_marks: tuple[int, ...] = ()
 
 
 class Sums:
@@ -69,6 +74,7 @@ class Sums:
         self._losses: list[Tensor] = []
         self._weights: list[Tensor] = []
         self._lowest: list[Tensor] = []  # weights, where there are any
+        self._marks: list[Tensor] = []
         self._group_weights: list[Tensor] = []
         self._n_items = 0
 
@@ -82,6 +88,7 @@ class Sums:
             exact = torch.where(mass > 0, exact, 0.0) * mass
             if mass.numel():
                 self._lowest.append(mass.min())
+            self._marks.append(_mark(mass))
         self._losses.append(exact.sum())
         self._weights.append(mass.sum())
         self._n_items += len(losses)
@@ -134,12 +141,25 @@ class Sums:
 
     def result(self) -> PartSums:
         """What all batches have come to."""
-        losses, weights, lowest = (
+        losses, weights, lowest, marks = (
             tuple(torch.stack(found).tolist()) if found else ()
-            for found in (self._losses, self._weights, self._lowest)
+            for found in (self._losses, self._weights, self._lowest, self._marks)
         )
         masses = torch.stack(self._group_weights).sum(0) if self._group_weights else None
-        return PartSums(losses, weights, lowest, self._n_items, masses, self._dots)
+        return PartSums(losses, weights, lowest, self._n_items, masses, self._dots, marks)
+
+
+def _mark(weights: Tensor) -> Tensor:
+    """A hash of weights [n] float64, each in its place; exact, in whatever order it is summed."""
+    bits = (weights + 0.0).view(torch.int64) * _ODD  # + 0: the zeros are equal
+    return ((bits ^ (bits >> 32)) * _factors(len(bits), bits.device)).sum()
+
+
+@lru_cache(maxsize=4)
+def _factors(n: int, device: torch.device) -> Tensor:
+    """An odd number for each place, [n] int64: no change of a single weight goes unnoticed."""
+    places = torch.arange(1, n + 1, device=device) * _ODD
+    return ((places ^ (places >> 29)) * _ODD) | 1
 
 
 def evaluation_of(split: SplitData, parts: Sequence[PartSums], n_directions: int) -> Evaluation:
@@ -180,6 +200,7 @@ def evaluation_of(split: SplitData, parts: Sequence[PartSums], n_directions: int
             for part, mass in zip(_by_replicate(split, losses), of_replicates, strict=True)
         ),
         first_weighted=next(number for number, mass in enumerate(weights) if mass > 0),
+        weight_marks=tuple(mark for part in parts for mark in part.marks),
     )
 
 

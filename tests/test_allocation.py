@@ -15,6 +15,7 @@ from strategies import (
     Case,
     abs_sum,
     cases,
+    classify,
     convnet,
     gap,
     lc_sum,
@@ -28,9 +29,10 @@ from torch import Tensor, nn
 
 from lcray.allocation import Accuracy, SplitAllocator
 from lcray.drafting import make_settings
-from lcray.errors import UsageError
+from lcray.errors import TaskError, UsageError
 from lcray.planning import Settings
 from lcray.quadrature import get_rule
+from lcray.sums import _mark
 
 # Sums of some hundred float64 terms in another order, relative to Σ|LC|.
 ROUNDING = 1e-12
@@ -474,3 +476,71 @@ def test_several_splits_in_any_order_are_independent() -> None:
                 expected = (alone, alone_other)[index][t]
                 assert result.lc is not None and expected.lc is not None
                 assert torch.equal(result.lc, expected.lc)
+
+
+class TestWeights:
+    """Weights come from the data: each is the same at every point, which their sum cannot tell."""
+
+    def case(self, weights_of: Any, points: tuple[float, float]) -> Case:
+        """Its first bias goes from one of two points to the other; weights are a function of it."""
+
+        def loss(net: Any, batch: Any) -> tuple[Tensor, Tensor]:
+            here = float(next(net.children())[0].bias[0].detach())
+            return classify(net, batch), weights_of(here, batch[2])
+
+        case = replace(mlp(3, "tanh", 5), loss=loss, groups=None)
+        weights = torch.arange(1.0, 6.0, dtype=torch.float64)
+        case = replace(case, data=(*case.data, weights))
+        for state, value in zip(case.states, points, strict=True):
+            state["body.0.bias"][0] = value
+        return case
+
+    def test_weights_that_trade_places(self) -> None:
+        """At the end two items swap theirs: Σw stays what it was, to the bit."""
+
+        def swapped(here: float, weights: Tensor) -> Tensor:
+            return weights if here <= 0 else weights[[0, 2, 1, 3, 4]]
+
+        case = self.case(swapped, (-1.0, 1.0))
+        found = []
+        bench = Bench(case)
+        (segment,) = bench.segments(case.states)
+        for s in (0.0, 1.0):
+            segment.set_point(bench.flat, s)
+            found.append(bench.engine.evaluate(bench.split, None).total_weight)
+        assert found[0] == found[1]
+        wanted = (
+            r"^task loss on split 'train': weights of items change between steps 0 and 1; weights "
+            r"must come from the data alone, not from the model; multiply the losses by what "
+            r"depends on it$"
+        )
+        with pytest.raises(TaskError, match=wanted):
+            bench.run(case.states)
+
+    def test_weights_of_the_data_alone(self) -> None:
+        case = self.case(lambda here, weights: weights, (-1.0, 1.0))
+        (found,) = Bench(case).run(case.states)
+        assert found.status == "ok"
+
+    @pytest.mark.parametrize(("factor", "fits"), [(1 + 1e-13, True), (1 + 1e-6, False)])
+    def test_the_sum_in_the_plan_may_be_rounded_elsewhere(self, factor: float, fits: bool) -> None:
+        case = self.case(lambda here, weights: weights, (-1.0, 1.0))
+        bench = Bench(case)
+        expected = 5, math.fsum(case.data[2].tolist()) * factor
+        rule, accuracy = get_rule("simpson"), Accuracy()
+        allocator = SplitAllocator(bench.engine, bench.split, rule, accuracy, expected)
+        (segment,) = bench.segments(case.states)
+        if fits:
+            assert allocator.advance(segment).status == "ok"
+        else:
+            with pytest.raises(TaskError, match="number and weights must not change"):
+                allocator.advance(segment)
+
+    def test_every_set_of_items_has_a_mark_of_its_own(self) -> None:
+        """All 2^12 ways to choose among 12 items, and zeros of both signs."""
+        every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 12).double()
+        assert len({int(_mark(weights)) for weights in every}) == 2**12
+        assert _mark(torch.tensor([0.0, -0.0]).double()) == _mark(torch.zeros(2).double())
+        assert _mark(torch.zeros(2).double()) != _mark(
+            torch.tensor([0.0, 5e-324], dtype=torch.float64)
+        )
