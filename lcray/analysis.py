@@ -297,6 +297,7 @@ class _Job:
             make_notes(description, drafted.settings, soundness),
             team,
             get_rule(drafted.settings.rule).n_gradients * pass_seconds(drafted, team, seconds),
+            description.fixed_batches,
         )
 
     def record(

@@ -170,6 +170,19 @@ class SplitSource:
             n_replicates=0 if self.draw is None else self.draw.n_replicates,
         )
 
+    @property
+    def blocks(self) -> tuple[Index, ...]:
+        """The numbers of the samples in the order they are cut in; no batch has two blocks'."""
+        return self._blocks
+
+    def gather(self, cuts: Sequence[Index], *, place: Place) -> SplitData:
+        """Samples by their numbers, a batch of each of `cuts`, resident and without groups.
+
+        Raises:
+            TaskError: if samples cannot be made into batches.
+        """
+        return self._without_groups(list(cuts), place)
+
     def excerpt(self, batch_size: int, count: int, *, place: Place) -> SplitData:
         """The largest `count` batches of a cut, resident and without groups, to try a size on.
 
@@ -286,6 +299,11 @@ def open_split(
     """
     population = len(data[0] if isinstance(data, tuple) else data)  # type: ignore[arg-type]
     drawn = draw(name, population, samples, sample_seed)
+    if drawn is not None and task.batch_loss:
+        raise UsageError(
+            f"samples {samples}: the task declares that batches are part of the loss "
+            f"(batch_loss=True), so there is no loss of a sample; take all of split {name!r}"
+        )
     if drawn is not None and fixed_seed is not None:
         raise UsageError(
             f"samples {samples}: BatchNorm takes the statistics of a batch, so a loss is one of "

@@ -30,6 +30,7 @@ class Description:
         double_precision: layers that it stores in 64 bits.
         fixed_batches: whether batches are part of the loss, so that their size is never tuned.
         drawn: samples taken and samples in the data set, of each split that is not taken whole.
+        batch_loss: whether the task declares that batches are part of the loss.
     """
 
     layers: tuple[Layer, ...]
@@ -43,6 +44,7 @@ class Description:
     double_precision: tuple[str, ...] = ()
     fixed_batches: bool = False
     drawn: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    batch_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def check_repeatable(
     Raises:
         TaskError: if the two evaluations differ.
     """
-    if first.n_items != second.n_items or first.total_weight != second.total_weight:
+    same_weights = first.weight_marks == second.weight_marks
+    if first.n_items != second.n_items or not same_weights:
         raise TaskError(
             f"task loss on split {split.name!r}: {first.n_items} items at first, then "
             f"{second.n_items}; their number and weights must not change"

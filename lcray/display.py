@@ -197,6 +197,8 @@ def plan_table(report: PlanReport) -> Group:
     """What `report` plans, and what it will take."""
     plan, cost = report.plan, report.estimate
     least = "at least " if cost.is_least else ""
+    asked = report.fixed_batches or plan.settings.batch_size
+    part = ", part of the loss" if report.fixed_batches else ""
     table = Table(box=None, show_header=False, pad_edge=False)
     rows = {
         "intervals": f"{cost.n_intervals:,} in {len(plan.spans)} spans of up to "
@@ -211,7 +213,7 @@ def plan_table(report: PlanReport) -> Group:
         **_sums_rows(report),
         "BatchNorm": plan.settings.batch_norm,
         "dtype": plan.settings.dtype,
-        "batches": f"up to {_chosen(plan.batch_size, plan.settings.batch_size)} samples, "
+        "batches": f"up to {_chosen(plan.batch_size, asked)} samples{part}, "
         f"{_chosen(plan.memory_format, plan.settings.memory_format)}",
         "data": ", ".join(
             f"{name} {'resident' if stays else 'streamed'}"

@@ -33,6 +33,7 @@ from lcray.nested import map_tensors
 from lcray.normalization import Normalization
 from lcray.parts import Site
 from lcray.path import Point, Segment
+from lcray.precision import exact_float32
 from lcray.task import Task, call_model
 from lcray.workbench import Workbench
 
@@ -105,12 +106,16 @@ class _Check:
         """Compare the losses of the items at a checkpoint."""
         at = self._bench.placed(point)
         Site(Segment(at, at), 0.0).enter(self._flat)
-        here = [self._engine.per_item(split) for split in self._splits]
+        here = [self._items(split) for split in self._splits]
         new, control = self._new.losses(point)
         for number in range(len(self._splits)):
             bound = self._bound(new[number], None if control is None else control[number])
             if _apart(here[number], new[number], bound):
                 raise self._differs(point, number, here[number], new[number], bound)
+
+    def _items(self, split: SplitData) -> Losses:
+        ((losses, weights),) = self._engine.items(split)
+        return as_losses(losses if weights is None else (losses, weights))
 
     def _bound(self, new: Losses, control: Losses | None) -> float:
         scale = _largest(new)
@@ -127,7 +132,7 @@ class _Check:
         """Why, as far as evaluating both once more can tell."""
         split = self._splits[number]
         where = f"at step {point.step}, on {split.n_samples} samples of split {split.name!r}"
-        again = self._engine.per_item(split)
+        again = self._items(split)
         if _apart(again, here, bound):
             return TaskError(
                 f"task loss on split {split.name!r}: {_mean(here)!r} at first, then "
@@ -286,6 +291,7 @@ class _NewModels:
 
     def _built(self, point: Point) -> nn.Module:
         model = call_model(self._task)
+        exact_float32()  # building it may have undone that
         names = canonical_names(model.state_dict())
         state = _state(self._flat, point)
         values = {key: state[name] for key, name in names.items() if name in state}

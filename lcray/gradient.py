@@ -40,6 +40,7 @@ class GradientEngine:
     Attributes:
         partial_sums: parts that the batches of a split are summed in.
         colleagues: workers that take some of them; None where there are none.
+        fixed_batches: whether batches are part of the loss, so that the plan fixes them.
 
     Args:
         flat: the model.
@@ -50,10 +51,10 @@ class GradientEngine:
     def __init__(self, flat: FlatModel, task: Task, batch_norm: str) -> None:
         self.flat = flat
         self._loss = task.loss
-        fixed = depends_on_batches(flat.model, batch_norm)
-        self._normalizes = fixed or may_normalize(flat.model)
+        self.fixed_batches = task.batch_loss or depends_on_batches(flat.model, batch_norm)
+        self._normalizes = self.fixed_batches or may_normalize(flat.model)
         self._normalization = Normalization(
-            batch_norm, fixed_batches=fixed, formula=self._normalizes
+            batch_norm, fixed_batches=self.fixed_batches, formula=self._normalizes
         )
         self._untried = True
         self.partial_sums = 1
@@ -207,24 +208,19 @@ class GradientEngine:
         out.div_(weight)
         return sum(sums.losses) / weight
 
-    def per_item(self, split: SplitData) -> tuple[Tensor, Tensor]:
-        """The losses of all items of `split` at the current point, and their weights.
-
-        Returns:
-            Two tensors [n] in float64, on the CPU.
+    def items(self, split: SplitData) -> list[tuple[Tensor, Tensor | None]]:
+        """The losses [n] and weights of every batch of `split` at the current point.
 
         Raises:
             TaskError: if the task's loss fails or breaks the contract.
         """
-        losses, weights = [], []
+        found = []
         with self._functions(), torch.enable_grad():
             for index, batch in enumerate(split.batches):
-                found, weight = self.item_losses(split, index, batch)
-                losses.append(found.detach().double().cpu())
-                own = torch.ones_like(losses[-1]) if weight is None else weight.double().cpu()
-                weights.append(own)
+                losses, weights = self.item_losses(split, index, batch)
+                found.append((losses.detach(), weights))
         self.flat.check_tied()
-        return torch.cat(losses), torch.cat(weights)
+        return found
 
     def _result(self, batch: Any) -> Any:
         """What the task's loss gives."""
@@ -323,3 +319,8 @@ def _check_weights(where: str, losses: Tensor, weights: Any) -> None:
     if not isinstance(weights, Tensor) or weights.shape != losses.shape:
         shape = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise TaskError(f"{where}: weights {shape} do not match the losses {list(losses.shape)}")
+    if weights.requires_grad:
+        raise TaskError(
+            f"{where}: weights have a gradient, so they depend on the model; weights must come "
+            "from the data alone; multiply the losses by what depends on the model"
+        )

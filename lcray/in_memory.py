@@ -19,6 +19,7 @@ from lcray.data import SplitData
 from lcray.drafting import make_settings
 from lcray.errors import CheckpointError, UsageError
 from lcray.fresh import check_model
+from lcray.independence import Independence
 from lcray.layers import Layer
 from lcray.path import Point, Segment
 from lcray.planning import Settings
@@ -139,12 +140,13 @@ def allocate(
     """
     settings = make_settings(options)
     _check_states(before, after)
-    task = locate(task).load()
-    bench = Workbench(task, settings, device=device)
+    loaded = locate(task).load()
+    bench = Workbench(loaded, settings, device=device)
     states = [_point(bench, state, step) for step, state in enumerate((before, after))]
+    Independence(bench, loaded).check(states)
     segment = Segment(*states)
     if segment.is_finite:
-        check_model(bench, task, states[0], states[1], states[1])
+        check_model(bench, loaded, states[0], states[1], states[1])
     return {
         split.name: _allocate(bench, settings, index, segment)
         for index, split in enumerate(bench.splits)

@@ -76,7 +76,8 @@ class Normalization(TorchFunctionMode):
             if not self._fixed:
                 raise TaskError(
                     "model: normalises by batch statistics outside of torch's BatchNorm modules; "
-                    "analyze with batch_norm='batch' (--batch-norm batch)"
+                    "analyze with batch_norm='batch' (--batch-norm batch), or declare that batches "
+                    "are part of the loss: Task(batch_loss=True)"
                 )
             return F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
         if self._needs_formula(running_mean, running_var):

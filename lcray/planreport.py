@@ -26,6 +26,7 @@ class PlanReport:
         workers: the number it was made for.
         team: workers that share a gradient.
         interval_seconds: that an interval takes such a team.
+        fixed_batches: whether batches are part of the loss, so that their size was not tuned.
         resident: whether a worker keeps the data of a split in memory, by split; else it streams
             them, to the same results.
         notes: what to keep in mind about the numbers, one line each.
@@ -38,6 +39,7 @@ class PlanReport:
     notes: tuple[str, ...] = ()
     team: int = 1
     interval_seconds: float | None = None
+    fixed_batches: bool = False
 
     def __repr__(self) -> str:
         cost = self.estimate

@@ -111,7 +111,9 @@ def _check_vacant(out: Place) -> None:
 
 def make_fingerprint(description: Description) -> dict[str, Any]:
     """What decides the numbers beside settings and plan."""
+    declared = {"batch_loss": True} if description.batch_loss else {}
     return {
+        **declared,
         "task source": description.source_hash,
         "data": description.split_hashes,
         "base model": description.base_hash,
@@ -135,7 +137,14 @@ def make_notes(
             f"{settings.sample_seed}: losses and LC are estimates; confidence() of lcray.open says "
             "how far they may be off"
         )
-    if description.fixed_batches and settings.batch_size is None:
+    if description.batch_loss:
+        size = settings.batch_size or DEFAULT_BATCH_SIZE
+        notes.append(
+            f"batches of up to {size} samples, permuted by seed {settings.batch_seed}: the task "
+            "declares that they are part of the loss (batch_loss=True), so their size decides the "
+            "numbers and is not tuned; --batch-size sets it"
+        )
+    elif description.fixed_batches and settings.batch_size is None:
         notes.append(
             f"batches of up to {DEFAULT_BATCH_SIZE} samples: BatchNorm takes their statistics, so "
             "their size decides the numbers and is not tuned; --batch-size sets it"

@@ -25,6 +25,7 @@ from lcray.descriptions import check_repeatable, split_plan
 from lcray.errors import CheckpointError, TaskError
 from lcray.fisher import FisherMeter, check_task
 from lcray.fresh import Soundness, check_model
+from lcray.independence import Independence, two_points
 from lcray.outcomes import Outcome as Outcome
 from lcray.outcomes import SpanReport as SpanReport
 from lcray.outcomes import Tally
@@ -117,6 +118,7 @@ class Workspace:
             double_precision=self._stored_in(8),
             fixed_batches=self.bench.fixed_batches,
             drawn=self.bench.drawn,
+            batch_loss=self.task.batch_loss,
         )
 
     def _stored_in(self, *sizes: int) -> tuple[str, ...]:
@@ -159,6 +161,7 @@ class Workspace:
         tuning = tune(self.bench)
         partial_sums = self.bench.engine.partial_sums
         self.bench.adopt(tuning.batch_size, tuning.memory_format, partial_sums)
+        independence = Independence(self.bench, self.task)
         point = self._go_to_first()
         plans, seconds = [], {}
         for split in self.bench.splits:
@@ -171,6 +174,7 @@ class Workspace:
             same = self._gradient_repeats(split.single(first.first_weighted), out)
             check_repeatable(split, first, second, same, exact=self.settings.deterministic)
             plans.append(with_reference(split_plan(split, first), reference[split.name]))
+        independence.check(two_points(self.series.steps, self._read))
         return Probe(
             splits=tuple(plans),
             seconds=seconds,
@@ -254,9 +258,12 @@ class Workspace:
         return point
 
     def _read_first(self) -> Point:
+        return self._read(self._first.step)
+
+    def _read(self, step: int) -> Point:
         known = {self._first.step: self._first.sha256}
         with Walk(self.series, self.flat, self._dtypes, known) as walk:
-            return walk.read(self._first.step)
+            return walk.read(step)
 
     def losses(self, plan: Plan) -> dict[str, float]:
         """The mean loss of each split at the first checkpoint, in the batches of `plan`.
@@ -265,9 +272,12 @@ class Workspace:
         """
         self._measured()  # while the data are open
         self.bench.adopt(plan.batch_size, plan.memory_format, plan.partial_sums)
+        independence = Independence(self.bench, self.task)
         self._go_to_first()
         engine = self.bench.engine
-        return {split.name: engine.evaluate(split, None).loss for split in self.bench.splits}
+        losses = {split.name: engine.evaluate(split, None).loss for split in self.bench.splits}
+        independence.check(two_points(self.series.steps, self._read))
+        return losses
 
     def run(
         self,

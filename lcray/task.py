@@ -47,6 +47,11 @@ class Task:
             drawn from the model's own distribution, by `generator` (on the device of `output`,
             what the model returned for the batch); for the true Fisher information, where losses
             must be -log p of their target, up to a constant.
+        batch_loss: whether batches are part of the loss: the losses of a batch depend on each
+            other, as in InfoNCE. Batches are then a seeded permutation of the split, of the size
+            that the settings say (256 by default), never tuned and never sorted by group; a sample
+            of the split and Fisher information do not exist. Without it, a loss whose items depend
+            on the others of their batch is refused.
 
     Example:
         >>> import torch, torch.nn.functional as F
@@ -66,6 +71,7 @@ class Task:
     groups: Callable[[Any], Tensor] | None = None
     collate: Callable[[list[Any]], Any] | None = None
     sample_targets: Callable[[Any, Any, Generator], Any] | None = None
+    batch_loss: bool = False
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ def points_of(request: Request) -> dict[int, Point]:
 def likeness(bench: Workbench, task: Task) -> tuple[Any, ...]:
     """What must be the same for all workers of a team."""
     source = source_hash(task, bench.flat.model)
-    return bench.flat.layers, bench.hashes, bench.base_hash(), bench.device.type, source
+    declared = source, task.batch_loss
+    return bench.flat.layers, bench.hashes, bench.base_hash(), bench.device.type, declared
 
 
 class Colleague:

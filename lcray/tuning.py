@@ -128,7 +128,7 @@ class _Probe:
     def choose(self) -> Tuning:
         """What `tune` gives."""
         bench, size = self._bench, self._bench.batch_size
-        sample = activation_bytes(bench, bench.excerpt(self._number, _PAIR))
+        sample = activation_bytes(bench, bench.excerpt(self._number, self._trial(_PAIR)))
         free = bench.settings.batch_size is None and not bench.fixed_batches
         if free:
             most = _fitting(bench.room // 2, sample)
@@ -136,13 +136,17 @@ class _Probe:
         if self._n_samples > DEFAULT_BATCH_SIZE:
             both = self._may_change_format()
             if both:
-                self._keep_faster(min(size, _FEW))
+                self._keep_faster(self._trial(min(size, _FEW)))
             if free:
                 size = self._climb(most)
             if both:
                 self._keep_faster(size)
         rates = tuple((*key, rate) for key, rate in self._rates.items())
         return Tuning(size, bench.memory_format, rates, sample)
+
+    def _trial(self, samples: int) -> int:
+        """`samples`, or the size of batches that are part of the loss: it may need them whole."""
+        return self._bench.batch_size if self._bench.fixed_batches else samples
 
     def _may_change_format(self) -> bool:
         """Whether the model has images to convolve, and computes the same in both formats."""
@@ -161,11 +165,12 @@ class _Probe:
         return all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(there, here, strict=True))
 
     def _losses(self, memory_format: str) -> list[float]:
-        """Of the two first samples of every split, passed forward and backward."""
+        """Of two samples or a whole batch of every split, passed forward and backward."""
         bench = self._bench
         bench.set_memory_format(memory_format)
-        pairs = [bench.excerpt(number, _PAIR) for number in range(len(bench.sources))]
-        return [bench.engine.evaluate(pair, self._out).loss for pair in pairs]
+        size, numbers = self._trial(_PAIR), range(len(bench.sources))
+        excerpts = [bench.excerpt(number, size) for number in numbers]
+        return [bench.engine.evaluate(excerpt, self._out).loss for excerpt in excerpts]
 
     def _keep_faster(self, batch_size: int) -> None:
         """Set the memory format that is the faster one at this size of batches."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +17,6 @@ from lcray.errors import TaskError, UsageError
 from lcray.flat import FlatModel
 from lcray.gradient import GradientEngine
 from lcray.memory import available_bytes
-from lcray.normalization import depends_on_batches
 from lcray.parts import Seat, batches_of
 from lcray.path import Point
 from lcray.planning import (
@@ -27,6 +27,7 @@ from lcray.planning import (
     vector_bytes,
 )
 from lcray.precision import check_float32, exact_float32
+from lcray.samples import Index
 from lcray.task import Task, call_model, split_data
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -91,7 +92,7 @@ class Workbench:
         self.engine.partial_sums = settings.partial_sums or partial_sums or 1
         self.seat = seat or Seat()
         self._kept: int | None = None  # the parts that the seat's share was cut by; None: all
-        self.fixed_batches = depends_on_batches(model, settings.batch_norm)
+        self.fixed_batches = self.engine.fixed_batches
         self._sources: tuple[SplitSource, ...] | None = self._open()
         exact_float32()  # again: building the model, or opening the data, may have undone it
         check_float32(self.device)
@@ -180,6 +181,23 @@ class Workbench:
         """`point` with its vector on the device."""
         return replace(point, vector=point.vector.to(self.device))
 
+    def gather(
+        self, source: SplitSource, cuts: Sequence[Index], dtype: torch.dtype | None = None
+    ) -> SplitData:
+        """Samples by their numbers, a batch of each of `cuts`, without groups.
+
+        Args:
+            source: the split.
+            cuts: the numbers.
+            dtype: of floats, after they were rounded to the compute dtype; None for that.
+        """
+
+        def place(tensor: Tensor) -> Tensor:
+            tensor = self._place(tensor)
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        return source.gather(cuts, place=self._place if dtype is None else place)
+
     def _open(self) -> tuple[SplitSource, ...]:
         seed = self.settings.batch_seed if self.fixed_batches else None
         data = split_data(self._task, self.settings.splits)
@@ -199,6 +217,11 @@ class Workbench:
         settings = self.settings
         if settings.fisher is None:
             return ()
+        if self._task.batch_loss:
+            raise TaskError(
+                "task: declares that batches are part of the loss (batch_loss=True), so no sample "
+                "has a loss of its own: there is no Fisher information; leave --fisher out"
+            )
         if self.fixed_batches:
             raise TaskError(
                 "model: has BatchNorm layers without running statistics, so that no sample has a "

@@ -44,13 +44,16 @@ class Case:
     states: tuple[State, ...]
     groups: Callable[[Any], Tensor] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    batch_loss: bool = False
 
     def __repr__(self) -> str:
         return f"<{self.name}, {len(self.data[0])} samples, {len(self.states)} states>"
 
     @property
     def task(self) -> Task:
-        return Task(self.make, {"train": self.data}, self.loss, self.groups)
+        return Task(
+            self.make, {"train": self.data}, self.loss, self.groups, batch_loss=self.batch_loss
+        )
 
     def with_options(self, **options: Any) -> Case:
         return replace(self, options={**self.options, **options})
@@ -101,7 +104,7 @@ class Bench:
         mode = self.settings.batch_norm
         n = len(case.data[0])
         chunks: Any = [tuple(part[i : i + 1] for part in case.data) for i in range(n)]
-        if mode == "batch":
+        if mode == "batch" or case.batch_loss:
             chunks = list(self.split.batches)
         return Twin(case.make, case.loss, chunks, case.groups, mode)
 
@@ -228,6 +231,12 @@ def classify_weighted(net: Any, batch: Any) -> tuple[Tensor, Tensor]:
     return classify(net, batch), batch[2]
 
 
+def contrast(net: Any, batch: Any) -> Tensor:
+    """InfoNCE (van den Oord et al. 2018, eq. 4): two views of a sample against the others'."""
+    left, right = (F.normalize(net(view), dim=1) for view in batch[:2])
+    return F.cross_entropy(left @ right.T / 0.5, torch.arange(len(left)), reduction="none")
+
+
 def labels(batch: Any) -> Tensor:
     return batch[1]
 
@@ -330,6 +339,26 @@ def mlp(
         classify_weighted if weighted else classify,
         random_states(make, seed, states),
         labels,
+    )
+
+
+def contrastive(seed: int, activation: str, n: int = 11, size: int = 4, states: int = 2) -> Case:
+    """Pairs of views in batches of at most `size`, which are part of the loss; three groups."""
+
+    def make() -> nn.Module:
+        return Mlp(activation, (3, 4, 3))
+
+    random = torch.Generator().manual_seed(seed + 4)
+    views = torch.randn(2, n, 3, generator=random, dtype=torch.float64)
+    return Case(
+        f"contrastive-{activation}-{seed}",
+        make,
+        (views[0], views[0] + 0.3 * views[1], torch.arange(n) % 3),
+        contrast,
+        random_states(make, seed, states),
+        lambda batch: batch[2],
+        {"batch_size": size},
+        batch_loss=True,
     )
 
 

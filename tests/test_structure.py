@@ -78,6 +78,7 @@ ORDER = (
     "workbench",
     "fresh",
     "agreement",
+    "independence",
     "teamwork",
     "tuning",
     "in_memory",

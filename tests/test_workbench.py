@@ -153,6 +153,13 @@ class TestLossContract:
     def test_weights_that_do_not_fit(self, weights: Any, message: str) -> None:
         assert refusal(lambda net, b: (net(b[0]), weights)).startswith(self.WHERE + message)
 
+    def test_weights_with_a_gradient(self) -> None:
+        message = refusal(lambda net, b: (net(b[0]), net(b[0]) ** 2))
+        assert message == (
+            f"{self.WHERE}weights have a gradient, so they depend on the model; weights must come "
+            "from the data alone; multiply the losses by what depends on the model"
+        )
+
     @pytest.mark.parametrize("weight", [-1e-9, torch.nan, torch.inf])
     def test_weights_that_are_none(self, weight: float) -> None:
         weights = torch.tensor([1, weight, 1, 1, 1])
