@@ -107,6 +107,7 @@ class _Check:
         at = self._bench.placed(point)
         Site(Segment(at, at), 0.0).enter(self._flat)
         here = [self._items(split) for split in self._splits]
+        self._flat.check_unwritten(at.vector)
         new, control = self._new.losses(point)
         for number in range(len(self._splits)):
             bound = self._bound(new[number], None if control is None else control[number])
