@@ -230,8 +230,8 @@ class _Items:
     def of(cls, found: Found) -> _Items:
         """The items of all batches together."""
         losses = torch.cat([losses for losses, _ in found]).double().cpu()
-        given = [weights for _, weights in found if weights is not None]
-        weights = torch.cat(given).double().cpu() if given else torch.ones_like(losses)
+        given = [torch.ones_like(losses) if w is None else w for losses, w in found]
+        weights = torch.cat(given).double().cpu()
         losses, weights = losses[weights > 0], weights[weights > 0]
         finite = losses.isfinite()
         columns = losses[finite], weights, (losses * weights)[finite]

@@ -175,6 +175,12 @@ def test_batches_and_who_chose_them(plan: Plan) -> None:
     assert "up to 64 samples, channels_last\n" in report(replace(made, settings=asked))
 
 
+def test_batches_that_are_part_of_the_loss_are_nobodys_choice(plan: Plan) -> None:
+    cost = Estimate(12, 56, 90.0, 2_000_000, {}, 500_000_000)
+    text = shown(display.plan_table(PlanReport(plan, cost, 3, fixed_batches=True)))
+    assert f"up to {plan.batch_size} samples, part of the loss, contiguous" in text
+
+
 def test_refinement_makes_estimates_lower_bounds(plan: Plan) -> None:
     refined = replace(plan, settings=replace(plan.settings, refine=True))
     text = report(refined, seconds=None, is_least=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import lcray
 from lcray.drafting import make_plan, make_settings
-from lcray.errors import CheckpointError, TaskError, UsageError
+from lcray.errors import CheckpointError, OutputError, TaskError, UsageError
 from lcray.independence import Independence, growing, mixture, two_points
 from lcray.path import Point
 from lcray.record import make_fingerprint, make_notes
@@ -153,6 +153,11 @@ def mean_of_all(model: nn.Module, batch: Any) -> Tensor:
     return losses.mean().expand(len(losses))
 
 
+def weights_at_times(model: nn.Module, batch: Any) -> Any:
+    losses = by_item(model, batch)
+    return losses if len(losses) > 9 else (losses, torch.full_like(losses, 0.5))
+
+
 def weights_that_add_up_to_one(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     losses = by_item(model, batch)
     return losses, torch.full_like(losses, 1 / len(losses))
@@ -172,6 +177,7 @@ DEPENDENT: dict[str, Loss] = {
     "class sizes": by_class_size,
     "a mean": mean_of_all,
     "weights": weights_that_add_up_to_one,
+    "weights at times": weights_at_times,
 }
 
 
@@ -730,6 +736,36 @@ class TestDeclared:
         )
         (note,) = make_notes(declared, make_settings({"batch_size": 9, "batch_seed": 3}))
         assert note.startswith("batches of up to 9 samples, permuted by seed 3: the task")
+
+
+@pytest.mark.usefixtures("inline")
+def test_an_analysis_of_batches(run: Path, tmp_path: Path) -> None:
+    """With groups or without, in long spans or short ones, the loss changes alike; and verifies."""
+
+    def analyze(name: str, **given: Any) -> Any:
+        groups = given.pop("groups", None)
+        task = Task(net, {"train": points()}, info_nce, groups=groups, batch_loss=True)
+        out = tmp_path / name
+        found = lcray.analyze(run, task, out, batch_size=16, dtype="float64", **given)
+        assert lcray.verify(out).ok
+        return found.intervals()
+
+    plain = analyze("plain", span_length=3)
+    grouped = analyze("grouped", span_length=1, groups=lambda batch: batch[1])
+    assert len(plain) == 3 and (plain["loss_change"].abs() > 1e-3).all()
+    assert (plain["loss_change"] == grouped["loss_change"]).all()
+    undeclared = Task(net, {"train": points()}, by_item)
+    with pytest.raises(OutputError, match="batch_loss: True there, None now"):
+        lcray.analyze(run, undeclared, tmp_path / "plain", batch_size=16, dtype="float64")
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_plan_says_it(run: Path) -> None:
+    task = Task(net, {"train": points()}, info_nce, batch_loss=True)
+    report = lcray.plan(run, task)
+    assert report.fixed_batches and report.plan.batch_size == 256
+    assert any("are part of the loss (batch_loss=True)" in note for note in report.notes)
+    assert not lcray.plan(run, replace(task, loss=by_item, batch_loss=False)).fixed_batches
 
 
 def test_the_answer_without_the_check_would_depend_on_the_batch() -> None:
