@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lcray.checkpoints import CheckpointSeries, open_series
-from lcray.cluster import Pool, connection
+from lcray.cluster import Workers, workplace
 from lcray.computing import Computation, OnProgress, Progress, explain
 from lcray.costs import estimate, pass_seconds, seconds_an_interval
 from lcray.drafting import extend_plan, following_length, make_plan, make_settings
@@ -73,7 +73,7 @@ def plan(
         ClusterError: if Ray fails.
     """
     job = _Job(run, task, resources, steps, span_length, make_settings(options))
-    with connection(job.resources), job.pool(job.settings) as pool:
+    with workplace(job.resources) as make, job.pool(make) as pool:
         return job.draft(pool)
 
 
@@ -168,7 +168,11 @@ def _work(
 ) -> None:
     """All that takes workers, by the record that is known or a new one."""
     tell(Progress("start"))
-    with connection(job.resources), job.pool(job.settings) as pool:
+
+    def restarting() -> None:
+        tell(Progress("restart"))
+
+    with workplace(job.resources, restarting) as make, job.pool(make) as pool:
         record = job.record(pool, path, known, given, tell)
         with StatusFile(path, record.plan, lock.holds) as file:
             _compute(job, pool, path, record, file, lock, tell)
@@ -176,7 +180,7 @@ def _work(
 
 def _compute(
     job: _Job,
-    pool: Pool,
+    pool: Workers,
     out: Place,
     record: Record,
     file: StatusFile,
@@ -247,12 +251,12 @@ class _Job:
                 f"({'the plan says so' if known else '--partial-sums'}); give at most as many"
             )
 
-    def pool(self, settings: Settings) -> Pool:
+    def pool(self, make: Callable[..., Workers]) -> Workers:
         limit = len(self.series.steps) - 1 if self.growth is None else _NO_LIMIT
-        return Pool(
+        return make(
             self.source,
             self.run,
-            settings,
+            self.settings,
             self.resources,
             steps=self.steps,
             threads=self.threads,
@@ -260,7 +264,7 @@ class _Job:
             partial_sums=self.partial_sums,
         )
 
-    def draft(self, pool: Pool) -> PlanReport:
+    def draft(self, pool: Workers) -> PlanReport:
         description, soundness, probe = pool.describe(), pool.check(), pool.probe()
         drafted = make_plan(
             self.series.steps,
@@ -302,7 +306,7 @@ class _Job:
 
     def record(
         self,
-        pool: Pool,
+        pool: Workers,
         out: Place,
         record: Record | None,
         given: Plan | None,

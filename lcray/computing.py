@@ -18,7 +18,8 @@ class Progress:
     """How far an analysis is.
 
     Attributes:
-        phase: ``start``, ``probe``, ``spans`` or ``reduce``.
+        phase: ``start``, ``probe``, ``spans`` or ``reduce``; ``restart`` where a Ray of lcray's own
+            has ended and another one is started.
         done: intervals that are committed.
         total: intervals in all.
         running: intervals that are done in spans that are not committed yet.

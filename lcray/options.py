@@ -355,7 +355,8 @@ RUN = (
     click.option(
         "--address",
         metavar="HOST:PORT",
-        help="Ray cluster to use  [default: a local Ray of its own].",
+        help="Ray cluster to use, HEAD:6379; local for a Ray of its own  [default: RAY_ADDRESS, "
+        "else local].",
     ),
 )
 OUT = click.argument("out", shell_complete=folders)

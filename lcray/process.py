@@ -1,4 +1,6 @@
-"""A worker's process: how it allocates memory, and its environment. Tuned for CPU workers alone.
+"""Processes of workers: memory, environment, end.
+
+Only CPU workers are tuned.
 
 Activations are freed and allocated anew in every batch. By default glibc gives memory of that size
 back to the kernel each time, and the kernel zeroes it page by page when it is asked for again,
@@ -11,8 +13,11 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+import psutil
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of malloc.h
 _NEVER = 2**31 - 1  # an int: more would be cut off to something small
@@ -71,3 +76,31 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def end_session(leader: int, *, patience: float = 5.0) -> None:
+    """Kill every process of a session but its leader and this one, and wait until they are gone.
+
+    The leader must not have been waited for, so that its number still means this session.
+
+    Args:
+        leader: the process that began the session.
+        patience: seconds to wait for.
+    """
+    deadline = time.monotonic() + patience
+    while (left := _members(leader)) and time.monotonic() < deadline:
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=0.2)
+
+
+def _members(leader: int) -> list[psutil.Process]:
+    found = []
+    for pid in psutil.pids():
+        with suppress(OSError, psutil.Error):
+            if pid not in (leader, os.getpid()) and os.getsid(pid) == leader:
+                process = psutil.Process(pid)
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+    return found

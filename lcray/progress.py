@@ -22,6 +22,7 @@ from lcray.wording import duration
 
 _PHASES = {
     "start": "starting workers",
+    "restart": "Ray has ended: starting another one, once",
     "probe": "measuring a gradient",
     "spans": "intervals",
     "reduce": "merging tables",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lcray.errors import UsageError
 
@@ -13,7 +15,8 @@ class Resources:
     """What an analysis may use.
 
     Attributes:
-        workers: actors; None for one a GPU, or one a CPU core where there is no GPU.
+        workers: actors; None for one a GPU, or one a CPU core where there is no GPU (of a Ray of
+            its own: a core that this process may use).
         data_parallel: workers that share each gradient, as a team: each takes some of its partial
             sums, so that an interval takes less time. 1: workers share nothing.
         gpus_per_worker: GPUs each (fractions share one); None for 1 where the cluster has GPUs.
@@ -25,8 +28,9 @@ class Resources:
             batches stays below it; models and vectors of their size are needed in any case.
         patience: seconds without progress after which a worker that is at a span is taken to hang,
             and replaced; None for twenty times what a step should take, and at least 300.
-        address: of the Ray cluster to use; None starts a Ray of its own on this machine, unless
-            the process is connected to one or was started by ``ray job submit``.
+        address: of the Ray cluster to use, ``HEAD:6379``; None for what the variable
+            ``RAY_ADDRESS`` says (``ray job submit`` sets it), and where that is unset ``local``, a
+            Ray of its own on this machine. A process that is connected to a Ray uses that one.
     """
 
     workers: int | None = None
@@ -61,6 +65,52 @@ class Placement:
     memory: int | None
     sharers: int
     team: int = 1
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use: by its affinity, and the limits of its control groups.
+
+    Those are what `taskset`, Slurm and containers set; a machine may have many more. At least 1.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, int(min([cores, *_quotas()])))
+
+
+def _quotas(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[float]:
+    """Cores' worth of time that each control group of this process, or one above, may take."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # Version 1 has a hierarchy for each controller, version 2 (no name) one for all of them.
+        tops = [root / name for name in (controllers, "cpu")] if controllers else [root]
+        group = Path(path.lstrip("/"))
+        for top in tops:
+            found += [_quota(top / each) for each in (group, *group.parents)]
+    return [quota for quota in found if quota is not None]
+
+
+def _quota(group: Path) -> float | None:
+    """Of one control group; None where it has no limit, or is not seen from here."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            words = " ".join((group / name).read_text() for name in names).split()
+            quota, period = map(float, words)
+        except (OSError, ValueError):  # "max" among them
+            continue
+        if quota > 0 and period > 0:
+            return quota / period
+    return None
 
 
 def place_workers(

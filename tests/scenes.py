@@ -312,8 +312,7 @@ class InlinePool:
 
 def work_inline(patch: pytest.MonkeyPatch) -> None:
     """Analyses take place in this process, without Ray."""
-    patch.setattr("lcray.analysis.connection", lambda resources: nullcontext())
-    patch.setattr("lcray.analysis.Pool", InlinePool)
+    patch.setattr("lcray.analysis.workplace", lambda *_: nullcontext(InlinePool))
     patch.setattr("ray.get_gpu_ids", list)
 
 

@@ -691,9 +691,7 @@ class TestPrograms:
         assert 1 <= len(scenes.spans_of(out)) < 4
         options = {"span_length": 2, "resources": lcray.Resources(workers=1)}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lcray.analysis.connection", _no_connection)
-            patch.setattr("lcray.analysis.Pool", scenes.InlinePool)
-            patch.setattr("ray.get_gpu_ids", list)
+            scenes.work_inline(patch)
             for folder in (out, project / "undisturbed"):
                 lcray.analyze(project / "run", arguments[-1], folder, **options)
         assert kept.items() <= scenes.commits(out).items()
@@ -750,12 +748,6 @@ class TestPrograms:
         assert found.code == 0, found.err
         assert not (project / "die").exists()
         assert json.loads(found.out)["out"] == "out"
-
-
-def _no_connection(resources: lcray.Resources) -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 NET = """

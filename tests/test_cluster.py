@@ -23,9 +23,9 @@ import scenes
 import torch
 
 import lcray
-from lcray import analysis
 from lcray.cluster import Pool, actor, connection, dispatching
 from lcray.cluster.actor import Shipment
+from lcray.cluster.supervision import SupervisedPool
 from lcray.errors import (
     ClusterError,
     IncompleteError,
@@ -550,9 +550,11 @@ class TestPlacement:
 
 def test_the_worker_in_this_process_stands_for_the_pool() -> None:
     """`scenes.InlinePool` may replace a `Pool` only as long as it offers what analyses use."""
-    used = {name for name in vars(Pool) if not name.startswith("_")}
-    assert used == {name for name in vars(scenes.InlinePool) if not name.startswith("_")}
-    assert analysis.Pool is Pool
+    used, inline, elsewhere = (
+        {name for name in vars(kind) if not name.startswith("_")}
+        for kind in (Pool, scenes.InlinePool, SupervisedPool)
+    )
+    assert used == inline == elsewhere
 
 
 @pytest.mark.usefixtures("ray_cluster")

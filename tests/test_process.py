@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import scenes
 
-from lcray.process import environment, tune_process, worker_environment
+from lcray.process import end_session, environment, tune_process, worker_environment
 
 FAULTS = """
 import resource, sys
@@ -133,3 +136,25 @@ def test_torch_is_not_imported() -> None:
     """Options of malloc count for what is allocated after them."""
     code = "import sys, lcray.process; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=scenes.python_environment())
+
+
+def test_a_session_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    """Also who was left by a parent that has ended; neither the leader nor others."""
+    script = f"(sleep 60 & echo $! > {tmp_path}/orphan) & sleep 60 & wait"
+    leader = subprocess.Popen(["sh", "-c", script], start_new_session=True)
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "orphan").exists() or len(psutil.Process(leader.pid).children()) > 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        orphan = int((tmp_path / "orphan").read_text())
+        assert os.getsid(orphan) == leader.pid
+        leader.kill()
+        end_session(leader.pid)
+        assert not psutil.pid_exists(orphan) or psutil.Process(orphan).status() == "zombie"
+        assert other.poll() is None
+    finally:
+        for process in (leader, other):
+            process.kill()
+            process.wait()

@@ -1,10 +1,34 @@
 """Ray: actors that hold a workspace each, and the loop that hands spans to them.
 
 The only package that imports ray. The driver holds O(workers + spans) and never tensor data; actors
-are stateless between spans, so that losing one costs the span it was at.
+are stateless between spans, so that losing one costs the span it was at. Ray ends the process that
+is connected to it where it ends itself, so the driver has a process of its own (`driver`), and the
+one that called lcray supervises it (`supervision`).
 """
 
-from lcray.cluster.connecting import connection
-from lcray.cluster.pool import Pool
+from __future__ import annotations
 
-__all__ = ["Pool", "connection"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Pool", "Workers", "connection", "workplace"]
+
+if TYPE_CHECKING:
+    from lcray.cluster.connecting import connection as connection
+    from lcray.cluster.pool import Pool as Pool
+    from lcray.cluster.supervision import Workers as Workers
+    from lcray.cluster.supervision import workplace as workplace
+
+# Imported on first use, since the driver's process starts Ray before it loads torch.
+_PUBLIC = {
+    "Pool": "pool",
+    "Workers": "supervision",
+    "connection": "connecting",
+    "workplace": "supervision",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lcray.cluster' has no attribute {name!r}")
+    return getattr(import_module(f"lcray.cluster.{_PUBLIC[name]}"), name)
