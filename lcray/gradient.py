@@ -24,6 +24,7 @@ from lcray.convolution import PaddedConvolutions
 from lcray.data import SplitData
 from lcray.errors import TaskError, brief
 from lcray.flat import FlatModel
+from lcray.nested import map_tensors
 from lcray.normalization import Normalization, depends_on_batches, may_normalize
 from lcray.parts import Answer, Colleagues, PartSums, Request, Site, cut_parts
 from lcray.path import Segment
@@ -167,17 +168,13 @@ class GradientEngine:
 
     @contextmanager
     def _functions(self) -> Iterator[None]:
-        """Our own versions of some functions, by rules that know no history: workers compute alike.
-
-        The first evaluation of any model is looked at for batch statistics, which are refused.
-        """
+        """Our own versions of some functions, by rules without history: workers compute alike."""
         with ExitStack() as stack:
-            if self._normalizes or self._untried:
+            if self._normalizes:
                 stack.enter_context(self._normalization)
             if self.flat.layout.memory_format == "channels_last":
                 stack.enter_context(PaddedConvolutions())
             yield
-        self._untried = False
 
     def _add_gradients(
         self, split: SplitData, index: int, losses: Tensor, weights: Tensor | None, sums: Sums
@@ -224,6 +221,9 @@ class GradientEngine:
 
     def _result(self, batch: Any) -> Any:
         """What the task's loss gives."""
+        if self._untried and not self._normalizes:
+            self._look_for_statistics(batch)
+        self._untried = False
         self.flat.restore_constants()
         try:
             return self._loss(self.flat.model, batch)
@@ -233,6 +233,19 @@ class GradientEngine:
         # Its own statistics are parameters, say: torch gives those no gradient.
         with self._normalization:
             return self._loss(self.flat.model, batch)
+
+    def _look_for_statistics(self, batch: Any) -> None:
+        """Refuse batch statistics that neither a module nor a buffer tells of.
+
+        Apart from what counts: a model that is watched may leave out fast paths, whose bits differ.
+        """
+        try:
+            with self._normalization, torch.no_grad():
+                self._loss(self.flat.model, map_tensors(Tensor.clone, batch))
+        except TaskError:
+            raise
+        except Exception:  # the loss may need gradients; if it is wrong, evaluating it tells
+            return
 
     def item_losses(self, split: SplitData, index: int, batch: Any) -> tuple[Tensor, Tensor | None]:
         """The losses [n] of a batch and their weights, checked.

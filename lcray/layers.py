@@ -156,4 +156,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
             f"model layer {name!r}: was made in inference mode; build the model outside of it"
         )
     if tensor.is_complex():
-        raise TaskError(f"model layer {name!r}: complex numbers are not supported")
+        raise TaskError(
+            f"model layer {name!r}: complex numbers are not supported; keep real "
+            "ones, and use torch.view_as_complex in the forward pass"
+        )

@@ -129,18 +129,21 @@ def depends_on_batches(model: nn.Module, mode: str) -> bool:
 def may_normalize(model: nn.Module) -> bool:
     """Whether the model may take running statistics that move along the path.
 
-    Such are those of torch's BatchNorm and InstanceNorm, and saved float buffers of one axis, which
-    a model may hand to the functional forms itself. The answer depends on the model alone, not on
-    which of its modules have been called so far: they may be gated.
+    Such are those of torch's BatchNorm and InstanceNorm, and pairs of saved float buffers of one
+    axis, which a module may hand to the functional forms itself. The answer depends on the model
+    alone, not on which of its modules have been called so far: they may be gated.
     """
-    if any(isinstance(module, _NormBase) for module in model.modules()):
-        return True
-    saved = model.state_dict(keep_vars=True).values()
-    parameters = {id(parameter) for parameter in model.parameters()}
     return any(
-        isinstance(value, Tensor)
-        and value.is_floating_point()
-        and value.dim() == 1
-        and id(value) not in parameters
-        for value in saved
+        isinstance(module, _NormBase) or _holds_statistics(module) for module in model.modules()
     )
+
+
+def _holds_statistics(module: nn.Module) -> bool:
+    shapes = [
+        buffer.shape
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+        and buffer.is_floating_point()
+        and buffer.dim() == 1
+    ]
+    return len(set(shapes)) < len(shapes)

@@ -425,6 +425,46 @@ def test_statistics_that_are_parameters() -> None:
     assert closeness(found, expected, Bench(other)) <= ROUNDING
 
 
+class Single(nn.Module):
+    """One buffer of one axis, as of rotary embeddings: no pair of mean and variance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        self.register_buffer("frequencies", torch.ones(2))
+
+
+def test_batch_statistics_are_refused_where_nothing_tells_of_them() -> None:
+    def loss(net: Any, batch: Any) -> Tensor:
+        h = F.batch_norm(net(batch[0]), None, None, training=True)
+        return F.cross_entropy(h, batch[1], reduction="none")
+
+    case = Case("direct", lambda: nn.Linear(3, 3), gated_data(0)[:2], loss, ())
+    bench = Bench(case)
+    with pytest.raises(TaskError, match="normalises by batch statistics outside"):
+        bench.engine.evaluate(bench.split, None)
+
+
+def test_looking_for_batch_statistics_changes_no_bit() -> None:
+    # A frozen encoder takes torch's fast path, which is off wherever functions are watched.
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+            self.body.requires_grad_(False)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x).sum(1))
+
+    x = torch.randn(9, 5, 4, generator=torch.Generator().manual_seed(2))
+    case = Case("frozen", Encoder, (x, torch.arange(9) % 3), classify, ())
+    bench = Bench(case, dtype="float32")
+    losses = {bench.engine.evaluate(bench.split, None).loss for _ in range(3)}
+    assert len(losses) == 1
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
@@ -435,6 +475,7 @@ def test_statistics_that_are_parameters() -> None:
         (nn.InstanceNorm1d(2, track_running_stats=True), True),
         (Custom(), True),
         (Gated(), True),
+        (Single(), False),
     ],
 )
 def test_the_model_alone_says_whether_it_may_normalize(model: nn.Module, expected: bool) -> None:
