@@ -16,7 +16,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from lcray.embeddings import use_derivatives
+from lcray.derivatives import use_derivatives
 from lcray.errors import CheckpointError, TaskError, brief
 from lcray.layers import Layer, describe_layers
 from lcray.layout import BLOCK, Layout

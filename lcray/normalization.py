@@ -75,9 +75,9 @@ class Normalization(TorchFunctionMode):
         if self._batch or training or running_mean is None or running_var is None:
             if not self._fixed:
                 raise TaskError(
-                    "model: normalises by batch statistics outside of torch's BatchNorm modules; "
-                    "analyze with batch_norm='batch' (--batch-norm batch), or declare that batches "
-                    "are part of the loss: Task(batch_loss=True)"
+                    "model: normalises by batch statistics outside of torch's BatchNorm modules, "
+                    "or switches to training mode; analyze with batch_norm='batch' (--batch-norm "
+                    "batch), or declare that batches are part of the loss: Task(batch_loss=True)"
                 )
             return F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
         if self._needs_formula(running_mean, running_var):

@@ -384,3 +384,65 @@ def test_a_buffer_that_follows_a_weight_moves_along_the_path() -> None:
     assert found.elements["average"].abs().sum() > 0.01 * expected.scale
     for name, values in expected.lc.items():
         assert (found.elements[name] - values).abs().max() <= 1e-14 * expected.scale, name
+
+
+class Odd(nn.Module):
+    """Odd parameters.
+
+    Of no axis, of no element, unused, in a part that is in it twice, under two names, with sparse
+    gradients, in a part without gradients.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(3, 4, sparse=True)
+        part = nn.Linear(4, 4)
+        self.first, self.again = part, nn.ModuleList([nn.Tanh(), part])
+        self.scale = nn.Parameter(torch.ones(()))
+        self.empty, self.unused = nn.Parameter(torch.ones(0, 4)), nn.Parameter(torch.ones(2))
+        self.head, self.tail = nn.Linear(4, 3), nn.Linear(4, 3, bias=False)
+        self.tail.weight = self.head.weight
+        self.register_buffer("nothing", None)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = torch.tanh(self.first(self.rows(ids))) * self.scale
+        with torch.no_grad():
+            fixed = self.again[0](self.unused).sum() * 0 + 1
+        h = self.again[1](h) * fixed + self.empty.sum(0)
+        return self.head(h) + self.tail(h**2)
+
+
+def test_odd_parameters() -> None:
+    ids = torch.tensor([0, 1, 2, 0, 1, 2])
+    data = (ids, torch.tensor([0, 1, 2, 2, 1, 0]))
+    case = Case("odd", Odd, data, classify, random_states(Odd, 4, 2))
+    found = run(case, batch_size=4)
+    chunks = [tuple(part[i : i + 1] for part in data) for i in range(len(ids))]
+    expected = Twin(Odd, classify, chunks).interval(*case.states, "simpson")
+    assert found.elements.keys() == expected.lc.keys()
+    assert found.elements["scale"] != 0 and not found.elements["unused"].any()
+    for name, values in expected.lc.items():
+        difference = (found.elements[name] - values).abs().sum()
+        assert difference <= 1e-14 * expected.scale, name
+
+
+def test_a_parameter_that_only_one_split_uses() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+
+        def forward(self, x: Tensor, head: int) -> Tensor:
+            return self.heads[head](x)
+
+    def loss(net: Any, batch: Any) -> Tensor:
+        return net(batch[0], int(batch[1][0])).square().sum(1)
+
+    x = vectors(2, 6, 3, 2, False)[0]
+    splits = {f"{head}": (x, torch.full((6,), head)) for head in range(2)}
+    states = random_states(Heads, 4, 2)
+    found = allocate(Task(Heads, splits, loss), *states, dtype="float64")
+    for head in range(2):
+        used = {name for name, lc in found[f"{head}"].elements.items() if lc.any()}
+        assert used == {f"heads.{head}.weight", f"heads.{head}.bias"}
+        assert abs(found[f"{head}"].gap) <= 1e-12  # a quadratic

@@ -41,7 +41,7 @@ ORDER = (
     "drafting",
     "normalization",
     "convolution",
-    "embeddings",
+    "derivatives",
     "flat",
     "path",
     "walk",

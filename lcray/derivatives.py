@@ -1,12 +1,13 @@
-"""Embeddings whose backward pass gives the derivative of the loss.
+"""Models whose backward pass gives the derivative of the loss.
 
-torch lets an embedding train otherwise than by the derivative: the row of padding gets no gradient,
-gradients may be divided by how often a row is in the batch, and with ``max_norm`` the forward pass
-writes shorter rows into the weight. LC needs the derivative, and a loss that writes nothing:
+Training may want something else. Hooks change gradients on their way, or step as soon as one is
+there. Embeddings leave out the row of padding, or divide gradients by how often a row is in the
+batch; with ``max_norm`` the forward pass writes shorter rows into the weight. LC needs the
+derivative, and a loss that writes nothing. So hooks go, and embeddings compute
 
     e(i) = W_i · min(1, max_norm / ‖W_i‖)
 
-has the same values as torch's, at any W, and is a function of W.
+which has the same values as torch's, at any W, and is a function of W.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ _EPSILON = 1e-7  # what torch adds to the norms that it divides by
 
 
 def use_derivatives(model: nn.Module) -> None:
-    """Make the backward passes of the model's embeddings derivatives; losses stay as they are.
+    """Make the backward pass of the model the derivative; its losses stay as they are.
 
     Left alone are embeddings with a forward pass of their own, and those with ``max_norm`` whose
     weight has another use: that sees rows shortened or not as the batch has it.
     """
+    _drop_hooks(model)
     uses: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -38,6 +40,17 @@ def use_derivatives(model: nn.Module) -> None:
         alone = uses.get(id(module._parameters.get("weight"))) == 1
         if alone if module.max_norm is not None else module.padding_idx is not None:
             module.forward = partial(_embed, module)  # type: ignore[method-assign]
+
+
+def _drop_hooks(model: nn.Module) -> None:
+    """Take off what was registered to change gradients, or to act on them."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        for hooks in (tensor._backward_hooks, tensor._post_accumulate_grad_hooks):
+            if hooks:
+                hooks.clear()
+    for module in model.modules():
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
 
 
 def _is_torchs(module: nn.Embedding) -> bool:

@@ -1,4 +1,4 @@
-"""Embeddings that torch trains otherwise than by the derivative: LC is of the derivative."""
+"""Models that torch trains otherwise than by the derivative: LC is of the derivative."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from strategies import Bench, Case, classify, closeness, random_states
 from torch import Tensor, nn
 
-from lcray.embeddings import use_derivatives
+from lcray.derivatives import use_derivatives
 from lcray.errors import TaskError
 
 # Sums of a few dozen float64 terms in another order, relative to Σ|LC|.
@@ -121,3 +121,29 @@ def test_what_is_derivative_already_is_left_alone() -> None:
     use_derivatives(model)
     assert all("forward" not in module.__dict__ for module in model)
     assert model[1].padding_idx == 0  # it leaves the row out of its sums: the derivative is 0
+
+
+class Hooked(nn.Module):
+    """Gradients are clipped, doubled and acted on, as training may want it."""
+
+    def __init__(self, hooks: bool = True) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
+        if hooks:
+            self.first.weight.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+            self.last.bias.register_post_accumulate_grad_hook(lambda p: p.data.sub_(p.grad))
+            self.last.register_full_backward_hook(lambda m, gin, gout: (2 * gin[0],))
+            self.last.register_full_backward_pre_hook(lambda m, gout: (3 * gout[0],))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+def test_hooks_on_gradients_are_of_training() -> None:
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    states = random_states(Hooked, 3, 2)
+    plain = Case("plain", lambda: Hooked(hooks=False), (x, TOKENS[1]), classify, states)
+    bench = Bench(Case("hooked", Hooked, (x, TOKENS[1]), classify, states))
+    (found,) = bench.run(states)
+    expected = bench.twin(plain).interval(*states, "simpson")
+    assert closeness(found, expected, bench) <= ROUNDING
