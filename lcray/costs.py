@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from lcray.planning import Plan, SplitPlan, largest_share, vector_bytes
 from lcray.quadrature import QuadratureRule, get_rule
 
-#: Bytes a row of shards and tables together, measured on the MNIST-LeNet example.
+#: Bytes per row of a shard, and of the merged table, without what a file or a group of rows takes
+#: whatever it holds. Measured on LeNet, a vision transformer and a GPT: tests/test_disk.py.
 ROW_BYTES = {
-    "intervals": 250,
-    "layers": 180,
-    "units": 20,
-    "groups": 22,
-    "replicates": 90,
-    "replicate_layers": 22,
-    "histograms": 22,
-    "parameters": 42,
-    "traces": 44,
-    "elements": 8,
-    "fisher": 45,
-    "borders": 2,
+    "intervals": (65, 65),
+    "layers": (59, 54),
+    "units": (7.0, 6.9),
+    "groups": (7.7, 7.5),
+    "replicates": (45, 45),
+    "replicate_layers": (11, 11),
+    "histograms": (9.3, 8.8),
+    "parameters": (17.5, 17.0),
+    "traces": (14.2, 12.3),
+    "elements": (4, 4),
+    "fisher": (23, 22),
+    "borders": (1.4, 0),
+    "fits": (0, 13),
 }
-_HISTOGRAM_BINS = 250  # non-empty bins of a layer, sign and window
+#: More of them for every doubling of the intervals: counts and flips get wider.
+_WIDER = {"parameters": (1.4, 1.2)}
+#: Bytes of a group of rows in a shard, beside its rows.
+_GROUP_BYTES = {"parameters": 2200, "traces": 1400, "borders": 900}
+_FILE_BYTES = 9000  # schema, units, descriptions
+_PLAN_BYTES, _PLAN_LAYER_BYTES, _SPAN_BYTES = 20_000, 250, 3000  # plan, manifests and commits
+_FIT_ROWS = 6  # of a layer, sign and window
+# Bins of a layer, sign and window that are not empty, by the decimal logarithm of its values.
+_BINS_SLOPE, _BINS_FROM, _BINS_OF_FEW, _FEW = 68.0, 88.0, 0.55, 50
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,6 @@ def estimate(
         gradients = passes * pass_seconds(plan, team, seconds)
         time = share * (gradients + n_fisher(plan) * fisher_seconds)
     rows = _rows(plan)
-    disk = sum(count * ROW_BYTES[name] for name, count in rows.items())
     size = sum(layer.numel for layer in plan.layers)
     longest = max(span.n_intervals for span in plan.spans) / plan.n_intervals
     kept = ("units", "groups", "replicate_layers", "traces")  # until the span ends
@@ -90,8 +102,8 @@ def estimate(
         n_intervals=plan.n_intervals,
         n_gradients=passes * len(plan.splits),
         seconds=time,
-        disk_bytes=disk,
-        rows={name: count for name, count in rows.items() if name != "borders"},
+        disk_bytes=_disk_bytes(plan, rows),
+        rows=rows,
         memory_bytes=None if worker_bytes is None else worker_bytes + extra,
         is_least=plan.settings.refine or rule.probe_every > 0,
     )
@@ -138,12 +150,9 @@ def _rows(plan: Plan) -> dict[str, int]:
     layers = {layer.name: layer for layer in plan.layers}
     detail = [layers[name] for name in plan.detail_layers]
     size = sum(layer.numel for layer in detail)
-    ends = plan.window_of(plan.steps[0]), plan.window_of(plan.steps[-2])
-    windows = (ends[1] - ends[0]) // plan.window + 1
     groups = sum(len(split.groups) for split in plan.splits)
     replicates = sum(len(split.replicate_weights) for split in plan.splits)
     samples = sum(min(plan.trace_sample, layer.numel) for layer in detail)
-    bins = sum(2 * min(_HISTOGRAM_BINS, layer.numel) for layer in detail)
     rows = {
         "intervals": splits * intervals,
         "layers": splits * intervals * len(plan.layers),
@@ -151,12 +160,64 @@ def _rows(plan: Plan) -> dict[str, int]:
         "groups": groups * intervals * len(plan.layers),
         "replicates": replicates * intervals,
         "replicate_layers": replicates * intervals * len(plan.layers),
-        "histograms": splits * windows * bins,
+        "histograms": splits * _bins(plan, [plan.steps]),
         "parameters": splits * size,
         "traces": splits * intervals * samples,
         "elements": splits * intervals * size,
         "fisher": splits * n_fisher(plan) * sum(layer.trainable for layer in plan.layers),
     }
-    chosen = {name: rows[name] for name in plan.tables}
-    chosen["borders"] = splits * size * len(plan.spans)
-    return chosen
+    return {name: rows[name] for name in plan.tables}
+
+
+def _bins(plan: Plan, parts: Iterable[Sequence[int]]) -> int:
+    """Rows of `histograms` for one split, windows being cut where `parts`, runs of steps, meet."""
+    layers = {layer.name: layer for layer in plan.layers}
+    sizes = [layers[name].numel for name in plan.detail_layers]
+    lengths: Counter[int] = Counter()  # windows by the intervals that they have
+    for steps in parts:
+        windows = np.asarray(steps[:-1], np.int64) // plan.window
+        lengths.update(np.unique(windows, return_counts=True)[1].tolist())
+    return sum(
+        number * round(2 * _filled(size * intervals / 2))
+        for intervals, number in lengths.items()
+        for size in sizes
+    )
+
+
+def _filled(values: float) -> float:
+    """Bins with at least one of so many values of one sign."""
+    if values <= _FEW:
+        return _BINS_OF_FEW * values
+    return _BINS_SLOPE * math.log10(values) - _BINS_FROM
+
+
+def _disk_bytes(plan: Plan, rows: Mapping[str, int]) -> int:
+    """What shards and tables take together: rows, groups of rows, files, and what describes them.
+
+    Shards have `parameters` and `borders` for every span, and bins for each part of a window.
+    """
+    splits, n_spans, n_detail = len(plan.splits), len(plan.spans), len(plan.detail_layers)
+    elements = splits * sum(la.numel for la in plan.layers if la.name in set(plan.detail_layers))
+    in_shards = dict(rows)
+    if "parameters" in rows:
+        in_shards["parameters"] = n_spans * elements
+    if "histograms" in rows:
+        in_shards["histograms"] = splits * _bins(plan, (span.steps for span in plan.spans))
+    in_shards["borders"] = n_spans * splits * sum(layer.numel for layer in plan.layers)
+    in_tables = dict(rows)
+    if "histograms" in rows:
+        windows = len(np.unique(np.asarray(plan.steps[:-1], np.int64) // plan.window))
+        in_tables["fits"] = splits * (windows + 1) * n_detail * 2 * _FIT_ROWS
+    each = plan.n_intervals / n_spans
+    total = sum(n * _row_bytes(name, 0, each) for name, n in in_shards.items())
+    total += sum(n * _row_bytes(name, 1, plan.n_intervals) for name, n in in_tables.items())
+    groups = sum(_GROUP_BYTES.get(name, 0) for name in in_shards) * splits * n_detail * n_spans
+    files = _FILE_BYTES * (len(in_shards) * n_spans + len(in_tables))
+    about = _PLAN_BYTES + _PLAN_LAYER_BYTES * len(plan.layers) + _SPAN_BYTES * n_spans
+    return round(total + groups + files + about)
+
+
+def _row_bytes(table: str, place: int, intervals: float) -> float:
+    """Bytes of a row in a shard (place 0) or in the merged table (1), over so many intervals."""
+    wider = _WIDER.get(table, (0, 0))[place]
+    return ROW_BYTES[table][place] + wider * math.log2(max(1.0, intervals))

@@ -224,7 +224,7 @@ def check_plan(plan: Plan) -> None:
         ),
         "an unknown memory format": plan.memory_format not in MEMORY_FORMATS,
         "tables or layers that do not exist": not (
-            set(plan.tables) <= set(ROW_BYTES)
+            set(plan.tables) <= set(ROW_BYTES) - {"fits"}
             and set(plan.unit_layers) | set(plan.detail_layers) <= set(names)
         ),
         "a layer or split twice": len({*names}) < len(names)
