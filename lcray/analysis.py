@@ -37,6 +37,7 @@ from lcray.record import (
 from lcray.repairing import take_back
 from lcray.resources import Resources
 from lcray.results import Results, open_output
+from lcray.revisiting import Revisit, revisit_last
 from lcray.shards import remove_strays
 from lcray.standing import StatusFile
 from lcray.storage import Place, PlaceLike, place
@@ -105,7 +106,8 @@ def analyze(
         resources: workers and where they run.
         steps: the range of steps to analyze, ``a:b``.
         span_length: intervals a span; chosen by their duration and number otherwise.
-        repair: read what is committed, and compute anew what is damaged.
+        repair: read what is committed, and compute anew what is damaged, or was computed from
+            checkpoints that have changed since.
         follow: go on while training still writes, until the run has ended (see `idle`). Give
             `window` then: by default it is chosen by the steps there are at first.
         idle: seconds without a new checkpoint after which a run that is followed has ended; None
@@ -117,8 +119,9 @@ def analyze(
         UsageError: for options that cannot be used.
         CheckpointError: if the run cannot be read.
         TaskError: if the task breaks its contract.
-        OutputError: if `out` cannot be written, or holds something else.
-        IncompleteError: if spans failed; the rest is committed, and the message says why.
+        OutputError: if `out` cannot be written, or holds something else, or was computed from
+            other checkpoints than the run has now.
+        IncompleteError: if spans failed; the message says why, and what is committed is kept.
         ClusterError: if Ray fails.
     """
     tell = on_progress or (lambda progress: None)
@@ -141,7 +144,7 @@ def analyze(
             raise OutputError(f"{path}: has just changed; run the same command again")
         if repair and record is not None:
             take_back(path, record.plan.spans)
-        _work(job, path, record, given, lock, tell)
+        _work(job, path, record, given, lock, tell, repair)
     return open_output(path)
 
 
@@ -164,7 +167,13 @@ def _make_folder(path: Place) -> None:
 
 
 def _work(
-    job: _Job, path: Place, known: Record | None, given: Plan | None, lock: Lock, tell: OnProgress
+    job: _Job,
+    path: Place,
+    known: Record | None,
+    given: Plan | None,
+    lock: Lock,
+    tell: OnProgress,
+    repair: bool,
 ) -> None:
     """All that takes workers, by the record that is known or a new one."""
     tell(Progress("start"))
@@ -175,7 +184,7 @@ def _work(
     with workplace(job.resources, restarting) as make, job.pool(make) as pool:
         record = job.record(pool, path, known, given, tell)
         with StatusFile(path, record.plan, lock.holds) as file:
-            _compute(job, pool, path, record, file, lock, tell)
+            _compute(job, pool, path, record, file, lock, tell, repair)
 
 
 def _compute(
@@ -186,11 +195,14 @@ def _compute(
     file: StatusFile,
     lock: Lock,
     tell: OnProgress,
+    repair: bool,
 ) -> None:
     """Compute the spans that are not committed, while there are more, and merge all into tables."""
     pace = seconds_an_interval(record.plan, job.resources.data_parallel)
     pace = None if pace is None else pace / pool.size
-    computation = Computation(pool, out, record.plan, file, lock.check, tell, pace)
+    revisit = Revisit(out, job.series, repair=repair)
+    computation = Computation(pool, out, record.plan, file, lock.check, tell, pace, revisit.counts)
+    revisit.check()
     computation.run()
     while job.growth is not None and not job.growth.ended:
         file.state("following")
@@ -199,6 +211,7 @@ def _compute(
         if longer is record:
             time.sleep(SECONDS_A_LOOK)
             continue
+        revisit_last(out, job.series, record.plan)
         record = longer
         computation.extend(record.plan)
         file.state("running")

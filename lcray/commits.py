@@ -7,7 +7,7 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Commit:
         files: the files of the attempt, by table.
         checkpoints: the sha256 of the checkpoints that were read, by step.
         info: whatever else was kept.
+        stamps: what changes when one of the checkpoints does, by step, where it is known.
     """
 
     span: Span
@@ -54,6 +55,7 @@ class Commit:
     files: Mapping[str, FileEntry]
     checkpoints: Mapping[int, str]
     info: Mapping[str, Any]
+    stamps: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def tables(self) -> frozenset[str]:
@@ -128,7 +130,11 @@ def _commit(data: dict[str, Any], span: Span) -> Commit:
     checkpoints = {int(k): v for k, v in _typed(data, "checkpoints", dict).items()}
     if not all(isinstance(v, str) and k in span.steps for k, v in checkpoints.items()):
         raise ValueError("checkpoints")
-    return Commit(span, attempt, files, checkpoints, _typed(data, "info", dict))
+    known = _typed(data, "stamps", dict) if "stamps" in data else {}
+    stamps = {int(k): v for k, v in known.items()}
+    if not all(isinstance(v, str) and k in checkpoints for k, v in stamps.items()):
+        raise ValueError("stamps")
+    return Commit(span, attempt, files, checkpoints, _typed(data, "info", dict), stamps)
 
 
 def _typed(data: Any, name: str, kind: type) -> Any:

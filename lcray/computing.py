@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lcray.commits import each_commit
+from lcray.commits import Commit, each_commit
 from lcray.outcomes import SpanReport, View, report_of
 from lcray.planning import Plan, Span
 from lcray.standing import StatusFile
@@ -47,6 +47,10 @@ class Computation:
         check: raises an error if the output is another driver's by now.
         tell: whom to tell.
         pace: seconds an interval takes all workers together, as the probe found; None if unknown.
+        counts: whether a commit that there is still counts.
+
+    Raises:
+        OutputError: as `counts` does.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Computation:
         check: Callable[[], None],
         tell: OnProgress,
         pace: float | None = None,
+        counts: Callable[[Commit], bool] = lambda commit: True,
     ) -> None:
         self.failures: dict[Span, str] = {}
         self._pool, self._out, self._plan = pool, out, plan
@@ -66,6 +71,8 @@ class Computation:
 
         def reports() -> Iterator[tuple[Span, SpanReport]]:
             for span, commit in each_commit(out, plan.spans):
+                if not counts(commit):
+                    continue
                 done.add(span.name)
                 yield span, report_of(commit)
 

@@ -28,7 +28,7 @@ def take_back(out: Place, spans: Iterable[Span]) -> tuple[Span, ...]:
     Raises:
         OutputError: if a commit belongs to another version or plan, or cannot be removed.
     """
-    return tuple(span for span in spans if _is_damaged(out, span) and _remove(out, span))
+    return tuple(span for span in spans if _is_damaged(out, span) and remove(out, span))
 
 
 def _is_damaged(out: Place, span: Span) -> bool:
@@ -54,9 +54,15 @@ def _is_damaged(out: Place, span: Span) -> bool:
     return bool(check_files(out, commit))
 
 
-def _remove(out: Place, span: Span) -> bool:
-    """Removes the commit first: without it nothing counts, whatever interrupts the rest."""
-    folder = span_folder(out, span)
+def remove(out: Place, span: Span) -> bool:
+    """Removes the commit of a span and its files.
+
+    The commit goes first: without it nothing counts, whatever interrupts the rest.
+
+    Raises:
+        OutputError: if it cannot be removed, or a link leads out of `out`.
+    """
+    folder = confined(out, span_folder(out, span))
     with writing(folder):
         storage = storage_of(folder)
         storage.delete([folder / "commit.json"])

@@ -150,12 +150,19 @@ class ShardWriter:
             key = [piece.column(name)[0].as_py() for name in schema.partition]
             self._partitions[table] += [key] * groups
 
-    def commit(self, *, checkpoints: Mapping[int, str], info: Mapping[str, Any]) -> bool:
+    def commit(
+        self,
+        *,
+        checkpoints: Mapping[int, str],
+        info: Mapping[str, Any],
+        stamps: Mapping[int, str] | None = None,
+    ) -> bool:
         """Makes this attempt count, unless another one was first.
 
         Args:
             checkpoints: the sha256 of each checkpoint that was read, by step.
             info: anything else worth keeping, such as timings; JSON values.
+            stamps: what changes when a checkpoint does (size, and time or etag), by step.
 
         Returns:
             whether this attempt counts; if not, its files are removed.
@@ -175,6 +182,7 @@ class ShardWriter:
                 "attempt": self.attempt,
                 "files": files,
                 "checkpoints": {str(step): digest for step, digest in checkpoints.items()},
+                "stamps": {str(step): stamp for step, stamp in (stamps or {}).items() if stamp},
                 "info": dict(info),
             }
             self._check_lock()

@@ -316,6 +316,7 @@ class Workspace:
             self._whole = max(span.last, self.series.steps[-2])
         release()  # what building, probing or the span before have left
         hashes: dict[int, str] = {}
+        stamps: dict[int, str] = {}
         n_intervals = span.n_intervals
         tally = Tally(n_intervals * len(plan.splits), n_intervals, tell)
         with ShardWriter(out, span, attempt) as writer, ElementsWriter(writer) as elements:
@@ -324,7 +325,7 @@ class Workspace:
                 return SplitTables(plan, split, writer, elements)
 
             for names in self._passes(plan):
-                self._pass(plan, span, names, hashes, tables_of, tally)
+                self._pass(plan, span, names, (hashes, stamps), tables_of, tally)
             self._write_fisher(plan, span, hashes, writer, tally)
             seconds = time.perf_counter() - start
             info = {
@@ -334,7 +335,7 @@ class Workspace:
                 "reference": digest(self._reference),
                 "sums": {name: list(sums) for name, sums in tally.sums.items()},
             }
-            committed = writer.commit(checkpoints=hashes, info=info)
+            committed = writer.commit(checkpoints=hashes, info=info, stamps=stamps)
         return SpanReport(committed, tally.n_gradients, seconds, tally.sums)
 
     def _write_fisher(
@@ -360,13 +361,13 @@ class Workspace:
         plan: Plan,
         span: Span,
         names: list[str],
-        hashes: dict[int, str],
+        read: tuple[dict[int, str], dict[int, str]],
         tables_of: Callable[[SplitPlan], SplitTables],
         tally: Tally,
     ) -> None:
         """Go along the span once, for some splits."""
         rule, scratch = get_rule(self.settings.rule), Scratch(self.bench.engine)
-        with Walk(self.series, self.flat, self._dtypes, hashes) as walk:
+        with Walk(self.series, self.flat, self._dtypes, *read) as walk:
             allocators: list[SplitAllocator] = []
             tables: list[SplitTables] = []
             for split, planned in zip(self.bench.splits, plan.splits, strict=True):

@@ -35,6 +35,7 @@ class Walk:
         flat: the model.
         dtypes: what every checkpoint must store each tensor as.
         hashes: of checkpoints that were read before, which must not have changed; added to.
+        stamps: what changes when a checkpoint does, by step; added to.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class Walk:
         flat: FlatModel,
         dtypes: Mapping[str, torch.dtype],
         hashes: dict[int, str] | None = None,
+        stamps: dict[int, str] | None = None,
     ) -> None:
+        self._stamps = {} if stamps is None else stamps
         self.hashes = {} if hashes is None else hashes
         self._series, self._flat, self._dtypes = series, flat, dtypes
         self._depth = 2 if flat.theta.nbytes <= _SMALL else 1
@@ -116,6 +119,7 @@ class Walk:
                 f"checkpoint at step {step}: has changed since it was read first; keep the run as "
                 "it is until the analysis is done"
             )
+        self._stamps[step] = state.stamp
         self._check_dtypes(state)
         vector, constants = self._flat.flatten(state.tensors, step, vector, state.dtypes)
         return Point(step, vector, constants)

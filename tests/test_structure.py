@@ -112,6 +112,7 @@ ORDER = (
     "computing",
     "growth",
     "repairing",
+    "revisiting",
     "cluster",
     "analysis",
     "retracing",

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lcray.checkpoints import naming
+from lcray.checkpoints.reading import stamp_of
 from lcray.errors import CheckpointError
 from lcray.storage import Item, Place, Remote, storage_of
 
@@ -34,8 +35,8 @@ class Folders(ABC):
         """A file, with what the listing said about it."""
 
     @abstractmethod
-    def size(self, file: Place) -> int:
-        """Bytes of a file; 0 where that is unknown, since reading it reports what is wrong."""
+    def described(self, file: Place) -> tuple[int, str]:
+        """Bytes and stamp of a file; 0 and none where they are unknown: reading it says why."""
 
 
 def open_folders(root: Place) -> Folders:
@@ -69,11 +70,12 @@ class _Scanned(Folders):
     def file(self, folder: Place, name: str) -> Place:
         return folder / name
 
-    def size(self, file: Place) -> int:
+    def described(self, file: Place) -> tuple[int, str]:
         try:
-            return os.stat(str(file)).st_size
+            status = os.stat(str(file))
         except OSError:  # a dangling link
-            return 0
+            return 0, ""
+        return status.st_size, stamp_of(file, status)
 
 
 class _Listed(Folders):
@@ -111,5 +113,5 @@ class _Listed(Folders):
             return file
         return Remote(file.protocol, file.path, item.size, item.stamp)
 
-    def size(self, file: Place) -> int:
-        return (file.size or 0) if isinstance(file, Remote) else 0
+    def described(self, file: Place) -> tuple[int, str]:
+        return (file.size or 0) if isinstance(file, Remote) else 0, stamp_of(file)

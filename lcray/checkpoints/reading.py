@@ -13,6 +13,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from lcray.checkpoints import header, naming
 from lcray.errors import CheckpointError
-from lcray.storage import ObjectReader, Place, Remote, open_binary
+from lcray.storage import ObjectReader, Place, Remote, current, open_binary
 
 if sys.byteorder != "little":  # the format is, and its bytes become numbers as they stand
     raise ImportError("lcray reads checkpoints on little-endian machines only")
@@ -35,12 +36,14 @@ _CHANGED = "it changed while it was read"
 class Checkpoint:
     """One checkpoint: its step, its file (or the index followed by its shards), and their size.
 
-    `nbytes` is what the directory listing said; `State.nbytes` is what was read.
+    `nbytes` is what the directory listing said; `State.nbytes` is what was read. `stamp` changes
+    when a file does: its size, and its time of modification or etag; empty where nobody said.
     """
 
     step: int
     files: tuple[Place, ...]
     nbytes: int
+    stamp: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class State:
         dtypes: canonical name to the dtype in the file.
         sha256: hexadecimal digest of the bytes of the files, in the order read.
         nbytes: bytes read.
+        stamp: that of the files as they were when reading them began; see `Checkpoint`.
     """
 
     step: int
@@ -61,6 +65,7 @@ class State:
     dtypes: dict[str, torch.dtype]
     sha256: str
     nbytes: int
+    stamp: str = ""
 
 
 def read_checkpoint(checkpoint: Checkpoint, into: Mapping[str, Tensor] | None = None) -> State:
@@ -90,7 +95,38 @@ def read_checkpoint(checkpoint: Checkpoint, into: Mapping[str, Tensor] | None = 
     except MemoryError as error:
         raise _unreadable(checkpoint, "it does not fit into memory") from error
     digest = reading.digest.hexdigest()
-    return State(checkpoint.step, reading.tensors, reading.dtypes, digest, reading.nbytes)
+    stamp = joined(reading.stamps)
+    return State(checkpoint.step, reading.tensors, reading.dtypes, digest, reading.nbytes, stamp)
+
+
+def sha256_of_checkpoint(checkpoint: Checkpoint) -> str:
+    """What `State.sha256` would be, without its tensors in memory where it is a single file.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`, but for what the file holds.
+    """
+    if len(checkpoint.files) > 1:
+        return read_checkpoint(checkpoint).sha256
+    try:
+        with _open(checkpoint.files[0]) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise _unreadable(checkpoint, why) from error
+
+
+def joined(stamps: Sequence[str]) -> str:
+    """The stamp of a checkpoint, from those of its files in their order; empty if one is."""
+    if len(stamps) == 1 or not all(stamps):
+        return stamps[0] if len(stamps) == 1 else ""
+    return hashlib.sha256(",".join(stamps).encode()).hexdigest()[:32]
+
+
+def stamp_of(file: Place, status: os.stat_result | None = None) -> str:
+    """The stamp of a file, by its listing or its `status`; empty where that says too little."""
+    if isinstance(file, Remote):
+        return f"{file.size}-{file.stamp}" if file.size is not None and file.stamp else ""
+    return "" if status is None else f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def _unreadable(checkpoint: Checkpoint, why: str) -> CheckpointError:
@@ -108,11 +144,12 @@ class _Reading:
         self.dtypes: dict[str, torch.dtype] = {}
         self.digest = hashlib.sha256()
         self.nbytes = 0
+        self.stamps: list[str] = []
         self._into = into
         self._buffer: Tensor | None = None
 
     def read_single(self, path: Place) -> None:
-        with _open(path) as file:
+        with self._opened(path) as file:
             found = self._header(file)
             canonical = found.metadata.get(header.CANONICAL_KEY) == "canonical"
             keys = found.entries
@@ -121,7 +158,7 @@ class _Reading:
 
     def read_sharded(self, files: Sequence[Place]) -> None:
         index, known = files[0], {file.name: file for file in files}
-        with _open(index) as file:
+        with self._opened(index) as file:
             text = file.read(header.MAX_HEADER + 1)
         if len(text) > header.MAX_HEADER:
             raise ValueError(f"the index is larger than {header.MAX_HEADER} bytes")
@@ -140,7 +177,7 @@ class _Reading:
         self.dtypes = {name: self.dtypes[name] for name in names.values()}
 
     def _shard(self, path: Place, names: Mapping[str, str]) -> None:
-        with _open(path) as file:
+        with self._opened(path) as file:
             found = self._header(file)
             if differing := names.keys() ^ found.entries.keys():
                 key = min(differing)
@@ -148,6 +185,18 @@ class _Reading:
                     f"the index and the shard {path.name} disagree about tensor {key!r}"
                 )
             self._tensors(file, found.entries, names)
+
+    @contextmanager
+    def _opened(self, path: Place) -> Iterator[BufferedReader]:
+        """A file, whose stamp is kept as it is before it is read; an object must keep it."""
+        with _open(path) as file:
+            remote = isinstance(path, Remote)
+            self.stamps.append(stamp_of(path, None if remote else os.fstat(file.fileno())))
+            yield file
+            if isinstance(path, Remote) and isinstance(file.raw, ObjectReader):
+                known = stamp_of(path)  # of what comes through the cache, that has looked already
+                if known and known != stamp_of(current(path)):
+                    raise ValueError(_CHANGED)
 
     def _header(self, file: BufferedReader) -> header.Header:
         size = _size(file)

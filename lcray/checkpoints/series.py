@@ -18,7 +18,9 @@ from lcray.checkpoints.folders import Folders, open_folders
 from lcray.checkpoints.header import CANONICAL_KEY as CANONICAL_KEY
 from lcray.checkpoints.reading import Checkpoint as Checkpoint
 from lcray.checkpoints.reading import State as State
+from lcray.checkpoints.reading import joined
 from lcray.checkpoints.reading import read_checkpoint as read_checkpoint
+from lcray.checkpoints.reading import sha256_of_checkpoint as sha256_of_checkpoint
 from lcray.errors import CheckpointError, UsageError
 from lcray.numerals import step_range
 from lcray.storage import Place, PlaceLike, place
@@ -130,7 +132,9 @@ def _checkpoints(folders: Folders) -> tuple[Checkpoint, ...]:
                 f"{root}: {_below(root, found[step].files[0])} and "
                 f"{_below(root, files[0])} are both step {step}; move one of them away"
             )
-        found[step] = Checkpoint(step, files, sum(folders.size(file) for file in files))
+        described = [folders.described(file) for file in files]
+        size, stamp = sum(size for size, _ in described), joined([stamp for _, stamp in described])
+        found[step] = Checkpoint(step, files, size, stamp)
     return tuple(found[step] for step in sorted(found))
 
 

@@ -13,7 +13,14 @@ from lcray.storage.copies import local_copies
 from lcray.storage.cures import cure
 from lcray.storage.local import sync_folder
 from lcray.storage.places import Place, PlaceLike, Remote, place
-from lcray.storage.streams import ObjectReader, open_binary, open_seekable, open_uncached, sha256_of
+from lcray.storage.streams import (
+    ObjectReader,
+    current,
+    open_binary,
+    open_seekable,
+    open_uncached,
+    sha256_of,
+)
 
 __all__ = [
     "Cache",
@@ -24,6 +31,7 @@ __all__ = [
     "Remote",
     "Storage",
     "cure",
+    "current",
     "local_copies",
     "open_binary",
     "open_seekable",

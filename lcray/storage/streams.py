@@ -95,6 +95,15 @@ def open_binary(where: Place, buffer: int) -> BufferedReader:
     return BufferedReader(cached or ObjectReader(storage, known), buffer)
 
 
+def current(file: Remote) -> Remote:
+    """`file` with the size and stamp that it has now: one request.
+
+    Raises:
+        OSError: if there is none.
+    """
+    return object_storage(file).stamped(file)
+
+
 def open_seekable(where: Place) -> BinaryIO:
     """A file to be read here and there; that of an object comes through the cache."""
     return open_binary(where, 1 << 16)
