@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lcray.derivatives import use_derivatives
 from lcray.errors import CheckpointError, TaskError, brief
-from lcray.layers import Layer, describe_layers
+from lcray.layers import Layer, describe_layers, extra_owners
 from lcray.layout import BLOCK, Layout
 from lcray.vectors import zeros
 
@@ -68,6 +68,7 @@ class FlatModel:
         self.base = self.theta.cpu().clone() if partial else None
         names = {name for layer in self.layers for name in (layer.name, *layer.aliases)}
         self._constants = {k: v for k, v in self._tensors.items() if k not in names}
+        self._extra = {k: m for k, m in extra_owners(self.model).items() if k in self._constants}
         self._initial = {name: value.cpu().clone() for name, value in self._constants.items()}
         places = _places(self.model)
         self._places = {k: places.get(id(v), []) for k, v in self._tensors.items()}
@@ -218,12 +219,14 @@ class FlatModel:
                 if stored.data_ptr() != part.data_ptr():
                     part.copy_(stored)
             elif self.base is None:
-                raise CheckpointError(
-                    f"checkpoint at step {step}: tensor {layer.name!r} of the task's model is "
-                    "missing; pass partial=True (--partial) if model() holds its fixed value"
-                )
+                raise _missing(layer.name, step)
         constants = {name: tensors[name] for name in self._constants if name in tensors}
+        missing = self._extra.keys() - constants.keys()
+        if missing and self.base is None:
+            raise _missing(min(missing), step)
         for name, value in constants.items():
+            if name in self._extra:
+                continue  # of any shape: its module knows
             _check_shape(name, value, tuple(self._constants[name].shape), step)
         return vector, {**self._initial, **constants}  # all, so that no earlier point shows through
 
@@ -232,8 +235,17 @@ class FlatModel:
         self._values = constants
         with torch.no_grad():
             for name, value in constants.items():
-                self._constants[name].copy_(value)
+                if name in self._extra:
+                    self._set_extra(name, value)
+                else:
+                    self._constants[name].copy_(value)
         self._versions = {name: tensor._version for name, tensor in self._constants.items()}
+
+    def _set_extra(self, name: str, value: Tensor) -> None:
+        try:  # a copy, which the module may keep and change
+            self._extra[name].set_extra_state(value.to(self._constants[name].device, copy=True))
+        except Exception as error:
+            raise TaskError(f"model {name!r}: cannot be set ({brief(error)})") from error
 
     def restore_constants(self) -> None:
         """Undo what a forward pass has written into tensors that do not move, such as counters.
@@ -241,6 +253,9 @@ class FlatModel:
         So every batch finds them as the checkpoint has them.
         """
         for name, tensor in self._constants.items():
+            if name in self._extra:
+                self._set_extra(name, self._values[name])
+                continue
             for held, key in self._places[name]:
                 if held.get(key) is not tensor:
                     held[key] = tensor
@@ -308,6 +323,13 @@ def _in_evaluation_mode(model: nn.Module) -> nn.Module:
     except Exception as error:  # a module that torch.export made
         raise TaskError(f"model: cannot be set to evaluation mode: {brief(error)}") from error
     return model
+
+
+def _missing(name: str, step: int) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint at step {step}: tensor {name!r} of the task's model is missing; pass "
+        "partial=True (--partial) if model() holds its fixed value"
+    )
 
 
 def _arrived(owner: ref[FlatModel], number: int, tensor: Tensor) -> None:

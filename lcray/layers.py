@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcray.checkpoints.layout import EXTRA, NO_SETTER, extra_states, has_setter
 from lcray.checkpoints.naming import canonical_names
 from lcray.errors import TaskError
 from lcray.strict import build
@@ -72,7 +73,8 @@ def describe_layers(model: nn.Module) -> tuple[tuple[Layer, ...], dict[str, Tens
     """The layers of `model`, in its order: parameters first, then the float buffers it saves.
 
     Returns:
-        The layers, and the tensor behind each name. Integer tensors do not move and are no layers.
+        The layers, and the tensor behind each name. Integer tensors do not move and are no layers,
+        and neither are extra states (`torch.nn.Module.get_extra_state`).
 
     Raises:
         TaskError: for TorchScript, parameters without a shape (lazy modules), without values (meta
@@ -90,6 +92,8 @@ def describe_layers(model: nn.Module) -> tuple[tuple[Layer, ...], dict[str, Tens
     layers = []
     for keys in ordered:
         tensor = tensors[keys[0]]
+        if all(key.rpartition(".")[2] == EXTRA for key in keys):
+            continue
         _check_tensor(names[keys[0]], tensor)
         if not tensor.is_floating_point():
             continue
@@ -114,6 +118,22 @@ def _state_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, aliases included: the keys of the state dict."""
     saved = model.state_dict(keep_vars=True)
     return {key: value for key, value in saved.items() if isinstance(value, Tensor)}
+
+
+def extra_owners(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose extra states are tensors, by the canonical names of those.
+
+    Raises:
+        TaskError: for one that nothing can be loaded into.
+    """
+    names, found = canonical_names(_state_tensors(model)), {}
+    for key, module in extra_states(model).items():
+        if key not in names:  # no tensor: no file holds it
+            continue
+        if not has_setter(module):
+            raise TaskError(f"model {names[key]!r}: {NO_SETTER}")
+        found[names[key]] = module
+    return found
 
 
 def _owners(model: nn.Module) -> dict[str, nn.Module]:

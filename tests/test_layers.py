@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lcray.errors import CheckpointError, TaskError
-from lcray.layers import Layer, describe_layers
+from lcray.layers import Layer, describe_layers, extra_owners
 
 
 def named(model: nn.Module) -> dict[str, Layer]:
@@ -185,6 +185,22 @@ def test_extra_state_that_is_no_tensor_is_ignored() -> None:
             return {"version": 3}
 
     assert list(named(Extra(2, 2))) == ["weight", "bias"]
+
+
+def test_extra_state_that_is_a_tensor_is_no_layer_and_has_to_be_loadable() -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> torch.Tensor:
+            return torch.ones(3)
+
+    class Loadable(Extra):
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            pass
+
+    model = nn.Sequential(Loadable(2, 2))
+    assert list(named(model)) == ["0.weight", "0.bias"]
+    assert extra_owners(model) == {"0._extra_state": model[0]}
+    with pytest.raises(TaskError, match=r"^model '_extra_state': .* no set_extra_state"):
+        extra_owners(Extra(2, 2))
 
 
 def test_layers_survive_json() -> None:

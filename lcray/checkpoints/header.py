@@ -95,7 +95,8 @@ def parse(text: bytes, data_size: int) -> Header:
         raise ValueError(f"the header is not JSON ({error.msg})") from error
     if not isinstance(raw, dict):
         raise ValueError("the header is not a JSON object")
-    metadata = raw.pop(METADATA, {})
+    metadata = raw.pop(METADATA, None)
+    metadata = {} if metadata is None else metadata  # as the reference implementation has it
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__ is not an object of strings")
     entries = {name: _entry(name, value) for name, value in raw.items()}
@@ -115,6 +116,16 @@ def build(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(raw, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a name has no half of a surrogate pair, which no file can hold."""
+    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def can_name(name: str) -> bool:
+    """Whether a tensor in a file can be called so."""
+    return name != METADATA and is_unicode(name)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -141,7 +152,7 @@ def _volume(shape: list[int]) -> int:
 def _entry(name: str, value: object) -> Entry:
     if not isinstance(value, dict):
         raise ValueError(f"tensor {name!r} is not described by an object")
-    if not name.isascii() and any("\ud800" <= c <= "\udfff" for c in name):
+    if not is_unicode(name):
         raise ValueError(f"tensor {name!r} has a name that is not Unicode")
     code, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(code, str) or code not in DTYPES:

@@ -19,6 +19,8 @@ from lcray.checkpoints import header, naming
 from lcray.checkpoints.series import CANONICAL_KEY
 from lcray.errors import RecorderError
 
+EXTRA = "_extra_state"  # what torch calls them
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -62,7 +64,7 @@ class Contents:
 
     Attributes:
         tensors: every tensor by its own name; a tied one is the same object under each name.
-        parameters: the names of the parameters; all others are buffers.
+        parameters: the names of the parameters; all others are buffers, or extra states.
         persistent: canonical names of what a state dict holds.
     """
 
@@ -86,16 +88,25 @@ class Slot:
 
 
 def contents_of(model: nn.Module) -> Contents:
-    """The tensors of a model, wrapped or not, as they stand in it."""
+    """The tensors of a model, wrapped or not, as they stand in it.
+
+    Raises:
+        RecorderError: one that could never be loaded.
+    """
     persistent = frozenset(naming.canonical_names(model.state_dict(keep_vars=True)).values())
+    tensors = tensors_of(model)
+    for name, module in extra_states(model).items():
+        if name in tensors and not has_setter(module):
+            raise RecorderError(f"tensor {name!r}: {NO_SETTER}")
     parameters = frozenset(key for key, _ in model.named_parameters(remove_duplicate=False))
-    return Contents(tensors_of(model), parameters, persistent)
+    return Contents(tensors, parameters, persistent)
 
 
 def layout_of(contents: Contents, *, trainable_only: bool = False) -> Layout:
     """Plan the files of a model's run.
 
-    Stored are parameters and persistent buffers, a tied tensor once, under the first of its names.
+    Stored are parameters, persistent buffers and extra states that are tensors, a tied tensor once,
+    under the first of its names.
 
     Args:
         contents: what the model holds.
@@ -167,10 +178,35 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name, a tied one under each of its names."""
+    """Parameters, buffers and extra states by name, a tied tensor under each of its names."""
     found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     found.update(model.named_buffers(remove_duplicate=False))
+    for name, owner in extra_states(model).items():
+        value = owner.get_extra_state()
+        if isinstance(value, torch.Tensor):
+            found[name] = value
     return found
+
+
+NO_SETTER = "its module has get_extra_state but no set_extra_state to load it with; define both"
+
+
+def has_setter(module: nn.Module) -> bool:
+    """Whether an extra state can be loaded into a module."""
+    return type(module).set_extra_state is not nn.Module.set_extra_state
+
+
+def extra_states(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules with a state of their own making (`torch.nn.Module.get_extra_state`).
+
+    By the name of that state in a state dict.
+    """
+    own = nn.Module.get_extra_state
+    return {
+        f"{prefix}.{EXTRA}" if prefix else EXTRA: module
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if type(module).get_extra_state is not own
+    }
 
 
 def _layer(name: str, tensor: torch.Tensor, kind: str) -> Layer:
@@ -180,7 +216,9 @@ def _layer(name: str, tensor: torch.Tensor, kind: str) -> Layer:
 
 def _check_storable(name: str, tensor: torch.Tensor) -> None:
     problem = None
-    if is_lazy(tensor):
+    if not header.can_name(name):
+        problem = "has a name that safetensors cannot hold; rename it"
+    elif is_lazy(tensor):
         problem = "is not initialised yet; run one forward pass first"
     elif tensor.is_meta:
         problem = "is on the meta device; load its values first"

@@ -67,7 +67,7 @@ def read_source(source: Source, *, key: str | None, prefix: str, trust: bool) ->
         raise CheckpointError(f"{source.path}: says that it is step {step}; steps are 0 to 2**63")
     names = naming.canonical_names(kept)
     for name in names.values():
-        if name == header.METADATA or any("\ud800" <= c <= "\udfff" for c in name):
+        if not header.can_name(name):
             raise CheckpointError(
                 f"{source.path}: safetensors cannot hold a tensor that is called {name!r}; save it "
                 "under another name"

@@ -920,3 +920,67 @@ def test_only_the_writer_thread_steps_back(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+class Scaled(nn.Linear):
+    """Multiplies by a number that is neither parameter nor buffer."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        self.scale = 1.0
+
+    def get_extra_state(self):
+        return torch.tensor([self.scale, 7.0])
+
+    def set_extra_state(self, state):
+        self.scale = float(state[0])
+
+
+def test_extra_states_that_are_tensors_are_recorded_as_a_state_dict_has_them(tmp_path):
+    model = nn.Sequential(Scaled(2, 3), nn.ReLU(), Scaled(3, 2))
+    with Recorder(model, tmp_path) as rec:
+        model[0].scale = 2.0
+        rec.step()
+    with Recorder(model, tmp_path) as rec:  # resumes: the model is what the last file holds
+        assert rec.last_step == 1
+    state = open_series(tmp_path).read(1).tensors
+    assert state.keys() == model.state_dict().keys()
+    assert state["0._extra_state"].tolist() == [2.0, 7.0]
+    fresh = nn.Sequential(Scaled(2, 3), nn.ReLU(), Scaled(3, 2))
+    fresh.load_state_dict(state)
+    assert (fresh[0].scale, fresh[2].scale) == (2.0, 1.0)
+
+
+def test_an_extra_state_that_nothing_could_load_is_refused(tmp_path):
+    class Unloadable(nn.Linear):
+        def get_extra_state(self):
+            return torch.ones(1)
+
+    with pytest.raises(RecorderError, match=r"^tensor '1\._extra_state': .*no set_extra_state"):
+        Recorder(nn.Sequential(nn.ReLU(), Unloadable(2, 2)), tmp_path)
+
+    class Noted(nn.Linear):
+        def get_extra_state(self):
+            return {"version": 3}
+
+    with Recorder(Noted(2, 2), tmp_path):  # no tensor: files have no place for it
+        pass
+    assert open_series(tmp_path, minimum=1).read(0).tensors.keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "half\ud800", "\udfffb"])
+def test_names_that_no_file_can_hold_are_refused_at_once(tmp_path, name):
+    model = nn.Module()
+    model.register_parameter(name, nn.Parameter(torch.ones(2)))
+    with pytest.raises(
+        RecorderError, match="a name that safetensors cannot hold; rename it"
+    ) as bad:
+        Recorder(model, tmp_path / "run")
+    str(bad.value).encode()
+    assert not list(tmp_path.glob("run/*.safetensors"))
+    inner = nn.Module()
+    inner.add_module("part", model)
+    if name == "__metadata__":  # only as a whole name
+        with Recorder(inner, tmp_path / "inner"):
+            pass
+        assert list(open_series(tmp_path / "inner", minimum=1).read(0).tensors) == [f"part.{name}"]

@@ -542,3 +542,15 @@ def test_a_name_that_says_another_number_is_refused_and_inspect_says_so(tmp_path
         with pytest.raises(CheckpointError, match=rf"^{tmp_path}: {odd}.*: its number ") as caught:
             read(tmp_path)
         assert "rename it, or move it away" in str(caught.value)
+
+
+def test_metadata_that_is_null_is_none(tmp_path):
+    """The reader of safetensors itself takes it so."""
+    text = {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": None}
+    put_raw(tmp_path / "step-1.safetensors", text, struct.pack("<f", 2.5))
+    whole = safetensors.torch.load_file(tmp_path / "step-1.safetensors")
+    found = open_series(tmp_path, minimum=1).read(1).tensors
+    assert found["w"].tolist() == whole["w"].tolist() == [2.5]
+    put_raw(tmp_path / "step-2.safetensors", text | {"__metadata__": 3}, bytes(4))
+    with pytest.raises(CheckpointError, match="__metadata__ is not an object of strings"):
+        open_series(tmp_path, minimum=1).read(2)
