@@ -99,9 +99,9 @@ def layer_table(results: Results) -> Table:
         table.add_row(
             visible(str(row["layer"])),
             f"{sizes[row['layer']]:,}",
-            Text(f"{row['lc']:+.4f}", colour),
-            f"{row['lc_helping']:+.4f}",
-            f"{row['lc_hurting']:+.4f}",
+            Text(_signed(row["lc"]), colour),
+            _signed(row["lc_helping"]),
+            _signed(row["lc_hurting"]),
             _share(row["n_helping"], row["n_helping"] + row["n_hurting"] + row["n_zero"], 1),
         )
     return table
@@ -136,11 +136,11 @@ def closure_table(results: Results) -> Table:
     for _, row in totals(results).iterrows():
         table.add_row(
             visible(str(row["split"])),
-            f"{row['loss_change']:+.4f}",
-            f"{row['lc']:+.4f}",
+            _signed(row["loss_change"]),
+            _signed(row["lc"]),
             _share(row["gap"], abs(row["loss_change"])),
             _share(row["abs_gap"], row["abs_change"]),
-            f"{row['first_order_lc']:+.4f}",
+            _signed(row["first_order_lc"]),
             _share(row["n_helping"], row["n_helping"] + row["n_hurting"] + row["n_zero"], 1),
         )
     return table
@@ -158,12 +158,17 @@ def confidence_table(results: Results, level: float = 0.95) -> Table:
     for split in results.plan.splits:
         rows = found[found["split"] == split.name]
         cells = zip(rows["estimate"], rows["half"], strict=True)
-        table.add_row(visible(split.name), *(f"{value:+.4f} ± {half:.4f}" for value, half in cells))
+        table.add_row(visible(split.name), *(_signed(value, half) for value, half in cells))
     return table
 
 
+def _signed(value: float, half: float = math.nan) -> str:
+    error = f" ± {half:.4f}" if math.isfinite(half) else ""
+    return f"{value:+.4f}{error}" if math.isfinite(value) else "–"
+
+
 def _share(part: float, whole: float, digits: int = 3) -> str:
-    return f"{part / whole:.{digits}%}" if whole else "–"
+    return f"{part / whole:.{digits}%}" if whole and math.isfinite(part / whole) else "–"
 
 
 def summary(results: Results) -> Group:

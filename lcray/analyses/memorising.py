@@ -157,8 +157,9 @@ def overfitting(
     chosen = Windows.fixed(results.plan.steps, width)
     draws = Bootstrap(seed, level=level)
     rows: list[dict[str, Any]] = []
-    judged = 0
+    judged, shared = 0, False
     for names, pair, ok in _pairs(series, train):
+        shared = shared or bool(ok.any())
         verdicts = [_overfits(pair[:, ok & w.holds(series.starts)], draws) for w in chosen]
         judged = sum(verdict is not None for verdict in verdicts)
         for k, layer in enumerate(_layers(series)):
@@ -172,6 +173,8 @@ def overfitting(
             rows.append(row)
     parameters = {"seed": seed, "level": level, "patience": patience, "width": width}
     few = f"windows of {width} steps hold fewer than 8 intervals: none was judged; widen --window"
+    if not shared:
+        few = "no interval has LC on two splits: nothing was judged"
     return tidy.table(_ONSETS, rows, parameters=parameters, notes=[] if judged else [few])
 
 
@@ -277,12 +280,12 @@ def _repeated(value: str | int, times: int) -> NDArray[Any]:
 
 def _resampled(pair: Floats, draws: Bootstrap) -> tuple[Floats, Floats] | None:
     """Resampled intervals of the sums over iterations of pair [3, T, 1 + L], each [3, 1 + L]."""
-    columns = pair.transpose(1, 0, 2).reshape(pair.shape[1], -1)
+    shape = (pair.shape[0], pair.shape[2])
+    columns = pair.transpose(1, 0, 2).reshape(pair.shape[1], shape[0] * shape[1])
     sums = draws.sums(columns, block_length(columns)) if len(columns) else None
     if sums is None:
         return None
     _, low, high = draws.interval(sums)
-    shape = (pair.shape[0], pair.shape[2])
     return low.reshape(shape), high.reshape(shape)
 
 

@@ -164,12 +164,13 @@ def shares(
     steps = results.plan.steps
     width = max(1, (steps[-1] - steps[0]) // 50) if window is None else window
     found = helping.shares(results, window=width).to_pandas()
-    known = list(dict.fromkeys(found["layer"].astype(str)))
+    here = found[(found["split"] == split) & (found["resolution"] == "window")]
+    if here.empty:
+        raise InapplicableError(f"no interval of split {split!r} has LC")
+    known = list(dict.fromkeys(here["layer"].astype(str)))
     if layer not in known:
         raise UsageError(suggest(layer, known, "layer"))
-    frame = found[
-        (found["split"] == split) & (found["resolution"] == "window") & (found["layer"] == layer)
-    ]
+    frame = here[here["layer"] == layer]
     ax = axis(ax)
     middle = (frame["first_step"] + frame["end_step"]).to_numpy() / 2
     ax.axhline(0.5, color=FAINT, linewidth=0.8)
