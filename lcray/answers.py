@@ -17,10 +17,14 @@ import pyarrow.parquet as pq
 from lcray.errors import UsageError, one_line
 
 _ROWS = 1 << 14  # made text at a time
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet computes
 
 
 def to_csv(table: pa.Table) -> bytes:
-    """A header and the rows: nothing for null, nan, inf and -inf for numbers that are so."""
+    """A header and the rows: nothing for null, nan, inf and -inf for numbers that are so.
+
+    Text that a spreadsheet would take for a formula begins with an apostrophe.
+    """
     text = io.StringIO()
     write_csv(table, text)
     return text.getvalue().encode()
@@ -28,10 +32,21 @@ def to_csv(table: pa.Table) -> bytes:
 
 def write_csv(table: pa.Table, text: TextIO) -> None:
     """`to_csv`, row by row into a text file that leaves line breaks as they are."""
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.column_names)
+    # csv puts into quotes only those line breaks that its own lines end in.
+    writer = csv.writer(_Lines(text), lineterminator="\r\n")
+    writer.writerow(map(_cell, table.column_names))
     for row in _rows(table):
         writer.writerow([_cell(value) for value in row])
+
+
+class _Lines:
+    """Lines that end in a line feed alone."""
+
+    def __init__(self, text: TextIO) -> None:
+        self._text = text
+
+    def write(self, line: str) -> None:
+        self._text.write(line[:-2] + "\n")
 
 
 def to_json(table: pa.Table) -> bytes:
@@ -83,7 +98,9 @@ def _objects(table: pa.Table) -> Iterator[dict[str, Any]]:
 
 
 def _cell(value: Any) -> Any:
-    """What `csv` writes as it is; numbers keep every digit."""
+    """What `csv` writes as it is; numbers keep every digit, and their sign."""
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(_FORMULA) else value
     if isinstance(value, bool):
         return str(value).lower()
     return repr(value) if isinstance(value, float) else value

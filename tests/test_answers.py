@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -50,6 +51,27 @@ def test_csv_keeps_what_there_is(out: Path) -> None:
     frame = pd.read_csv(io.StringIO(text))
     assert frame["big"][0] == 9007199254740993
     assert frame["i"][0] == math.inf
+
+
+def test_csv_has_no_formulas_and_numbers_keep_their_sign(tmp_path: Path) -> None:
+    names = ("=cmd|' /C calc'!A0", "+1", "-1+2", "@SUM(1)", "\t=1", "\r=1", "fine=1", "'=1")
+    shown = ("'=cmd|' /C calc'!A0", "'+1", "'-1+2", "'@SUM(1)", "'\t=1", "'\r=1", "fine=1", "'=1")
+    lc = {("-split", name): np.full((2, 1), -0.25) for name in names}
+    out = synthetic.from_elements(tmp_path / "out", lc, window=2)
+    sql = """SELECT split, layer, lc, -1 AS n, '-inf'::DOUBLE AS i, -1.5::DECIMAL(4, 2) AS d
+    FROM layers WHERE start_step = 0"""
+    text = ask(out, sql, "--format", "csv").stdout_bytes.decode()
+    rows = [*csv.DictReader(io.StringIO(text, newline=""))]
+    assert [row["layer"] for row in rows] == [*shown]
+    assert {(r["split"], r["lc"], r["n"], r["i"], r["d"]) for r in rows} == {
+        ("'-split", "-0.25", "-1", "-inf", "-1.50")
+    }
+    assert ask(out, 'SELECT 1 AS "=A1"', "--format", "csv").stdout == "'=A1\n1\n"
+    lcray.export(out, "csv", tmp_path / "csv", tables=["layers"])
+    with (tmp_path / "csv" / "layers.csv").open(newline="") as file:
+        exported = [*csv.DictReader(file)]
+    assert {row["layer"] for row in exported} == {*shown}
+    assert {row["lc"] for row in exported} == {"-0.25"}
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl"])
