@@ -10,7 +10,7 @@ then. At both points a mixture of samples of several groups, each smaller batch 
 the order of the data. These pieces grow from two samples on, since statistics of small batches
 differ most. Items are compared as sets, because a batch may order its items as it likes, and
 without those of weight 0, because padding depends on the longest sample of a batch. All of this
-takes the forward passes of about three batches: one forward and backward pass.
+takes two and a half forward passes of a batch, about one forward and backward pass.
 
 Legend: B samples per batch, n items.
 """
@@ -43,7 +43,7 @@ from lcray.workbench import Workbench
 #: rounding nearly vanishes, also of losses that are small differences of large numbers.
 TOLERANCE = 1e-5
 _LOOSE = 10 * TOLERANCE  # where the model does not compute in float64
-_FEWEST, _MOST = 8, 64  # samples of a mixture; a quarter of a batch in between
+_FEWEST, _MOST = 8, 64  # samples of a mixture; an eighth of a batch in between
 _GROUPS = 6  # groups that a mixture takes samples of
 
 CURE = "if batches are meant to be part of the loss, declare it: Task(batch_loss=True)"
@@ -100,7 +100,8 @@ class Independence:
     def _check_mixture(self, source: SplitSource, point: Point) -> None:
         settings = self._bench.settings
         rng = np.random.default_rng([settings.batch_seed, zlib.crc32(source.name.encode())])
-        most = min(_MOST, max(_FEWEST, self._bench.batch_size // 4))
+        eighth = max(_FEWEST, len(self._planned_batch(source)) // 8)
+        most = min(_MOST, eighth, self._bench.batch_size)  # more might not fit into memory
         pieces = mixture(source.blocks, most, rng)
         whole = rng.permutation(np.concatenate(pieces))
         found = self._items(source, [whole])
@@ -269,7 +270,7 @@ def growing(order: Numbers) -> Iterator[Numbers]:
 
 
 def mixture(blocks: Sequence[Index], most: int, rng: np.random.Generator) -> list[Numbers]:
-    """About `most` samples of a few blocks, in pieces of one block each and in its order.
+    """At most `most` samples of a few blocks, in pieces of one block each and in its order.
 
     Args:
         blocks: the numbers of samples, by block.
@@ -277,8 +278,9 @@ def mixture(blocks: Sequence[Index], most: int, rng: np.random.Generator) -> lis
         rng: chooses blocks and samples.
     """
     sizes = np.array([len(block) for block in blocks])
-    chosen = sorted(rng.permutation(len(blocks)), key=lambda b: sizes[b] < 2)[:_GROUPS]
-    share = -(-most // len(chosen))
+    chosen = sorted(rng.permutation(len(blocks)), key=lambda b: sizes[b] < 2)
+    chosen = chosen[: min(_GROUPS, most if most < 4 else most // 2)]
+    share = most // len(chosen)
     parts = [np.asarray(blocks[b])[np.sort(rng.permutation(sizes[b])[:share])] for b in chosen]
     if len(parts) == 1:
         return list(growing(parts[0]))
