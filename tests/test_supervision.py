@@ -13,9 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,11 @@ pytestmark = pytest.mark.ray
 
 @dataclass
 class Driver:
-    """``lcray analyze`` in slow motion, whose processes all have a mark in their environment."""
+    """``lcray analyze`` in slow motion."""
 
     folder: Path
     run: Path
     process: subprocess.Popen[str] | None = None
-    mark: str = field(default_factory=lambda: f"LCRAY_TEST_{uuid.uuid4().hex}")
 
     @property
     def out(self) -> Path:
@@ -58,7 +56,7 @@ class Driver:
         ]
         self.process = subprocess.Popen(
             [*map(str, command)],
-            env=scenes.python_environment() | {"PYTHONPATH": jobs.PATH, self.mark: "1"} | variables,
+            env=scenes.python_environment() | {"PYTHONPATH": jobs.PATH} | variables,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -83,29 +81,37 @@ class Driver:
         assert self.process.returncode == code, err
         return err.splitlines()
 
-    def marked(self, name: str = "") -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if self.mark in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
-                    found += [process] if name in process.name() else []
-        return found
+    def others(self, name: str = "") -> list[psutil.Process]:
+        """The processes that it has started, and those that they have."""
+        assert self.process is not None
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        return [process for process in found if lives(process) and name in process.name()]
 
     def kill(self, name: str) -> None:
-        (victim,) = self.marked(name)
+        (victim,) = self.others(name)
         victim.kill()
+
+    def commits(self) -> dict[str, Any]:
+        """Those of the spans; attempts that were killed may have left files beside them."""
+        found = scenes.commits(self.out)
+        return {name: state for name, state in found.items() if name.endswith("commit.json")}
 
     def state(self) -> str:
         return str(json.loads((self.out / "status.json").read_text())["state"])
+
+
+def lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @pytest.fixture
 def driver(plain_run: Path, tmp_path: Path) -> Iterator[Driver]:
     made = Driver(tmp_path, plain_run)
     yield made
-    for process in made.marked():
-        process.kill()
     if made.process is not None:
+        made.process.kill()  # and the others end
         made.process.communicate()
 
 
@@ -130,6 +136,7 @@ def test_a_ray_of_ones_own_that_ends_is_started_again_but_once(
     driver.wait(lambda: driver.spans() > before)
     (other,) = short.iterdir()
     assert other != folder
+    before_the_end = driver.others()
     driver.kill("ray::RuntimeEnv")
     *said, last = driver.finish(code=1)
     assert sum("starting another one" in line for line in said) == 1
@@ -138,16 +145,17 @@ def test_a_ray_of_ones_own_that_ends_is_started_again_but_once(
     found = lcray.status(driver.out)
     assert (driver.state(), found.state, found.workers) == ("failed", "failed", 0)
     assert f"lcray: {found.error}" == last
-    assert not driver.marked() and not [*short.iterdir()]
-    kept = scenes.commits(driver.out)
+    assert not [process for process in before_the_end if lives(process)]
+    assert not [*short.iterdir()]
+    kept = driver.commits()
 
     driver.start()
     before = driver.spans()
     if before < 4:
-        driver.wait(lambda: driver.marked("ray::Worker"))
+        driver.wait(lambda: driver.others("ray::Worker"))
         driver.kill("gcs_server")
     assert any("starting another one" in line for line in driver.finish(code=0))
-    assert kept.items() <= scenes.commits(driver.out).items()
+    assert kept.items() <= driver.commits().items()
     assert scenes.tables(driver.out) == scenes.tables(plain_out)
     assert driver.state() == "finished"
 
@@ -157,14 +165,15 @@ def test_a_ray_of_ones_own_that_ends_is_started_again_but_once(
 def test_nothing_outlives_a_driver(driver: Driver, short: Path, number: signal.Signals) -> None:
     driver.start(RAY_TMPDIR=str(short))
     driver.wait(lambda: driver.spans() >= 1)
-    names = " ".join(process.name() for process in driver.marked())
+    others = driver.others()
+    names = " ".join(process.name() for process in others)
     assert all(part in names for part in ("gcs_server", "raylet", "ray::Dashboard", "ray::Worker"))
     assert driver.process is not None
     driver.process.send_signal(number)
     end = time.monotonic() + 10
-    while driver.marked() and time.monotonic() < end:
+    while any(map(lives, others)) and time.monotonic() < end:
         time.sleep(0.1)
-    assert driver.marked() == []
+    assert [process for process in others if lives(process)] == []
     assert not [*short.iterdir()]
     assert driver.process.wait() == (130 if number == signal.SIGINT else -signal.SIGKILL)
 
@@ -175,8 +184,9 @@ def test_another_ray_that_ends_is_told_in_one_line(driver: Driver) -> None:
 
     node = {"include_dashboard": False, "num_cpus": 2, "object_store_memory": 80 * 2**20}
     cluster = Cluster(initialize_head=True, connect=False, head_node_args=node)
+    address = cluster.address
     try:
-        driver.start("--address", cluster.address)
+        driver.start("--address", address)
         driver.wait(lambda: driver.spans() >= 1)
         raylet = cluster.head_node.all_processes["raylet"][0].process
         raylet.kill()
@@ -184,7 +194,7 @@ def test_another_ray_that_ends_is_told_in_one_line(driver: Driver) -> None:
         last = driver.finish(code=1)[-1]
     finally:
         cluster.shutdown()
-    assert last.startswith(f"lcray: Ray at '{cluster.address}': has ended in the middle of the")
+    assert last.startswith(f"lcray: Ray at '{address}': has ended in the middle of the")
     assert driver.state() == "failed"
 
 
