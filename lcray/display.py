@@ -362,9 +362,8 @@ def findings_summary(found: Findings, width: int = 10_000) -> Group:
             left_out |= dict.fromkeys(others)
         if "layer" in frame:
             frame = frame.assign(layer=frame["layer"].astype(object).replace("", "all"))
-        title = f"{finding.title} ({finding.name})"
         narrow = _narrowed(frame.head(_BRIEF), width)
-        parts += [Text(title, "italic"), frame_table(narrow)]
+        parts += [Text(f"{finding.title} ({finding.name})", "italic"), frame_table(narrow)]
         if len(narrow.columns) < len(frame.columns):
             parts.append(Text(f"and {', '.join(map(str, frame.columns[len(narrow.columns) :]))}"))
         if len(frame) > _BRIEF:
@@ -372,10 +371,8 @@ def findings_summary(found: Findings, width: int = 10_000) -> Group:
             parts.append(Text(f"{_BRIEF} of {len(frame)} rows; all: {file}"))
         parts += [Text(line, "dim") for line in _explained(finding.name, narrow)]
         parts += [Text(visible(note), "yellow") for note in notes_of(table)] + [""]
-    for name, why in found.impossible.items():
-        parts.append(Text(f"no {name}: {visible(why)}", "yellow"))
-    if parts:
-        parts.append(WHAT_HAPPENED)
+    parts += [Text(f"no {n}: {visible(why)}", "yellow") for n, why in found.impossible.items()]
+    parts += [WHAT_HAPPENED] if parts else []
     more = visible(f"; also of split {', '.join(left_out)}" if left_out else "")
     parts.append(f"findings, all rows and columns{more}: {found.path}/*.parquet")
     return Group(*parts)

@@ -70,7 +70,7 @@ class Placement:
 def usable_cores() -> int:
     """CPU cores that this process may use: by its affinity, and the limits of its control groups.
 
-    Those are what `taskset`, Slurm and containers set; a machine may have many more. At least 1.
+    Those are what taskset, Slurm and containers set; a machine may have many more. At least 1.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))

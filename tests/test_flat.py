@@ -379,7 +379,8 @@ class Clamping(nn.Linear):
 
 
 def output(net: nn.Module, batch: tuple[Tensor]) -> Tensor:
-    found = net(batch[0])
+    x = batch[0][:, None] if isinstance(net, nn.LSTM) else batch[0]  # sequences of one element
+    found = net(x)
     return (found[0] if isinstance(found, tuple) else found).flatten(1).square().sum(1)
 
 
@@ -439,7 +440,7 @@ def shared() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "weight norm": lambda: parametrizations.weight_norm(nn.Linear(2, 3)),
     "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(2, 3)),
-    "LSTM": lambda: nn.LSTM(2, 3),
+    "LSTM": lambda: nn.LSTM(2, 3, batch_first=True),
     "shared": shared,
     "old spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(2, 3)),
     "DataParallel": lambda: nn.DataParallel(nn.Linear(2, 3)),
