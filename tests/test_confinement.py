@@ -184,7 +184,6 @@ def test_messages_are_one_line_whatever_they_name() -> None:
 LISTENING = """
 import contextlib, psutil, sys
 import lcray
-from lcray.cluster import connection
 from lcray.resources import Resources
 
 def listening():
@@ -195,10 +194,8 @@ def listening():
                 if socket.status == psutil.CONN_LISTEN:
                     print(process.name(), socket.laddr.ip)
 
-with connection(Resources(workers=2)):
-    lcray.analyze(sys.argv[1], "scenes:plain", sys.argv[2], resources=Resources(workers=2),
-                  on_progress=lambda progress: progress.phase == "reduce" and listening())
-    listening()
+lcray.analyze(sys.argv[1], "scenes:plain", sys.argv[2], resources=Resources(workers=2),
+              on_progress=lambda progress: progress.phase == "reduce" and listening())
 """
 
 

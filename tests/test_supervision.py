@@ -26,6 +26,7 @@ import scenes
 
 import lcray
 from lcray.cluster import connection, private, supervision, workplace
+from lcray.cluster.connecting import Address
 from lcray.errors import ClusterError, UsageError
 from lcray.resources import Resources, usable_cores
 
@@ -259,6 +260,14 @@ class TestAddress:
         variable = rf"^RAY_ADDRESS '{address}': .*; here unset it for a Ray of lcray's own, or give"
         with pytest.raises(UsageError, match=variable), workplace(Resources()):
             pass
+
+    def test_which_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        assert Address.of(Resources()) == Address("local")
+        monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+        assert Address.of(Resources()) == Address("head:6379", "RAY_ADDRESS")
+        assert Address.of(Resources(address="other:6379")) == Address("other:6379")
+        assert Address.of(Resources(address="local")).is_own
 
     @pytest.mark.slow
     def test_somebody_listens_and_never_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,7 @@ class _Driver:
         variables = dict(os.environ)
         if self.address.is_own:
             self._folder = private.make_folder()
+            variables.pop("RAY_ADDRESS", None)
             variables |= own_variables(self._resources, self._folder)
         self._said = _words(self._folder)
         self._wire, other = Pipe()
