@@ -21,6 +21,7 @@ import lcray
 from lcray.drafting import make_plan, make_settings
 from lcray.errors import TaskError, UsageError
 from lcray.parts import Answer, Request, Seat, batches_of, cut_parts, deal
+from lcray.path import Point
 from lcray.planning import Plan, largest_share
 from lcray.resources import Resources
 from lcray.span import Workspace
@@ -68,6 +69,9 @@ class Neighbours:
 
     def cut(self, cut: Cut) -> None:
         self._cut = cut
+
+    def measure(self, point: Point) -> Iterator[Any]:
+        return (member.measure(SentPoint.of(point)) for member in self.members)
 
     def share_out(self, request: Request, n_parts: int) -> tuple[range, Iterator[Answer]]:
         own, *others = deal(n_parts, len(self.members) + 1)
