@@ -57,7 +57,6 @@ class GradientEngine:
         self._normalization = Normalization(
             batch_norm, fixed_batches=self.fixed_batches, formula=self._normalizes
         )
-        self._untried = True
         self.partial_sums = 1
         self.colleagues: Colleagues | None = None
         self._part: Tensor | None = None
@@ -176,6 +175,26 @@ class GradientEngine:
                 stack.enter_context(PaddedConvolutions())
             yield
 
+    def check_statistics(self, split: SplitData) -> None:
+        """Check that the loss takes no batch statistics that the model does not tell of.
+
+        By one batch, apart from what counts: a model that is watched may leave out fast paths,
+        whose bits differ.
+
+        Raises:
+            TaskError: if it does, as by ``F.batch_norm(training=True)``.
+        """
+        if self._normalizes:
+            return
+        batch = next(split.batches.only(range(1)))
+        try:
+            with self._normalization, torch.no_grad():
+                self._loss(self.flat.model, map_tensors(Tensor.clone, batch))
+        except TaskError:
+            raise
+        except Exception:  # the loss may need gradients; if it is wrong, evaluating it tells
+            return
+
     def _add_gradients(
         self, split: SplitData, index: int, losses: Tensor, weights: Tensor | None, sums: Sums
     ) -> None:
@@ -221,9 +240,6 @@ class GradientEngine:
 
     def _result(self, batch: Any) -> Any:
         """What the task's loss gives."""
-        if self._untried and not self._normalizes:
-            self._look_for_statistics(batch)
-        self._untried = False
         self.flat.restore_constants()
         try:
             return self._loss(self.flat.model, batch)
@@ -233,19 +249,6 @@ class GradientEngine:
         # Its own statistics are parameters, say: torch gives those no gradient.
         with self._normalization:
             return self._loss(self.flat.model, batch)
-
-    def _look_for_statistics(self, batch: Any) -> None:
-        """Refuse batch statistics that neither a module nor a buffer tells of.
-
-        Apart from what counts: a model that is watched may leave out fast paths, whose bits differ.
-        """
-        try:
-            with self._normalization, torch.no_grad():
-                self._loss(self.flat.model, map_tensors(Tensor.clone, batch))
-        except TaskError:
-            raise
-        except Exception:  # the loss may need gradients; if it is wrong, evaluating it tells
-            return
 
     def item_losses(self, split: SplitData, index: int, batch: Any) -> tuple[Tensor, Tensor | None]:
         """The losses [n] of a batch and their weights, checked.

@@ -179,6 +179,7 @@ def _point(bench: Workbench, state: Mapping[str, Tensor], step: int) -> Point:
 def _allocate(bench: Workbench, settings: Settings, index: int, segment: Segment) -> Allocation:
     split = bench.splits[index]
     segment.set_point(bench.flat, 0.0)
+    bench.engine.check_statistics(split)
     first = bench.engine.evaluate(split, None)
     bench.flat.check_unwritten(segment.start.vector)
     accuracy = Accuracy.of(settings, first.loss)

@@ -165,6 +165,7 @@ class Workspace:
         point = self._go_to_first()
         plans, seconds = [], {}
         for split in self.bench.splits:
+            self.bench.engine.check_statistics(split)
             first = self.bench.engine.evaluate(split, None)
             self.flat.check_unwritten(point.vector)
             out = self.bench.engine.new_vector()
