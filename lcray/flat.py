@@ -261,7 +261,7 @@ class FlatModel:
                     held[key] = tensor
             if tensor._version != self._versions[name]:
                 with torch.no_grad():
-                    tensor.copy_(self._values[name])
+                    tensor.copy_(self._values.get(name, self._initial[name]))
                 self._versions[name] = tensor._version
 
     def check_tied(self) -> None:
