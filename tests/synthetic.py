@@ -212,17 +212,22 @@ def from_elements(
     *,
     window: int,
     elements: bool = False,
+    error: float | None = None,
 ) -> Path:
-    """An output whose elements have this LC [T, n] by split and layer."""
+    """An output whose elements have this LC [T, n] by split and layer.
+
+    With `error`, the lc_error of every interval and layer.
+    """
     sizes = {layer: values.shape[1] for (_, layer), values in lc.items()}
     n_intervals = next(iter(lc.values())).shape[0]
     splits = tuple(dict.fromkeys(split for split, _ in lc))
     tables = ("intervals", "layers", "histograms") + (("elements",) if elements else ())
     plan = make_plan(sizes, n_intervals, window, splits, tables)
     total = np.stack([np.stack([lc[s, la].sum(axis=1) for la in sizes], axis=-1) for s in splits])
+    more = {} if error is None else {"lc_error": np.full(total.shape, error)}
     columns: dict[str, dict[str, Any]] = {
         "intervals": interval_columns(plan, total.sum(axis=2), np.zeros(total.shape[:2])),
-        "layers": layer_columns(plan, count_signs(plan, lc), total),
+        "layers": layer_columns(plan, count_signs(plan, lc), total, **more),
         "histograms": histogram_columns(plan, lc),
     }
     if elements:

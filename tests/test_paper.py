@@ -84,11 +84,11 @@ def test_six_seeds_and_every_paired_condition_at_small_scale(paper: SimpleNamesp
     assert ("momentum-0", 0) in runs and ("momentum-0.99", 0) in runs and ("adam", 0) in runs
 
 
-def planted(folder: Path, lc: np.ndarray) -> None:
+def planted(folder: Path, lc: np.ndarray, error: float | None = None) -> None:
     """An analyzed run whose layer `fc3.weight` has this LC [T, n]; `fc1.weight` has none."""
     layers = {"fc1.weight": np.zeros_like(lc), "fc3.weight": lc}
     values = {("train", name): part for name, part in layers.items()}
-    synthetic.from_elements(folder / "out", values, window=len(lc))
+    synthetic.from_elements(folder / "out", values, window=len(lc), error=error)
 
 
 def test_pairs_are_of_the_same_seed(paper: SimpleNamespace, tmp_path: Path) -> None:
@@ -142,6 +142,40 @@ def test_layers_hurt_over_seeds(
     (vgg,) = (network for network in paper.networks if network.name == "vgg")
     (text, found), _ = claims._hurting(claims.Study(vgg, tmp_path))
     assert found == verdict and "over 6 seeds" in text
+
+
+@pytest.mark.parametrize(
+    ("total", "error", "verdict"),
+    [
+        (0.5, 0.004, "agrees"),  # 100 intervals: a bound of 0.4
+        (0.5, 0.006, "undecided"),
+        (-0.5, 0.004, "disagrees"),
+        (0.5, None, "undecided"),
+    ],
+)
+def test_layers_of_one_run_hurt_beyond_their_bound(
+    paper: SimpleNamespace, tmp_path: Path, total: float, error: float | None, verdict: str
+) -> None:
+    """However its intervals swing: they are what they are."""
+    import claims
+
+    swing = np.tile([1.0, -1.0], 50)[:, None] + total / 100
+    planted(tmp_path / "sgd-0", swing, error)
+    (vgg,) = (network for network in paper.networks if network.name == "vgg")
+    (text, found), _ = claims._hurting(claims.Study(vgg, tmp_path))
+    assert found == verdict
+    bound = "(no bound)" if error is None else f"± {100 * error:.4f}"
+    assert text == f"fc3.weight: {total:+.4f} {bound} in one run"
+
+
+def test_momenta_of_one_run_each_decide_nothing(paper: SimpleNamespace, tmp_path: Path) -> None:
+    import claims
+
+    for name, lc in (("sgd-0", 0.5), ("momentum-0-0", -0.5), ("momentum-0-1", -0.4)):
+        planted(tmp_path / name, np.full((4, 1), lc / 4), 1e-6)
+    ((text, found),) = claims._momentum(claims.Study(paper.networks[0], tmp_path))
+    assert found == "undecided"
+    assert "0: -0.4500 (" in text and "over 2 seeds; 0.9: +0.5000 (+0.5000 to +0.5000)" in text
 
 
 @pytest.mark.slow
