@@ -311,7 +311,7 @@ class _Job:
             cost,
             pool.size * team,
             probe.resident,
-            make_notes(description, drafted.settings, soundness),
+            make_notes(description, drafted.settings, soundness, self.series.late_start),
             team,
             get_rule(drafted.settings.rule).n_gradients * pass_seconds(drafted, team, seconds),
             description.fixed_batches,
@@ -334,7 +334,8 @@ class _Job:
             return self._continued(out, record, given)
         if given is not None:
             check_plan_fits(given, description)
-            notes = make_notes(description, given.settings, pool.check())
+            late = self.series.late_start
+            notes = make_notes(description, given.settings, pool.check(), late)
             check_plan_losses(given, pool.losses(given))
             self._check_steps(given)
             chosen = given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from lcray.checkpoints import CheckpointSeries, open_series
 from lcray.checkpoints.folders import open_folders
@@ -79,7 +80,7 @@ class Growth:
                 open_series(self._run, self._steps)  # says why nothing can be used
             return None
         if content is None and not self.ended:
-            series = CheckpointSeries(series.root, series.checkpoints[:-1])
+            series = replace(series, checkpoints=series.checkpoints[:-1])
         return series if len(series.checkpoints) > 1 else None
 
     def _content(self) -> dict[str, object] | None:

@@ -126,11 +126,14 @@ def make_fingerprint(description: Description) -> dict[str, Any]:
 
 
 def make_notes(
-    description: Description, settings: Settings, soundness: Soundness | None = None
+    description: Description,
+    settings: Settings,
+    soundness: Soundness | None = None,
+    late_start: str | None = None,
 ) -> tuple[str, ...]:
-    """What to keep in mind about numbers from such a run."""
+    """What to keep in mind about numbers from such a run; `late_start` is that of its series."""
     few, many = description.low_precision, description.double_precision
-    notes = []
+    notes = [] if late_start is None else [late_start]
     for name, (taken, population) in description.drawn.items():
         notes.append(
             f"split {name!r}: {taken:,} of {population:,} samples, drawn at random with seed "

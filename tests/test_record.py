@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import scenes
 import torch
 
 import lcray
+from lcray import display
 from lcray.errors import OutputError, UsageError
 from lcray.layers import Layer
 from lcray.planning import Settings
@@ -153,6 +155,25 @@ def test_notes(record: Record) -> None:
     (note,) = make_notes(describe(record, low_precision=(layers[1].name,)), plain)
     assert note.startswith(f"1 of {len(layers)} layers are stored in 16 bits or fewer")
     assert note.endswith(f"({layers[1].name}, …)")
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_missing_step_0_is_said_by_the_plan_and_by_the_results(
+    plain_run: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(plain_run, tmp_path / "run"))
+    assert lcray.plan(run, "scenes:plain", steps="1:").notes == ()  # left out on purpose
+    scenes.checkpoint(run, 0).unlink()
+    report = lcray.plan(run, "scenes:plain")
+    assert report.notes[0].startswith("the run begins at step 1: step 0 is missing")
+    assert lcray.plan(run, "scenes:plain", steps="2:").notes == ()
+    asked = {"out": {"steps": "1:4"}, "by-plan": {"plan": report.plan}}
+    for name, options in asked.items():
+        found = lcray.analyze(run, "scenes:plain", tmp_path / name, **options)
+        assert found.notes == report.notes
+        assert report.notes[0] in "".join(map(str, display.summary(found).renderables))
+    page = lcray.report(tmp_path / "out")
+    assert isinstance(page, Path) and report.notes[0] in page.read_text()
 
 
 def test_batches_that_are_part_of_the_loss_are_noted_unless_asked_for(record: Record) -> None:

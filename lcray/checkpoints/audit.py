@@ -41,7 +41,7 @@ class Finding:
 
     Attributes:
         severity: ``"error"`` (the interval cannot be analyzed), ``"warning"`` or ``"info"``.
-        kind: ``unreadable``, ``nonfinite``, ``names``, ``shape``, ``dtype``, ``gap``,
+        kind: ``unreadable``, ``nonfinite``, ``names``, ``shape``, ``dtype``, ``start``, ``gap``,
             ``duplicate``, ``outlier``, ``low_precision`` or ``frozen``.
         step: the step it is about, or None for the whole run.
         layer: the tensor it is about, or None.
@@ -119,7 +119,7 @@ def inspect(run: PlaceLike, steps: str | None = None, layers: str | None = None)
         state = _narrowed(state, layers)
         pass_.visit(previous, state)
         previous = state
-    findings = [*pass_.findings, *_gaps(series), *_outliers(pass_.norms)]
+    findings = [*_start(series), *pass_.findings, *_gaps(series), *_outliers(pass_.norms)]
     findings += [*_nonfinite(pass_), *_hidden(pass_), *_frozen(pass_)]
     findings.sort(key=lambda found: math.inf if found.step is None else found.step)
     return _report(series, pass_, findings)
@@ -270,6 +270,11 @@ def _nonfinite(pass_: _Pass) -> Iterator[Finding]:
         else:
             message = f"{found}, for the first time"
             yield Finding("error", "nonfinite", step, name, message)
+
+
+def _start(series: CheckpointSeries) -> Iterator[Finding]:
+    if series.late_start is not None:
+        yield Finding("warning", "start", series.steps[0], None, series.late_start)
 
 
 def _gaps(series: CheckpointSeries) -> Iterator[Finding]:

@@ -35,10 +35,24 @@ _MODEL_FILES = (
 
 @dataclass(frozen=True)
 class CheckpointSeries:
-    """The checkpoints of one run, sorted by step as a number (9000 before 10000)."""
+    """The checkpoints of one run, sorted by step as a number (9000 before 10000).
+
+    `begins` is the first step that the run has, also where the checkpoints are narrowed to others.
+    """
 
     root: Place
     checkpoints: tuple[Checkpoint, ...]
+    begins: int = 0
+
+    @property
+    def late_start(self) -> str | None:
+        """What to say where step 0 is missing; None where it is there, or was not asked for."""
+        if self.begins == 0 or self.begins != self.checkpoints[0].step:
+            return None
+        return (
+            f"the run begins at step {self.begins}: step 0 is missing, so the initial weights and "
+            "the change from them, often the largest of all, are not part of it"
+        )
 
     @cached_property
     def steps(self) -> tuple[int, ...]:
@@ -102,7 +116,7 @@ def open_series(run: PlaceLike, steps: str | None = None, *, minimum: int = 2) -
             f"{root}: {len(kept)} checkpoint(s){chosen} of {len(found)} "
             f"(steps {found[0].step} to {found[-1].step}), and at least {minimum} are needed"
         )
-    return CheckpointSeries(root, kept)
+    return CheckpointSeries(root, kept, found[0].step)
 
 
 def list_checkpoints(root: Place) -> tuple[Checkpoint, ...]:

@@ -203,13 +203,29 @@ def test_a_run_of_only_torn_files(tmp_path):
 
 
 def test_a_missing_shard_is_a_finding(tmp_path):
-    for step in (1, 2):
+    for step in (0, 1):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_file({"a": torch.ones(1)}, tmp_path / "checkpoint-1" / "model-00001-of-00001.safetensors")
-    assert kinds(inspect(tmp_path)) == [("unreadable", 2, None)]
+    save_file({"a": torch.ones(1)}, tmp_path / "checkpoint-0" / "model-00001-of-00001.safetensors")
+    assert kinds(inspect(tmp_path)) == [("unreadable", 1, None)]
+
+
+def test_a_run_without_step_0_says_so_unless_it_was_left_out_on_purpose(tmp_path):
+    for step in (1, 2, 3):
+        save_file({"a": torch.ones(1) * step}, tmp_path / f"step-{step}.safetensors")
+    for steps in (None, "0:", "1:2", ":3"):
+        (found,) = inspect(tmp_path, steps).findings
+        assert (found.severity, found.kind, found.step) == ("warning", "start", 1)
+        assert found.message == (
+            "the run begins at step 1: step 0 is missing, so the initial weights and the change "
+            "from them, often the largest of all, are not part of it"
+        )
+    assert inspect(tmp_path, "2:").findings == ()
+    save_file({"a": torch.ones(1) * 9}, tmp_path / "step-0.safetensors")
+    for steps in (None, "0:", "1:"):
+        assert inspect(tmp_path, steps).findings == ()
 
 
 def test_steps_narrow_it_and_no_run_is_an_error(tmp_path):
