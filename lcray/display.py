@@ -19,6 +19,7 @@ from lcray.costs import n_fisher
 from lcray.errors import one_line, visible
 from lcray.planning import Plan, SplitPlan
 from lcray.planreport import PlanReport
+from lcray.quadrature import MAX_PANELS
 from lcray.results import Results
 from lcray.standing import Status
 from lcray.wording import duration as duration
@@ -183,7 +184,8 @@ def summary(results: Results) -> Group:
     missed = int((frame["converged"] == False).sum())  # noqa: E712 - null where not ok
     if missed:
         settings = results.plan.settings
-        cure = f"--max-panels {2 * settings.max_panels}" if settings.refine else "--refine"
+        more = min(2 * settings.max_panels, MAX_PANELS)
+        cure = f"--max-panels {more}" if settings.refine else "--refine"
         lines.append(
             f"{missed} of {len(frame)} intervals exceed the tolerance (rtol {settings.rtol:g}); "
             f"{cure} and another --out would integrate those more finely"

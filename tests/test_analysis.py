@@ -132,7 +132,7 @@ class TestResume:
             lost = ["3-6", "6-9"] if step == 6 else ["6-9"]
             message = one_line(caught)
             assert f"{3 * len(lost)} intervals are missing (steps {', '.join(lost)})" in message
-            assert f"step-{step:08d}" in message
+            assert f"step-{step:08d}" in message and "; the rest is committed: run" in message
             assert len(scenes.spans_of(out)) == 4 - len(lost)
             with pytest.raises(IncompleteError, match=f"{3 * len(lost)} of 12 intervals"):
                 lcray.reduce(out)
@@ -144,6 +144,17 @@ class TestResume:
         done = 0 if step == 0 else 12 - 3 * len(lost)
         assert told.counts == list(range(done, 13, 3))
         assert scenes.tables(out) == scenes.tables(plain_out)
+
+    def test_where_every_span_fails_nothing_is_said_to_be_committed(
+        self, run: Path, tmp_path: Path
+    ) -> None:
+        for step in range(1, 13):
+            scenes.checkpoint(run, step).write_bytes(b"torn")
+        with pytest.raises(IncompleteError) as caught:
+            lcray.analyze(run, "scenes:plain", tmp_path / "out", **OPTIONS)
+        message = one_line(caught)
+        assert message.endswith("; nothing is committed: run the same command again to retry")
+        assert "12 intervals are missing" in message and "--allow-missing" not in message
 
     def test_a_finished_analysis_is_left_as_it_is(
         self, run: Path, out: Path, plain_out: Path
