@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lcray.answers import holding
-from lcray.arrow import largest_group
 from lcray.checkpoints.naming import matches
 from lcray.confidence import frame, sums
 from lcray.errors import CorruptionError, UsageError, suggest
@@ -25,6 +25,7 @@ from lcray.recipes import quotes_for, recipe_for, tables_for
 from lcray.sandbox import connect, query_room, select, shut, sql_path
 from lcray.schema import TABLES
 from lcray.shards import read_plan
+from lcray.soundness import Soundness
 from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
 from lcray.views import View, named_in, scan, views_of
 
@@ -44,15 +45,6 @@ def open_output(out: PlaceLike) -> Results:
     """
     path = place(out)
     return Results(path, read_plan(path), tuple(read_manifest(path).tables))
-
-
-def _check_form(path: Path | IO[bytes], table: str) -> None:
-    """Raises ValueError for columns or row groups that the table does not have."""
-    with pq.ParquetFile(path) as file:
-        if not file.schema_arrow.equals(TABLES[table].schema):
-            raise ValueError("other columns than the table has")
-        if largest_group(file.metadata) > TABLES[table].row_group_size:
-            raise ValueError("larger row groups than the table has")
 
 
 def query(out: PlaceLike, sql: str) -> pd.DataFrame:
@@ -219,10 +211,11 @@ class Results:
         self, path: Place, name: str, columns: list[str], rows: pc.Expression | None
     ) -> pa.Table:
         if not isinstance(path, Remote):
-            _check_form(path, name)
+            self._check(path, name)
             return pq.read_table(path, columns=columns, filters=rows, partitioning=None)
         with open_seekable(path) as source:
-            _check_form(source, name)
+            with pq.ParquetFile(source) as file:
+                self._soundness.check(file, name, ())
             source.seek(0)
             return pq.read_table(source, columns=columns, filters=rows)
 
@@ -290,6 +283,10 @@ class Results:
             if isinstance(self.path, Remote) and not path.exists():
                 continue  # the query does not name it
             try:
+                self._check(path, table)
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise self._unreadable(self._file(table), error) from error
+            try:
                 connection.execute(f"CREATE VIEW {table} AS FROM {scan(sql_path(path))}")
             except duckdb.Error as error:
                 raise self._unreadable(path, error) from error
@@ -299,6 +296,17 @@ class Results:
             if present.issuperset(view.tables):
                 connection.execute(f"CREATE VIEW {view.name} AS {view.select(self.plan)}")
         return files
+
+    @cached_property
+    def _soundness(self) -> Soundness:
+        return Soundness(self.plan)
+
+    def _check(self, path: Path, table: str) -> None:
+        """Raises ValueError for what no analysis by this plan writes, if the file is new to us."""
+        status = path.stat()
+        with pq.ParquetFile(path) as file:
+            stamp = (status.st_size, status.st_mtime_ns, status.st_ino)
+            self._soundness.check(file, table, stamp)
 
     def _views(self) -> tuple[View, ...]:
         return views_of(self.tables)

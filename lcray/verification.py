@@ -41,7 +41,8 @@ from lcray.reduction import (
 from lcray.sandbox import connect, shut, sql_path
 from lcray.schema import TABLES
 from lcray.shards import Commit, check_files, file_problems, read_commit, read_plan
-from lcray.storage import Place, PlaceLike, local_copies, place
+from lcray.soundness import Soundness
+from lcray.storage import Place, PlaceLike, local_copies, open_uncached, place
 from lcray.views import scan
 
 _SHOWN = 3  # offending rows that a problem names
@@ -147,6 +148,7 @@ def _verify_tables(out: Place, plan: Plan, commits: list[Commit], report: _Repor
         with report.check(f"file of table {table}"):
             path = confined(out, out / "tables" / entry.name)
             problems = file_problems(path, entry, table)
+            problems += [] if problems else _oversized(path, plan, table)
             report.problems += [f"{path}: {p}; run lcray reduce {out}" for p in problems]
             if not problems:
                 sound.append(table)
@@ -157,6 +159,16 @@ def _verify_tables(out: Place, plan: Plan, commits: list[Commit], report: _Repor
                 report.problems += _disorder(out, folder, plan, table)
         with report.check("rows of the tables"):
             _verify_rows(out, folder, plan, manifest, sound, report)
+
+
+def _oversized(path: Place, plan: Plan, table: str) -> list[str]:
+    """Why nobody should read the names in a table: there may be gigabytes of them."""
+    try:
+        with open_uncached(path) as raw, pq.ParquetFile(raw) as file:
+            Soundness(plan).check_sizes(file.metadata, table)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _verify_shards(out: Place, plan: Plan, report: _Report, run: PlaceLike | None) -> list[Commit]:

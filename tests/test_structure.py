@@ -91,6 +91,7 @@ ORDER = (
     "sandbox",
     "manifest",
     "recipes",
+    "soundness",
     "answers",
     "results",
     "palette",

@@ -1,0 +1,182 @@
+"""What a table must look like to be read at all: no names and numbers that no analysis writes.
+
+Checksums say that a file is whole, not who made it. A dictionary of a few bytes may hold a name of
+gigabytes, which every row would repeat; a step may be anything that 64 bits hold. Sizes come from
+the footer of the file, before anything is read; numbers from its statistics, and those of tables of
+a common size from the columns themselves. `lcray verify` checks much more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lcray.arrow import largest_group
+from lcray.planning import Plan
+from lcray.schema import TABLES, WHOLE_RUN
+from lcray.summary import HIGHEST, UNDERFLOW
+
+#: Bytes that a name may have.
+LONGEST_NAME = 1 << 16
+_WORD = 64  # bytes of a word of lcray's own, such as a rule or a status
+_SLACK = 1 << 14  # bytes for the headers of pages
+_INDEX = 8  # bytes for the index of a name, and its share of a page
+_ROWS = 1 << 22  # of tables whose steps are read to be checked; some tenths of a second
+_NAMED_ROWS = 1 << 26  # of tables whose names are: they are cheaper
+_MOST = 1 << 62
+
+
+class Soundness:
+    """The checks of an output's tables by its plan, each table once.
+
+    Args:
+        plan: of the output.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._passed: set[tuple[Any, ...]] = set()
+
+    def check(self, file: pq.ParquetFile, table: str, stamp: tuple[Any, ...]) -> None:
+        """Raises ValueError for what lcray does not write into `table`.
+
+        Args:
+            file: the table, open.
+            table: its name.
+            stamp: what changes with the file; one that has passed is not checked again.
+        """
+        if (table, *stamp) in self._passed:
+            return
+        if not file.schema_arrow.equals(TABLES[table].schema):
+            raise ValueError("other columns than the table has")
+        if largest_group(file.metadata) > TABLES[table].row_group_size:
+            raise ValueError("larger row groups than the table has")
+        self.check_sizes(file.metadata, table)
+        for field in TABLES[table].schema:
+            if pa.types.is_integer(field.type):
+                self._check_numbers(file, table, field.name)
+            elif field.name in self._names:
+                self._check_names(file, field.name)
+        self._passed.add((table, *stamp))
+
+    def check_sizes(self, metadata: pq.FileMetaData, table: str) -> None:
+        """Raises ValueError for text that takes more than the plan's names may."""
+        for at, field in enumerate(TABLES[table].schema):
+            if not pa.types.is_dictionary(field.type):
+                continue
+            names = self._names.get(field.name, frozenset[str]())
+            sizes = [len(name.encode("utf-8", "surrogatepass")) for name in names]
+            longest = max(sizes, default=_WORD)
+            if longest > LONGEST_NAME:
+                raise ValueError(
+                    f"a {field.name} of {longest:,} bytes; a name may have {LONGEST_NAME:,}"
+                )
+            for number in range(metadata.num_row_groups):
+                group = metadata.row_group(number)
+                size = group.column(at).total_uncompressed_size
+                most = _SLACK + sum(sizes) + group.num_rows * (longest + _INDEX)
+                if size > most:
+                    raise ValueError(
+                        f"{size:,} bytes of names in column {field.name!r}, more than the plan has"
+                    )
+
+    def _check_numbers(self, file: pq.ParquetFile, table: str, column: str) -> None:
+        low, high = self._ranges.get(column, (0, _MOST))
+        if column == "window" and table == "fits":
+            low = min(low, WHOLE_RUN)
+        if column == "seed":
+            return
+        few = file.metadata.num_rows <= _ROWS and column in self._values
+        found = None if few else _extremes(file.metadata, column)
+        values = np.zeros(0, np.int64)
+        if found is None:
+            values = _unique(file, column)
+            found = [] if not len(values) else [int(values[0]), int(values[-1])]
+        for value in found:
+            if not low <= value <= high:
+                raise ValueError(f"{column} {value}, which the plan does not have")
+        if few and column == "window":
+            odd = values[(values % self._plan.window != 0) & (values != WHOLE_RUN)]
+        else:
+            odd = values[~np.isin(values, self._values[column])] if few else values[:0]
+        if len(odd):
+            raise ValueError(f"{column} {odd[0]}, which the plan does not have")
+
+    def _check_names(self, file: pq.ParquetFile, column: str) -> None:
+        known = self._names[column]
+        few = file.metadata.num_rows <= _NAMED_ROWS
+        found = None if few else _extremes(file.metadata, column)
+        if found is None:  # statistics leave very long names out
+            found = [name for part in _parts(file, column) for name in part.dictionary.to_pylist()]
+        odd = sorted(set(found) - known)
+        if odd:
+            raise ValueError(f"{column} {odd[0][:100]!r}, which the plan does not have")
+
+    @cached_property
+    def _names(self) -> Mapping[str, frozenset[str]]:
+        plan = self._plan
+        return {
+            "split": frozenset(split.name for split in plan.splits),
+            "layer": frozenset(layer.name for layer in plan.layers),
+            "module": frozenset(layer.module for layer in plan.layers),
+        }
+
+    @cached_property
+    def _values(self) -> Mapping[str, Any]:
+        steps = np.unique([step for span in self._plan.spans for step in span.steps])
+        return dict.fromkeys(("start_step", "end_step", "step", "window"), steps)
+
+    @cached_property
+    def _ranges(self) -> Mapping[str, tuple[int, int]]:
+        plan = self._plan
+        first, last = plan.spans[0].first, plan.spans[-1].last
+        elements = max((layer.numel for layer in plan.layers), default=0)
+        units = max((layer.n_units for layer in plan.layers), default=0)
+        groups = [group for split in plan.splits for group in split.groups] or [0]
+        replicates = max(len(split.replicate_weights) for split in plan.splits)
+        return {
+            "start_step": (first, last),
+            "end_step": (first, last),
+            "step": (first, last),
+            "window": (first // plan.window * plan.window, last),
+            "numel": (0, elements),
+            "index": (0, elements - 1),
+            "unit": (0, units - 1),
+            "group": (min(groups), max(groups)),
+            "replicate": (0, replicates - 1),
+            "sign": (-1, 1),
+            "bin": (UNDERFLOW, HIGHEST),
+        }
+
+
+def _extremes(metadata: pq.FileMetaData, column: str) -> list[Any] | None:
+    """The least and greatest value of each row group, None where the file does not say."""
+    at = metadata.schema.names.index(column)
+    found: list[Any] = []
+    for number in range(metadata.num_row_groups):
+        part = metadata.row_group(number).column(at)
+        statistics = part.statistics
+        if statistics is None or not statistics.has_min_max:
+            if statistics is not None and statistics.null_count == part.num_values:
+                continue
+            return None
+        found += [statistics.min, statistics.max]
+    return found
+
+
+def _parts(file: pq.ParquetFile, column: str) -> Any:
+    """The column, row group by row group, in pieces."""
+    for number in range(file.metadata.num_row_groups):
+        yield from file.read_row_group(number, columns=[column]).column(0).chunks
+
+
+def _unique(file: pq.ParquetFile, column: str) -> Any:
+    """Its distinct values, ascending."""
+    parts = [pc.unique(part.drop_null()).to_numpy() for part in _parts(file, column)]
+    return np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
