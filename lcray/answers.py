@@ -12,11 +12,13 @@ from decimal import Decimal
 from typing import Any, TextIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lcray.errors import UsageError, one_line
 
 _ROWS = 1 << 14  # made text at a time
+_TEXT = 1 << 26  # bytes of strings among them
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet computes
 
 
@@ -88,8 +90,16 @@ def holding(form: str) -> Iterator[None]:
 
 
 def _rows(table: pa.Table) -> Iterator[tuple[Any, ...]]:
-    for batch in table.to_batches(max_chunksize=_ROWS):
+    size = max(1, min(_ROWS, _TEXT // max(1, sum(map(_longest, table.columns)))))
+    for batch in table.to_batches(max_chunksize=size):
         yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def _longest(column: pa.ChunkedArray) -> int:
+    """The bytes of the longest string in a column: every row of a dictionary makes one anew."""
+    chunks = [c.dictionary if pa.types.is_dictionary(c.type) else c for c in column.chunks]
+    texts = [c for c in chunks if pa.types.is_string(c.type) or pa.types.is_large_string(c.type)]
+    return max((pc.max(pc.binary_length(text)).as_py() or 0 for text in texts), default=0)
 
 
 def _objects(table: pa.Table) -> Iterator[dict[str, Any]]:

@@ -384,11 +384,8 @@ def _explained(name: str, shown: pd.DataFrame) -> Iterable[str]:
     """How to read a finding's table, and what its empty cells mean; a line each, or none."""
     if name in READING:
         yield READING[name]
-    empty = [
-        f"no {column}: {meaning}"
-        for column, meaning in EMPTY.get(name, {}).items()
-        if column in shown and shown[column].isna().any()
-    ]
+    known = [(c, meaning) for c, meaning in EMPTY.get(name, {}).items() if c in shown]
+    empty = [f"no {column}: {meaning}" for column, meaning in known if shown[column].isna().any()]
     if empty:
         yield "; ".join(empty)
 

@@ -74,9 +74,7 @@ class Soundness:
             sizes = [len(name.encode("utf-8", "surrogatepass")) for name in names]
             longest = max(sizes, default=_WORD)
             if longest > LONGEST_NAME:
-                raise ValueError(
-                    f"a {field.name} of {longest:,} bytes; a name may have {LONGEST_NAME:,}"
-                )
+                raise ValueError(_too_long(field.name, longest))
             for number in range(metadata.num_row_groups):
                 group = metadata.row_group(number)
                 size = group.column(at).total_uncompressed_size
@@ -85,6 +83,15 @@ class Soundness:
                     raise ValueError(
                         f"{size:,} bytes of names in column {field.name!r}, more than the plan has"
                     )
+
+    def check_lengths(self, file: pq.ParquetFile, table: str) -> None:
+        """Raises ValueError for a name that is too long, whatever the footer says of its size."""
+        for field in TABLES[table].schema:
+            if pa.types.is_dictionary(field.type):
+                for part in _parts(file, field.name):
+                    longest = pc.max(pc.binary_length(part.dictionary)).as_py() or 0
+                    if longest > LONGEST_NAME:
+                        raise ValueError(_too_long(field.name, longest))
 
     def _check_numbers(self, file: pq.ParquetFile, table: str, column: str) -> None:
         low, high = self._ranges.get(column, (0, _MOST))
@@ -153,6 +160,10 @@ class Soundness:
             "sign": (-1, 1),
             "bin": (UNDERFLOW, HIGHEST),
         }
+
+
+def _too_long(column: str, size: int) -> str:
+    return f"a {column} of {size:,} bytes; a name may have {LONGEST_NAME:,}"
 
 
 def _extremes(metadata: pq.FileMetaData, column: str) -> list[Any] | None:

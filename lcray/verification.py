@@ -165,9 +165,11 @@ def _oversized(path: Place, plan: Plan, table: str) -> list[str]:
     """Why nobody should read the names in a table: there may be gigabytes of them."""
     try:
         with open_uncached(path) as raw, pq.ParquetFile(raw) as file:
-            Soundness(plan).check_sizes(file.metadata, table)
-    except ValueError as error:
-        return [str(error)]
+            soundness = Soundness(plan)
+            soundness.check_sizes(file.metadata, table)
+            soundness.check_lengths(file, table)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return [str(error).splitlines()[0]]
     return []
 
 

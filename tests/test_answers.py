@@ -6,11 +6,13 @@ import csv
 import io
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import synthetic
@@ -18,6 +20,7 @@ from click.testing import CliRunner, Result
 
 import lcray
 from lcray import query_command
+from lcray.answers import write_csv
 from lcray.cli import app
 from lcray.errors import UsageError
 
@@ -165,3 +168,24 @@ def test_types_without_a_place_are_one_line(out: Path, form: str, value: str) ->
 def test_json_of_a_map_has_null_for_what_is_not_finite(out: Path) -> None:
     text = ask(out, "SELECT MAP {'a': 'nan'::DOUBLE, 'b': 0.5} AS m", "--format", "json").stdout
     assert json.loads(text) == [{"m": [["a", None], ["b", 0.5]]}]
+
+
+def test_long_names_are_written_a_few_rows_at_a_time() -> None:
+    """Each row has a string of its own: 16,384 of a megabyte at once would be 16 GB."""
+    names = pa.DictionaryArray.from_arrays(np.zeros(600, np.int32), ["x" * (1 << 20)])
+    table = pa.table({"name": names, "n": np.arange(600)})
+    held: list[int] = []
+
+    class Sink(io.StringIO):
+        def write(self, text: str) -> int:
+            held.append(len(text))
+            return len(text)
+
+    tracemalloc.start()
+    try:
+        write_csv(table, Sink())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(held) == len("name,n\n") + 600 * ((1 << 20) + 2) + 10 + 90 * 2 + 500 * 3
+    assert peak < 200 << 20  # all 600 of them would be 629 MB

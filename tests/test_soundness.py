@@ -154,6 +154,15 @@ def test_a_name_that_the_plan_lacks_is_never_unfolded(out: Path, tmp_path: Path,
     assert time.monotonic() - began < 30
 
 
+def test_a_footer_that_lies_about_sizes(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it goes: the names themselves are looked at before any row has its own."""
+    monkeypatch.setattr("lcray.soundness._SLACK", 1 << 30)
+    put(out, "layers", changed(out, "layers", "layer", "x" * (1 << 20)))
+    with pytest.raises(CorruptionError, match=r"layer 'x{100}', which the plan does not have"):
+        lcray.open(out).sql("SELECT * FROM layers")
+    assert [p for p in lcray.verify(out).problems if "a layer of 1,048,576 bytes; a name may" in p]
+
+
 def test_a_plan_has_no_name_of_that_size_either(tmp_path: Path) -> None:
     lc = {("train", "x" * (LONGEST_NAME + 1)): np.ones((2, 1))}
     out = synthetic.from_elements(tmp_path / "out", lc, window=2)
