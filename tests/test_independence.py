@@ -613,6 +613,7 @@ class TestAnalysis:
 # --- the samples that are compared ------------------------------------------------------------
 
 
+@settings(deadline=None, derandomize=True)
 @given(n=st.integers(1, 200))
 def test_pieces_cover_a_batch_in_order(n: int) -> None:
     order = np.random.default_rng(0).permutation(n)
@@ -624,6 +625,7 @@ def test_pieces_cover_a_batch_in_order(n: int) -> None:
     assert sizes[:2] == [2, 3] or n < 7
 
 
+@settings(deadline=None, derandomize=True, max_examples=300)
 @given(
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30),
     most=st.integers(1, 64),
@@ -641,7 +643,7 @@ def test_a_mixture_takes_some_samples_of_some_blocks(
         assert len({int(np.searchsorted(starts, i, "right")) for i in piece}) == 1
         assert (np.diff(piece) > 0).all()
     blocks_seen = {int(np.searchsorted(starts, i, "right")) for i in taken}
-    assert len(blocks_seen) == min(len(sizes), 6, max(most // 2, min(most, 3)))
+    assert len(blocks_seen) == min(len(sizes), 6, most if most < 4 else most // 2)
     if len(sizes) == 1:
         assert len(taken) == min(most, sizes[0])
 
