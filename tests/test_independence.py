@@ -231,7 +231,7 @@ class TestDependent:
             h = F.batch_norm(model[0](batch[0]), None, None, training=True)
             return F.cross_entropy(model[2](h), batch[1], reduction="none")
 
-        with pytest.raises(TaskError, match=r"batch statistics .*: Task\(batch_loss=True\)$"):
+        with pytest.raises(TaskError, match=r"items depend .*: Task\(batch_loss=True\)$"):
             between(loss)
         assert between(loss, batch_loss=True).loss_change != 0
 
