@@ -22,7 +22,7 @@ from lcray.manifest import read_manifest
 from lcray.numerals import step_range
 from lcray.planning import Plan, read_notes
 from lcray.recipes import quotes_for, recipe_for, tables_for
-from lcray.sandbox import connect, query_room, select, shut, sql_path
+from lcray.sandbox import check_name, connect, query_room, select, shut, sql_path
 from lcray.schema import TABLES
 from lcray.shards import read_plan
 from lcray.soundness import Soundness
@@ -44,6 +44,7 @@ def open_output(out: PlaceLike) -> Results:
         CorruptionError: if its plan or manifest is damaged.
     """
     path = place(out)
+    check_name(path)
     return Results(path, read_plan(path), tuple(read_manifest(path).tables))
 
 

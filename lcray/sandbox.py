@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import torch
 
-from lcray.errors import UsageError
+from lcray.errors import OutputError, UsageError
 from lcray.interrupting import interruptible, left_behind
 from lcray.memory import available_bytes
+from lcray.storage import Place
 from lcray.views import literal
 
 if TYPE_CHECKING:
@@ -42,8 +43,23 @@ def query_room() -> int:
     return max(_LEAST_ROOM, available_bytes(torch.device("cpu")) // 2)
 
 
+def check_name(path: Place) -> None:
+    """Raises an OutputError for a path that DuckDB and Arrow cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"{path}: the path is not UTF-8, as DuckDB and Arrow need it; rename the folder"
+        ) from error
+
+
 def sql_path(path: Path) -> str:
-    """The path as a literal of DuckDB's, quotes included: as it is, and not as a pattern."""
+    """The path as a literal of DuckDB's, quotes included: as it is, and not as a pattern.
+
+    Raises:
+        OutputError: if it is not UTF-8.
+    """
+    check_name(path)
     return literal(glob.escape(str(path.resolve())))
 
 

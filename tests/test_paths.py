@@ -22,6 +22,7 @@ from click.testing import CliRunner
 import lcray
 from lcray.analysis import analyze
 from lcray.cli import app
+from lcray.errors import OutputError
 from lcray.results import open_output
 from lcray.storage import place, storage_of
 
@@ -164,6 +165,20 @@ def test_an_output_on_s3(plain_out: Path, bucket: str) -> None:
     lcray.reduce(there)
     text = storage_of(there).read(there / "views.sql").decode()
     assert text.count("read_parquet(") == text.count("hive_partitioning = false") > 5
+
+
+def test_a_path_that_is_not_utf8_is_one_line(plain_out: Path, tmp_path: Path) -> None:
+    out = put(plain_out, Path(f"{tmp_path}/out-\udcff"))
+    line = r"out-\\udcff: the path is not UTF-8, as DuckDB and Arrow need it; rename the folder"
+    for read in (
+        lambda: lcray.query(out, "SELECT 1"),
+        lambda: lcray.findings(out),
+        lambda: lcray.report(out),
+        lambda: lcray.export(out, "csv", tmp_path / "csv"),
+    ):
+        with pytest.raises(OutputError, match=line):
+            read()
+    assert any("is not UTF-8" in problem for problem in lcray.verify(out).problems)
 
 
 def test_nothing_of_the_package_reads_parquet_by_its_path_alone() -> None:
