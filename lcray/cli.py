@@ -320,5 +320,5 @@ def main() -> None:
         known = str(error.__cause__ or "")
         terminal.say(f"lcray: interrupted{'; ' if known else ''}{known}", err=True)
         if isinstance(error.__cause__, Stopped):  # in order would be late, or never
-            os._exit(128 + received[-1])
+            os._exit(128 + signal.SIGINT)  # whichever signal it was: a query leaves nothing undone
         sys.exit(128 + received[-1])

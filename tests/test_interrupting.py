@@ -55,9 +55,9 @@ def wait_until_at_work(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("query", ENDLESS)
-def test_a_signal_ends_a_query(out: Path, query: str, number: signal.Signals, code: int) -> None:
+def test_a_signal_ends_a_query(out: Path, query: str, number: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "lcray", "query", str(out), ENDLESS[query]],
         env=scenes.python_environment(),
@@ -71,11 +71,11 @@ def test_a_signal_ends_a_query(out: Path, query: str, number: signal.Signals, co
         began = time.monotonic()
         process.send_signal(number)
         said, errors = process.communicate(timeout=20)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 6  # two seconds where nothing else runs
     finally:
         process.kill()
         process.wait()
-    assert (process.returncode, said) == (code, "")
+    assert (process.returncode, said) == (130, "")
     assert errors.strip() == "lcray: interrupted"
 
 
