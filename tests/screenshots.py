@@ -35,7 +35,7 @@ class View:
 VIEWS = {
     "demo": View(height=1160),
     "lenet": View("heat-map", height=1000),
-    "lenet-narrow": View("layers", 390, 844),
+    "narrow": View("layers", 390, 844),
     "resnet20": View("heat-map", height=1000, theme="dark"),
     "compare": View("loss"),
 }
