@@ -15,39 +15,30 @@ tells how much of a difference is rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lcray.checkpoints.naming import canonical_names
 from lcray.data import SplitData
-from lcray.errors import TaskError, brief
-from lcray.flat import FlatModel
+from lcray.errors import TaskError
 from lcray.gradient import layer_dots
-from lcray.nested import map_tensors
-from lcray.normalization import Normalization
+from lcray.newly_built import Losses, NewModels, as_losses
 from lcray.parts import Site
 from lcray.path import Point, Segment
-from lcray.precision import exact_float32
-from lcray.task import Task, call_model
+from lcray.task import Task
 from lcray.workbench import Workbench
 
 _SAMPLES = 32  # of each split that are compared, at most
 _MORE = 64  # times as many, to tell whether a layer gets a gradient at all
 # h, of the interval; in float32 small ones are lost in rounding.
-_HALF_STEPS, _FLOAT32_HALF_STEPS = (2.0**-5, 2.0**-11, 2.0**-17), (2.0**-5, 2.0**-8)
+_HALF_STEPS, _FLOAT32_HALF_STEPS = (2.0**-5, 2.0**-8, 2.0**-11), (2.0**-5, 2.0**-8)
 # How far losses may lie apart: of the largest loss in float32 and in float64, and without a
 # control in float64; and times what the control says is rounding, of which so much is believed.
 _FLOAT32, _FLOAT64, _UNCONTROLLED = 1e-5, 1e-9, 1e-4
-_ROUNDING, _MOST_ROUNDING = 30.0, 1e-3
+_ROUNDING, _MOST_ROUNDING = 30.0, 3e-5
 _SLOPE = 0.02  # of Σ|g·Δ| over layers: how far the central difference may be from it
-
-Losses = tuple[Tensor, Tensor]  # of the items of a batch, and their weights, [n] float64
 
 
 @dataclass(frozen=True)
@@ -87,9 +78,31 @@ def check_model(
     ends = [point for point in (second, later) if point is not None]
     moves = [Segment(*map(bench.placed, (first, end))) for end in ends]
     moves = [path for path in moves if path.is_finite]
-    if moves:
-        check.slope_along(moves[0])
+    for path in moves:
+        if check.slope_along(path):
+            break
     return check.soundness(moves)
+
+
+@dataclass(frozen=True)
+class _Slope:
+    """Of a split's loss along an interval: Δ·g, and by central difference.
+
+    Attributes:
+        expected: Δ·g.
+        measured: by central difference.
+        apart: whether they differ by more than rounding.
+        tells: whether rounding is small enough for that to mean something.
+    """
+
+    expected: float
+    measured: float
+    apart: bool
+    tells: bool
+
+    @property
+    def miss(self) -> float:
+        return self.measured - self.expected
 
 
 class _Check:
@@ -99,8 +112,9 @@ class _Check:
         self._bench, self._engine, self._flat = bench, bench.engine, bench.flat
         self._count = count
         self._splits = [bench.excerpt(n, count) for n in range(len(bench.sources))]
-        self._new = _NewModels(bench, task, count)
+        self._new = NewModels(bench, task, count)
         self._reached: set[int] = set()  # layers that have had a gradient
+        self._rounding = [0.0] * len(self._splits)  # of a loss in float32, as far as was seen
 
     def losses_at(self, point: Point) -> None:
         """Compare the losses of the items at a checkpoint."""
@@ -110,7 +124,7 @@ class _Check:
         self._flat.check_unwritten(at.vector)
         new, control = self._new.losses(point)
         for number in range(len(self._splits)):
-            bound = self._bound(new[number], None if control is None else control[number])
+            bound = self._bound(number, new[number], None if control is None else control[number])
             if _apart(here[number], new[number], bound):
                 raise self._differs(point, number, here[number], new[number], bound)
 
@@ -118,14 +132,15 @@ class _Check:
         ((losses, weights),) = self._engine.items(split)
         return as_losses(losses if weights is None else (losses, weights))
 
-    def _bound(self, new: Losses, control: Losses | None) -> float:
+    def _bound(self, number: int, new: Losses, control: Losses | None) -> float:
         scale = _largest(new)
         if self._flat.theta.dtype == torch.float64:
             return _FLOAT64 * scale
         if control is None or len(control[0]) != len(new[0]):
             return _UNCONTROLLED * scale
-        rounding = _ROUNDING * _largest((new[0] - control[0], new[1]))
-        return _FLOAT32 * scale + min(rounding, _MOST_ROUNDING * scale)
+        rounding = min(_largest((new[0] - control[0], new[1])), _MOST_ROUNDING * scale)
+        self._rounding[number] = max(self._rounding[number], rounding)
+        return _FLOAT32 * scale + _ROUNDING * rounding
 
     def _differs(
         self, point: Point, number: int, here: Losses, new: Losses, bound: float
@@ -154,44 +169,59 @@ class _Check:
             "weights: nothing may be merged, copied or cached"
         )
 
-    def slope_along(self, path: Segment) -> None:
+    def slope_along(self, path: Segment) -> bool:
         """Compare the gradient at the middle of an interval with central differences.
 
-        Smaller ones where the first does not agree: it may have had a kink of a ReLU in it.
+        Smaller ones where the first does not agree: it may have had a kink of a ReLU in it. What
+        they miss by is a missing gradient only if it stays the same, and else rounding.
+
+        Returns:
+            Whether they tell.
+
+        Raises:
+            TaskError: if the gradient is not the slope.
         """
         Site(path, 0.5).enter(self._flat)
         moving = path.moving_buffers(self._flat)
-        problem = None
+        missed: list[dict[str, float]] = []
         for half_step in _HALF_STEPS if self._new.exact else _FLOAT32_HALF_STEPS:
             small = self._around(path, moving, half_step)
             if not bool((small.difference() != 0).any()):
-                return
-            problem = self._slope_differs(path, small)
-            if problem is None:
-                return
-        if problem is not None:
-            raise problem
+                return False
+            slopes = self._slopes(small, half_step)
+            missed.append({name: slope.miss for name, slope in slopes.items() if slope.apart})
+            if not missed[-1]:
+                return all(slope.tells for slope in slopes.values())
+        for name in missed[-1].keys() & missed[-2].keys():
+            one, other = missed[-2][name], missed[-1][name]
+            if abs(one - other) <= min(abs(one), abs(other)) / 2:
+                raise TaskError(
+                    f"model: between steps {path.start.step} and {path.end.step} its gradient "
+                    f"says that the loss changes by {slopes[name].expected:.4g}, but losses of "
+                    f"models built anew say {slopes[name].measured:.4g} (central difference, on "
+                    f"some samples of split {name!r}); part of the loss has no gradient: look for "
+                    "detach(), no_grad(), .data or rounding in model and loss"
+                )
+        return False
 
-    def _slope_differs(self, path: Segment, small: Segment) -> TaskError | None:
-        """What is wrong if Σ g·Δ is not the difference of the losses at the ends of `small`."""
-        exact, out = self._new.exact, self._engine.new_vector()
+    def _slopes(self, small: Segment, half_step: float) -> dict[str, _Slope]:
+        out = self._engine.new_vector()
         ends = [self._new.most_exact(end) for end in (small.start, small.end)]
+        found = {}
         for number, split in enumerate(self._splits):
             self._evaluate(split, out)
             by_layer = layer_dots(self._flat, out, small).cpu()
             before, after = (losses[number] for losses in ends)
-            change, slope = _mean(after) - _mean(before), float(by_layer.sum())
-            bound = _SLOPE * float(by_layer.abs().sum())
-            bound += (1e-12 if exact else 1e-6) * max(_largest(before), _largest(after))
-            if abs(change - slope) > bound:  # never so where either is not finite
-                return TaskError(
-                    f"model: between steps {path.start.step} and {path.end.step} its gradient "
-                    f"says that the loss changes by {slope:.4g}, but losses of models built anew "
-                    f"differ by {change:.4g} (central difference, on {split.n_samples} samples of "
-                    f"split {split.name!r}); part of the loss has no gradient: look for detach(), "
-                    "no_grad(), .data or rounding in model and loss"
-                )
-        return None
+            change, expected = _mean(after) - _mean(before), float(by_layer.sum())
+            noise = self._rounding[number] + _grain(before) * max(map(_largest, (before, after)))
+            scale = _SLOPE * float(by_layer.abs().sum())
+            found[split.name] = _Slope(
+                expected=expected / (2 * half_step),
+                measured=change / (2 * half_step),
+                apart=abs(change - expected) > scale + noise,  # never where one is not finite
+                tells=noise <= scale,
+            )
+        return found
 
     def _around(self, path: Segment, moving: frozenset[int], half_step: float) -> Segment:
         """From θ − hΔ to θ + hΔ, θ being where the model is; only what gets gradients moves."""
@@ -233,123 +263,6 @@ class _Check:
                 self._reached.add(number)
 
 
-class _NewModels:
-    """Losses of models that are built for one point each."""
-
-    def __init__(self, bench: Workbench, task: Task, count: int) -> None:
-        self._flat, self._task = bench.flat, task
-        self.exact = True  # whether the task works in float64, as far as is known
-        mode, fixed = bench.settings.batch_norm, bench.fixed_batches
-        # Else torch's own kernels: the formula that stands in for them is checked as well.
-        self._normalization: Callable[[], Any] = (
-            partial(Normalization, mode, fixed_batches=True) if fixed else nullcontext
-        )
-        self._dtype = self._flat.theta.dtype
-        self._batches = {
-            dtype: [
-                list(source.excerpt(count, 1, place=partial(_placed, dtype)).batches)
-                for source in bench.sources
-            ]
-            for dtype in dict.fromkeys((self._dtype, torch.float64))
-        }
-
-    def losses(self, point: Point) -> tuple[list[Losses], list[Losses] | None]:
-        """Losses at `point`, by split; and in float64, where the task works in that.
-
-        Raises:
-            TaskError: if the model cannot be built or loaded, or its loss fails.
-        """
-        model = self._built(point)
-        _convert(model, self._dtype)
-        try:
-            new = self._evaluate(model, self._dtype)
-        except TaskError:
-            raise
-        except Exception as error:
-            raise TaskError(
-                f"model: built anew and loaded at step {point.step}, its loss failed: "
-                f"{brief(error)}"
-            ) from error
-        if self._dtype == torch.float64:
-            return new, new
-        try:
-            _convert(model, torch.float64)
-            return new, self._evaluate(model, torch.float64)
-        except Exception:  # a table in float32, say: then there is no control
-            self.exact = False
-            return new, None
-
-    def most_exact(self, point: Point) -> list[Losses]:
-        """Losses at `point`, by split: in float64, where the task works in that.
-
-        Raises:
-            TaskError: if the model cannot be built or loaded.
-        """
-        dtype = torch.float64 if self.exact else self._dtype
-        model = self._built(point)
-        _convert(model, dtype)
-        return self._evaluate(model, dtype)
-
-    def _built(self, point: Point) -> nn.Module:
-        model = call_model(self._task)
-        exact_float32()  # building it may have undone that
-        names = canonical_names(model.state_dict())
-        state = _state(self._flat, point)
-        values = {key: state[name] for key, name in names.items() if name in state}
-        stored = model.state_dict()
-        if any(_loses(value, stored[key]) for key, value in values.items()):
-            _convert(model, self._dtype)
-        try:
-            model.load_state_dict(values, strict=False)
-            return model.eval()
-        except Exception as error:
-            raise TaskError(
-                f"model: load_state_dict() or eval() failed at step {point.step}: {brief(error)}"
-            ) from error
-
-    def _evaluate(self, model: nn.Module, dtype: torch.dtype) -> list[Losses]:
-        with self._normalization(), torch.enable_grad():
-            found = [
-                [self._task.loss(model, map_tensors(torch.clone, batch)) for batch in batches]
-                for batches in self._batches[dtype]
-            ]
-        return [as_losses(*results) for results in found]
-
-
-def as_losses(result: Any) -> Losses:
-    """What a task's loss gave: the losses of the items and their weights, float64 on the CPU."""
-    losses, weights = result if isinstance(result, tuple) else (result, None)
-    exact = losses.detach().double().cpu()
-    return exact, torch.ones_like(exact) if weights is None else weights.detach().double().cpu()
-
-
-def _placed(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    return tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
-
-
-def _convert(model: nn.Module, dtype: torch.dtype) -> None:
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
-
-
-def _loses(value: Tensor, own: Any) -> bool:
-    """Whether the model's own tensor is too narrow for a value."""
-    if not isinstance(own, Tensor) or not own.is_floating_point() or own.dtype == value.dtype:
-        return False
-    return not torch.equal(value.to(own.dtype).to(value.dtype), value)
-
-
-def _state(flat: FlatModel, point: Point) -> Mapping[str, Tensor]:
-    """The tensors of a point by canonical name, aliases included; on the CPU."""
-    vector = point.vector.cpu()
-    state = dict(point.constants)
-    for number, layer in enumerate(flat.layers):
-        part = flat.layout.shaped(vector, number)
-        state |= dict.fromkeys((layer.name, *layer.aliases), part)
-    return state
-
-
 def _weighted(found: Losses) -> Tensor:
     losses, weights = found
     return losses[weights > 0]
@@ -362,6 +275,12 @@ def _apart(a: Losses, b: Losses, bound: float) -> bool:
         return True
     finite = one.isfinite()
     return bool(((one - other)[finite].abs() > bound).any())
+
+
+def _grain(found: Losses) -> float:
+    """How fine losses are, relative to the largest: those that came from float32 are not."""
+    losses = _weighted(found)
+    return 1e-6 if torch.equal(losses, losses.float().double()) else 1e-12
 
 
 def _largest(found: Losses) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,12 @@ import lcray
 from lcray.checkpoints import Recorder
 from lcray.drafting import make_settings
 from lcray.errors import TaskError
+from lcray.fresh import check_model
 from lcray.in_memory import allocate
+from lcray.path import Point
 from lcray.span import Workspace
 from lcray.task import Task
+from lcray.workbench import Workbench
 
 IN_PLACE = r"^model: a loss of .* when its weights are set in place, but .* built anew, loaded"
 
@@ -215,6 +219,49 @@ def test_a_kink_is_no_missing_gradient() -> None:
     task = Task(Kink, {"train": (torch.ones(1, 1),)}, lambda net, batch: net(batch[0]))
     (found,) = allocate(task, {"w": torch.zeros(1)}, {"w": torch.ones(1)}, refine=True).values()
     assert abs(found.loss_change - (1 - 0.501 + 0.01)) < 1e-6
+
+
+class Casting(nn.Linear):
+    """Computes in float32 whatever it gets, as norms of language models do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x.float(), self.weight.float(), self.bias.float())
+        return torch.softmax(y * torch.rsqrt(y.square().mean(1, keepdim=True) + 1), 1).to(x.dtype)
+
+
+@pytest.mark.parametrize("step", [1e-2, 1e-4, 1e-6, 1e-7])
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_is_no_missing_gradient(step: float, seed: int) -> None:
+    """Steps as small as those of a warm-up, in a model that is not exact in float64 either."""
+    case = case_of(Casting)
+    random = torch.Generator().manual_seed(seed)
+    after = {
+        name: value + step * value.abs().mean() * torch.randn(value.shape, generator=random)
+        for name, value in case.states[0].items()
+    }
+
+    def loss(net: Any, batch: Any) -> Tensor:
+        return classify(net, batch).float() + 100  # of which float32 has five digits left
+
+    (found,) = allocate(replace(case.task, loss=loss), case.states[0], after).values()
+    assert math.isfinite(found.lc)
+
+
+def test_a_missing_gradient_is_found_though_the_first_step_is_tiny(tmp_path: Path) -> None:
+    """A later checkpoint tells, where the first interval is all rounding."""
+
+    class Half(Casting):
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.linear(x.float(), (0.3 * self.weight + 0.7 * self.weight.detach()).float())
+            return torch.softmax(y, 1).to(x.dtype)
+
+    case = case_of(Half)
+    bench = Workbench(case.task, make_settings({}))
+    first, later = (bench.flat.flatten(state, n)[0] for n, state in enumerate(case.states[:2]))
+    tiny = first + 1e-7 * (later - first)
+    points = [Point(n, vector, {}) for n, vector in enumerate((first, tiny, later))]
+    with pytest.raises(TaskError, match=r"between steps 0 and 2 its gradient says"):
+        check_model(bench, case.task, *points)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32", "float64"])

@@ -76,6 +76,7 @@ ORDER = (
     "tabulation",
     "precision",
     "workbench",
+    "newly_built",
     "fresh",
     "agreement",
     "independence",

@@ -1,0 +1,152 @@
+"""Models that are built for one point each, and the losses of their items: what is right there.
+
+They are on the CPU, one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcray.checkpoints.naming import canonical_names
+from lcray.errors import TaskError, brief
+from lcray.flat import FlatModel
+from lcray.nested import map_tensors
+from lcray.normalization import Normalization
+from lcray.path import Point
+from lcray.precision import exact_float32
+from lcray.task import Task, call_model
+from lcray.workbench import Workbench
+
+Losses = tuple[Tensor, Tensor]  # of the items of a batch, and their weights, [n] float64
+
+
+class NewModels:
+    """Losses of models that are built for one point each.
+
+    Attributes:
+        exact: whether the task works in float64, as far as is known.
+
+    Args:
+        bench: the task's model and data.
+        task: the task.
+        count: samples of each split, at most.
+    """
+
+    def __init__(self, bench: Workbench, task: Task, count: int) -> None:
+        self._flat, self._task = bench.flat, task
+        self.exact = True
+        mode, fixed = bench.settings.batch_norm, bench.fixed_batches
+        # Else torch's own kernels: the formula that stands in for them is checked as well.
+        self._normalization: Callable[[], Any] = (
+            partial(Normalization, mode, fixed_batches=True) if fixed else nullcontext
+        )
+        self._dtype = self._flat.theta.dtype
+        self._batches = {
+            dtype: [
+                list(source.excerpt(count, 1, place=partial(_placed, dtype)).batches)
+                for source in bench.sources
+            ]
+            for dtype in dict.fromkeys((self._dtype, torch.float64))
+        }
+
+    def losses(self, point: Point) -> tuple[list[Losses], list[Losses] | None]:
+        """Losses at `point`, by split; and in float64, where the task works in that.
+
+        Raises:
+            TaskError: if the model cannot be built or loaded, or its loss fails.
+        """
+        model = self._built(point)
+        _convert(model, self._dtype)
+        try:
+            new = self._evaluate(model, self._dtype)
+        except TaskError:
+            raise
+        except Exception as error:
+            raise TaskError(
+                f"model: built anew and loaded at step {point.step}, its loss failed: "
+                f"{brief(error)}"
+            ) from error
+        if self._dtype == torch.float64:
+            return new, new
+        try:
+            _convert(model, torch.float64)
+            return new, self._evaluate(model, torch.float64)
+        except Exception:  # a table in float32, say: then there is no control
+            self.exact = False
+            return new, None
+
+    def most_exact(self, point: Point) -> list[Losses]:
+        """Losses at `point`, by split: in float64, where the task works in that.
+
+        Raises:
+            TaskError: if the model cannot be built or loaded.
+        """
+        dtype = torch.float64 if self.exact else self._dtype
+        model = self._built(point)
+        _convert(model, dtype)
+        return self._evaluate(model, dtype)
+
+    def _built(self, point: Point) -> nn.Module:
+        model = call_model(self._task)
+        exact_float32()  # building it may have undone that
+        names = canonical_names(model.state_dict())
+        state = _state(self._flat, point)
+        values = {key: state[name] for key, name in names.items() if name in state}
+        stored = model.state_dict()
+        if any(_loses(value, stored[key]) for key, value in values.items()):
+            _convert(model, self._dtype)
+        try:
+            model.load_state_dict(values, strict=False)
+            return model.eval()
+        except Exception as error:
+            raise TaskError(
+                f"model: load_state_dict() or eval() failed at step {point.step}: {brief(error)}"
+            ) from error
+
+    def _evaluate(self, model: nn.Module, dtype: torch.dtype) -> list[Losses]:
+        with self._normalization(), torch.enable_grad():
+            found = [
+                [self._task.loss(model, map_tensors(torch.clone, batch)) for batch in batches]
+                for batches in self._batches[dtype]
+            ]
+        return [as_losses(*results) for results in found]
+
+
+def as_losses(result: Any) -> Losses:
+    """What a task's loss gave: the losses of the items and their weights, float64 on the CPU."""
+    losses, weights = result if isinstance(result, tuple) else (result, None)
+    exact = losses.detach().double().cpu()
+    return exact, torch.ones_like(exact) if weights is None else weights.detach().double().cpu()
+
+
+def _placed(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def _loses(value: Tensor, own: Any) -> bool:
+    """Whether the model's own tensor is too narrow for a value."""
+    if not isinstance(own, Tensor) or not own.is_floating_point() or own.dtype == value.dtype:
+        return False
+    return not torch.equal(value.to(own.dtype).to(value.dtype), value)
+
+
+def _state(flat: FlatModel, point: Point) -> Mapping[str, Tensor]:
+    """The tensors of a point by canonical name, aliases included; on the CPU."""
+    vector = point.vector.cpu()
+    state = dict(point.constants)
+    for number, layer in enumerate(flat.layers):
+        part = flat.layout.shaped(vector, number)
+        state |= dict.fromkeys((layer.name, *layer.aliases), part)
+    return state
