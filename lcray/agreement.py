@@ -34,7 +34,7 @@ def measure(bench: Workbench, point: Point) -> dict[str, Reference]:
     out, count = bench.engine.new_vector(), bench.few(_SAMPLES)
     found = {}
     for number, source in enumerate(bench.sources):
-        loss = bench.engine.evaluate_sample(bench.excerpt(number, count), out)
+        loss = bench.engine.evaluate_sample(bench.sample(number, count), out)
         norms = tuple(float(out[where].norm()) for where in bench.flat.slices)
         found[source.name] = Reference(loss, norms)
     return found

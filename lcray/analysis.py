@@ -278,7 +278,7 @@ class _Job:
         )
 
     def draft(self, pool: Workers) -> PlanReport:
-        description, soundness, probe = pool.describe(), pool.check(), pool.probe()
+        description, unexplained, probe = pool.describe(), pool.check(), pool.probe()
         drafted = make_plan(
             self.series.steps,
             self.settings,
@@ -311,7 +311,7 @@ class _Job:
             cost,
             pool.size * team,
             probe.resident,
-            make_notes(description, drafted.settings, soundness, self.series.late_start),
+            make_notes(description, drafted.settings, unexplained, self.series.late_start),
             team,
             get_rule(drafted.settings.rule).n_gradients * pass_seconds(drafted, team, seconds),
             description.fixed_batches,

@@ -12,11 +12,14 @@ which has the same values as torch's, at any W, and is a function of W.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _EPSILON = 1e-7  # what torch adds to the norms that it divides by
 
@@ -24,7 +27,7 @@ _EPSILON = 1e-7  # what torch adds to the norms that it divides by
 def use_derivatives(model: nn.Module) -> None:
     """Make the backward pass of the model the derivative; its losses stay as they are.
 
-    Left alone are embeddings with a forward pass of their own, and those with ``max_norm`` whose
+    Left alone are embeddings with ``max_norm`` that have a forward pass of their own, or whose
     weight has another use: that sees rows shortened or not as the batch has it.
     """
     _drop_hooks(model)
@@ -35,7 +38,11 @@ def use_derivatives(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.scale_grad_by_freq = False
-        if not isinstance(module, nn.Embedding) or not _is_torchs(module):
+        if not isinstance(module, nn.Embedding):
+            continue
+        if not _is_torchs(module):
+            if module.padding_idx is not None:
+                module.forward = partial(_with_padding, module.forward)  # type: ignore[method-assign]
             continue
         alone = uses.get(id(module._parameters.get("weight"))) == 1
         if alone if module.max_norm is not None else module.padding_idx is not None:
@@ -55,6 +62,28 @@ def _drop_hooks(model: nn.Module) -> None:
 
 def _is_torchs(module: nn.Embedding) -> bool:
     return type(module).forward is nn.Embedding.forward and "forward" not in module.__dict__
+
+
+class _PaddingCounts(TorchFunctionMode):
+    """While active, the row of padding has a gradient like another."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.embedding:
+            args, kwargs = (*args[:2], None, *args[3:]), {**kwargs}
+            kwargs.pop("padding_idx", None)
+        return func(*args, **kwargs)
+
+
+def _with_padding(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _PaddingCounts():
+        return forward(*args, **kwargs)
 
 
 def _embed(module: nn.Embedding, input: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ from lcray.workbench import Workbench
 
 _SAMPLES = 32  # of each split that are compared, at most
 _MORE = 64  # times as many, to tell whether a layer gets a gradient at all
-# h, of the interval; in float32 small ones are lost in rounding.
-_HALF_STEPS, _FLOAT32_HALF_STEPS = (2.0**-5, 2.0**-8, 2.0**-11), (2.0**-5, 2.0**-8)
+_HALF_STEPS = (2.0**-5, 2.0**-8, 2.0**-11)  # h, of the interval
+_PLACES = (0.5, 0.37)  # of the interval; there may be a kink at one
 # How far losses may lie apart: of the largest loss in float32 and in float64, and without a
 # control in float64; and times what the control says is rounding, of which so much is believed.
 _FLOAT32, _FLOAT64, _UNCONTROLLED = 1e-5, 1e-9, 1e-4
@@ -42,7 +42,7 @@ _SLOPE = 0.02  # of Σ|g·Δ| over layers: how far the central difference may be
 
 
 @dataclass(frozen=True)
-class Soundness:
+class Unexplained:
     """Layers that the run moves and whose part of the loss change LC cannot tell.
 
     Attributes:
@@ -53,10 +53,32 @@ class Soundness:
     unreached: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to say about them, one line each."""
+        notes = []
+        if self.frozen:
+            notes.append(
+                f"{_named(self.frozen)} moved during training, but the task's model freezes it: "
+                "it gets no LC, and what it did to the loss is in the gap; unfreeze it in model(), "
+                "and compute its part without no_grad() and detach()"
+            )
+        if self.unreached:
+            notes.append(
+                f"{_named(self.unreached)} moves, but the loss gives it no gradient: its LC is 0; "
+                "weight decay may move it, or the model or loss detaches it"
+            )
+        return tuple(notes)
+
+
+def _named(layers: Sequence[str]) -> str:
+    more = f" (and {len(layers) - 1} more)" if len(layers) > 1 else ""
+    return f"layer {layers[0]!r}{more}"
+
 
 def check_model(
     bench: Workbench, task: Task, first: Point, second: Point | None, later: Point | None
-) -> Soundness:
+) -> Unexplained:
     """Compare the model at points of a run with models that are newly built there.
 
     The model is at one of the points afterwards.
@@ -81,7 +103,7 @@ def check_model(
     for path in moves:
         if check.slope_along(path):
             break
-    return check.soundness(moves)
+    return check.unexplained(moves)
 
 
 @dataclass(frozen=True)
@@ -106,12 +128,12 @@ class _Slope:
 
 
 class _Check:
-    """The comparisons, on the first samples of every split."""
+    """The comparisons, on samples from all of every split."""
 
     def __init__(self, bench: Workbench, task: Task, count: int) -> None:
         self._bench, self._engine, self._flat = bench, bench.engine, bench.flat
         self._count = count
-        self._splits = [bench.excerpt(n, count) for n in range(len(bench.sources))]
+        self._splits = [bench.sample(n, count) for n in range(len(bench.sources))]
         self._new = NewModels(bench, task, count)
         self._reached: set[int] = set()  # layers that have had a gradient
         self._rounding = [0.0] * len(self._splits)  # of a loss in float32, as far as was seen
@@ -138,9 +160,9 @@ class _Check:
             return _FLOAT64 * scale
         if control is None or len(control[0]) != len(new[0]):
             return _UNCONTROLLED * scale
-        rounding = min(_largest((new[0] - control[0], new[1])), _MOST_ROUNDING * scale)
+        rounding = _largest((new[0] - control[0], new[1]))
         self._rounding[number] = max(self._rounding[number], rounding)
-        return _FLOAT32 * scale + _ROUNDING * rounding
+        return _FLOAT32 * scale + _ROUNDING * min(rounding, _MOST_ROUNDING * scale)
 
     def _differs(
         self, point: Point, number: int, here: Losses, new: Losses, bound: float
@@ -153,7 +175,7 @@ class _Check:
             return TaskError(
                 f"task loss on split {split.name!r}: {_mean(here)!r} at first, then "
                 f"{_mean(again)!r} at the same weights; switch sampling, dropout by hand and "
-                "augmentation off"
+                "augmentation off, and leave the batch as it is"
             )
         other = self._new.losses(point)[0][number]
         if _apart(other, new, bound):
@@ -170,39 +192,52 @@ class _Check:
         )
 
     def slope_along(self, path: Segment) -> bool:
-        """Compare the gradient at the middle of an interval with central differences.
-
-        Smaller ones where the first does not agree: it may have had a kink of a ReLU in it. What
-        they miss by is a missing gradient only if it stays the same, and else rounding.
+        """Compare the gradient in the middle of an interval with central differences.
 
         Returns:
             Whether they tell.
 
         Raises:
-            TaskError: if the gradient is not the slope.
+            TaskError: if the gradient is not the slope, there and at another place.
         """
-        Site(path, 0.5).enter(self._flat)
+        problem = None
+        for place in _PLACES:
+            problem, tells = self._slope_at(path, place)
+            if problem is None:
+                return tells
+        assert problem is not None
+        raise problem
+
+    def _slope_at(self, path: Segment, place: float) -> tuple[TaskError | None, bool]:
+        """What is wrong with the gradient at a place of the path, and whether that can be told.
+
+        Smaller differences where the first does not agree: it may have had a kink of a ReLU in it.
+        What they miss by is a missing gradient only if it stays the same, and else rounding.
+        """
+        Site(path, place).enter(self._flat)
         moving = path.moving_buffers(self._flat)
         missed: list[dict[str, float]] = []
-        for half_step in _HALF_STEPS if self._new.exact else _FLOAT32_HALF_STEPS:
+        for half_step in _HALF_STEPS:
             small = self._around(path, moving, half_step)
             if not bool((small.difference() != 0).any()):
-                return False
+                return None, False
             slopes = self._slopes(small, half_step)
             missed.append({name: slope.miss for name, slope in slopes.items() if slope.apart})
             if not missed[-1]:
-                return all(slope.tells for slope in slopes.values())
+                return None, all(slope.tells for slope in slopes.values())
         for name in missed[-1].keys() & missed[-2].keys():
             one, other = missed[-2][name], missed[-1][name]
             if abs(one - other) <= min(abs(one), abs(other)) / 2:
-                raise TaskError(
+                problem = TaskError(
                     f"model: between steps {path.start.step} and {path.end.step} its gradient "
                     f"says that the loss changes by {slopes[name].expected:.4g}, but losses of "
                     f"models built anew say {slopes[name].measured:.4g} (central difference, on "
                     f"some samples of split {name!r}); part of the loss has no gradient: look for "
-                    "detach(), no_grad(), .data or rounding in model and loss"
+                    "detach(), no_grad(), .data, rounding or a reentrant checkpoint in model and "
+                    "loss"
                 )
-        return False
+                return problem, True
+        return None, False
 
     def _slopes(self, small: Segment, half_step: float) -> dict[str, _Slope]:
         out = self._engine.new_vector()
@@ -236,7 +271,7 @@ class _Check:
                     end[where] = torch.add(middle[where].double(), step, alpha=sign)
         return Segment(*(replace(path.start, vector=end) for end in ends))
 
-    def soundness(self, paths: Sequence[Segment]) -> Soundness:
+    def unexplained(self, paths: Sequence[Segment]) -> Unexplained:
         """The layers that move and are frozen, or get no gradient on many samples."""
         flat = self._flat
         moved = {
@@ -250,8 +285,8 @@ class _Check:
             Site(paths[-1], 0.5).enter(flat)
             out = self._engine.new_vector()
             for number in range(len(self._splits)):
-                self._evaluate(self._bench.excerpt(number, self._count, _MORE), out)
-        return Soundness(
+                self._evaluate(self._bench.sample(number, self._count, _MORE), out)
+        return Unexplained(
             unreached=tuple(moved[number].name for number in sorted(trainable - self._reached)),
             frozen=tuple(layer.name for layer in moved.values() if not layer.trainable),
         )

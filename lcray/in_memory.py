@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcray.allocation import Accuracy, IntervalLC, SplitAllocator
 from lcray.checkpoints.naming import canonical_names
@@ -45,6 +45,7 @@ class Allocation:
         panels: of the rule in the end.
         replication: the sample that was drawn; None where all data were taken.
         replicates: loss change, LC and LC of each layer on each replicate, [2 + L, R] float64.
+        notes: layers that move and whose part of the change LC cannot tell, one line a kind.
     """
 
     split: str
@@ -57,6 +58,7 @@ class Allocation:
     panels: int
     replication: Replication | None = None
     replicates: NDArray[Any] | None = None
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Allocation({self.split!r}, loss_change={self.loss_change:g}, lc={self.lc:g})"
@@ -145,10 +147,11 @@ def allocate(
     states = [_point(bench, state, step) for step, state in enumerate((before, after))]
     Independence(bench, loaded).check(states)
     segment = Segment(*states)
+    notes: tuple[str, ...] = ()
     if segment.is_finite:
-        check_model(bench, loaded, states[0], states[1], states[1])
+        notes = check_model(bench, loaded, states[0], states[1], states[1]).notes
     return {
-        split.name: _allocate(bench, settings, index, segment)
+        split.name: replace(_allocate(bench, settings, index, segment), notes=notes)
         for index, split in enumerate(bench.splits)
     }
 
@@ -160,6 +163,8 @@ def _check_states(before: Any, after: Any) -> None:
         for key, value in state.items():
             if not isinstance(value, Tensor):
                 raise UsageError(f"{name}: {key!r} is a {type(value).__name__}, must be a tensor")
+            if nn.parameter.is_lazy(value):
+                raise UsageError(f"{name}: {key!r} has no shape yet; run one batch in model()")
     tensors = [after[name] for name in before if name in after and before[name].numel()]
     same = [before[name] for name in before if name in after and before[name].numel()]
     if same and all(a.data_ptr() == b.data_ptr() for a, b in zip(same, tensors, strict=True)):

@@ -1,6 +1,6 @@
 """Models that are built for one point each, and the losses of their items: what is right there.
 
-They are on the CPU, one at a time.
+They are on the CPU, one at a time; on the device of the analysis where they need that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lcray.normalization import Normalization
 from lcray.path import Point
 from lcray.precision import exact_float32
 from lcray.task import Task, call_model
-from lcray.workbench import Workbench
+from lcray.workbench import CHECK_SEED, Workbench
 
 Losses = tuple[Tensor, Tensor]  # of the items of a batch, and their weights, [n] float64
 
@@ -41,6 +41,7 @@ class NewModels:
     def __init__(self, bench: Workbench, task: Task, count: int) -> None:
         self._flat, self._task = bench.flat, task
         self.exact = True
+        self._device = torch.device("cpu")
         mode, fixed = bench.settings.batch_norm, bench.fixed_batches
         # Else torch's own kernels: the formula that stands in for them is checked as well.
         self._normalization: Callable[[], Any] = (
@@ -49,7 +50,7 @@ class NewModels:
         self._dtype = self._flat.theta.dtype
         self._batches = {
             dtype: [
-                list(source.excerpt(count, 1, place=partial(_placed, dtype)).batches)
+                list(source.pick(count, CHECK_SEED, count, place=partial(_placed, dtype)).batches)
                 for source in bench.sources
             ]
             for dtype in dict.fromkeys((self._dtype, torch.float64))
@@ -62,22 +63,12 @@ class NewModels:
             TaskError: if the model cannot be built or loaded, or its loss fails.
         """
         model = self._built(point)
-        _convert(model, self._dtype)
-        try:
-            new = self._evaluate(model, self._dtype)
-        except TaskError:
-            raise
-        except Exception as error:
-            raise TaskError(
-                f"model: built anew and loaded at step {point.step}, its loss failed: "
-                f"{brief(error)}"
-            ) from error
+        new = self._losses(model, self._dtype, point)
         if self._dtype == torch.float64:
             return new, new
         try:
-            _convert(model, torch.float64)
-            return new, self._evaluate(model, torch.float64)
-        except Exception:  # a table in float32, say: then there is no control
+            return new, self._losses(model, torch.float64, point)
+        except TaskError:  # a table in float32, say: then there is no control
             self.exact = False
             return new, None
 
@@ -85,34 +76,64 @@ class NewModels:
         """Losses at `point`, by split: in float64, where the task works in that.
 
         Raises:
-            TaskError: if the model cannot be built or loaded.
+            TaskError: if the model cannot be built or loaded, or its loss fails.
         """
         dtype = torch.float64 if self.exact else self._dtype
-        model = self._built(point)
-        _convert(model, dtype)
-        return self._evaluate(model, dtype)
+        return self._losses(self._built(point), dtype, point)
 
     def _built(self, point: Point) -> nn.Module:
         model = call_model(self._task)
         exact_float32()  # building it may have undone that
-        names = canonical_names(model.state_dict())
+        self._check_unshared(model)
         state = _state(self._flat, point)
-        values = {key: state[name] for key, name in names.items() if name in state}
-        stored = model.state_dict()
-        if any(_loses(value, stored[key]) for key, value in values.items()):
-            _convert(model, self._dtype)
         try:
-            model.load_state_dict(values, strict=False)
-            return model.eval()
+            stored = model.state_dict()
+            names = canonical_names(stored)
+            values = {key: state[name] for key, name in names.items() if name in state}
+            narrow = any(_loses(value, stored[key]) for key, value in values.items())
+            _convert(model, self._device, self._dtype if narrow else None)
+            # A module's own load_state_dict may not know the word.
+            options = {} if values.keys() == stored.keys() else {"strict": False}
+            model.load_state_dict(values, **options)
+            model.eval()
         except Exception as error:
             raise TaskError(
                 f"model: load_state_dict() or eval() failed at step {point.step}: {brief(error)}"
             ) from error
+        return model
+
+    def _check_unshared(self, model: nn.Module) -> None:
+        """Refuse a model with tensors of the one that is moved: to load it would move that."""
+        own = self._flat.theta.untyped_storage().data_ptr()
+        for name, tensor in model.named_parameters():
+            if tensor.untyped_storage().data_ptr() == own:
+                raise TaskError(
+                    f"model layer {name!r}: is the same tensor each time that model() is called; "
+                    "it must build its layers anew: copy.deepcopy what it takes from elsewhere"
+                )
+
+    def _losses(self, model: nn.Module, dtype: torch.dtype, point: Point) -> list[Losses]:
+        try:
+            _convert(model, self._device, dtype)
+            return self._evaluate(model, dtype)
+        except TaskError:
+            raise
+        except Exception as error:
+            if self._device != self._flat.theta.device:  # made for a GPU, and nothing else
+                self._device = self._flat.theta.device
+                return self._losses(model, dtype, point)
+            raise TaskError(
+                f"model: built anew and loaded at step {point.step}, its loss failed: "
+                f"{brief(error)}"
+            ) from error
 
     def _evaluate(self, model: nn.Module, dtype: torch.dtype) -> list[Losses]:
+        def copied(tensor: Tensor) -> Tensor:
+            return tensor.to(self._device, copy=True)
+
         with self._normalization(), torch.enable_grad():
             found = [
-                [self._task.loss(model, map_tensors(torch.clone, batch)) for batch in batches]
+                [self._task.loss(model, map_tensors(copied, batch)) for batch in batches]
                 for batches in self._batches[dtype]
             ]
         return [as_losses(*results) for results in found]
@@ -129,10 +150,11 @@ def _placed(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
 
 
-def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+def _convert(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Move a model, and its floats to `dtype`; views of a tensor stay if it is neither."""
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+        floating = dtype is not None and tensor.is_floating_point()
+        tensor.data = tensor.data.to(device=device, dtype=dtype if floating else None)
 
 
 def _loses(value: Tensor, own: Any) -> bool:

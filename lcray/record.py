@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import lcray
 from lcray.errors import CorruptionError, OutputError, UsageError
 from lcray.files import confined, exists, read_json, write_json_atomic
-from lcray.fresh import Soundness
+from lcray.fresh import Unexplained
 from lcray.layers import Layer
 from lcray.locks import LOCK
 from lcray.planning import DEFAULT_BATCH_SIZE, Plan, Settings, read_notes
@@ -128,7 +128,7 @@ def make_fingerprint(description: Description) -> dict[str, Any]:
 def make_notes(
     description: Description,
     settings: Settings,
-    soundness: Soundness | None = None,
+    unexplained: Unexplained | None = None,
     late_start: str | None = None,
 ) -> tuple[str, ...]:
     """What to keep in mind about numbers from such a run; `late_start` is that of its series."""
@@ -162,23 +162,7 @@ def make_notes(
             f"{len(many)} of {len(description.layers)} layers are stored in float64 but analyzed "
             f"in float32, which rounds small updates away; use --dtype float64 ({many[0]}, …)"
         )
-    soundness = soundness or Soundness()
-    if soundness.frozen:
-        notes.append(
-            f"{_named(soundness.frozen)} moved during training, but the task's model freezes "
-            "it: it gets no LC, and what it did to the loss is in the gap; unfreeze it in model()"
-        )
-    if soundness.unreached:
-        notes.append(
-            f"{_named(soundness.unreached)} moves, but the loss gives it no gradient: its LC "
-            "is 0; weight decay may move it, or the model or loss detaches it"
-        )
-    return tuple(notes)
-
-
-def _named(layers: Sequence[str]) -> str:
-    more = f" (and {len(layers) - 1} more)" if len(layers) > 1 else ""
-    return f"layer {layers[0]!r}{more}"
+    return (*notes, *(unexplained or Unexplained()).notes)
 
 
 def carrier_versions() -> dict[str, str]:

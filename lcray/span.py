@@ -24,7 +24,7 @@ from lcray.descriptions import Probe as Probe
 from lcray.descriptions import check_repeatable, split_plan
 from lcray.errors import CheckpointError, TaskError
 from lcray.fisher import FisherMeter, check_task
-from lcray.fresh import Soundness, check_model
+from lcray.fresh import Unexplained, check_model
 from lcray.independence import Independence, two_points
 from lcray.outcomes import Outcome as Outcome
 from lcray.outcomes import SpanReport as SpanReport
@@ -125,7 +125,7 @@ class Workspace:
         found = self._dtypes.items()
         return tuple(n for n, d in found if d.is_floating_point and d.itemsize in sizes)
 
-    def check(self) -> Soundness:
+    def check(self) -> Unexplained:
         """Compare the model at points of the run with models newly built there.
 
         Raises:

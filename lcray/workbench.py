@@ -32,7 +32,8 @@ from lcray.task import Task, call_model, split_data
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 FISHER_BATCH = 64  # samples a batch of those that Fisher information takes
-_ELEMENTS, _FEWEST = 1 << 24, 2  # of the model times samples in checks; samples, at least
+_ELEMENTS, _FEWEST = 1 << 23, 2  # of the model times samples in checks; samples, at least
+CHECK_SEED = 0  # of the samples that checks take
 _SHARE = 0.8  # of the memory that is free; the rest is for what cannot be foreseen
 
 
@@ -172,6 +173,11 @@ class Workbench:
     def few(self, most: int) -> int:
         """How many samples stand for a split in checks: at most so many, fewer of large models."""
         return max(_FEWEST, min(most, _ELEMENTS // max(1, self.flat.layout.size)))
+
+    def sample(self, number: int, batch_size: int, count: int = 1) -> SplitData:
+        """Samples from all of a split, the same every time, in `count` batches without groups."""
+        source = self.sources[number]
+        return source.pick(batch_size * count, CHECK_SEED, batch_size, place=self._place)
 
     def excerpt(self, number: int, batch_size: int, count: int = 1) -> SplitData:
         """The largest `count` batches of a split cut to `batch_size`, without groups."""

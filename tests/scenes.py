@@ -24,7 +24,7 @@ from lcray.analysis import Progress
 from lcray.checkpoints import Recorder
 from lcray.cluster.actor import Shipment, Worker
 from lcray.errors import LcrayError
-from lcray.fresh import Soundness
+from lcray.fresh import Unexplained
 from lcray.outcomes import Outcome, SpanReport, View
 from lcray.planning import Plan, Settings, Span
 from lcray.reduction import Reduction, merge
@@ -275,7 +275,7 @@ class InlinePool:
             self._description = self._worker.set_up(*self._setup)
         return self._description
 
-    def check(self) -> Soundness:
+    def check(self) -> Unexplained:
         self.describe()
         return self._worker.check()
 

@@ -31,9 +31,9 @@ class Words(nn.Module):
 class ByHand(Words):
     """A table of rows, shortened where they are too long: no embedding of torch's."""
 
-    def __init__(self, most: float | None = None, p: float = 2.0) -> None:
+    def __init__(self, most: float | None = None, p: float = 2.0, scale: float = 1.0) -> None:
         super().__init__()
-        self.most, self.p = most, p
+        self.most, self.p, self.scale = most, p, scale
 
     def forward(self, ids: Tensor) -> Tensor:
         table = self.embed.weight
@@ -41,7 +41,7 @@ class ByHand(Words):
             norms = (table.abs() ** self.p).sum(1, keepdim=True) ** (1 / self.p)
             table = table * torch.where(norms > self.most, self.most / (norms + 1e-7), 1.0)
         one_hot = (ids[:, None] == torch.arange(5)).double()
-        return self.head(torch.tanh(one_hot @ table))
+        return self.head(torch.tanh(self.scale * (one_hot @ table)))
 
 
 def case(make: Callable[[], nn.Module], data: tuple[Tensor, ...] = TOKENS) -> Case:
@@ -75,6 +75,10 @@ def test_gradients_that_training_divides_by_frequency(batch_size: int) -> None:
 
 def test_the_row_of_padding_has_a_derivative_too() -> None:
     check(lambda: Words(padding_idx=1), ByHand)
+
+
+def test_the_row_of_padding_of_an_embedding_with_a_forward_pass_of_its_own() -> None:
+    check(lambda: Words(Own, padding_idx=1), lambda: ByHand(scale=2.0))
 
 
 def test_all_at_once_and_sparse() -> None:

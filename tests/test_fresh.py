@@ -371,3 +371,88 @@ class TestRuns:
         layers = out.layers().groupby("layer").lc.agg(lambda lc: lc.abs().sum())
         assert (layers[["b.weight", "b.bias", "unused.weight", "unused.bias"]] == 0).all()
         assert (layers[["a.weight", "a.bias"]] > 0).all()
+
+
+class Conditional(nn.Module):
+    """Takes a copy of the weight for samples whose last number is large, and for no others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+        self.w0 = self.a.weight.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x[:, 3:] > 1, F.linear(x, self.w0), self.a(x))
+
+
+@pytest.mark.parametrize("groups", [None, lambda batch: batch[1]])
+def test_samples_of_all_groups_are_compared(groups: Any) -> None:
+    """Data that lie sorted by class, and batches that are: the first ones tell nothing."""
+    x = torch.randn(600, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = torch.linspace(-2, 2, 600)
+    y = (x[:, 3] > 1).long() * 2
+    states = [{k: v + n for k, v in Conditional().state_dict().items()} for n in range(2)]
+    task = Task(Conditional, {"train": (x, y)}, classify, groups)
+    with pytest.raises(TaskError, match=IN_PLACE):
+        allocate(task, *states)
+
+
+def test_a_model_that_is_shared_is_one_line() -> None:
+    shared = nn.Linear(4, 6)
+    case = case_of(nn.Linear)
+
+    def make() -> nn.Module:
+        return nn.Sequential(shared, nn.Tanh(), nn.Linear(6, 3))
+
+    with pytest.raises(
+        TaskError, match=r"layer '0.weight': is the same tensor each time .*deepcopy"
+    ):
+        allocate(replace(case.task, model=make), *case.states[:2])
+
+
+def test_methods_that_are_not_as_torchs_are() -> None:
+    class Net(nn.Sequential):
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]
+            super().train(mode)
+
+        def load_state_dict(self, state: Any) -> None:  # type: ignore[override]
+            super().load_state_dict(state)
+
+    case = case_of(nn.Linear)
+    (found,) = allocate(
+        replace(case.task, model=lambda: Net(*case.make().children())), *case.states[:2]
+    ).values()
+    (same,) = allocate(case.task, *case.states[:2]).values()
+    assert found.lc == same.lc
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_kinks_without_float64_are_no_missing_gradient(seed: int) -> None:
+    """Class weights in float32 keep the loss from float64; a step crosses many ReLUs."""
+    weight = torch.tensor([0.5, 1.0, 2.0])
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 3))
+
+    def loss(net: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(net(batch[0]), batch[1], weight, reduction="none")
+
+    torch.manual_seed(seed)
+    states = [make().state_dict() for _ in range(2)]
+    x, y = vectors(seed, 40, 4, 3, False)
+    (found,) = allocate(Task(make, {"train": (x.float(), y)}, loss), *states).values()
+    assert math.isfinite(found.gap)
+
+
+def test_allocate_names_what_it_cannot_tell() -> None:
+    case = case_of(nn.Linear)
+
+    def frozen() -> nn.Module:
+        model = case.make()
+        next(model.parameters()).requires_grad_(False)
+        return model
+
+    (found,) = allocate(replace(case.task, model=frozen), *case.states[:2]).values()
+    (note,) = found.notes
+    assert note.startswith("layer '0.weight' moved during training, but the task's model freezes")
+    assert allocate(case.task, *case.states[:2])["train"].notes == ()

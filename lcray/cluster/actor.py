@@ -15,7 +15,7 @@ from lcray.cluster.calls import plainly
 from lcray.cluster.connecting import in_one_line
 from lcray.cluster.team import Team
 from lcray.errors import ClusterError, TaskError
-from lcray.fresh import Soundness
+from lcray.fresh import Unexplained
 from lcray.outcomes import SpanReport, report_of
 from lcray.parts import Seat
 from lcray.planning import Plan, Settings, Span
@@ -117,7 +117,7 @@ class Worker:
 
         return plainly(work)
 
-    def check(self) -> Soundness:
+    def check(self) -> Unexplained:
         """Compare the model with models newly built."""
         return plainly(self._ready().check)
 

@@ -70,8 +70,8 @@ def serve(wire: Connection) -> None:
     try:
         with connection(orders.resources, orders.folder):
             guard.watch_ray()
-            loading.join()
             side.send("connected")
+            loading.join()
             _answer(side)
     except LcrayError as error:
         side.send("error", (type(error), str(error)))

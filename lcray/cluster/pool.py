@@ -13,7 +13,7 @@ from lcray.cluster.crew import Crew
 from lcray.cluster.dispatching import Dispatch, OnTick
 from lcray.cluster.metrics import Metrics
 from lcray.errors import ClusterError
-from lcray.fresh import Soundness
+from lcray.fresh import Unexplained
 from lcray.outcomes import Outcome, SpanReport
 from lcray.planning import Plan, Settings, Span
 from lcray.reduction import Reduction
@@ -75,13 +75,13 @@ class Pool:
         assert self._crew.description is not None
         return self._crew.description
 
-    def check(self) -> Soundness:
+    def check(self) -> Unexplained:
         """Compare the model at points of the run with models newly built there, on one worker.
 
         Raises:
             TaskError: where they differ.
         """
-        found: Soundness = self._ask("check", "checking the model")
+        found: Unexplained = self._ask("check", "checking the model")
         return found
 
     def probe(self) -> Probe:

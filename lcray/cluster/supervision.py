@@ -30,7 +30,7 @@ from lcray.cluster.connecting import Address, connection, own_variables
 from lcray.cluster.driver import Orders
 from lcray.cluster.pool import Pool
 from lcray.errors import ClusterError, TaskError
-from lcray.fresh import Soundness
+from lcray.fresh import Unexplained
 from lcray.outcomes import Outcome, SpanReport, View
 from lcray.planning import Plan, Settings, Span
 from lcray.process import end_session
@@ -281,9 +281,9 @@ class SupervisedPool:
         assert self._description is not None
         return self._description
 
-    def check(self) -> Soundness:
+    def check(self) -> Unexplained:
         """As `lcray.cluster.Pool.check`."""
-        found: Soundness = self._ask("check")
+        found: Unexplained = self._ask("check")
         return found
 
     def probe(self) -> Probe:

@@ -96,7 +96,7 @@ def lede(source: Source, found: Total) -> str:
     if lc[best] < 0 and found.lc < 0:
         share = percent(lc[best], found.lc, 2)
         parts.append(
-            f"{one_line(source.layers[best])} did most: {signed(lc[best])}, {share} of the change."
+            f"{one_line(source.layers[best])} did most: {signed(lc[best])}, {share} of Σ LC."
         )
     least = MATERIAL * abs(found.change)
     hurting = [source.layers[i] for i in np.argsort(-lc) if lc[i] > least]
