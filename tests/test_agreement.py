@@ -153,6 +153,7 @@ class TestOnRay:
             )
         assert not (tmp_path / "out" / "tables").exists()
 
+    @pytest.mark.slow
     def test_members_of_a_team_that_differ_do_so_too(self, run: Path, tmp_path: Path) -> None:
         with pytest.raises(DisagreementError, match="seed what is random"):
             lcray.analyze(

@@ -61,6 +61,7 @@ def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
 @pytest.mark.usefixtures("inline")
 class TestSpans:
     @pytest.mark.parametrize("length", [1, 5, 12])
+    @pytest.mark.slow
     def test_the_length_of_spans_moves_sums_by_rounding_only(
         self, length: int, plain_run: Path, plain_out: Path, tmp_path: Path
     ) -> None:
@@ -72,6 +73,7 @@ class TestSpans:
         assert_same_but_rounding(there, here)
 
     @pytest.mark.parametrize("net", ["batchnorm", "tied"])
+    @pytest.mark.slow
     def test_the_length_of_spans_with_buffers_and_tied_weights(
         self, net: str, tmp_path: Path
     ) -> None:

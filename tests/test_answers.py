@@ -170,6 +170,7 @@ def test_json_of_a_map_has_null_for_what_is_not_finite(out: Path) -> None:
     assert json.loads(text) == [{"m": [["a", None], ["b", 0.5]]}]
 
 
+@pytest.mark.slow
 def test_long_names_are_written_a_few_rows_at_a_time() -> None:
     """Each row has a string of its own: 16,384 of a megabyte at once would be 16 GB."""
     names = pa.DictionaryArray.from_arrays(np.zeros(600, np.int32), ["x" * (1 << 20)])

@@ -258,6 +258,7 @@ def test_one_outlier_far_away_does_not_stop_the_fit(outlier: float) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.floats(0.02, 30), st.floats(-3, 3), st.floats(-3, 3), st.floats(1e-3, 3))
+@pytest.mark.slow
 def test_slopes_of_a_bin_match_derivatives_by_mpmath(
     a: float, c: float, low: float, width: float
 ) -> None:

@@ -60,6 +60,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_every_finding_answers(results: Results, windows: dict[str, Any]) -> None:
     found = lcray.findings(results.path, **windows)
     assert {*found} | {*found.impossible} == {finding.name for finding in FINDINGS}
@@ -112,6 +113,7 @@ def test_overfitting_says_that_nothing_could_be_judged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+@pytest.mark.slow
 def test_a_run_that_diverged(plain_run: Path, tmp_path: Path, inline: None, factor: float) -> None:
     run = shutil.copytree(plain_run, tmp_path / "run")
     for path in sorted(run.glob("step-*.safetensors"))[1:]:

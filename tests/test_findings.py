@@ -92,6 +92,7 @@ def test_series_hold_what_was_planted(out: Path) -> None:
     assert factory.np.isnan(series["lc"][0, 3]).all()
 
 
+@pytest.mark.slow
 def test_findings_are_stored_as_they_are_returned_and_the_same_again(out: Path) -> None:
     found = lcray.findings(out)
     assert [*found] == [f.name for f in FINDINGS if f.name not in found.impossible]

@@ -147,6 +147,7 @@ class TestFollowing:
         monkeypatch.setattr(analysis, "SECONDS_A_LOOK", 0.05)
 
     @pytest.mark.parametrize("length", [3, None])
+    @pytest.mark.slow
     def test_training_goes_on_meanwhile(
         self, length: int | None, run: Path, plain_run: Path, tmp_path: Path
     ) -> None:

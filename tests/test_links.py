@@ -127,6 +127,7 @@ def test_a_link_that_is_planted_while_a_span_is_computed(out: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("inline")
+@pytest.mark.slow
 def test_no_verb_that_reads_tables_follows_a_link(
     plain_run: Path, out: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +175,7 @@ def test_a_csv_export_does_not_write_through_what_a_killed_one_would_have_left(
     assert (tmp_path / "csv" / "layers.csv").read_text().startswith("split,")
 
 
+@pytest.mark.slow
 def test_links_within_the_output_and_to_the_output_are_followed(out: Path, tmp_path: Path) -> None:
     (out / "tables").rename(out / "real")
     (out / "tables").symlink_to("real")

@@ -274,6 +274,7 @@ def _from_the_future() -> locks.Holder:
     return locks.Holder(**{**vars(me), "token": os.urandom(8).hex()})
 
 
+@pytest.mark.slow
 def test_a_driver_that_slept_loses_the_lock_and_stops_without_touching_the_new_one(
     out: Place,
 ) -> None:

@@ -133,6 +133,7 @@ IDS = [
 
 
 @pytest.mark.parametrize(("task", "options"), CASES, ids=IDS)
+@pytest.mark.slow
 def test_who_takes_which_part_does_not_change_a_bit(
     task: Task, options: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ def run(*arguments: object) -> str:
 @pytest.mark.parametrize(
     "name", ["split=train", "status=final", "kind=a", "seed=3", "lc=1", "layer=x/split=val", "n*"]
 )
+@pytest.mark.slow
 def test_query_and_verify(plain_out: Path, tmp_path: Path, name: str) -> None:
     out = put(plain_out, tmp_path / name / "out")
     here, there = lcray.open(plain_out), lcray.open(out)
@@ -60,6 +61,7 @@ def test_query_and_verify(plain_out: Path, tmp_path: Path, name: str) -> None:
     assert lcray.verify(out) == lcray.verify(plain_out)
 
 
+@pytest.mark.slow
 def test_views(plain_out: Path, deep: Path) -> None:
     here, there = lcray.open(plain_out), lcray.open(deep)
     for name in here.contents()["name"]:
@@ -124,6 +126,7 @@ def test_findings(plain_out: Path, deep: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_report(plain_out: Path, deep: Path, tmp_path: Path) -> None:
     def page(out: Path, file: str) -> str:
         lcray.report(out, file=tmp_path / file)
@@ -134,6 +137,7 @@ def test_report(plain_out: Path, deep: Path, tmp_path: Path) -> None:
     assert page(deep, "there.html") == page(plain_out, "here.html")
 
 
+@pytest.mark.slow
 def test_inspect_analyze_and_repair(
     plain_run: Path, plain_out: Path, tmp_path: Path, inline: None
 ) -> None:

@@ -40,6 +40,7 @@ def test_a_driver_is_small() -> None:
 
 
 @pytest.mark.parametrize("name", ["Recorder", "Task", "allocate"])
+@pytest.mark.slow
 def test_the_training_side_needs_no_ray(name: str) -> None:
     loaded = python(f"import lcray, sys; lcray.{name}; print(*sys.modules)").split()
     assert "torch" in loaded
@@ -61,6 +62,7 @@ def test_every_public_name_is_what_it_says() -> None:
     assert set(dir(lcray)) == {*lcray.__all__, "__version__"}
 
 
+@pytest.mark.slow
 def test_only_public_names_are_listed_whatever_is_imported() -> None:
     code = "import lcray.plots, lcray.figures, lcray.analysis; print(*dir(lcray.{}))"
     for name in ("plots", "figures"):

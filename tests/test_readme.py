@@ -29,6 +29,7 @@ def demo_out(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Pat
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_recipes_give_rows(demo_out: Path) -> None:
     blocks = python_blocks(RECIPES)
     assert len(blocks) == 10

@@ -52,6 +52,7 @@ WORLDS = {
 
 @pytest.mark.parametrize("name", WORLDS)
 @pytest.mark.parametrize("block", [7, merging.BLOCK])
+@pytest.mark.slow
 def test_tables_are_those_of_one_span(
     tmp_path: Path, name: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,7 @@ def unknown_files(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", [*CODE, *TESTS, *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.slow
 def test_what_is_named_exists(path: Path) -> None:
     wrong = [name for text in prose(path) for name in unknown_references(text)]
     wrong += [name for text in prose(path) for name in unknown_files(text)]

@@ -300,6 +300,7 @@ def test_a_reduction_that_fails_leaves_the_tables_as_they_are(
     assert tables(out) == before
 
 
+@pytest.mark.slow
 def test_credentials_reach_nothing_that_is_written_or_said(
     plain_run: Path,
     s3_endpoint: str,

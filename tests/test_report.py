@@ -245,6 +245,7 @@ def test_hovering_names_layer_iteration_and_value(seen: Sight) -> None:
     assert layer in text and re.search(r"steps 3 to 4\D", text) and "units of the loss" in text
 
 
+@pytest.mark.slow
 def test_cells_and_bars_lie_under_the_band_of_their_interval(seen: Sight, out: Path) -> None:
     rows = lcray.open(out).intervals()
     rows = rows[rows["split"] == "train"].sort_values("start_step")

@@ -84,6 +84,7 @@ def values(store: Store, reference: dict) -> np.ndarray:
 
 
 @pytest.mark.parametrize("splits", [("val", "train"), ("val",), ("train",)])
+@pytest.mark.slow
 def test_where_nothing_has_lc_the_page_says_so(splits: tuple[str, ...], tmp_path: Path) -> None:
     bad = {(split, step): "nonfinite_loss" for split in splits for step in range(0, 12, 2)}
     out = tmp_path / "out"

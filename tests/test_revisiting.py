@@ -60,6 +60,7 @@ def test_a_checkpoint_that_was_swapped_and_put_back_is_named_and_repaired(
     analyze(run, out)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_two_spans_share(run: Path, tmp_path: Path) -> None:
     analyze(run, tmp_path / "out")
     swap(run, 6, 9)
@@ -119,6 +120,7 @@ def test_outputs_of_an_older_lcray_resume(run: Path, plain_out: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("stamps", [[], {"1": 2}, {"99": "1-2"}, {"x": "1-2"}])
+@pytest.mark.slow
 def test_stamps_are_what_is_written(run: Path, tmp_path: Path, stamps: Any) -> None:
     out = tmp_path / "out"
     analyze(run, out)
@@ -138,6 +140,7 @@ def test_while_a_run_is_followed_its_last_checkpoint_is_looked_at_again(
         revisit_last(tmp_path / "out", open_series(run), plan)
 
 
+@pytest.mark.slow
 def test_the_listing_of_an_object_store_is_enough(
     run: Path, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

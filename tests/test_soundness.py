@@ -107,6 +107,7 @@ def verbs(out: Path, table: str, folder: Path) -> dict[str, Callable[[], object]
 
 
 @pytest.mark.parametrize(("table", "column", "value"), IMPOSSIBLE)
+@pytest.mark.slow
 def test_impossible_values_are_one_line(
     out: Path, tmp_path: Path, table: str, column: str, value: Any
 ) -> None:

@@ -151,6 +151,7 @@ class TestNumbers:
             assert (rows["status"] == "ok").all()
 
     @pytest.mark.parametrize("options", [{}, {"dtype": "float64", "rule": "gauss-lobatto"}])
+    @pytest.mark.slow
     def test_the_length_of_spans_does_not_matter(self, tiny_task, tiny_run, tmp_path, options):
         options = {**options, "elements": True, "window": 5}
         a = analyze(tiny_task, tiny_run, tmp_path / "a", 12, **options)

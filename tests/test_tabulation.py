@@ -866,6 +866,7 @@ print(*tabulate(plan))
 
 
 @pytest.mark.parametrize(("n", "width"), [(1, 2800), (1225, 80)], ids=["one", "many"])
+@pytest.mark.slow
 def test_nothing_of_the_size_of_the_model_is_made_on_the_way(n: int, width: int) -> None:
     command = [sys.executable, "-c", GROWTH, str(n), str(width)]
     child = subprocess.run(

@@ -96,6 +96,7 @@ PRINTING = (
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 @pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+@pytest.mark.slow
 def test_any_encoding_and_no_control_characters(
     out: Path, plain_run: Path, tmp_path: Path, command: Lcray, arguments: list[str], encoding: str
 ) -> None:

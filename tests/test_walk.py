@@ -104,6 +104,7 @@ def test_reading_is_ahead_by_two_checkpoints_or_by_one(
             following()
 
 
+@pytest.mark.slow
 def test_a_point_that_was_left_is_let_go(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walk_module, "_KEEP", 0)
     walk, _ = make(run)

@@ -86,6 +86,7 @@ def test_a_body_that_ends_early_is_asked_for_again(net: Net, fate: str) -> None:
 
 
 @pytest.mark.parametrize("fate", ["drop", "truncate", "throttle"])
+@pytest.mark.slow
 def test_an_object_that_stays_unavailable_is_one_typed_line(
     net: Net, monkeypatch: pytest.MonkeyPatch, fate: str
 ) -> None:
