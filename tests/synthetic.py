@@ -258,6 +258,8 @@ def lenet(
     rng = np.random.default_rng(seed)
     names = ("intervals", "layers", "histograms", "parameters", "traces", "groups")
     plan = make_plan(sizes, n_intervals, max(1, n_intervals // 10), tables=names)
+    splits = tuple(replace(split, groups=tuple(range(10))) for split in plan.splits)
+    plan = replace(plan, splits=splits)
     if units:
         plan = replace(plan, trace_sample=16)
     n = np.array([*sizes.values()])
