@@ -7,10 +7,10 @@ view of a weight, caches what it derives from one, or derives buffers in a load 
 samples are evaluated both ways at the first and at a later checkpoint; and along the first interval
 the gradient is compared with a central difference of losses of models newly built:
 
-    L(θ + hΔ) − L(θ − hΔ)  =  2h · g(θ)·Δ + O(h³),        θ the interval's midpoint
+    L(θ + hΔ) − L(θ − hΔ)  =  2h · g(θ)·Δ + O(h³),        θ a point of the interval
 
-New models are on the CPU, one at a time. In float32 they are evaluated in float64 as well, which
-tells how much of a difference is rounding.
+Where that is lost in rounding, the path to the later checkpoint is taken instead. In float32, new
+models are evaluated in float64 as well, which tells how much of a difference is rounding.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class _Check:
             missed.append({name: slope.miss for name, slope in slopes.items() if slope.apart})
             if not missed[-1]:
                 return None, all(slope.tells for slope in slopes.values())
-        for name in missed[-1].keys() & missed[-2].keys():
+        for name in (name for name in missed[-1] if name in missed[-2]):
             one, other = missed[-2][name], missed[-1][name]
             if abs(one - other) <= min(abs(one), abs(other)) / 2:
                 problem = TaskError(

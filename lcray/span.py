@@ -132,18 +132,16 @@ class Workspace:
             TaskError: where they differ.
         """
         steps = self.series.steps
-        some = dict.fromkeys((steps[-2], steps[len(steps) // 2], steps[1]))
-        points = (self._try_to_read(step) for step in some if step > steps[0])
-        later = next((point for point in points if point is not None), None)
+        first, *others = two_points(steps, self._read)
+        later = others[0] if others else None
         known = later is not None and later.step == steps[1]
         second = later if known else self._try_to_read(steps[1])
-        return check_model(self.bench, self.task, self._read_first(), second, later)
+        return check_model(self.bench, self.task, first, second, later)
 
     def _try_to_read(self, step: int) -> Point | None:
         """A checkpoint; None for one that its span will fail at, or pass over."""
         try:
-            with Walk(self.series, self.flat, self._dtypes) as walk:
-                point = walk.read(step)
+            point = self._read(step)
         except CheckpointError:
             return None
         return point if Segment(point, point).is_finite else None

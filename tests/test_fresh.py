@@ -286,7 +286,8 @@ def test_seeded_random_features_pass_and_are_right() -> None:
 def test_well_behaved_models_pass_in_float32(case: Case) -> None:
     data = tuple(d.float() if d.is_floating_point() else d for d in case.data)
     case = replace(case, data=data)
-    allocate(case.task, *case.states[:2], **case.options)
+    (found,) = allocate(case.task, *case.states[:2], **case.options).values()
+    assert math.isfinite(found.lc) and math.isfinite(found.loss_change)
 
 
 def record(make: Callable[[], nn.Module], task: Task, run: Path, steps: int = 6) -> None:
