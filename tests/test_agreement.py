@@ -136,6 +136,7 @@ def test_plans_keep_what_workers_must_find_and_old_ones_have_nothing(run: Path) 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 class TestOnRay:
+    @pytest.mark.slow
     def test_workers_that_differ_end_the_analysis(self, run: Path, tmp_path: Path) -> None:
         def tell(progress: Progress) -> None:
             if progress.phase == "spans":

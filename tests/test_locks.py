@@ -250,6 +250,7 @@ def test_the_next_driver_need_not_wait_for_one_that_has_ended(out: Place) -> Non
     assert len(storage_of(out).find(out / locks.LOCK)) <= 3  # the old ones are cleared away
 
 
+@pytest.mark.slow
 def test_a_driver_on_another_machine_is_known_by_its_counter(
     out: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +306,7 @@ def test_a_driver_that_cannot_reach_its_lock_stops(
             time.sleep(10)
 
 
+@pytest.mark.slow
 def test_of_two_who_find_a_dead_driver_one_gets_the_lock(bucket: str) -> None:
     out = place(f"{bucket}/out")
     dead = locks.Holder("t", "far", 1, 0.0, "another boot", "then")

@@ -48,6 +48,7 @@ def faults(device: str) -> tuple[bool, int]:
 
 
 @pytest.mark.skipif("glibc" not in os.confstr("CS_GNU_LIBC_VERSION"), reason="needs glibc")
+@pytest.mark.slow
 def test_memory_that_is_freed_is_used_again() -> None:
     """A map of 3.7 MB is 900 pages of 4 KiB, which every step touches anew if it is given back."""
     tuned, few = faults("cpu")

@@ -78,6 +78,7 @@ def test_an_unknown_name() -> None:
     assert not hasattr(lcray, "nothing")
 
 
+@pytest.mark.slow
 def test_a_star_import_is_whole() -> None:
     assert python("from lcray import *; print(open.__module__, plan.__name__)") == (
         "lcray.results plan"

@@ -43,6 +43,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 @pytest.mark.usefixtures("inline")
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.slow
 def test_it_is_found_and_only_what_is_damaged_is_computed_anew(
     damage: str, plain_run: Path, plain_out: Path, out: Path
 ) -> None:

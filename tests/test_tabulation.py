@@ -647,6 +647,7 @@ def test_layers_without_elements_have_rows_of_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("inline")
+@pytest.mark.slow
 def test_tables_do_not_depend_on_when_rows_are_written(
     plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -277,6 +277,7 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("case", ["flat", "moved"])
+@pytest.mark.slow
 def test_memory_grows_by_little_while_a_large_tensor_is_read(tmp_path, case):
     shape = (12 << 20,) if case == "flat" else (1 << 10, 3, 1 << 12)
     run_of(tmp_path, {"w": torch.zeros(shape)})

@@ -104,6 +104,7 @@ HOSTILE: dict[Callable[[Path], None], str] = {
 }
 
 
+@pytest.mark.slow
 def test_small_files_take_little(tmp_path: Path) -> None:
     files = {make: tmp_path / f"{make.__name__}-1.pt" for make in HOSTILE}
     for make, file in files.items():
