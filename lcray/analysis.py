@@ -19,7 +19,7 @@ from lcray.errors import CheckpointError, IncompleteError, OutputError, UsageErr
 from lcray.files import writing
 from lcray.growth import SECONDS_A_LOOK, Growth
 from lcray.locks import Lock, locked
-from lcray.planning import Plan, Settings
+from lcray.planning import Plan
 from lcray.planreport import PlanReport, load_plan
 from lcray.quadrature import get_rule
 from lcray.record import (
@@ -38,6 +38,7 @@ from lcray.repairing import take_back
 from lcray.resources import Resources
 from lcray.results import Results, open_output
 from lcray.revisiting import Revisit, revisit_last
+from lcray.settings import Settings
 from lcray.shards import remove_strays
 from lcray.standing import StatusFile
 from lcray.storage import Place, PlaceLike, place

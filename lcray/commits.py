@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lcray.errors import CorruptionError, OutputError
-from lcray.files import FileEntry, confined, exists, read_sealed
+from lcray.files import FORMAT_VERSION, confined, exists, read_sealed
+from lcray.parquet import FileEntry
 from lcray.planning import Span
-from lcray.schema import FORMAT_VERSION, TABLES
+from lcray.schema import TABLES
 from lcray.storage import Item, Place, Remote, storage_of
 
 NAME = "commit.json"

@@ -21,13 +21,13 @@ from lcray.planning import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_MEMORY_FORMAT,
     Plan,
-    Settings,
     Span,
     SplitPlan,
     largest_share,
     memory_format_of,
 )
 from lcray.quadrature import MAX_PANELS, get_rule
+from lcray.settings import Settings
 from lcray.strict import LIMIT
 
 _MAX_TRACE_ROWS = 10_000_000

@@ -36,8 +36,8 @@ from lcray.flat import FlatModel
 from lcray.gradient import GradientEngine
 from lcray.nested import map_tensors
 from lcray.path import Point, Segment
-from lcray.planning import Settings
 from lcray.scores import BatchScores, SampleScores
+from lcray.settings import Settings
 from lcray.task import Task
 
 Floats = NDArray[np.float64]

@@ -22,9 +22,9 @@ from lcray.fresh import check_model
 from lcray.independence import Independence
 from lcray.layers import Layer
 from lcray.path import Point, Segment
-from lcray.planning import Settings
 from lcray.precision import precision_kept
 from lcray.quadrature import get_rule
+from lcray.settings import Settings
 from lcray.sums import check_same
 from lcray.task import Task, locate
 from lcray.workbench import Workbench

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from lcray.gradient import GradientEngine, layer_dots
 from lcray.path import Segment
-from lcray.planning import Settings
 from lcray.quadrature import QuadratureRule, get_rule
+from lcray.settings import Settings
 
 OK = "ok"
 NONFINITE_CHECKPOINT = "nonfinite_checkpoint"

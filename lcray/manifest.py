@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lcray.errors import CorruptionError, OutputError
-from lcray.files import FileEntry, confined, exists, read_sealed
+from lcray.files import FORMAT_VERSION, confined, exists, read_sealed
+from lcray.parquet import FileEntry
 from lcray.reduction import MANIFEST
-from lcray.schema import FORMAT_VERSION, TABLES
+from lcray.schema import TABLES
 from lcray.storage import Place
 from lcray.strict import build, value_of
 

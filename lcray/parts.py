@@ -9,7 +9,7 @@ depends on their number alone, and losses not even on that: they are summed exac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Protocol
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from lcray.flat import FlatModel
-from lcray.path import Point, Segment
-from lcray.planning import Plan, Reference
+from lcray.path import Segment
 
 
 @dataclass(frozen=True)
@@ -140,13 +139,7 @@ class Answer:
 
 
 class Colleagues(Protocol):
-    """The other workers of a team, as its lead sees them."""
-
-    def start(self, plan: Plan) -> None:
-        """A span of `plan` begins."""
-
-    def measure(self, point: Point) -> Iterable[Mapping[str, Reference]]:
-        """What each of them finds for a few samples of every split at a checkpoint."""
+    """The other workers of a team, as the engine of its lead sees them."""
 
     def share_out(self, request: Request, n_parts: int) -> tuple[range, Iterator[Answer]]:
         """Have the colleagues begin with their parts.

@@ -18,7 +18,7 @@ from lcray.checkpoints.header import MAX_AXES
 from lcray.errors import UsageError
 from lcray.layers import Layer
 from lcray.quadrature import get_rule
-from lcray.settings import Settings as Settings
+from lcray.settings import Settings
 from lcray.strict import build, value_of
 
 #: Samples a batch where nothing was asked for and no probe may choose.

@@ -26,11 +26,12 @@ from lcray import merging
 from lcray.arrow import make_table
 from lcray.commits import Commit, Outline, each_commit
 from lcray.errors import CorruptionError, IncompleteError, brief
-from lcray.files import FileEntry, TableFile, confined, seal, writing
+from lcray.files import FORMAT_VERSION, confined, seal, writing
 from lcray.locks import locked
 from lcray.merging import Arrays, Source, merge_bins
+from lcray.parquet import FileEntry, TableFile
 from lcray.planning import Plan
-from lcray.schema import FORMAT_VERSION, WHOLE_RUN, table_schema
+from lcray.schema import WHOLE_RUN, table_schema
 from lcray.shards import check_files, read_plan, write_json_atomic
 from lcray.storage import Place, PlaceLike, place, storage_of, sync_folder
 from lcray.summary import bin_edges

@@ -32,9 +32,7 @@ from lcray.columns import (
     UNITS,
 )
 from lcray.errors import UsageError, suggest
-
-#: Version of the tables, shards and commits; readers refuse any other.
-FORMAT_VERSION = 2
+from lcray.files import FORMAT_VERSION
 
 #: The value of `window` in `fits` that stands for the whole run.
 WHOLE_RUN = -1

@@ -37,8 +37,7 @@ from lcray.commits import (
 from lcray.commits import NAME as COMMIT
 from lcray.errors import CorruptionError, LcrayError, OutputError, UsageError
 from lcray.files import (
-    FileEntry,
-    TableFile,
+    FORMAT_VERSION,
     confined,
     exists,
     read_json,
@@ -47,8 +46,9 @@ from lcray.files import (
     writing,
 )
 from lcray.locks import newest
+from lcray.parquet import FileEntry, TableFile
 from lcray.planning import Plan, Span
-from lcray.schema import FORMAT_VERSION, TABLES, table_schema
+from lcray.schema import TABLES, table_schema
 from lcray.storage import Place, Remote, open_uncached, place, sha256_of, storage_of
 
 __all__ = [

@@ -31,13 +31,15 @@ from lcray.outcomes import SpanReport as SpanReport
 from lcray.outcomes import Tally
 from lcray.parts import Seat
 from lcray.path import Point, Segment
-from lcray.planning import Plan, Reference, Settings, Span, SplitPlan, shares_pass
+from lcray.planning import Plan, Reference, Span, SplitPlan, shares_pass
 from lcray.quadrature import get_rule
 from lcray.rowgroups import ElementsWriter
+from lcray.settings import Settings
 from lcray.shards import ShardWriter
 from lcray.storage import Place
 from lcray.tabulation import SplitTables
 from lcray.task import Task, source_hash
+from lcray.teamwork import Members
 from lcray.tuning import Tuning, tune
 from lcray.vectors import release
 from lcray.walk import Walk
@@ -102,6 +104,7 @@ class Workspace:
         self._dtypes = self._first.dtypes
         self._meters: dict[str, FisherMeter] = {}
         self._reference: dict[str, Reference] = {}
+        self._members: Members | None = None
         self._agrees = False  # with the plan
 
     def describe(self) -> Description:
@@ -231,6 +234,10 @@ class Workspace:
         own = self.bench.base_bytes + _LOADED_LATER
         return own + data + math.ceil(tuning.sample_bytes * widest)
 
+    def lead(self, members: Members) -> None:
+        """Have `members` take parts of every evaluation from now on."""
+        self._members = self.bench.engine.colleagues = members
+
     def _agree(self, plan: Plan) -> None:
         """Compare this worker, and its team, with the plan, before the first of its spans.
 
@@ -240,9 +247,8 @@ class Workspace:
         if self._agrees:
             return
         check_agreement(plan.splits, plan.layers, self._measured())
-        colleagues = self.bench.engine.colleagues
-        if colleagues is not None:
-            for found in colleagues.measure(self._read_first()):
+        if self._members is not None:
+            for found in self._members.measure(self._read_first()):
                 check_agreement(plan.splits, plan.layers, found)
         self._agrees = True
 
@@ -302,8 +308,8 @@ class Workspace:
         start = time.perf_counter()
         self._agree(plan)
         self.bench.adopt(plan.batch_size, plan.memory_format, plan.partial_sums, whole=False)
-        if self.bench.engine.colleagues is not None:
-            self.bench.engine.colleagues.start(plan)
+        if self._members is not None:
+            self._members.start(plan)
         for split, planned in zip(self.bench.splits, plan.splits, strict=True):
             if (split.name, split.groups) != (planned.name, planned.groups):
                 raise TaskError(f"task split {split.name!r}: other groups than in the plan")

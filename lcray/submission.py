@@ -16,8 +16,8 @@ from lcray.cluster import jobs
 from lcray.drafting import make_settings
 from lcray.errors import UsageError, suggest
 from lcray.packaging import Package, pack
-from lcray.planning import Settings
 from lcray.resources import Resources
+from lcray.settings import Settings
 from lcray.storage import Remote, place
 
 PathLike = str | os.PathLike[str]

@@ -6,21 +6,31 @@ between them, and the directions of the groups' derivatives, follow from those a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lcray.agreement import measure
-from lcray.parts import PartSums, Request, Site, cut_parts
+from lcray.parts import Colleagues, PartSums, Request, Site, cut_parts
 from lcray.path import Point, Segment
 from lcray.planning import Plan, Reference
 from lcray.task import Task, source_hash
 from lcray.vectors import zeros
 from lcray.workbench import Workbench
+
+
+class Members(Colleagues, Protocol):
+    """The other workers of a team, as the workspace of its lead sees them."""
+
+    def start(self, plan: Plan) -> None:
+        """A span of `plan` begins."""
+
+    def measure(self, point: Point) -> Iterable[Mapping[str, Reference]]:
+        """What each of them finds for a few samples of every split at a checkpoint."""
 
 
 @dataclass(frozen=True)

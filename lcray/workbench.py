@@ -22,12 +22,12 @@ from lcray.path import Point
 from lcray.planning import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_MEMORY_FORMAT,
-    Settings,
     memory_format_of,
     vector_bytes,
 )
 from lcray.precision import check_float32, exact_float32
 from lcray.samples import Index
+from lcray.settings import Settings
 from lcray.task import Task, call_model, split_data
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

@@ -18,7 +18,8 @@ import numpy as np
 
 from lcray.arrow import make_table
 from lcray.layers import Layer
-from lcray.planning import Plan, Settings, Span, SplitPlan
+from lcray.planning import Plan, Span, SplitPlan
+from lcray.settings import Settings
 from lcray.shards import ShardWriter
 from lcray.summary import UNDERFLOW, bin_edges
 

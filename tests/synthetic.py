@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lcray.arrow import make_table
-from lcray.files import encode_json, seal
+from lcray.files import FORMAT_VERSION, encode_json, seal
 from lcray.layers import Layer
-from lcray.planning import Plan, Settings, Span, SplitPlan
+from lcray.planning import Plan, Span, SplitPlan
 from lcray.reduction import plan_digest
-from lcray.schema import FORMAT_VERSION, TABLES
+from lcray.schema import TABLES
+from lcray.settings import Settings
 from lcray.summary import UNDERFLOW, bin_edges
 
 Floats = NDArray[np.float64]

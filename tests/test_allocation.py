@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from lcray.allocation import Accuracy, SplitAllocator
 from lcray.drafting import make_settings
 from lcray.errors import TaskError, UsageError
-from lcray.planning import Settings
 from lcray.quadrature import get_rule
+from lcray.settings import Settings
 from lcray.sums import _mark
 
 # Sums of some hundred float64 terms in another order, relative to Σ|LC|.

@@ -33,9 +33,10 @@ from lcray.errors import (
     UsageError,
 )
 from lcray.outcomes import Outcome, SpanReport
-from lcray.planning import Plan, Settings, Span
+from lcray.planning import Plan, Span
 from lcray.resources import Resources, place_workers
 from lcray.scheduling import Policy
+from lcray.settings import Settings
 from lcray.task import Task, TaskSource, locate
 
 pytestmark = pytest.mark.ray

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lcray.errors import TaskError
 from lcray.path import Point, Segment
-from lcray.planning import Settings
+from lcray.settings import Settings
 from lcray.task import Task
 from lcray.workbench import Workbench
 

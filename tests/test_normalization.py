@@ -19,7 +19,7 @@ from twin import Twin
 from lcray.errors import TaskError
 from lcray.in_memory import allocate
 from lcray.normalization import Normalization, depends_on_batches, may_normalize
-from lcray.planning import Settings
+from lcray.settings import Settings
 from lcray.task import Task
 from lcray.workbench import Workbench
 

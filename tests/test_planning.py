@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from lcray.layers import Layer
 from lcray.planning import (
     Plan,
-    Settings,
     Span,
     SplitPlan,
     memory_format_of,
@@ -22,6 +21,7 @@ from lcray.planning import (
     vector_bytes,
 )
 from lcray.quadrature import ADAPTIVE, RULES
+from lcray.settings import Settings
 
 NAMES = st.text(min_size=1, max_size=8)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)

@@ -17,7 +17,6 @@ import lcray
 from lcray import display
 from lcray.errors import OutputError, UsageError
 from lcray.layers import Layer
-from lcray.planning import Settings
 from lcray.record import (
     Record,
     carrier_versions,
@@ -29,6 +28,7 @@ from lcray.record import (
     make_notes,
     read_record,
 )
+from lcray.settings import Settings
 from lcray.span import Description
 
 OUT = Path("OUT")

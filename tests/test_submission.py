@@ -21,9 +21,9 @@ import lcray
 from lcray import cli
 from lcray.cluster import jobs
 from lcray.errors import ClusterError, LcrayError, UsageError
-from lcray.planning import Settings
 from lcray.resources import Resources
 from lcray.results import open_output
+from lcray.settings import Settings
 from lcray.submission import arguments
 
 TASK = "from lcray import Task\nimport mynet\n"

@@ -30,9 +30,10 @@ from lcray.interval import IntervalLC
 from lcray.layers import Layer
 from lcray.layout import Layout
 from lcray.path import Point, Segment
-from lcray.planning import Plan, Settings, Span, SplitPlan
+from lcray.planning import Plan, Span, SplitPlan
 from lcray.rowgroups import ElementsWriter
 from lcray.schema import TABLES, table_schema
+from lcray.settings import Settings
 from lcray.shards import span_folder
 from lcray.span import Workspace
 from lcray.tabulation import SplitTables

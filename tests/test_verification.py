@@ -13,7 +13,8 @@ import pytest
 
 from lcray import completeness, invariants, verification
 from lcray.errors import CorruptionError
-from lcray.files import TableFile, encode_json, read_sealed, seal
+from lcray.files import encode_json, read_sealed, seal
+from lcray.parquet import TableFile
 from lcray.reduction import reduce
 from lcray.schema import TABLES
 from lcray.verification import verify

@@ -18,10 +18,11 @@ from lcray.errors import ClusterError, TaskError
 from lcray.fresh import Unexplained
 from lcray.outcomes import SpanReport, report_of
 from lcray.parts import Seat
-from lcray.planning import Plan, Settings, Span
+from lcray.planning import Plan, Span
 from lcray.process import tune_process
 from lcray.reduction import Reduction, merge
 from lcray.resources import Placement
+from lcray.settings import Settings
 from lcray.shards import committed
 from lcray.span import Description, Probe, Workspace
 from lcray.storage import place
@@ -112,7 +113,7 @@ class Worker:
             )
             if team is not None:
                 team.welcome(self._workspace.bench, task)
-                self._workspace.bench.engine.colleagues = team
+                self._workspace.lead(team)
             return self._workspace.describe()
 
         return plainly(work)

@@ -15,9 +15,10 @@ from lcray.cluster.metrics import Metrics
 from lcray.errors import ClusterError
 from lcray.fresh import Unexplained
 from lcray.outcomes import Outcome, SpanReport
-from lcray.planning import Plan, Settings, Span
+from lcray.planning import Plan, Span
 from lcray.reduction import Reduction
 from lcray.resources import Resources
+from lcray.settings import Settings
 from lcray.span import Description, Probe
 from lcray.storage import Place
 from lcray.task import TaskSource

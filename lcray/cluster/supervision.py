@@ -32,10 +32,11 @@ from lcray.cluster.pool import Pool
 from lcray.errors import ClusterError, TaskError
 from lcray.fresh import Unexplained
 from lcray.outcomes import Outcome, SpanReport, View
-from lcray.planning import Plan, Settings, Span
+from lcray.planning import Plan, Span
 from lcray.process import end_session
 from lcray.reduction import Reduction
 from lcray.resources import Resources
+from lcray.settings import Settings
 from lcray.span import Description, Probe
 from lcray.storage import Place
 from lcray.task import TaskSource

@@ -22,9 +22,10 @@ from lcray.cluster.connecting import in_one_line
 from lcray.errors import TaskError, TeamError
 from lcray.parts import Answer, Request, Seat, deal
 from lcray.path import Point
-from lcray.planning import Plan, Settings
+from lcray.planning import Plan
 from lcray.process import tune_process
 from lcray.resources import Placement
+from lcray.settings import Settings
 from lcray.task import Task
 from lcray.teamwork import Colleague, Cut, Order, SentPoint, likeness, points_of
 from lcray.workbench import Workbench
@@ -104,7 +105,7 @@ class Member:
 
 
 class Team:
-    """The members of a team, for its lead: a `lcray.parts.Colleagues`.
+    """The members of a team, for its lead: a `lcray.teamwork.Members`.
 
     Args:
         group: the room of the team.
@@ -149,12 +150,12 @@ class Team:
             known.clear()
 
     def measure(self, point: Point) -> Iterator[Any]:
-        """What each member finds at a checkpoint; see `lcray.parts.Colleagues`."""
+        """What each member finds at a checkpoint; see `lcray.teamwork.Members`."""
         sent = ray.put(SentPoint.of(point))
         return map(_result, [member.measure.remote(sent) for member in self._members])
 
     def share_out(self, request: Request, n_parts: int) -> tuple[range, Iterator[Answer]]:
-        """Have the members begin with their parts; see `lcray.parts.Colleagues`."""
+        """Have the members begin with their parts; see `lcray.teamwork.Members`."""
         own, *others = deal(n_parts, len(self._members) + 1)
         put: dict[int, Reference] = {}
         calls: list[Reference] = []

@@ -9,12 +9,11 @@ from typing import Any
 
 from lcray.drafting import make_plan, make_settings
 from lcray.errors import UsageError
-from lcray.files import write_json_atomic
+from lcray.files import FORMAT_VERSION, write_json_atomic
 from lcray.gradient import GradientEngine
 from lcray.planning import Plan
 from lcray.process import tune_process, worker_environment
 from lcray.quadrature import get_rule
-from lcray.schema import FORMAT_VERSION
 from lcray.span import SpanReport, Workspace
 from lcray.task import Task, load_task
 
