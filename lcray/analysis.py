@@ -16,9 +16,7 @@ from lcray.computing import Computation, OnProgress, Progress, explain
 from lcray.costs import estimate, pass_seconds, seconds_an_interval
 from lcray.drafting import extend_plan, following_length, make_plan, make_settings
 from lcray.errors import CheckpointError, IncompleteError, OutputError, UsageError
-from lcray.files import writing
 from lcray.growth import SECONDS_A_LOOK, Growth
-from lcray.locks import Lock, locked
 from lcray.planning import Plan
 from lcray.planreport import PlanReport, load_plan
 from lcray.quadrature import get_rule
@@ -42,6 +40,8 @@ from lcray.settings import Settings
 from lcray.shards import remove_strays
 from lcray.standing import StatusFile
 from lcray.storage import Place, PlaceLike, place
+from lcray.storage.files import writing
+from lcray.storage.lock import Lock, locked
 from lcray.task import Task, locate
 
 __all__ = ["PlanReport", "Progress", "analyze", "load_plan", "plan"]

@@ -30,8 +30,8 @@ from lcray import (
     trace_command,
 )
 from lcray.errors import LcrayError, UsageError
-from lcray.interrupting import Stopped
 from lcray.options import JSON, OUT, RUN, SETTINGS, Group, example, folders, refusal, together
+from lcray.storage.interrupt import Stopped
 
 _SECONDS_A_LOOK = 5.0
 

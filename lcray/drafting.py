@@ -16,7 +16,6 @@ from lcray.cutting import MAX_ELEMENT_ROWS, choose_length, cut, cut_tapering, ti
 from lcray.errors import UsageError, suggest
 from lcray.layers import Layer
 from lcray.layout import MEMORY_FORMATS
-from lcray.numerals import whole_number
 from lcray.planning import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_MEMORY_FORMAT,
@@ -28,7 +27,8 @@ from lcray.planning import (
 )
 from lcray.quadrature import MAX_PANELS, get_rule
 from lcray.settings import Settings
-from lcray.strict import LIMIT
+from lcray.storage.json_types import LIMIT
+from lcray.storage.numerals import whole_number
 
 _MAX_TRACE_ROWS = 10_000_000
 _MAX_UNITS = 10_000

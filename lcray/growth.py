@@ -10,8 +10,8 @@ from lcray.checkpoints.folders import open_folders
 from lcray.checkpoints.runfile import NAME as RUN_FILE
 from lcray.checkpoints.runfile import load
 from lcray.errors import CheckpointError, RecorderError, UsageError
-from lcray.files import exists, read_json
 from lcray.storage import PlaceLike, Remote, place
+from lcray.storage.files import exists, read_json
 
 SECONDS_A_LOOK = 5.0
 IDLE_SECONDS = 600.0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lcray.checkpoints.layout import EXTRA, NO_SETTER, extra_states, has_setter
 from lcray.checkpoints.naming import canonical_names
 from lcray.errors import TaskError
-from lcray.strict import build
+from lcray.storage.json_types import build
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Layer:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Layer:
-        """The layer that `to_dict` described; raises as `lcray.strict.build`."""
+        """The layer that `to_dict` described; raises as `lcray.storage.json_types.build`."""
         return build(cls, data)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lcray.errors import CorruptionError, OutputError
-from lcray.files import FORMAT_VERSION, confined, exists, read_sealed
 from lcray.parquet import FileEntry
 from lcray.reduction import MANIFEST
 from lcray.schema import TABLES
 from lcray.storage import Place
-from lcray.strict import build, value_of
+from lcray.storage.files import FORMAT_VERSION, confined, exists, read_sealed
+from lcray.storage.json_types import build, value_of
 
 
 @dataclass(frozen=True)

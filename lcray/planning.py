@@ -19,7 +19,7 @@ from lcray.errors import UsageError
 from lcray.layers import Layer
 from lcray.quadrature import get_rule
 from lcray.settings import Settings
-from lcray.strict import build, value_of
+from lcray.storage.json_types import build, value_of
 
 #: Samples a batch where nothing was asked for and no probe may choose.
 DEFAULT_BATCH_SIZE = 256
@@ -351,5 +351,5 @@ def memory_format_of(settings: Settings) -> str | None:
 
 
 def read_notes(data: Mapping[str, Any]) -> tuple[str, ...]:
-    """The notes in the content of ``analysis.json``; raises as `lcray.strict.build`."""
+    """The notes in the content of ``analysis.json``; raises as `lcray.storage.json_types.build`."""
     return cast(tuple[str, ...], value_of(tuple[str, ...], data.get("notes", ()), "notes"))

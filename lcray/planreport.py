@@ -9,8 +9,8 @@ from pathlib import Path
 from lcray.costs import Estimate
 from lcray.drafting import check_plan
 from lcray.errors import UsageError
-from lcray.files import FORMAT_VERSION, read_json, write_json_atomic
 from lcray.planning import Plan
+from lcray.storage.files import FORMAT_VERSION, read_json, write_json_atomic
 
 PathLike = str | os.PathLike[str]
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lcray.errors import UsageError, suggest
-from lcray.numerals import brief, whole_number
+from lcray.storage.numerals import brief, whole_number
 
 #: The most panels of a composite, and the cap of any refinement: beyond, memory and time explode.
 MAX_PANELS = 4096

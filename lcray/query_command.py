@@ -98,8 +98,8 @@ def _print(data: bytes) -> None:
 
 
 def _store(data: bytes, output: str, results: Results) -> None:
-    from lcray.files import beside, writing
     from lcray.storage import place, storage_of
+    from lcray.storage.files import beside, writing
 
     path = beside(results.path, place(output))
     with writing(path):

@@ -11,15 +11,15 @@ from typing import Any
 
 import lcray
 from lcray.errors import CorruptionError, OutputError, UsageError
-from lcray.files import FORMAT_VERSION, confined, exists, read_json, write_json_atomic
 from lcray.fresh import Unexplained
 from lcray.layers import Layer
-from lcray.locks import LOCK
 from lcray.planning import DEFAULT_BATCH_SIZE, Plan, read_notes
 from lcray.settings import Settings
 from lcray.span import Description
 from lcray.storage import Place, Remote, storage_of
-from lcray.strict import value_of
+from lcray.storage.files import FORMAT_VERSION, confined, exists, read_json, write_json_atomic
+from lcray.storage.json_types import value_of
+from lcray.storage.lock import LOCK
 
 _NAME = "analysis.json"
 

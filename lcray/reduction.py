@@ -26,14 +26,14 @@ from lcray import merging
 from lcray.arrow import make_table
 from lcray.commits import Commit, Outline, each_commit
 from lcray.errors import CorruptionError, IncompleteError, brief
-from lcray.files import FORMAT_VERSION, confined, seal, writing
-from lcray.locks import locked
 from lcray.merging import Arrays, Source, merge_bins
 from lcray.parquet import FileEntry, TableFile
 from lcray.planning import Plan
 from lcray.schema import WHOLE_RUN, table_schema
 from lcray.shards import check_files, read_plan, write_json_atomic
 from lcray.storage import Place, PlaceLike, place, storage_of, sync_folder
+from lcray.storage.files import FORMAT_VERSION, confined, seal, writing
+from lcray.storage.lock import locked
 from lcray.summary import bin_edges
 from lcray.views import write_views
 from lcray.weibull import fit_weibull

@@ -17,9 +17,7 @@ from lcray.answers import holding
 from lcray.checkpoints.naming import matches
 from lcray.confidence import frame, sums
 from lcray.errors import CorruptionError, UsageError, suggest
-from lcray.files import confined, exists, read_json
 from lcray.manifest import read_manifest
-from lcray.numerals import step_range
 from lcray.planning import Plan, read_notes
 from lcray.recipes import quotes_for, recipe_for, tables_for
 from lcray.sandbox import check_name, connect, query_room, select, shut, sql_path
@@ -27,6 +25,8 @@ from lcray.schema import TABLES
 from lcray.shards import read_plan
 from lcray.soundness import Soundness
 from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
+from lcray.storage.files import confined, exists, read_json
+from lcray.storage.numerals import step_range
 from lcray.views import View, named_in, scan, views_of
 
 if TYPE_CHECKING:  # what a driver that only opens an output has no memory for

@@ -11,13 +11,13 @@ from lcray.analysis import analyze
 from lcray.computing import OnProgress
 from lcray.drafting import check_traces
 from lcray.errors import OutputError, UsageError
-from lcray.files import check_way, writing
-from lcray.numerals import whole_number
 from lcray.planning import Plan
 from lcray.record import read_record
 from lcray.resources import Resources
 from lcray.results import Results, open_output
 from lcray.storage import PlaceLike, place
+from lcray.storage.files import check_way, writing
+from lcray.storage.numerals import whole_number
 from lcray.task import Task
 
 #: The folder of an output that its second pass goes into.

@@ -32,7 +32,7 @@ from lcray.columns import (
     UNITS,
 )
 from lcray.errors import UsageError, suggest
-from lcray.files import FORMAT_VERSION
+from lcray.storage.files import FORMAT_VERSION
 
 #: The value of `window` in `fits` that stands for the whole run.
 WHOLE_RUN = -1

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 
 from lcray.commits import Commit, Outline, shard_name, span_folder
 from lcray.errors import CorruptionError
-from lcray.files import confined
 from lcray.shards import PARTITIONS
 from lcray.storage import Place, Remote, open_seekable
+from lcray.storage.files import confined
 
 
 class ShardFile:

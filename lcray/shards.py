@@ -36,7 +36,11 @@ from lcray.commits import (
 )
 from lcray.commits import NAME as COMMIT
 from lcray.errors import CorruptionError, LcrayError, OutputError, UsageError
-from lcray.files import (
+from lcray.parquet import FileEntry, TableFile
+from lcray.planning import Plan, Span
+from lcray.schema import TABLES, table_schema
+from lcray.storage import Place, Remote, open_uncached, place, sha256_of, storage_of
+from lcray.storage.files import (
     FORMAT_VERSION,
     confined,
     exists,
@@ -45,11 +49,7 @@ from lcray.files import (
     write_json_atomic,
     writing,
 )
-from lcray.locks import newest
-from lcray.parquet import FileEntry, TableFile
-from lcray.planning import Plan, Span
-from lcray.schema import TABLES, table_schema
-from lcray.storage import Place, Remote, open_uncached, place, sha256_of, storage_of
+from lcray.storage.lock import newest
 
 __all__ = [
     "Commit",

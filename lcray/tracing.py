@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcray.layout import Layout
-from lcray.numerals import whole_number
 from lcray.planning import Plan
+from lcray.storage.numerals import whole_number
 
 
 def trace_indices(plan: Plan, *, sample_only: bool = False) -> dict[int, NDArray[np.int64]]:

@@ -25,8 +25,6 @@ from numpy.typing import NDArray
 from lcray.checkpoints import open_series
 from lcray.completeness import Invariant, coverage, relations
 from lcray.errors import CheckpointError, LcrayError, brief, one_line
-from lcray.files import confined
-from lcray.interrupting import interruptible
 from lcray.invariants import invariants
 from lcray.manifest import Manifest, read_manifest
 from lcray.planning import Plan
@@ -43,6 +41,8 @@ from lcray.schema import TABLES
 from lcray.shards import Commit, check_files, file_problems, read_commit, read_plan
 from lcray.soundness import Soundness
 from lcray.storage import Place, PlaceLike, local_copies, open_uncached, place
+from lcray.storage.files import confined
+from lcray.storage.interrupt import interruptible
 from lcray.views import scan
 
 _SHOWN = 3  # offending rows that a problem names

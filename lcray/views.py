@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcray.columns import UNIT
-from lcray.files import confined, writing
 from lcray.planning import Plan
 from lcray.storage import Place, storage_of
+from lcray.storage.files import confined, writing
 
 #: The file with all of them, for DuckDB alone.
 FILE = "views.sql"

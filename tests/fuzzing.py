@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from lcray.errors import LcrayError
-from lcray.files import encode_json, seal
+from lcray.storage.files import encode_json, seal
 
 TOTAL = int(os.environ.get("LCRAY_FUZZ", "5000"))
 SECONDS = 5  # that one input may take, on a machine that is busy with other things

@@ -19,8 +19,8 @@ import pytest
 import scenes
 
 import lcray
-from lcray.files import FORMAT_VERSION
 from lcray.planning import Plan
+from lcray.storage.files import FORMAT_VERSION
 
 STEPS, SPAN = 24, 2
 PATH = os.pathsep.join([str(scenes.HERE), str(Path(lcray.__file__).parents[1])])

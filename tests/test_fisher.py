@@ -17,13 +17,13 @@ from torch import Tensor, nn
 import lcray
 from lcray.drafting import make_plan, make_settings
 from lcray.errors import TaskError, UsageError
-from lcray.files import write_json_atomic
 from lcray.fisher import FisherMeter, Traces, ratio_of_means
 from lcray.path import Point
 from lcray.reduction import reduce
 from lcray.results import Results, open_output
 from lcray.shards import read_commit
 from lcray.span import Workspace
+from lcray.storage.files import write_json_atomic
 from lcray.task import Task
 from lcray.workbench import Workbench
 

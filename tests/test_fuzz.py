@@ -34,16 +34,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import lcray
-from lcray import locks
 from lcray.analysis import load_plan
 from lcray.checkpoints import Recorder, open_series
 from lcray.display import status_text
 from lcray.errors import CheckpointError
-from lcray.files import encode_json, read_json, read_sealed, seal
-from lcray.locks import LOCK, Holder
 from lcray.record import read_record
 from lcray.reduction import reduce
 from lcray.results import open_output
+from lcray.storage import lock
+from lcray.storage.files import encode_json, read_json, read_sealed, seal
+from lcray.storage.lock import LOCK, Holder
 from lcray.verification import verify
 
 pytestmark = pytest.mark.slow
@@ -305,9 +305,9 @@ def test_locks(home: Path, content: bytes) -> None:
     (folder / LOCK).mkdir(parents=True, exist_ok=True)
     path = folder / LOCK / "00000001.json"
     path.write_bytes(content)
-    holder = locks._read(folder, 1)
+    holder = lock._read(folder, 1)
     assert holder is not None and holder.is_dead in (True, False)
-    is_line(str(locks._refusal(folder, holder)))
+    is_line(str(lock._refusal(folder, holder)))
 
 
 ENTRY = {"name": "layers-a0.parquet", "rows": 1, "bytes": 1, "sha256": "0" * 64}

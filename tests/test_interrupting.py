@@ -20,7 +20,7 @@ import synthetic
 import lcray
 from lcray.cli import app
 from lcray.errors import UsageError
-from lcray.interrupting import interruptible, left_behind
+from lcray.storage.interrupt import interruptible, left_behind
 
 ENDLESS = {
     "recursive": "WITH RECURSIVE t(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM t) "

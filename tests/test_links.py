@@ -14,9 +14,9 @@ from click.testing import CliRunner
 import lcray
 from lcray.cli import app
 from lcray.errors import CorruptionError, OutputError
-from lcray.locks import LOCK
 from lcray.planning import Span
 from lcray.shards import ShardWriter
+from lcray.storage.lock import LOCK
 
 OPTIONS = {"span_length": 3, "elements": True}
 State = dict[str, tuple[int, int, bytes]]

@@ -23,12 +23,12 @@ import pytest
 import scenes
 
 import lcray
-from lcray import locks
 from lcray.errors import OutputError
-from lcray.locks import locked, newest
 from lcray.schema import TABLES
 from lcray.shards import ShardWriter, read_commit
 from lcray.storage import Place, place, storage_of
+from lcray.storage import lock as locks
+from lcray.storage.lock import locked, newest
 
 HOLD = """
 import errno, fcntl, sys, time

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import lcray
 from lcray import cli
-from lcray.locks import locked
+from lcray.storage.lock import locked
 
 Lcray = Callable[..., tuple[int, str]]
 PROGRESS = ("starting workers", "measuring a gradient", "intervals", "merging", "findings ")

@@ -19,8 +19,8 @@ import scenes
 from loopback import Machine
 
 import lcray
-from lcray.files import FORMAT_VERSION
 from lcray.record import read_record
+from lcray.storage.files import FORMAT_VERSION
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 

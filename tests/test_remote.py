@@ -32,11 +32,11 @@ from lcray.errors import (
     RecorderError,
     UsageError,
 )
-from lcray.files import encode_json, read_sealed, seal
 from lcray.reduction import reduce
 from lcray.results import open_output
 from lcray.shards import committed, remove_strays
 from lcray.storage import Place, place, storage_of
+from lcray.storage.files import encode_json, read_sealed, seal
 from lcray.verification import verify
 
 pytestmark = pytest.mark.usefixtures("inline")

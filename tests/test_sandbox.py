@@ -19,9 +19,9 @@ import scenes
 
 from lcray import sandbox
 from lcray.errors import CorruptionError, UsageError
-from lcray.locks import LOCK
 from lcray.reduction import reduce
 from lcray.results import open_output
+from lcray.storage.lock import LOCK
 from lcray.verification import verify
 
 WORLD = factory.make_world(spans=((0, 2, 4),))

@@ -9,8 +9,8 @@ import pytest
 
 from lcray.arrow import make_table
 from lcray.errors import UsageError
-from lcray.files import FORMAT_VERSION
 from lcray.schema import TABLES, table_schema
+from lcray.storage.files import FORMAT_VERSION
 
 # The table of tables of the design: key, then the other columns.
 DESIGN = {

@@ -19,10 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lcray import files
 from lcray.arrow import make_table
 from lcray.errors import CorruptionError, OutputError, UsageError
-from lcray.files import encode_json, read_json, seal, write_json_atomic
 from lcray.planning import Span
 from lcray.schema import TABLES
 from lcray.shard_files import ShardFile, open_shard
@@ -35,7 +33,8 @@ from lcray.shards import (
     remove_strays,
     span_folder,
 )
-from lcray.storage import storage_of
+from lcray.storage import files, storage_of
+from lcray.storage.files import encode_json, read_json, seal, write_json_atomic
 
 SPAN = Span((0, 1, 2))
 DIGESTS = {0: "00", 1: "11", 2: "22"}

@@ -18,10 +18,10 @@ import synthetic
 
 import lcray
 from lcray.errors import CorruptionError, OutputError
-from lcray.files import encode_json, read_sealed, seal
 from lcray.reduction import reduce
 from lcray.schema import TABLES
 from lcray.soundness import LONGEST_NAME, Soundness
+from lcray.storage.files import encode_json, read_sealed, seal
 
 WORLD = factory.make_world(bad={("val", 6): "nonfinite_loss"})
 HUGE = 1 << 62

@@ -23,13 +23,13 @@ from lcray.checkpoints import State
 from lcray.costs import estimate
 from lcray.drafting import make_plan, make_settings
 from lcray.errors import CheckpointError, TaskError
-from lcray.files import write_json_atomic
 from lcray.planning import Plan, Span
 from lcray.reduction import reduce
 from lcray.results import Results, open_output
 from lcray.shards import check_files, read_commit, span_folder
 from lcray.span import Workspace
 from lcray.storage import Place, place, storage_of
+from lcray.storage.files import write_json_atomic
 from lcray.task import Task
 
 STEPS = tuple(range(13))

@@ -19,11 +19,11 @@ import scenes
 
 import lcray
 from lcray.errors import IncompleteError, OutputError
-from lcray.files import read_json
-from lcray.locks import LOCK, STALE, Holder, locked
 from lcray.outcomes import SpanInHand, SpanReport, View
 from lcray.standing import Gap, RunningSpan, Silence, StatusFile
 from lcray.storage import storage_of
+from lcray.storage.files import read_json
+from lcray.storage.lock import LOCK, STALE, Holder, locked
 
 OPTIONS: dict[str, Any] = {"span_length": 3, "elements": True}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lcray.strict import build
+from lcray.storage.json_types import build
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import pytest
 
 from lcray import completeness, invariants, verification
 from lcray.errors import CorruptionError
-from lcray.files import encode_json, read_sealed, seal
 from lcray.parquet import TableFile
 from lcray.reduction import reduce
 from lcray.schema import TABLES
+from lcray.storage.files import encode_json, read_sealed, seal
 from lcray.verification import verify
 
 Row = dict[str, Any]

@@ -11,7 +11,7 @@ from lcray.analyses.sampled import literal
 from lcray.analyses.windows import Ranges
 from lcray.errors import UsageError
 from lcray.results import Results
-from lcray.strict import LIMIT
+from lcray.storage.json_types import LIMIT
 
 _FORM = tidy.schema(
     "extremes",

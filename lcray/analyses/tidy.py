@@ -13,7 +13,7 @@ from lcray.columns import COUNT as COUNT
 from lcray.columns import FLOAT as FLOAT
 from lcray.columns import SIGN as SIGN
 from lcray.columns import STRING, column
-from lcray.files import FORMAT_VERSION
+from lcray.storage.files import FORMAT_VERSION
 
 LOSS = "loss"  # the unit; nats for cross-entropy
 #: The `layer` of rows about the network as a whole. No tensor can be called so.

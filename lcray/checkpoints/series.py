@@ -22,8 +22,8 @@ from lcray.checkpoints.reading import joined
 from lcray.checkpoints.reading import read_checkpoint as read_checkpoint
 from lcray.checkpoints.reading import sha256_of_checkpoint as sha256_of_checkpoint
 from lcray.errors import CheckpointError, UsageError
-from lcray.numerals import step_range
 from lcray.storage import Place, PlaceLike, place
+from lcray.storage.numerals import step_range
 
 # Within one checkpoint folder, in the order in which `from_pretrained` looks for them.
 _MODEL_FILES = (

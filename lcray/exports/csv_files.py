@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from lcray.answers import write_csv
 from lcray.errors import UsageError, suggest
-from lcray.files import beside
 from lcray.results import Results
 from lcray.schema import TABLES
+from lcray.storage.files import beside
 
 #: Type, unit and description of every column.
 COLUMNS = "columns.json"

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lcray.errors import InapplicableError, UsageError, one_line
-from lcray.files import beside, writing
 from lcray.reporting import course, elements, layers, rates, together
 from lcray.reporting.head import head, run_name
 from lcray.reporting.page import links_to, plotly_source, render
@@ -19,6 +18,7 @@ from lcray.reporting.store import Store
 from lcray.reporting.totals import totals
 from lcray.results import Results, open_output
 from lcray.storage import Place, PlaceLike, place, storage_of
+from lcray.storage.files import beside, writing
 
 #: The names of the pages in an output.
 PAGE, COMPARISON = "report.html", "comparison.html"

@@ -8,12 +8,12 @@ from pathlib import PurePosixPath
 
 from lcray.analyses.titles import WHAT_HAPPENED
 from lcray.errors import one_line
-from lcray.files import read_json
 from lcray.reporting.page import table
 from lcray.reporting.sections import percent, signed
 from lcray.reporting.source import Source
 from lcray.reporting.totals import Total, cards, lede, settings
 from lcray.results import Results
+from lcray.storage.files import read_json
 
 _PLAIN_FOLDERS = ("run", "checkpoints", "ckpt", "out")
 

@@ -19,8 +19,8 @@ from torch import nn
 from lcray.checkpoints import Recorder, open_series, session, storage, writer
 from lcray.checkpoints.bits import same_bits
 from lcray.errors import OutputError, RecorderError, UsageError
-from lcray.files import write_json_atomic
 from lcray.storage import sync_folder
+from lcray.storage.files import write_json_atomic
 
 
 def net(seed=0):

@@ -14,8 +14,8 @@ from torch import nn
 
 from lcray.checkpoints import Recorder
 from lcray.errors import OutputError, RecorderError
-from lcray.files import write_json_atomic, writing
 from lcray.storage import cure
+from lcray.storage.files import write_json_atomic, writing
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,11 @@ from pathlib import Path
 import psutil
 
 from lcray.errors import LcrayError, OutputError
-from lcray.files import check_links, confined, writing
-from lcray.liveness import exists, start_ticks
-from lcray.liveness import machine as _machine
 from lcray.storage import Place, Remote, storage_of
-from lcray.strict import build
+from lcray.storage.files import check_links, confined, writing
+from lcray.storage.json_types import build
+from lcray.storage.liveness import exists, start_ticks
+from lcray.storage.liveness import machine as _machine
 
 LOCK = ".locks"  # the name of the folder in an output
 BEAT = 5.0  # seconds between two beats

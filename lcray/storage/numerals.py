@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from lcray.errors import UsageError
-from lcray.strict import LIMIT
+from lcray.storage.json_types import LIMIT
 
 _DIGITS = re.compile(r"[0-9]+")
 _RANGE = re.compile(r"\s*([0-9]*)\s*:\s*([0-9]*)\s*")
