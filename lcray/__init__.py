@@ -17,7 +17,7 @@ _PUBLIC = {
     "allocate": "lcray.in_memory",
     "analyze": "lcray.analysis",
     "compare": "lcray.analyses.comparison",
-    "convert": "lcray.converting",
+    "convert": "lcray.checkpoints.convert",
     "demo": "lcray.digits",
     "export": "lcray.exports",
     "findings": "lcray.concluding",
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from lcray.analysis import plan as plan
     from lcray.checkpoints import Recorder as Recorder
     from lcray.checkpoints import inspect as inspect
+    from lcray.checkpoints.convert import convert as convert
     from lcray.concluding import findings as findings
-    from lcray.converting import convert as convert
     from lcray.digits import demo as demo
     from lcray.errors import LcrayError as LcrayError
     from lcray.exports import export as export

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from lcray.checkpoints import CheckpointSeries, open_series
-from lcray.checkpoints.folders import open_folders
+from lcray.checkpoints.listing import open_folders
 from lcray.checkpoints.runfile import NAME as RUN_FILE
 from lcray.checkpoints.runfile import load
 from lcray.errors import CheckpointError, RecorderError, UsageError

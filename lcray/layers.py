@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcray.checkpoints.layout import EXTRA, NO_SETTER, extra_states, has_setter
 from lcray.checkpoints.naming import canonical_names
+from lcray.checkpoints.snapshot import EXTRA, NO_SETTER, extra_states, has_setter
 from lcray.errors import TaskError
 from lcray.storage.json_types import build
 

@@ -20,11 +20,11 @@ ORDER = (
     "errors",
     "settings",
     "storage",
+    "checkpoints",
     "quadrature",
     "summary",
     "distributions",
     "weibull",
-    "checkpoints",
     "converting",
     "task",
     "packaging",
@@ -150,7 +150,7 @@ SPEAKS = {
     "lcray.trace_command",
 }
 #: What `lcray convert` reads with; without trust it unpickles nothing (tests/converting).
-CONVERTER = "lcray.converting.opening"
+CONVERTER = "lcray.checkpoints.convert.opening"
 NO_PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 
 
@@ -189,7 +189,7 @@ def edges() -> dict[str, set[str]]:
 
 def test_the_graph_is_read_at_all() -> None:
     assert "lcray.errors" in edges()["lcray.task"]
-    assert "lcray.checkpoints.series" in edges()["lcray.checkpoints.session"]
+    assert "lcray.checkpoints.series" in edges()["lcray.checkpoints.recording"]
 
 
 def test_imports_have_no_cycle() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lcray.checkpoints import naming
-from lcray.checkpoints.layout import Contents
+from lcray.checkpoints.snapshot import Contents
 from lcray.errors import RecorderError
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")

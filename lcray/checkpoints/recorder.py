@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lcray.checkpoints import ranks
-from lcray.checkpoints.layout import contents_of, tensors_of
-from lcray.checkpoints.session import Session, Settings, check_settings, expected_start
-from lcray.checkpoints.session import file_name as file_name
+from lcray.checkpoints.recording import Session, Settings, check_settings, expected_start
+from lcray.checkpoints.recording import file_name as file_name
+from lcray.checkpoints.snapshot import contents_of, tensors_of
 from lcray.errors import RecorderError
 
 

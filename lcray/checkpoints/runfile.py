@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lcray.checkpoints.layout import Layout
+from lcray.checkpoints.snapshot import Layout
 from lcray.errors import RecorderError
 
 NAME = "run.json"

@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lcray.checkpoints import naming
-from lcray.checkpoints.folders import Folders, open_folders
 from lcray.checkpoints.header import CANONICAL_KEY as CANONICAL_KEY
+from lcray.checkpoints.listing import Folders, open_folders
 from lcray.checkpoints.reading import Checkpoint as Checkpoint
 from lcray.checkpoints.reading import State as State
 from lcray.checkpoints.reading import joined

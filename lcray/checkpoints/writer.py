@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from lcray.checkpoints.layout import Slot
+from lcray.checkpoints.snapshot import Slot
 from lcray.errors import RecorderError
 from lcray.storage import cure
 

@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lcray.checkpoints import Recorder, open_series, session, storage, writer
+from lcray.checkpoints import Recorder, open_series, writer
+from lcray.checkpoints import directory as storage
+from lcray.checkpoints import recording as session
 from lcray.checkpoints.bits import same_bits
 from lcray.errors import OutputError, RecorderError, UsageError
 from lcray.storage import sync_folder

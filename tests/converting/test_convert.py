@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import lcray
 from lcray import cli
 from lcray.checkpoints import open_series
-from lcray.converting import verb
+from lcray.checkpoints.convert import convert
 from lcray.errors import CheckpointError, LcrayError, RecorderError, UsageError
 
 # That there is one process only is what is wanted; and importing the library.
@@ -272,7 +272,7 @@ def test_a_distributed_index_is_not_unpickled_without_trust(tmp_path: Path) -> N
 def test_it_goes_on_where_it_stopped_and_overwrites_nothing(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, original, calls = tmp_path / "run", verb.read_source, []
+    run, original, calls = tmp_path / "run", convert.read_source, []
 
     def interrupted(source: Any, **options: Any) -> Any:
         calls.append(source.path.name)
@@ -280,7 +280,7 @@ def test_it_goes_on_where_it_stopped_and_overwrites_nothing(
             raise KeyboardInterrupt
         return original(source, **options)
 
-    monkeypatch.setattr(verb, "read_source", interrupted)
+    monkeypatch.setattr(convert, "read_source", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lcray.convert(saved, run)
     monkeypatch.undo()
@@ -332,7 +332,7 @@ def test_a_run_that_had_ended_keeps_its_end(good: int, saved: Path, tmp_path: Pa
 def test_a_run_has_not_ended_while_checkpoints_are_added(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, original, ended = tmp_path / "run", verb.read_source, []
+    run, original, ended = tmp_path / "run", convert.read_source, []
 
     def looking(source: Any, **options: Any) -> Any:
         ended.append(json.loads((run / "run.json").read_text())["ended"])
@@ -340,7 +340,7 @@ def test_a_run_has_not_ended_while_checkpoints_are_added(
 
     lcray.convert(saved, run)
     torch.save(tied(11), saved / "net-11.pt")
-    monkeypatch.setattr(verb, "read_source", looking)
+    monkeypatch.setattr(convert, "read_source", looking)
     lcray.convert(saved, run)
     assert ended == [True, True, True, False]  # after net-0, net-10 and net-11; before net-9
     assert json.loads((run / "run.json").read_text())["last_step"] == 11

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lcray.checkpoints import runfile
 from lcray.checkpoints.bits import same_bits
-from lcray.checkpoints.layout import Contents, Layout, Slot, layout_of, on_accelerator, snapshot
+from lcray.checkpoints.directory import LockedDirectory
 from lcray.checkpoints.series import Checkpoint, list_checkpoints, read_checkpoint
-from lcray.checkpoints.storage import LockedDirectory
+from lcray.checkpoints.snapshot import Contents, Layout, Slot, layout_of, on_accelerator, snapshot
 from lcray.checkpoints.writer import BackgroundWriter
 from lcray.errors import CheckpointError, RecorderError, UsageError
 from lcray.storage import Remote, place

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lcray.checkpoints import header, naming
-from lcray.converting.bounds import check_file, check_tensors
-from lcray.converting.sources import Source
+from lcray.checkpoints.convert.bounds import check_file, check_tensors
+from lcray.checkpoints.convert.sources import Source
 from lcray.errors import CheckpointError, one_line, suggest
 
 _MODELS = ("state_dict", "model_state_dict", "model", "module")

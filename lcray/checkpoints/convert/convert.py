@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lcray.checkpoints import runfile
 from lcray.checkpoints.bits import same_bits
-from lcray.checkpoints.layout import Contents, Layout, Slot, layout_of, snapshot
+from lcray.checkpoints.convert.opening import Saved, read_source
+from lcray.checkpoints.convert.sources import find_sources
+from lcray.checkpoints.directory import LockedDirectory
+from lcray.checkpoints.recording import file_name
 from lcray.checkpoints.series import Checkpoint, list_checkpoints, read_checkpoint
-from lcray.checkpoints.session import file_name
-from lcray.checkpoints.storage import LockedDirectory
-from lcray.converting.opening import Saved, read_source
-from lcray.converting.sources import find_sources
+from lcray.checkpoints.snapshot import Contents, Layout, Slot, layout_of, snapshot
 from lcray.errors import CheckpointError, RecorderError, UsageError
 from lcray.storage import Remote, place
 
