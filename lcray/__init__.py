@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 # Public name -> module. Imported on first use, so that `import lcray` costs nothing.
 _PUBLIC = {
     "Recorder": "lcray.checkpoints",
-    "Task": "lcray.task",
+    "Task": "lcray.tasks.task",
     "Resources": "lcray.resources",
     "Results": "lcray.results",
     "LcrayError": "lcray.errors",
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from lcray.retracing import trace as trace
     from lcray.standing import status as status
     from lcray.submission import submit as submit
-    from lcray.task import Task as Task
+    from lcray.tasks.task import Task as Task
     from lcray.verification import verify as verify
 
     open = open_output  # so that type checkers see it as exported

@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lcray.layout import Layout
 from lcray.path import Segment
 from lcray.summary import LayerHistograms
-from lcray.vectors import zeros
+from lcray.tasks.model.layout import Layout
+from lcray.tasks.model.vectors import zeros
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from lcray.errors import DisagreementError
-from lcray.layers import Layer
 from lcray.parts import Site
 from lcray.path import Point, Segment
 from lcray.planning import Reference, SplitPlan
+from lcray.tasks.model.layers import Layer
 from lcray.workbench import Workbench
 
 _SAMPLES = 16  # of each split, at most

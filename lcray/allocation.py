@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lcray.data import SplitData
 from lcray.errors import TaskError, UsageError
 from lcray.gradient import GradientEngine
 from lcray.interval import (
@@ -26,6 +25,7 @@ from lcray.parts import Site
 from lcray.path import Segment
 from lcray.quadrature import QuadratureRule
 from lcray.sums import Evaluation
+from lcray.tasks.data.split import SplitData
 
 __all__ = ["OK", "Accuracy", "IntervalLC", "Scratch", "SplitAllocator"]
 

@@ -42,7 +42,7 @@ from lcray.standing import StatusFile
 from lcray.storage import Place, PlaceLike, place
 from lcray.storage.files import writing
 from lcray.storage.lock import Lock, locked
-from lcray.task import Task, locate
+from lcray.tasks.task import Task, locate
 
 __all__ = ["PlanReport", "Progress", "analyze", "load_plan", "plan"]
 

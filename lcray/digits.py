@@ -18,7 +18,7 @@ from lcray.computing import OnProgress
 from lcray.errors import OutputError, UsageError
 from lcray.resources import Resources
 from lcray.results import Results
-from lcray.task import Task
+from lcray.tasks.task import Task
 
 BATCH, LEARNING_RATE, MOMENTUM = 128, 0.03, 0.9
 MEAN, STANDARD_DEVIATION = 0.305, 0.376  # of all pixels, scaled to [0, 1]

@@ -14,8 +14,6 @@ from lcray.checkpoints.naming import matches
 from lcray.costs import ROW_BYTES, passes_by_group
 from lcray.cutting import MAX_ELEMENT_ROWS, choose_length, cut, cut_tapering, timed_length
 from lcray.errors import UsageError, suggest
-from lcray.layers import Layer
-from lcray.layout import MEMORY_FORMATS
 from lcray.planning import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_MEMORY_FORMAT,
@@ -29,6 +27,8 @@ from lcray.quadrature import MAX_PANELS, get_rule
 from lcray.settings import Settings
 from lcray.storage.json_types import LIMIT
 from lcray.storage.numerals import whole_number
+from lcray.tasks.model.layers import Layer
+from lcray.tasks.model.layout import MEMORY_FORMATS
 
 _MAX_TRACE_ROWS = 10_000_000
 _MAX_UNITS = 10_000

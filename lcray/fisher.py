@@ -30,15 +30,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcray.data import SplitData
 from lcray.errors import TaskError, brief
-from lcray.flat import FlatModel
 from lcray.gradient import GradientEngine
-from lcray.nested import map_tensors
 from lcray.path import Point, Segment
 from lcray.scores import BatchScores, SampleScores
 from lcray.settings import Settings
-from lcray.task import Task
+from lcray.tasks.data.pytree import map_tensors
+from lcray.tasks.data.split import SplitData
+from lcray.tasks.model.flat import FlatModel
+from lcray.tasks.task import Task
 
 Floats = NDArray[np.float64]
 

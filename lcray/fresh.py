@@ -21,13 +21,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lcray.data import SplitData
 from lcray.errors import TaskError
 from lcray.gradient import layer_dots
 from lcray.newly_built import Losses, NewModels, as_losses
 from lcray.parts import Site
 from lcray.path import Point, Segment
-from lcray.task import Task
+from lcray.tasks.data.split import SplitData
+from lcray.tasks.task import Task
 from lcray.workbench import Workbench
 
 _SAMPLES = 32  # of each split that are compared, at most

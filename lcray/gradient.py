@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcray.convolution import PaddedConvolutions
-from lcray.data import SplitData
 from lcray.errors import TaskError, brief
-from lcray.flat import FlatModel
-from lcray.nested import map_tensors
-from lcray.normalization import Normalization, depends_on_batches, may_normalize
 from lcray.parts import Answer, Colleagues, PartSums, Request, Site, cut_parts
 from lcray.path import Segment
 from lcray.sums import Evaluation, Sums, evaluation_of
-from lcray.task import Task
-from lcray.vectors import zeros
+from lcray.tasks.data.pytree import map_tensors
+from lcray.tasks.data.split import SplitData
+from lcray.tasks.model.batch_norm import Normalization, depends_on_batches, may_normalize
+from lcray.tasks.model.convolution import PaddedConvolutions
+from lcray.tasks.model.flat import FlatModel
+from lcray.tasks.model.vectors import zeros
+from lcray.tasks.task import Task
 
 _FROM_EDGES = torch.__version__ >= "2.7"
 

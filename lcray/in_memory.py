@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from lcray.allocation import Accuracy, IntervalLC, SplitAllocator
 from lcray.checkpoints.naming import canonical_names
 from lcray.confidence import Replication, columns
-from lcray.data import SplitData
 from lcray.drafting import make_settings
 from lcray.errors import CheckpointError, UsageError
 from lcray.fresh import check_model
 from lcray.independence import Independence
-from lcray.layers import Layer
 from lcray.path import Point, Segment
-from lcray.precision import precision_kept
 from lcray.quadrature import get_rule
 from lcray.settings import Settings
 from lcray.sums import check_same
-from lcray.task import Task, locate
+from lcray.tasks.data.split import SplitData
+from lcray.tasks.model.layers import Layer
+from lcray.tasks.model.precision import precision_kept
+from lcray.tasks.task import Task, locate
 from lcray.workbench import Workbench
 
 

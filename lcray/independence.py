@@ -27,14 +27,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lcray.data import SplitSource
 from lcray.errors import CheckpointError, TaskError
-from lcray.flat import FlatModel
 from lcray.gradient import GradientEngine
 from lcray.path import Point, Segment
-from lcray.precision import exact_float32
-from lcray.samples import Index, cut_block
-from lcray.task import Task, call_model
+from lcray.tasks.data.samples import Index, cut_block
+from lcray.tasks.data.split import SplitSource
+from lcray.tasks.model.flat import FlatModel
+from lcray.tasks.model.precision import exact_float32
+from lcray.tasks.task import Task, call_model
 from lcray.workbench import Workbench
 
 #: How far the loss of an item may differ between batches, relative to its own size and the mean

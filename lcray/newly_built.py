@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from lcray.checkpoints.naming import canonical_names
 from lcray.errors import TaskError, brief
-from lcray.flat import FlatModel
-from lcray.nested import map_tensors
-from lcray.normalization import Normalization
 from lcray.path import Point
-from lcray.precision import exact_float32
-from lcray.task import Task, call_model
+from lcray.tasks.data.pytree import map_tensors
+from lcray.tasks.model.batch_norm import Normalization
+from lcray.tasks.model.flat import FlatModel
+from lcray.tasks.model.precision import exact_float32
+from lcray.tasks.task import Task, call_model
 from lcray.workbench import CHECK_SEED, Workbench
 
 Losses = tuple[Tensor, Tensor]  # of the items of a batch, and their weights, [n] float64

@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lcray.flat import FlatModel
 from lcray.path import Segment
+from lcray.tasks.model.flat import FlatModel
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lcray.flat import FlatModel
+from lcray.tasks.model.flat import FlatModel
 
 _KEEP = 1 << 20  # elements: below, Δ is kept whole (8 MiB)
 _BLOCK = 1 << 16

@@ -16,10 +16,10 @@ from typing import Any, cast, get_type_hints
 
 from lcray.checkpoints.header import MAX_AXES
 from lcray.errors import UsageError
-from lcray.layers import Layer
 from lcray.quadrature import get_rule
 from lcray.settings import Settings
 from lcray.storage.json_types import build, value_of
+from lcray.tasks.model.layers import Layer
 
 #: Samples a batch where nothing was asked for and no probe may choose.
 DEFAULT_BATCH_SIZE = 256

@@ -12,7 +12,6 @@ from typing import Any
 import lcray
 from lcray.errors import CorruptionError, OutputError, UsageError
 from lcray.fresh import Unexplained
-from lcray.layers import Layer
 from lcray.planning import DEFAULT_BATCH_SIZE, Plan, read_notes
 from lcray.settings import Settings
 from lcray.span import Description
@@ -20,6 +19,7 @@ from lcray.storage import Place, Remote, storage_of
 from lcray.storage.files import FORMAT_VERSION, confined, exists, read_json, write_json_atomic
 from lcray.storage.json_types import value_of
 from lcray.storage.lock import LOCK
+from lcray.tasks.model.layers import Layer
 
 _NAME = "analysis.json"
 

@@ -18,7 +18,7 @@ from lcray.results import Results, open_output
 from lcray.storage import PlaceLike, place
 from lcray.storage.files import check_way, writing
 from lcray.storage.numerals import whole_number
-from lcray.task import Task
+from lcray.tasks.task import Task
 
 #: The folder of an output that its second pass goes into.
 FOLDER = "traced"

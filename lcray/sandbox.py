@@ -17,9 +17,9 @@ import pyarrow as pa
 import torch
 
 from lcray.errors import OutputError, UsageError
-from lcray.memory import available_bytes
 from lcray.storage import Place
 from lcray.storage.interrupt import interruptible, left_behind
+from lcray.tasks.model.memory import available_bytes
 from lcray.views import literal
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcray.data import SplitData
 from lcray.errors import TaskError, brief
-from lcray.flat import FlatModel
 from lcray.gradient import GradientEngine
-from lcray.nested import map_tensors
-from lcray.normalization import Normalization
+from lcray.tasks.data.pytree import map_tensors
+from lcray.tasks.data.split import SplitData
+from lcray.tasks.model.batch_norm import Normalization
+from lcray.tasks.model.flat import FlatModel
 from lcray.watching import ROOM, Watch
 
 Loss = Callable[[nn.Module, Any], Any]

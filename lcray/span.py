@@ -18,7 +18,6 @@ from lcray.agreement import check_agreement, digest, measure, with_reference
 from lcray.allocation import Accuracy, Scratch, SplitAllocator
 from lcray.arrow import make_table
 from lcray.checkpoints import open_series
-from lcray.data import SplitData
 from lcray.descriptions import Description as Description
 from lcray.descriptions import Probe as Probe
 from lcray.descriptions import check_repeatable, split_plan
@@ -38,10 +37,11 @@ from lcray.settings import Settings
 from lcray.shards import ShardWriter
 from lcray.storage import Place
 from lcray.tabulation import SplitTables
-from lcray.task import Task, source_hash
+from lcray.tasks.data.split import SplitData
+from lcray.tasks.model.vectors import release
+from lcray.tasks.task import Task, source_hash
 from lcray.teamwork import Members
 from lcray.tuning import Tuning, tune
-from lcray.vectors import release
 from lcray.walk import Walk
 from lcray.workbench import Workbench
 

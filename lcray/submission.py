@@ -15,10 +15,10 @@ from lcray.analysis import analyze, load_plan
 from lcray.cluster import jobs
 from lcray.drafting import make_settings
 from lcray.errors import UsageError, suggest
-from lcray.packaging import Package, pack
 from lcray.resources import Resources
 from lcray.settings import Settings
 from lcray.storage import Remote, place
+from lcray.tasks.packaging import Package, pack
 
 PathLike = str | os.PathLike[str]
 

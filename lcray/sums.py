@@ -13,11 +13,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lcray.data import SplitData
 from lcray.errors import TaskError
-from lcray.flat import FlatModel
 from lcray.parts import PartSums
 from lcray.path import Segment
+from lcray.tasks.data.split import SplitData
+from lcray.tasks.model.flat import FlatModel
 
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio: its multiples spread evenly
 

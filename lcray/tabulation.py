@@ -24,7 +24,6 @@ from torch import Tensor
 from lcray.accumulators import Accumulators, LayerSums, Units
 from lcray.arrow import make_table
 from lcray.interval import OK, IntervalLC
-from lcray.layout import Layout
 from lcray.path import Point, Segment
 from lcray.planning import Plan, SplitPlan
 from lcray.quadrature import get_rule
@@ -32,8 +31,9 @@ from lcray.rowgroups import ElementsWriter, IntervalRows, Piece
 from lcray.schema import TABLES
 from lcray.shards import ShardWriter
 from lcray.summary import LayerHistograms, bin_edges
+from lcray.tasks.model.layout import Layout
+from lcray.tasks.model.vectors import zeros
 from lcray.tracing import Traces, trace_indices
-from lcray.vectors import zeros
 
 
 class SplitTables:

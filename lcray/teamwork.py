@@ -18,8 +18,8 @@ from lcray.agreement import measure
 from lcray.parts import Colleagues, PartSums, Request, Site, cut_parts
 from lcray.path import Point, Segment
 from lcray.planning import Plan, Reference
-from lcray.task import Task, source_hash
-from lcray.vectors import zeros
+from lcray.tasks.model.vectors import zeros
+from lcray.tasks.task import Task, source_hash
 from lcray.workbench import Workbench
 
 

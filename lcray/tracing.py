@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lcray.layout import Layout
 from lcray.planning import Plan
 from lcray.storage.numerals import whole_number
+from lcray.tasks.model.layout import Layout
 
 
 def trace_indices(plan: Plan, *, sample_only: bool = False) -> dict[int, NDArray[np.int64]]:

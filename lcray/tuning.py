@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lcray.data import SplitData
 from lcray.errors import TaskError
-from lcray.layout import MEMORY_FORMATS
-from lcray.nested import map_tensors
 from lcray.planning import DEFAULT_BATCH_SIZE, DEFAULT_MEMORY_FORMAT
+from lcray.tasks.data.pytree import map_tensors
+from lcray.tasks.data.split import SplitData
+from lcray.tasks.model.layout import MEMORY_FORMATS
 from lcray.workbench import Workbench
 
 _SMALLEST, _LARGEST = 16, 8192  # samples a batch

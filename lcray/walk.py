@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lcray.checkpoints import CheckpointSeries, State
 from lcray.errors import CheckpointError
-from lcray.flat import FlatModel
 from lcray.path import Point, Segment
 from lcray.planning import Span
+from lcray.tasks.model.flat import FlatModel
 
 _SMALL = 1 << 24  # bytes of a vector: up to that, two are read ahead, else one
 _KEEP = 1 << 24  # bytes of all vectors of a span: up to that, none is read twice

@@ -12,11 +12,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from lcray.data import SplitData, SplitSource, open_split
 from lcray.errors import TaskError, UsageError
-from lcray.flat import FlatModel
 from lcray.gradient import GradientEngine
-from lcray.memory import available_bytes
 from lcray.parts import Seat, batches_of
 from lcray.path import Point
 from lcray.planning import (
@@ -25,10 +22,13 @@ from lcray.planning import (
     memory_format_of,
     vector_bytes,
 )
-from lcray.precision import check_float32, exact_float32
-from lcray.samples import Index
 from lcray.settings import Settings
-from lcray.task import Task, call_model, split_data
+from lcray.tasks.data.samples import Index
+from lcray.tasks.data.split import SplitData, SplitSource, open_split
+from lcray.tasks.model.flat import FlatModel
+from lcray.tasks.model.memory import available_bytes
+from lcray.tasks.model.precision import check_float32, exact_float32
+from lcray.tasks.task import Task, call_model, split_data
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 FISHER_BATCH = 64  # samples a batch of those that Fisher information takes

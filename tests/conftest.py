@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lcray
 from lcray.checkpoints import Recorder
-from lcray.task import Task
+from lcray.tasks.task import Task
 
 TINY_STEPS = 12  # intervals of the tiny run
 

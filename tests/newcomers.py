@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scenes import Pair, build_plain, cross_entropy, points
 from torch import Tensor, nn
 
-from lcray.task import Task
+from lcray.tasks.task import Task
 
 
 def mean(model: nn.Module, batch: Pair) -> Tensor:

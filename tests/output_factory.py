@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from lcray.arrow import make_table
-from lcray.layers import Layer
 from lcray.planning import Plan, Span, SplitPlan
 from lcray.settings import Settings
 from lcray.shards import ShardWriter
 from lcray.summary import UNDERFLOW, bin_edges
+from lcray.tasks.model.layers import Layer
 
 LAYERS = (
     Layer("b.weight", "b", "parameter", (3, 4), 0, True),

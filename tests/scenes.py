@@ -31,7 +31,7 @@ from lcray.reduction import Reduction, merge
 from lcray.resources import Resources, place_workers
 from lcray.settings import Settings
 from lcray.span import Description, Probe
-from lcray.task import Task, TaskSource
+from lcray.tasks.task import Task, TaskSource
 
 HERE = Path(__file__).parent
 Pair = tuple[Tensor, Tensor]

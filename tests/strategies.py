@@ -22,7 +22,7 @@ from lcray.allocation import Accuracy, IntervalLC, SplitAllocator
 from lcray.drafting import make_settings
 from lcray.path import Point, Segment
 from lcray.quadrature import get_rule
-from lcray.task import Task
+from lcray.tasks.task import Task
 from lcray.workbench import Workbench
 
 State = dict[str, Tensor]

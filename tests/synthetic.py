@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lcray.arrow import make_table
-from lcray.layers import Layer
 from lcray.planning import Plan, Span, SplitPlan
 from lcray.reduction import plan_digest
 from lcray.schema import TABLES
 from lcray.settings import Settings
 from lcray.storage.files import FORMAT_VERSION, encode_json, seal
 from lcray.summary import UNDERFLOW, bin_edges
+from lcray.tasks.model.layers import Layer
 
 Floats = NDArray[np.float64]
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lcray import accumulators
 from lcray.accumulators import Accumulators, LayerSums, Units
-from lcray.layers import Layer
-from lcray.layout import Layout
 from lcray.path import Point, Segment
 from lcray.summary import LayerHistograms, SignedHistograms
+from lcray.tasks.model.layers import Layer
+from lcray.tasks.model.layout import Layout
 
 EPSILON = 2.0**-52
 

@@ -24,7 +24,7 @@ from lcray.planning import Plan, Reference, SplitPlan
 from lcray.resources import Resources
 from lcray.shards import read_commit
 from lcray.span import Workspace
-from lcray.task import Task
+from lcray.tasks.task import Task
 
 
 class Features(nn.Module):

@@ -33,7 +33,7 @@ from lcray.errors import (
     UsageError,
 )
 from lcray.resources import Resources
-from lcray.task import Task
+from lcray.tasks.task import Task
 from lcray.tuning import Tuning, tune
 from lcray.workbench import Workbench
 

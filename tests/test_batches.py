@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcray.batches import THREAD, Batches
 from lcray.errors import TaskError
+from lcray.tasks.data.batches import THREAD, Batches
 
 CPU = torch.device("cpu")
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lcray.task import Task
+from lcray.tasks.task import Task
 
 ROWS = [Row("a net", "seconds", 0.25, "s"), Row("b", "samples_per_second", 12345.678, "1/s")]
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import lcray
 from lcray import cli
 from lcray.standing import FailedSpan, RunningSpan, Status
-from lcray.task import Task
+from lcray.tasks.task import Task
 
 PROGRAM = [sys.executable, "-m", "lcray"]
 

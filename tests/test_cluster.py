@@ -37,7 +37,7 @@ from lcray.planning import Plan, Span
 from lcray.resources import Resources, place_workers
 from lcray.scheduling import Policy
 from lcray.settings import Settings
-from lcray.task import Task, TaskSource, locate
+from lcray.tasks.task import Task, TaskSource, locate
 
 pytestmark = pytest.mark.ray
 

@@ -23,8 +23,8 @@ from ray.runtime_env import RuntimeEnv
 from ray.scripts.scripts import cli as ray_cli
 
 from lcray import cli
-from lcray.packaging import pack
-from lcray.task import load_task
+from lcray.tasks.packaging import pack
+from lcray.tasks.task import load_task
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "examples" / "cluster"

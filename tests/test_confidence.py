@@ -32,9 +32,9 @@ from lcray.errors import TaskError, UsageError
 from lcray.in_memory import allocate
 from lcray.planning import Plan, SplitPlan
 from lcray.reduction import reduce
-from lcray.sampling import draw
 from lcray.span import Workspace
-from lcray.task import Task
+from lcray.tasks.data.sampling import draw
+from lcray.tasks.task import Task
 from lcray.verification import verify
 
 Floats = NDArray[np.float64]

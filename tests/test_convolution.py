@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lcray.convolution import PaddedConvolutions
+from lcray.tasks.model.convolution import PaddedConvolutions
 
 
 def inputs(channels: int, out: int = 9, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

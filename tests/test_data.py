@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from lcray import labels as labels_module
-from lcray import samples as samples_module
-from lcray.data import SplitData, SplitSource, open_split, prepare_split
 from lcray.errors import TaskError
-from lcray.nested import Digest
-from lcray.task import Task
+from lcray.tasks.data import groups as labels_module
+from lcray.tasks.data import samples as samples_module
+from lcray.tasks.data.pytree import Digest
+from lcray.tasks.data.split import SplitData, SplitSource, open_split, prepare_split
+from lcray.tasks.task import Task
 
 
 def prepare(

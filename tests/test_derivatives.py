@@ -10,8 +10,8 @@ import torch
 from strategies import Bench, Case, classify, closeness, random_states
 from torch import Tensor, nn
 
-from lcray.derivatives import use_derivatives
 from lcray.errors import TaskError
+from lcray.tasks.model.derivatives import use_derivatives
 
 # Sums of a few dozen float64 terms in another order, relative to Σ|LC|.
 ROUNDING = 1e-13

@@ -18,7 +18,7 @@ import lcray
 from lcray.checkpoints import Recorder
 from lcray.costs import estimate
 from lcray.planning import Span
-from lcray.task import Task
+from lcray.tasks.task import Task
 
 CLOSE = 0.12  # of what the output takes
 STEPS = 24

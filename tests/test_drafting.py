@@ -16,11 +16,11 @@ from lcray.analysis import load_plan
 from lcray.costs import estimate
 from lcray.drafting import extend_plan, make_plan, make_settings
 from lcray.errors import UsageError
-from lcray.layers import Layer
 from lcray.planning import Plan, SplitPlan
 from lcray.reduction import plan_digest
 from lcray.settings import Settings
 from lcray.storage.files import FORMAT_VERSION
+from lcray.tasks.model.layers import Layer
 
 LAYERS = (
     Layer("conv1.weight", "conv1", "parameter", (4, 3), 0, True),

@@ -18,7 +18,7 @@ from twin import Twin
 
 import lcray
 from lcray.checkpoints import open_series
-from lcray.task import load_task
+from lcray.tasks.task import load_task
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 pytestmark = [pytest.mark.slow, pytest.mark.ray]

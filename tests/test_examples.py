@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from lcray.errors import TaskError, UsageError
-from lcray.task import Task, load_task
+from lcray.tasks.task import Task, load_task
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DATA = os.environ.get("LCRAY_DATA", "")

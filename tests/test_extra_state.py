@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lcray
 from lcray.checkpoints import Recorder, open_series
 from lcray.errors import CheckpointError, IncompleteError, TaskError
-from lcray.task import Task
+from lcray.tasks.task import Task
 
 pytestmark = pytest.mark.usefixtures("inline")
 

@@ -24,7 +24,7 @@ from lcray.results import Results, open_output
 from lcray.shards import read_commit
 from lcray.span import Workspace
 from lcray.storage.files import write_json_atomic
-from lcray.task import Task
+from lcray.tasks.task import Task
 from lcray.workbench import Workbench
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from lcray.errors import CheckpointError, TaskError
-from lcray.flat import FlatModel
 from lcray.in_memory import Allocation, allocate
-from lcray.task import Task
+from lcray.tasks.model.flat import FlatModel
+from lcray.tasks.task import Task
 
 CPU = torch.device("cpu")
 

@@ -24,7 +24,7 @@ from lcray.fresh import check_model
 from lcray.in_memory import allocate
 from lcray.path import Point
 from lcray.span import Workspace
-from lcray.task import Task
+from lcray.tasks.task import Task
 from lcray.workbench import Workbench
 
 IN_PLACE = r"^model: a loss of .* when its weights are set in place, but .* built anew, loaded"

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lcray.errors import TaskError
 from lcray.path import Point, Segment
 from lcray.settings import Settings
-from lcray.task import Task
+from lcray.tasks.task import Task
 from lcray.workbench import Workbench
 
 # Sums of at most some hundred float64 terms in another order, relative to the largest.

@@ -33,7 +33,7 @@ from twin import Twin
 
 from lcray.errors import CheckpointError, TaskError, UsageError
 from lcray.in_memory import Allocation, allocate
-from lcray.task import Task
+from lcray.tasks.task import Task
 
 # Relative to Σ|LC|: sums of some hundred float64 terms.
 CLOSE = 1e-10
@@ -196,7 +196,7 @@ def test_partial_states_move_on_a_fixed_base() -> None:
 def test_a_task_by_reference(tmp_path: Path) -> None:
     (tmp_path / "line.py").write_text(
         "import torch\n"
-        "from lcray.task import Task\n"
+        "from lcray.tasks.task import Task\n"
         "x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)\n"
         "task = Task(lambda: torch.nn.Linear(2, 1, bias=False), {'all': (x,)},\n"
         "            lambda net, batch: net(batch[0]).squeeze(1))\n"

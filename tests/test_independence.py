@@ -28,7 +28,7 @@ from lcray.independence import Independence, growing, mixture, two_points
 from lcray.path import Point
 from lcray.record import make_fingerprint, make_notes
 from lcray.span import Workspace
-from lcray.task import Task
+from lcray.tasks.task import Task
 from lcray.tuning import tune
 from lcray.workbench import Workbench
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lcray.errors import CheckpointError, TaskError
-from lcray.layers import Layer, describe_layers, extra_owners
+from lcray.tasks.model.layers import Layer, describe_layers, extra_owners
 
 
 def named(model: nn.Module) -> dict[str, Layer]:

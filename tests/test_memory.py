@@ -7,8 +7,8 @@ import psutil
 import pytest
 import torch
 
-from lcray import memory
-from lcray.memory import available_bytes, cgroup_room
+from lcray.tasks.model import memory
+from lcray.tasks.model.memory import available_bytes, cgroup_room
 
 UNLIMITED_1 = 9223372036854771712  # what version 1 says where there is no limit
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcray import nested
-from lcray.nested import Digest, count_bytes, map_tensors
+from lcray.tasks.data import pytree
+from lcray.tasks.data.pytree import Digest, count_bytes, map_tensors
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class TestDigest:
     def test_strides_do_not_count(
         self, kind: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(nested, "_BLOCK", block)
+        monkeypatch.setattr(pytree, "_BLOCK", block)
         base = (torch.arange(24) % 2).to(kind).view(2, 3, 4)
         strided = base.permute(2, 1, 0).contiguous().permute(2, 1, 0)
         assert not strided.is_contiguous()

@@ -18,9 +18,9 @@ from twin import Twin
 
 from lcray.errors import TaskError
 from lcray.in_memory import allocate
-from lcray.normalization import Normalization, depends_on_batches, may_normalize
 from lcray.settings import Settings
-from lcray.task import Task
+from lcray.tasks.model.batch_norm import Normalization, depends_on_batches, may_normalize
+from lcray.tasks.task import Task
 from lcray.workbench import Workbench
 
 # The formula and torch's kernel round differently: a few units of 2^-53 of numbers of order ten.

@@ -12,7 +12,7 @@ import pytest
 import scenes
 
 from lcray.errors import TaskError, UsageError
-from lcray.packaging import MAX_BYTES, Package, pack
+from lcray.tasks.packaging import MAX_BYTES, Package, pack
 
 Tree = Callable[..., Path]
 
@@ -207,9 +207,9 @@ def test_installed_packages_win_over_folders_that_only_share_their_name(tree: Tr
 
 def test_a_clone_of_lcray_stays_at_home(tree: Tree) -> None:
     """The cluster's nodes have one of their own, and workers must not mix the two."""
-    tree({"mytask.py": "import lcray\n", "lcray/__init__.py": "", "lcray/task.py": ""})
+    tree({"mytask.py": "import lcray\n", "lcray/__init__.py": "", "lcray/tasks/task.py": ""})
     assert names(pack("mytask:task")) == ["mytask.py"]
-    assert pack("lcray.task:task").files == {}
+    assert pack("lcray.tasks.task:task").files == {}
 
 
 def test_a_module_from_the_search_path(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:

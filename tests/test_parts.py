@@ -25,7 +25,7 @@ from lcray.path import Point
 from lcray.planning import Plan, largest_share
 from lcray.resources import Resources
 from lcray.span import Workspace
-from lcray.task import Task
+from lcray.tasks.task import Task
 from lcray.teamwork import Colleague, Cut, Order, SentPoint, points_of
 from lcray.workbench import Workbench
 

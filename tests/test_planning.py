@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcray.layers import Layer
 from lcray.planning import (
     Plan,
     Span,
@@ -22,6 +21,7 @@ from lcray.planning import (
 )
 from lcray.quadrature import ADAPTIVE, RULES
 from lcray.settings import Settings
+from lcray.tasks.model.layers import Layer
 
 NAMES = st.text(min_size=1, max_size=8)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)

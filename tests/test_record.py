@@ -16,7 +16,6 @@ import torch
 import lcray
 from lcray import display
 from lcray.errors import OutputError, UsageError
-from lcray.layers import Layer
 from lcray.record import (
     Record,
     carrier_versions,
@@ -30,6 +29,7 @@ from lcray.record import (
 )
 from lcray.settings import Settings
 from lcray.span import Description
+from lcray.tasks.model.layers import Layer
 
 OUT = Path("OUT")
 

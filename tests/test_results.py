@@ -11,12 +11,12 @@ import pyarrow.compute as pc
 import pytest
 
 from lcray.errors import CorruptionError, OutputError, UsageError
-from lcray.layers import Layer
 from lcray.recipes import RESERVED
 from lcray.reduction import reduce
 from lcray.results import Results, open_output
 from lcray.schema import TABLES as SCHEMAS
 from lcray.storage.files import encode_json, read_sealed, seal
+from lcray.tasks.model.layers import Layer
 from lcray.verification import verify
 from lcray.views import VIEWS
 

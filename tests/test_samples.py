@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from lcray.errors import TaskError
-from lcray.nested import Digest
-from lcray.samples import TensorSamples, open_samples
-from lcray.task import Task
+from lcray.tasks.data.pytree import Digest
+from lcray.tasks.data.samples import TensorSamples, open_samples
+from lcray.tasks.task import Task
 
 
 def task_of(collate: Callable | None = None) -> Task:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from lcray.data import open_split
 from lcray.errors import TaskError, UsageError
-from lcray.sampling import MOST_REPLICATES, Draw, draw
-from lcray.task import Task
+from lcray.tasks.data.sampling import MOST_REPLICATES, Draw, draw
+from lcray.tasks.data.split import open_split
+from lcray.tasks.task import Task
 
 
 def drawn(name: str, population: int, samples: int, seed: int = 0) -> Draw:

@@ -30,7 +30,7 @@ from lcray.shards import check_files, read_commit, span_folder
 from lcray.span import Workspace
 from lcray.storage import Place, place, storage_of
 from lcray.storage.files import write_json_atomic
-from lcray.task import Task
+from lcray.tasks.task import Task
 
 STEPS = tuple(range(13))
 

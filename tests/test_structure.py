@@ -21,35 +21,20 @@ ORDER = (
     "settings",
     "storage",
     "checkpoints",
+    "tasks",
     "quadrature",
     "summary",
     "distributions",
     "weibull",
     "converting",
-    "task",
-    "packaging",
-    "vectors",
-    "layers",
-    "layout",
     "planning",
     "confidence",
     "costs",
     "cutting",
     "drafting",
-    "normalization",
-    "convolution",
-    "derivatives",
-    "flat",
     "path",
     "walk",
     "parts",
-    "memory",
-    "nested",
-    "sampling",
-    "samples",
-    "batches",
-    "labels",
-    "data",
     "sums",
     "gradient",
     "squares",
@@ -69,7 +54,6 @@ ORDER = (
     "tracing",
     "rowgroups",
     "tabulation",
-    "precision",
     "workbench",
     "newly_built",
     "fresh",
@@ -188,7 +172,7 @@ def edges() -> dict[str, set[str]]:
 
 
 def test_the_graph_is_read_at_all() -> None:
-    assert "lcray.errors" in edges()["lcray.task"]
+    assert "lcray.errors" in edges()["lcray.tasks.task"]
     assert "lcray.checkpoints.series" in edges()["lcray.checkpoints.recording"]
 
 

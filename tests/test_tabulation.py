@@ -27,8 +27,6 @@ from lcray import rowgroups, tabulation
 from lcray.checkpoints import Recorder
 from lcray.drafting import make_plan, make_settings
 from lcray.interval import IntervalLC
-from lcray.layers import Layer
-from lcray.layout import Layout
 from lcray.path import Point, Segment
 from lcray.planning import Plan, Span, SplitPlan
 from lcray.rowgroups import ElementsWriter
@@ -37,7 +35,9 @@ from lcray.settings import Settings
 from lcray.shards import span_folder
 from lcray.span import Workspace
 from lcray.tabulation import SplitTables
-from lcray.task import Task
+from lcray.tasks.model.layers import Layer
+from lcray.tasks.model.layout import Layout
+from lcray.tasks.task import Task
 
 STEPS = (0, 1, 2, 3, 4, 5)
 SPLITS = {"train": 7, "val": 4}

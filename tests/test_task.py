@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from lcray.errors import TaskError, UsageError
-from lcray.task import (
+from lcray.tasks.task import (
     Task,
     call_model,
     load_task,
@@ -208,7 +208,7 @@ class TestSource:
         monkeypatch.chdir(tmp_path / "code")
         found = locate("lc_remote.py:task")
         assert found.task is None
-        program = f"from lcray.task import TaskSource\nprint(*{found!r}.load().splits)"
+        program = f"from lcray.tasks.task import TaskSource\nprint(*{found!r}.load().splits)"
         done = subprocess.run(
             [sys.executable, "-c", program],
             cwd=tmp_path,

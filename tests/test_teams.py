@@ -19,7 +19,7 @@ import lcray
 from lcray.errors import IncompleteError, TaskError, UsageError
 from lcray.planning import Plan
 from lcray.resources import Resources, place_workers
-from lcray.task import Task
+from lcray.tasks.task import Task
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

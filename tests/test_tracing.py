@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lcray.layers import Layer
-from lcray.layout import Layout
+from lcray.tasks.model.layers import Layer
+from lcray.tasks.model.layout import Layout
 from lcray.tracing import Traces
 
 LAYERS = (

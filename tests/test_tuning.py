@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lcray import tuning
 from lcray.drafting import make_settings
-from lcray.task import Task
+from lcray.tasks.task import Task
 from lcray.tuning import activation_bytes, tune
 from lcray.workbench import Workbench
 

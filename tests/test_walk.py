@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lcray import walk as walk_module
 from lcray.checkpoints import CheckpointSeries, State, open_series
 from lcray.errors import CheckpointError
-from lcray.flat import FlatModel
 from lcray.planning import Span
+from lcray.tasks.model.flat import FlatModel
 from lcray.walk import Walk
 
 STEPS = (0, 1, 2, 3, 5, 8)

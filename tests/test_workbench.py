@@ -14,9 +14,9 @@ from torch.utils.data import TensorDataset
 import lcray
 from lcray.drafting import make_settings
 from lcray.errors import TaskError, UsageError
-from lcray.precision import check_float32, exact_float32
 from lcray.sums import Evaluation
-from lcray.task import Task
+from lcray.tasks.model.precision import check_float32, exact_float32
+from lcray.tasks.task import Task
 from lcray.workbench import Workbench
 
 X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.0], [-2.0, 1.0], [1.0, 1.0]])

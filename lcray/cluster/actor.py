@@ -26,7 +26,7 @@ from lcray.settings import Settings
 from lcray.shards import committed
 from lcray.span import Description, Probe, Workspace
 from lcray.storage import place
-from lcray.task import Task, TaskSource
+from lcray.tasks.task import Task, TaskSource
 
 _SECONDS_A_BEAT = 1.0
 

@@ -21,7 +21,7 @@ from lcray.resources import Resources
 from lcray.settings import Settings
 from lcray.span import Description, Probe
 from lcray.storage import Place
-from lcray.task import TaskSource
+from lcray.tasks.task import TaskSource
 
 
 class Pool:

@@ -39,7 +39,7 @@ from lcray.resources import Resources
 from lcray.settings import Settings
 from lcray.span import Description, Probe
 from lcray.storage import Place
-from lcray.task import TaskSource
+from lcray.tasks.task import TaskSource
 
 _TO_CONNECT = 25.0  # seconds for a cluster to answer
 _TO_START = 300.0  # for a Ray of one's own, which gives up by itself before

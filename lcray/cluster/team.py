@@ -26,7 +26,7 @@ from lcray.planning import Plan
 from lcray.process import tune_process
 from lcray.resources import Placement
 from lcray.settings import Settings
-from lcray.task import Task
+from lcray.tasks.task import Task
 from lcray.teamwork import Colleague, Cut, Order, SentPoint, likeness, points_of
 from lcray.workbench import Workbench
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lcray.checkpoints import naming
 from lcray.errors import TaskError
 from lcray.integrations.extras import missing
-from lcray.task import Data, Task
+from lcray.tasks.task import Data, Task
 
 try:
     import transformers

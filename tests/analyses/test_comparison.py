@@ -21,8 +21,8 @@ from lcray.analyses.momentum import against_momentum
 from lcray.analyses.tidy import notes_of
 from lcray.cli import app
 from lcray.errors import UsageError
-from lcray.layers import Layer
 from lcray.reduction import reduce
+from lcray.tasks.model.layers import Layer
 
 T = 12
 DRIFT = {"hurts": 2.0, "same": 0.0, "frozen": 0.0, "first": -3.0}

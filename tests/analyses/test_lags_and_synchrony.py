@@ -17,9 +17,9 @@ from lcray.analyses.coincidence import pairwise_coincidences
 from lcray.analyses.lags import lag_profiles, lags
 from lcray.analyses.synchrony import coincidences, peaks_of_learning, synchrony
 from lcray.errors import InapplicableError, UsageError
-from lcray.layers import Layer
 from lcray.reduction import reduce
 from lcray.results import Results
+from lcray.tasks.model.layers import Layer
 
 T = 240
 LAYERS = tuple(Layer(name, "", "parameter", (2,), 0, True) for name in ("slow", "plain", "alone"))

@@ -17,9 +17,9 @@ from lcray.analyses.layer_totals import layer_totals
 from lcray.analyses.tidy import notes_of
 from lcray.analyses.trajectories import trajectories
 from lcray.errors import UsageError
-from lcray.layers import Layer
 from lcray.reduction import reduce
 from lcray.results import Results
+from lcray.tasks.model.layers import Layer
 
 T = 60
 LAYERS = (

@@ -15,7 +15,7 @@ from lcray.process import tune_process, worker_environment
 from lcray.quadrature import get_rule
 from lcray.span import SpanReport, Workspace
 from lcray.storage.files import FORMAT_VERSION, write_json_atomic
-from lcray.task import Task, load_task
+from lcray.tasks.task import Task, load_task
 
 __all__ = [
     "Plan",

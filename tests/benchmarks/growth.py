@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lcray.task import Task, load_task
+from lcray.tasks.task import Task, load_task
 
 from . import adapter
 from .nets import FC, LENET, Net

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lcray.task import Task, split_data
+from lcray.tasks.task import Task, split_data
 
 from .adapter import tune, worker_environment
 from .player import Player, ask_all

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lcray.task import load_task
+from lcray.tasks.task import load_task
 
 from .peaks import peak_bytes
 

@@ -30,7 +30,6 @@ from lcray.cluster.metrics import Metrics
 from lcray.computing import Computation
 from lcray.drafting import make_plan, make_settings
 from lcray.errors import CheckpointError
-from lcray.layers import Layer
 from lcray.outcomes import Outcome, SpanReport
 from lcray.planning import Plan, Span, SplitPlan
 from lcray.record import Record, read_record
@@ -40,6 +39,7 @@ from lcray.standing import StatusFile, status
 from lcray.storage import place
 from lcray.storage.files import FORMAT_VERSION, encode_json, seal
 from lcray.storage.lock import locked
+from lcray.tasks.model.layers import Layer
 
 from .peaks import peak_bytes
 

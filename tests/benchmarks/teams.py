@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import lcray
-from lcray.task import Task
+from lcray.tasks.task import Task
 
 from .nets import LENET
 from .player import Player

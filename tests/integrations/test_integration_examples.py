@@ -15,7 +15,7 @@ from test_ranks import launch
 
 import lcray
 from lcray.checkpoints import open_series
-from lcray.task import load_task
+from lcray.tasks.task import load_task
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "integrations"

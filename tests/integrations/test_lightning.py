@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lcray
 from lcray.checkpoints import open_series
 from lcray.errors import RecorderError, UsageError
-from lcray.task import Task
+from lcray.tasks.task import Task
 
 pytest.importorskip("lightning")
 pytestmark = [

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import lcray
 from lcray.checkpoints import open_series
 from lcray.errors import RecorderError, TaskError
-from lcray.task import Task, source_hash
+from lcray.tasks.task import Task, source_hash
 
 transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402

@@ -16,11 +16,11 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from lcray.derivatives import use_derivatives
 from lcray.errors import CheckpointError, TaskError, brief
-from lcray.layers import Layer, describe_layers, extra_owners
-from lcray.layout import BLOCK, Layout
-from lcray.vectors import zeros
+from lcray.tasks.model.derivatives import use_derivatives
+from lcray.tasks.model.layers import Layer, describe_layers, extra_owners
+from lcray.tasks.model.layout import BLOCK, Layout
+from lcray.tasks.model.vectors import zeros
 
 #: Takes the number of a layer and its gradient [n], in the order in memory; not to be kept.
 Receiver = Callable[[int, Tensor], None]

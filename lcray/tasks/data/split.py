@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcray.batches import Batches
 from lcray.errors import UsageError
-from lcray.labels import Survey, confirmed, distinct, groups_of, labels_of, numbers_of
-from lcray.nested import Digest, count_bytes, map_tensors
-from lcray.samples import Index, Samples, as_range, cut_block, open_samples
-from lcray.sampling import Draw, draw
-from lcray.task import Data, Task
+from lcray.tasks.data.batches import Batches
+from lcray.tasks.data.groups import Survey, confirmed, distinct, groups_of, labels_of, numbers_of
+from lcray.tasks.data.pytree import Digest, count_bytes, map_tensors
+from lcray.tasks.data.samples import Index, Samples, as_range, cut_block, open_samples
+from lcray.tasks.data.sampling import Draw, draw
+from lcray.tasks.task import Data, Task
 
 CHUNK = 256  # samples that are read at a time when a split is opened
 

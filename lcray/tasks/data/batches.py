@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcray.nested import count_bytes, map_tensors
+from lcray.tasks.data.pytree import count_bytes, map_tensors
 
 AHEAD = 2  # batches that a stream may read before they are asked for
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
 from lcray.errors import TaskError, brief
-from lcray.nested import Digest, count_bytes
-from lcray.task import Data, Task
+from lcray.tasks.data.pytree import Digest, count_bytes
+from lcray.tasks.task import Data, Task
 
 #: Numbers of samples; a range where they follow each other.
 Index = range | np.ndarray[Any, Any]

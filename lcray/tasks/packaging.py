@@ -20,7 +20,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from lcray.errors import TaskError, UsageError
-from lcray.task import locate
+from lcray.tasks.task import locate
 
 MAX_BYTES = 64 * 2**20  # Ray's job server takes less than 100 MiB; code is a thousandth of that
 CHECKPOINTS = ("*.safetensors", "*.safetensors.index.json", "*.pt", "*.pth", "*.ckpt")

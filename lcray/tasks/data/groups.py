@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lcray.errors import TaskError
-from lcray.samples import FEW, Samples
-from lcray.task import Task
+from lcray.tasks.data.samples import FEW, Samples
+from lcray.tasks.task import Task
 
 MAX_GROUPS = 10_000
 

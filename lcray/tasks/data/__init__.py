@@ -1,0 +1,1 @@
+"""A task's data: splits, samples drawn from them, batches and groups."""

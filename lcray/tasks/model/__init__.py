@@ -1,0 +1,1 @@
+"""A task's model as one flat vector, moved from point to point."""
