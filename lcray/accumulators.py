@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lcray.path import Segment
+from lcray.allocation.path import Segment
 from lcray.summary import LayerHistograms
 from lcray.tasks.model.layout import Layout
 from lcray.tasks.model.vectors import zeros

@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from lcray.allocation.partial_sums import Site
+from lcray.allocation.path import Point, Segment
 from lcray.errors import DisagreementError
-from lcray.parts import Site
-from lcray.path import Point, Segment
 from lcray.planning import Reference, SplitPlan
 from lcray.tasks.model.layers import Layer
 from lcray.workbench import Workbench

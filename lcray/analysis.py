@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lcray.allocation.quadrature import get_rule
 from lcray.checkpoints import CheckpointSeries, open_series
 from lcray.cluster import Workers, workplace
 from lcray.computing import Computation, OnProgress, Progress, explain
@@ -19,7 +20,6 @@ from lcray.errors import CheckpointError, IncompleteError, OutputError, UsageErr
 from lcray.growth import SECONDS_A_LOOK, Growth
 from lcray.planning import Plan
 from lcray.planreport import PlanReport, load_plan
-from lcray.quadrature import get_rule
 from lcray.record import (
     Record,
     carrier_versions,

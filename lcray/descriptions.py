@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lcray.allocation.sums import Evaluation
 from lcray.errors import TaskError
 from lcray.planning import SplitPlan
-from lcray.sums import Evaluation
 from lcray.tasks.data.split import SplitData
 from lcray.tasks.model.layers import Layer
 from lcray.tuning import Tuning

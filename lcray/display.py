@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lcray.allocation.quadrature import MAX_PANELS
 from lcray.analyses.registry import FINDINGS
 from lcray.analyses.tidy import notes_of
 from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
@@ -19,7 +20,6 @@ from lcray.costs import n_fisher
 from lcray.errors import one_line, visible
 from lcray.planning import Plan, SplitPlan
 from lcray.planreport import PlanReport
-from lcray.quadrature import MAX_PANELS
 from lcray.results import Results
 from lcray.standing import Status
 from lcray.wording import duration as duration

@@ -10,6 +10,7 @@ from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from lcray.allocation.quadrature import MAX_PANELS, get_rule
 from lcray.checkpoints.naming import matches
 from lcray.costs import ROW_BYTES, passes_by_group
 from lcray.cutting import MAX_ELEMENT_ROWS, choose_length, cut, cut_tapering, timed_length
@@ -23,7 +24,6 @@ from lcray.planning import (
     largest_share,
     memory_format_of,
 )
-from lcray.quadrature import MAX_PANELS, get_rule
 from lcray.settings import Settings
 from lcray.storage.json_types import LIMIT
 from lcray.storage.numerals import whole_number

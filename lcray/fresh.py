@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lcray.allocation.gradient import layer_dots
+from lcray.allocation.partial_sums import Site
+from lcray.allocation.path import Point, Segment
 from lcray.errors import TaskError
-from lcray.gradient import layer_dots
 from lcray.newly_built import Losses, NewModels, as_losses
-from lcray.parts import Site
-from lcray.path import Point, Segment
 from lcray.tasks.data.split import SplitData
 from lcray.tasks.task import Task
 from lcray.workbench import Workbench

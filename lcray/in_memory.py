@@ -12,17 +12,17 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lcray.allocation import Accuracy, IntervalLC, SplitAllocator
+from lcray.allocation.allocator import Accuracy, IntervalLC, SplitAllocator
+from lcray.allocation.path import Point, Segment
+from lcray.allocation.quadrature import get_rule
+from lcray.allocation.sums import check_same
 from lcray.checkpoints.naming import canonical_names
 from lcray.confidence import Replication, columns
 from lcray.drafting import make_settings
 from lcray.errors import CheckpointError, UsageError
 from lcray.fresh import check_model
 from lcray.independence import Independence
-from lcray.path import Point, Segment
-from lcray.quadrature import get_rule
 from lcray.settings import Settings
-from lcray.sums import check_same
 from lcray.tasks.data.split import SplitData
 from lcray.tasks.model.layers import Layer
 from lcray.tasks.model.precision import precision_kept

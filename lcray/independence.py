@@ -27,9 +27,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lcray.allocation.gradient import GradientEngine
+from lcray.allocation.path import Point, Segment
 from lcray.errors import CheckpointError, TaskError
-from lcray.gradient import GradientEngine
-from lcray.path import Point, Segment
 from lcray.tasks.data.samples import Index, cut_block
 from lcray.tasks.data.split import SplitSource
 from lcray.tasks.model.flat import FlatModel

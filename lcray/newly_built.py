@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcray.allocation.path import Point
 from lcray.checkpoints.naming import canonical_names
 from lcray.errors import TaskError, brief
-from lcray.path import Point
 from lcray.tasks.data.pytree import map_tensors
 from lcray.tasks.model.batch_norm import Normalization
 from lcray.tasks.model.flat import FlatModel

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from lcray.allocation import IntervalLC
+from lcray.allocation.allocator import IntervalLC
 from lcray.planning import Span
 from lcray.shards import Commit
 

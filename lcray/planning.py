@@ -14,9 +14,9 @@ from itertools import pairwise
 from numbers import Integral
 from typing import Any, cast, get_type_hints
 
+from lcray.allocation.quadrature import get_rule
 from lcray.checkpoints.header import MAX_AXES
 from lcray.errors import UsageError
-from lcray.quadrature import get_rule
 from lcray.settings import Settings
 from lcray.storage.json_types import build, value_of
 from lcray.tasks.model.layers import Layer

@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 
 from lcray.agreement import check_agreement, digest, measure, with_reference
-from lcray.allocation import Accuracy, Scratch, SplitAllocator
+from lcray.allocation.allocator import Accuracy, Scratch, SplitAllocator
+from lcray.allocation.fisher.fisher import FisherMeter, check_task
+from lcray.allocation.partial_sums import Seat
+from lcray.allocation.path import Point, Segment
+from lcray.allocation.quadrature import get_rule
 from lcray.arrow import make_table
 from lcray.checkpoints import open_series
 from lcray.descriptions import Description as Description
 from lcray.descriptions import Probe as Probe
 from lcray.descriptions import check_repeatable, split_plan
 from lcray.errors import CheckpointError, TaskError
-from lcray.fisher import FisherMeter, check_task
 from lcray.fresh import Unexplained, check_model
 from lcray.independence import Independence, two_points
 from lcray.outcomes import Outcome as Outcome
 from lcray.outcomes import SpanReport as SpanReport
 from lcray.outcomes import Tally
-from lcray.parts import Seat
-from lcray.path import Point, Segment
 from lcray.planning import Plan, Reference, Span, SplitPlan, shares_pass
-from lcray.quadrature import get_rule
 from lcray.rowgroups import ElementsWriter
 from lcray.settings import Settings
 from lcray.shards import ShardWriter

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcray.accumulators import Accumulators, LayerSums, Units
+from lcray.allocation.interval import OK, IntervalLC
+from lcray.allocation.path import Point, Segment
+from lcray.allocation.quadrature import get_rule
 from lcray.arrow import make_table
-from lcray.interval import OK, IntervalLC
-from lcray.path import Point, Segment
 from lcray.planning import Plan, SplitPlan
-from lcray.quadrature import get_rule
 from lcray.rowgroups import ElementsWriter, IntervalRows, Piece
 from lcray.schema import TABLES
 from lcray.shards import ShardWriter

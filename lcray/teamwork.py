@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcray.agreement import measure
-from lcray.parts import Colleagues, PartSums, Request, Site, cut_parts
-from lcray.path import Point, Segment
+from lcray.allocation.partial_sums import Colleagues, PartSums, Request, Site, cut_parts
+from lcray.allocation.path import Point, Segment
 from lcray.planning import Plan, Reference
 from lcray.tasks.model.vectors import zeros
 from lcray.tasks.task import Task, source_hash

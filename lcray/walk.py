@@ -10,9 +10,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from lcray.allocation.path import Point, Segment
 from lcray.checkpoints import CheckpointSeries, State
 from lcray.errors import CheckpointError
-from lcray.path import Point, Segment
 from lcray.planning import Span
 from lcray.tasks.model.flat import FlatModel
 

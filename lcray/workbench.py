@@ -12,10 +12,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from lcray.allocation.gradient import GradientEngine
+from lcray.allocation.partial_sums import Seat, batches_of
+from lcray.allocation.path import Point
 from lcray.errors import TaskError, UsageError
-from lcray.gradient import GradientEngine
-from lcray.parts import Seat, batches_of
-from lcray.path import Point
 from lcray.planning import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_MEMORY_FORMAT,

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from twin import Interval, Twin
 
-from lcray.allocation import Accuracy, IntervalLC, SplitAllocator
+from lcray.allocation.allocator import Accuracy, IntervalLC, SplitAllocator
+from lcray.allocation.path import Point, Segment
+from lcray.allocation.quadrature import get_rule
 from lcray.drafting import make_settings
-from lcray.path import Point, Segment
-from lcray.quadrature import get_rule
 from lcray.tasks.task import Task
 from lcray.workbench import Workbench
 

@@ -11,10 +11,10 @@ import torch
 from strategies import Bench, Case, gap, mlp, random_states
 from torch import Tensor, nn
 
+from lcray.allocation.interval import OK, Accuracy
+from lcray.allocation.quadrature import ADAPTIVE, RULES, get_rule
 from lcray.drafting import make_settings
 from lcray.errors import UsageError
-from lcray.interval import OK, Accuracy
-from lcray.quadrature import ADAPTIVE, RULES, get_rule
 
 EVERY = get_rule("auto").probe_every
 

@@ -27,12 +27,12 @@ from strategies import (
 )
 from torch import Tensor, nn
 
-from lcray.allocation import Accuracy, SplitAllocator
+from lcray.allocation.allocator import Accuracy, SplitAllocator
+from lcray.allocation.quadrature import get_rule
+from lcray.allocation.sums import _mark
 from lcray.drafting import make_settings
 from lcray.errors import TaskError, UsageError
-from lcray.quadrature import get_rule
 from lcray.settings import Settings
-from lcray.sums import _mark
 
 # Sums of some hundred float64 terms in another order, relative to Σ|LC|.
 ROUNDING = 1e-12

@@ -17,12 +17,12 @@ from strategies import Bench, Case, cases, classify, random_states, vectors
 from torch import Tensor, nn
 
 import lcray
+from lcray.allocation.path import Point
 from lcray.checkpoints import Recorder
 from lcray.drafting import make_settings
 from lcray.errors import TaskError
 from lcray.fresh import check_model
 from lcray.in_memory import allocate
-from lcray.path import Point
 from lcray.span import Workspace
 from lcray.tasks.task import Task
 from lcray.workbench import Workbench

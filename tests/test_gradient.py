@@ -25,8 +25,8 @@ from strategies import (
 )
 from torch import Tensor, nn
 
+from lcray.allocation.path import Point, Segment
 from lcray.errors import TaskError
-from lcray.path import Point, Segment
 from lcray.settings import Settings
 from lcray.tasks.task import Task
 from lcray.workbench import Workbench

@@ -22,10 +22,10 @@ from strategies import Bench, Case, closeness, contrastive, seeds
 from torch import Tensor, nn
 
 import lcray
+from lcray.allocation.path import Point
 from lcray.drafting import make_plan, make_settings
 from lcray.errors import CheckpointError, OutputError, TaskError, UsageError
 from lcray.independence import Independence, growing, mixture, two_points
-from lcray.path import Point
 from lcray.record import make_fingerprint, make_notes
 from lcray.span import Workspace
 from lcray.tasks.task import Task

@@ -31,7 +31,7 @@ from strategies import (
 from torch import Tensor, nn
 from twin import RULES as TWIN_RULES
 
-from lcray.allocation import IntervalLC
+from lcray.allocation.allocator import IntervalLC
 
 # Rounding of sums of some thousand float64 terms, relative to Σ|LC|. The losses that a gap is
 # measured against are of order one and Σ|LC| is at least about a hundredth of that.

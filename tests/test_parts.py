@@ -18,10 +18,10 @@ from strategies import Bench, Case, closeness, convnet, mlp, transformer
 from torch import Tensor
 
 import lcray
+from lcray.allocation.partial_sums import Answer, Request, Seat, batches_of, cut_parts, deal
+from lcray.allocation.path import Point
 from lcray.drafting import make_plan, make_settings
 from lcray.errors import TaskError, UsageError
-from lcray.parts import Answer, Request, Seat, batches_of, cut_parts, deal
-from lcray.path import Point
 from lcray.planning import Plan, largest_share
 from lcray.resources import Resources
 from lcray.span import Workspace

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lcray.allocation.quadrature import ADAPTIVE, RULES
 from lcray.planning import (
     Plan,
     Span,
@@ -19,7 +20,6 @@ from lcray.planning import (
     shares_pass,
     vector_bytes,
 )
-from lcray.quadrature import ADAPTIVE, RULES
 from lcray.settings import Settings
 from lcray.tasks.model.layers import Layer
 

@@ -10,8 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lcray.allocation.quadrature import (
+    MAX_PANELS,
+    RULES,
+    SIMPSON,
+    TRAPEZOID,
+    QuadratureRule,
+    get_rule,
+)
 from lcray.errors import UsageError
-from lcray.quadrature import MAX_PANELS, RULES, SIMPSON, TRAPEZOID, QuadratureRule, get_rule
 
 # Davis & Rabinowitz: the degrees of precision.
 DEGREES = {

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lcray import squares, watching
-from lcray.squares import Outer, square
-from lcray.watching import Watch
+from lcray.allocation.fisher import ghost, norms
+from lcray.allocation.fisher.ghost import Watch
+from lcray.allocation.fisher.norms import Outer, square
 
 
 class Conv(nn.Module):
@@ -140,11 +140,9 @@ def test_tied_weights_and_repeated_layers(padding: int | None) -> None:
 
 
 def test_samples_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "ROOM", 3000)
+    monkeypatch.setattr(ghost, "ROOM", 3000)
     seen: list[int] = []
-    monkeypatch.setattr(
-        watching, "square", lambda parts: [seen.append(1), squares.square(parts)][1]
-    )
+    monkeypatch.setattr(ghost, "square", lambda parts: [seen.append(1), norms.square(parts)][1])
     compare(shake(Conv(nn.Conv2d(3, 4, 3))), torch.randn(5, 3, 6, 6))
     assert len(seen) > 4, "the weight in several parts, and the bias"
 
@@ -154,7 +152,7 @@ def test_both_ways_to_square_agree() -> None:
     ids = torch.randint(5, (4, 2, 6))
     parts = [Outer(left, right, (2, 5, 3)), Outer(ids, right.flip(2), (2, 5, 3))]
     direct = square(parts)
-    torch.testing.assert_close(squares._gram(parts), direct, rtol=1e-12, atol=0)
+    torch.testing.assert_close(norms._gram(parts), direct, rtol=1e-12, atol=0)
     # By loops, from the definition.
     for b in range(4):
         total = torch.zeros(2, 5, 3)

@@ -24,10 +24,10 @@ from twin import Interval, Twin
 
 import lcray
 from lcray import rowgroups, tabulation
+from lcray.allocation.interval import IntervalLC
+from lcray.allocation.path import Point, Segment
 from lcray.checkpoints import Recorder
 from lcray.drafting import make_plan, make_settings
-from lcray.interval import IntervalLC
-from lcray.path import Point, Segment
 from lcray.planning import Plan, Span, SplitPlan
 from lcray.rowgroups import ElementsWriter
 from lcray.schema import TABLES, table_schema

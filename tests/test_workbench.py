@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import lcray
+from lcray.allocation.sums import Evaluation
 from lcray.drafting import make_settings
 from lcray.errors import TaskError, UsageError
-from lcray.sums import Evaluation
 from lcray.tasks.model.precision import check_float32, exact_float32
 from lcray.tasks.task import Task
 from lcray.workbench import Workbench

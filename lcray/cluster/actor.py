@@ -11,13 +11,13 @@ from typing import Any
 import ray
 import ray.cloudpickle
 
+from lcray.allocation.partial_sums import Seat
 from lcray.cluster.calls import plainly
 from lcray.cluster.connecting import in_one_line
 from lcray.cluster.team import Team
 from lcray.errors import ClusterError, TaskError
 from lcray.fresh import Unexplained
 from lcray.outcomes import SpanReport, report_of
-from lcray.parts import Seat
 from lcray.planning import Plan, Span
 from lcray.process import tune_process
 from lcray.reduction import Reduction, merge

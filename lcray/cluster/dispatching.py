@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lcray.allocation.quadrature import get_rule
 from lcray.cluster.actor import Beats
 from lcray.cluster.calls import Reference, fetched, result
 from lcray.cluster.connecting import in_one_line
@@ -19,7 +20,6 @@ from lcray.cluster.metrics import Metrics
 from lcray.errors import DisagreementError, LcrayError, TaskError, TeamError
 from lcray.outcomes import Outcome, SpanInHand, SpanReport, View
 from lcray.planning import Plan, Span, largest_share
-from lcray.quadrature import get_rule
 from lcray.scheduling import Assign, Decision, GiveUp, Policy, Replace, Scheduler
 from lcray.storage import Place
 

@@ -17,11 +17,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
+from lcray.allocation.partial_sums import Answer, Request, Seat, deal
+from lcray.allocation.path import Point
 from lcray.cluster.calls import Reference, plainly, result
 from lcray.cluster.connecting import in_one_line
 from lcray.errors import TaskError, TeamError
-from lcray.parts import Answer, Request, Seat, deal
-from lcray.path import Point
 from lcray.planning import Plan
 from lcray.process import tune_process
 from lcray.resources import Placement

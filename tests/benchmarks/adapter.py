@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lcray.allocation.gradient import GradientEngine
+from lcray.allocation.quadrature import get_rule
 from lcray.drafting import make_plan, make_settings
 from lcray.errors import UsageError
-from lcray.gradient import GradientEngine
 from lcray.planning import Plan
 from lcray.process import tune_process, worker_environment
-from lcray.quadrature import get_rule
 from lcray.span import SpanReport, Workspace
 from lcray.storage.files import FORMAT_VERSION, write_json_atomic
 from lcray.tasks.task import Task, load_task

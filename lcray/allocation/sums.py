@@ -13,9 +13,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lcray.allocation.partial_sums import PartSums
+from lcray.allocation.path import Segment
 from lcray.errors import TaskError
-from lcray.parts import PartSums
-from lcray.path import Segment
 from lcray.tasks.data.split import SplitData
 from lcray.tasks.model.flat import FlatModel
 

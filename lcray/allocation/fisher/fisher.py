@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lcray.allocation.fisher.per_sample import BatchScores, SampleScores
+from lcray.allocation.gradient import GradientEngine
+from lcray.allocation.path import Point, Segment
 from lcray.errors import TaskError, brief
-from lcray.gradient import GradientEngine
-from lcray.path import Point, Segment
-from lcray.scores import BatchScores, SampleScores
 from lcray.settings import Settings
 from lcray.tasks.data.pytree import map_tensors
 from lcray.tasks.data.split import SplitData

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lcray.path import Segment
+from lcray.allocation.path import Segment
 from lcray.tasks.model.flat import FlatModel
 
 

@@ -23,9 +23,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lcray.gradient import GradientEngine, layer_dots
-from lcray.path import Segment
-from lcray.quadrature import QuadratureRule, get_rule
+from lcray.allocation.gradient import GradientEngine, layer_dots
+from lcray.allocation.path import Segment
+from lcray.allocation.quadrature import QuadratureRule, get_rule
 from lcray.settings import Settings
 
 OK = "ok"

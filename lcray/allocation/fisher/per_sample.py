@@ -3,9 +3,10 @@
 Legend: B samples a batch, n items, M layers that are trained.
 
 The score of a sample is G = Σ √w ∂ℓ/∂θ over its items. Layers whose use is known have it squared
-in closed form (`lcray.watching`); the others through `torch.func`, several samples at a time, or,
-where a model cannot be vectorised, one sample after the other. Which way a layer goes is decided
-once, by comparing gradients of single samples at a point that is drawn by a fixed seed.
+in closed form (`lcray.allocation.fisher.ghost`); the others through `torch.func`, several samples
+at a time, or, where a model cannot be vectorised, one sample after the other. Which way a layer
+goes is decided once, by comparing gradients of single samples at a point that is drawn by a fixed
+seed.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcray.allocation.fisher.ghost import ROOM, Watch
+from lcray.allocation.gradient import GradientEngine
 from lcray.errors import TaskError, brief
-from lcray.gradient import GradientEngine
 from lcray.tasks.data.pytree import map_tensors
 from lcray.tasks.data.split import SplitData
 from lcray.tasks.model.batch_norm import Normalization
 from lcray.tasks.model.flat import FlatModel
-from lcray.watching import ROOM, Watch
 
 Loss = Callable[[nn.Module, Any], Any]
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-7}  # of squared norms

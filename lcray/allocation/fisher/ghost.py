@@ -1,6 +1,7 @@
 """Where the tensors of layers are used, and what of it gives the gradient of each sample.
 
-Legend: B samples, G groups of channels, K positions, O outputs, I inputs; see `lcray.squares`.
+Legend: B samples, G groups of channels, K positions, O outputs, I inputs; see
+    `lcray.allocation.fisher.norms`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from lcray.squares import Outer, Whole, square
+from lcray.allocation.fisher.norms import Outer, Whole, square
 
 ROOM = 1 << 26  # bytes that the samples at hand may take beside inputs and gradients
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcray.allocation.partial_sums import Answer, Colleagues, PartSums, Request, Site, cut_parts
+from lcray.allocation.path import Segment
+from lcray.allocation.sums import Evaluation, Sums, evaluation_of
 from lcray.errors import TaskError, brief
-from lcray.parts import Answer, Colleagues, PartSums, Request, Site, cut_parts
-from lcray.path import Segment
-from lcray.sums import Evaluation, Sums, evaluation_of
 from lcray.tasks.data.pytree import map_tensors
 from lcray.tasks.data.split import SplitData
 from lcray.tasks.model.batch_norm import Normalization, depends_on_batches, may_normalize

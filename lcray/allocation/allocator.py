@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lcray.errors import TaskError, UsageError
-from lcray.gradient import GradientEngine
-from lcray.interval import (
+from lcray.allocation.gradient import GradientEngine
+from lcray.allocation.interval import (
     NONFINITE_CHECKPOINT,
     OK,
     Accuracy,
@@ -21,10 +20,11 @@ from lcray.interval import (
     Node,
     Scratch,
 )
-from lcray.parts import Site
-from lcray.path import Segment
-from lcray.quadrature import QuadratureRule
-from lcray.sums import Evaluation
+from lcray.allocation.partial_sums import Site
+from lcray.allocation.path import Segment
+from lcray.allocation.quadrature import QuadratureRule
+from lcray.allocation.sums import Evaluation
+from lcray.errors import TaskError, UsageError
 from lcray.tasks.data.split import SplitData
 
 __all__ = ["OK", "Accuracy", "IntervalLC", "Scratch", "SplitAllocator"]

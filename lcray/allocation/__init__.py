@@ -1,0 +1,1 @@
+"""The mathematics: a path between checkpoints, quadrature along it, full-batch gradients, LC."""

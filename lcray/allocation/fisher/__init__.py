@@ -1,0 +1,1 @@
+"""The Fisher information: squared norms of per-sample gradients."""
