@@ -14,7 +14,7 @@ from dataclasses import replace
 from lcray.allocation.partial_sums import Site
 from lcray.allocation.path import Point, Segment
 from lcray.errors import DisagreementError
-from lcray.planning import Reference, SplitPlan
+from lcray.planning.plan import Reference, SplitPlan
 from lcray.tasks.model.layers import Layer
 from lcray.workbench import Workbench
 

@@ -14,12 +14,12 @@ from lcray.allocation.quadrature import get_rule
 from lcray.checkpoints import CheckpointSeries, open_series
 from lcray.cluster import Workers, workplace
 from lcray.computing import Computation, OnProgress, Progress, explain
-from lcray.costs import estimate, pass_seconds, seconds_an_interval
-from lcray.drafting import extend_plan, following_length, make_plan, make_settings
 from lcray.errors import CheckpointError, IncompleteError, OutputError, UsageError
 from lcray.growth import SECONDS_A_LOOK, Growth
-from lcray.planning import Plan
-from lcray.planreport import PlanReport, load_plan
+from lcray.planning.costs import estimate, pass_seconds, seconds_an_interval
+from lcray.planning.make import extend_plan, following_length, make_plan, make_settings
+from lcray.planning.plan import Plan
+from lcray.planning.saved import PlanReport, load_plan
 from lcray.record import (
     Record,
     carrier_versions,

@@ -13,7 +13,7 @@ from typing import Any
 
 from lcray.errors import CorruptionError, OutputError
 from lcray.parquet import FileEntry
-from lcray.planning import Span
+from lcray.planning.plan import Span
 from lcray.schema import TABLES
 from lcray.storage import Item, Place, Remote, storage_of
 from lcray.storage.files import FORMAT_VERSION, confined, exists, read_sealed

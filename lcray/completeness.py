@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from lcray.planning import Plan
+from lcray.planning.plan import Plan
 
 # Where rows of an interval are due: all splits and intervals of the plan that are ok.
 _DUE = """due AS (SELECT split, start_step FROM intervals WHERE status = 'ok')"""

@@ -8,7 +8,7 @@ from typing import Any
 
 from lcray.commits import Commit, each_commit
 from lcray.outcomes import SpanReport, View, report_of
-from lcray.planning import Plan, Span
+from lcray.planning.plan import Plan, Span
 from lcray.standing import StatusFile
 from lcray.storage import Place
 

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lcray.errors import UsageError
-from lcray.planning import SplitPlan
+from lcray.planning.plan import SplitPlan
 
 if TYPE_CHECKING:
     import pandas as pd

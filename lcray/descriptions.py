@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from lcray.allocation.sums import Evaluation
 from lcray.errors import TaskError
-from lcray.planning import SplitPlan
+from lcray.planning.plan import SplitPlan
 from lcray.tasks.data.split import SplitData
 from lcray.tasks.model.layers import Layer
 from lcray.tuning import Tuning

@@ -16,10 +16,10 @@ from lcray.analyses.tidy import notes_of
 from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
 from lcray.checkpoints import Audit
 from lcray.concluding import Findings
-from lcray.costs import n_fisher
 from lcray.errors import one_line, visible
-from lcray.planning import Plan, SplitPlan
-from lcray.planreport import PlanReport
+from lcray.planning.costs import n_fisher
+from lcray.planning.plan import Plan, SplitPlan
+from lcray.planning.saved import PlanReport
 from lcray.results import Results
 from lcray.standing import Status
 from lcray.wording import duration as duration

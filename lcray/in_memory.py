@@ -18,10 +18,10 @@ from lcray.allocation.quadrature import get_rule
 from lcray.allocation.sums import check_same
 from lcray.checkpoints.naming import canonical_names
 from lcray.confidence import Replication, columns
-from lcray.drafting import make_settings
 from lcray.errors import CheckpointError, UsageError
 from lcray.fresh import check_model
 from lcray.independence import Independence
+from lcray.planning.make import make_settings
 from lcray.settings import Settings
 from lcray.tasks.data.split import SplitData
 from lcray.tasks.model.layers import Layer

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lcray.completeness import Invariant
-from lcray.planning import Plan
+from lcray.planning.plan import Plan
 
 _EPS = 2.0**-52
 _SUM = 1e-12

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lcray.arrow import make_table
 from lcray.commits import Commit, Outline
 from lcray.errors import CorruptionError
-from lcray.planning import Plan
+from lcray.planning.plan import Plan
 from lcray.shard_files import ShardFile, open_shard
 from lcray.storage import Place
 from lcray.summary import bin_edges

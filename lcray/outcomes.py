@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from lcray.allocation.allocator import IntervalLC
-from lcray.planning import Span
+from lcray.planning.plan import Span
 from lcray.shards import Commit
 
 

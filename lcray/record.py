@@ -12,7 +12,7 @@ from typing import Any
 import lcray
 from lcray.errors import CorruptionError, OutputError, UsageError
 from lcray.fresh import Unexplained
-from lcray.planning import DEFAULT_BATCH_SIZE, Plan, read_notes
+from lcray.planning.plan import DEFAULT_BATCH_SIZE, Plan, read_notes
 from lcray.settings import Settings
 from lcray.span import Description
 from lcray.storage import Place, Remote, storage_of

@@ -28,7 +28,7 @@ from lcray.commits import Commit, Outline, each_commit
 from lcray.errors import CorruptionError, IncompleteError, brief
 from lcray.merging import Arrays, Source, merge_bins
 from lcray.parquet import FileEntry, TableFile
-from lcray.planning import Plan
+from lcray.planning.plan import Plan
 from lcray.schema import WHOLE_RUN, table_schema
 from lcray.shards import check_files, read_plan, write_json_atomic
 from lcray.storage import Place, PlaceLike, place, storage_of, sync_folder

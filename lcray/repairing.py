@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lcray.errors import CorruptionError, OutputError
-from lcray.planning import Span
+from lcray.planning.plan import Span
 from lcray.shards import check_files, read_commit, span_folder
 from lcray.storage import Place, storage_of, sync_folder
 from lcray.storage.files import confined, writing

@@ -18,7 +18,7 @@ from lcray.checkpoints.naming import matches
 from lcray.confidence import frame, sums
 from lcray.errors import CorruptionError, UsageError, suggest
 from lcray.manifest import read_manifest
-from lcray.planning import Plan, read_notes
+from lcray.planning.plan import Plan, read_notes
 from lcray.recipes import quotes_for, recipe_for, tables_for
 from lcray.sandbox import check_name, connect, query_room, select, shut, sql_path
 from lcray.schema import TABLES

@@ -9,9 +9,9 @@ from pathlib import Path
 from lcray.analyses.extremes import extremes
 from lcray.analysis import analyze
 from lcray.computing import OnProgress
-from lcray.drafting import check_traces
 from lcray.errors import OutputError, UsageError
-from lcray.planning import Plan
+from lcray.planning.make import check_traces
+from lcray.planning.plan import Plan
 from lcray.record import read_record
 from lcray.resources import Resources
 from lcray.results import Results, open_output

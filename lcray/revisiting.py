@@ -10,7 +10,7 @@ from lcray.checkpoints import CheckpointSeries
 from lcray.checkpoints.series import sha256_of_checkpoint
 from lcray.commits import Commit, read_commit
 from lcray.errors import CheckpointError, OutputError
-from lcray.planning import Plan
+from lcray.planning.plan import Plan
 from lcray.repairing import remove
 from lcray.storage import Place
 

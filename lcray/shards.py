@@ -37,7 +37,7 @@ from lcray.commits import (
 from lcray.commits import NAME as COMMIT
 from lcray.errors import CorruptionError, LcrayError, OutputError, UsageError
 from lcray.parquet import FileEntry, TableFile
-from lcray.planning import Plan, Span
+from lcray.planning.plan import Plan, Span
 from lcray.schema import TABLES, table_schema
 from lcray.storage import Place, Remote, open_uncached, place, sha256_of, storage_of
 from lcray.storage.files import (

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lcray.arrow import largest_group
-from lcray.planning import Plan
+from lcray.planning.plan import Plan
 from lcray.schema import TABLES, WHOLE_RUN
 from lcray.summary import HIGHEST, UNDERFLOW
 

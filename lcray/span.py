@@ -31,7 +31,7 @@ from lcray.independence import Independence, two_points
 from lcray.outcomes import Outcome as Outcome
 from lcray.outcomes import SpanReport as SpanReport
 from lcray.outcomes import Tally
-from lcray.planning import Plan, Reference, Span, SplitPlan, shares_pass
+from lcray.planning.plan import Plan, Reference, Span, SplitPlan, shares_pass
 from lcray.rowgroups import ElementsWriter
 from lcray.settings import Settings
 from lcray.shards import ShardWriter

@@ -18,7 +18,7 @@ from typing import Any
 from lcray.commits import each_commit
 from lcray.errors import LcrayError, OutputError
 from lcray.outcomes import SpanReport, View, report_of
-from lcray.planning import Plan, Span
+from lcray.planning.plan import Plan, Span
 from lcray.shards import read_plan
 from lcray.storage import Place, PlaceLike, place
 from lcray.storage.files import confined, read_json, write_json_atomic

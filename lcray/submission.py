@@ -13,8 +13,8 @@ from typing import Any
 
 from lcray.analysis import analyze, load_plan
 from lcray.cluster import jobs
-from lcray.drafting import make_settings
 from lcray.errors import UsageError, suggest
+from lcray.planning.make import make_settings
 from lcray.resources import Resources
 from lcray.settings import Settings
 from lcray.storage import Remote, place

@@ -26,7 +26,7 @@ from lcray.allocation.interval import OK, IntervalLC
 from lcray.allocation.path import Point, Segment
 from lcray.allocation.quadrature import get_rule
 from lcray.arrow import make_table
-from lcray.planning import Plan, SplitPlan
+from lcray.planning.plan import Plan, SplitPlan
 from lcray.rowgroups import ElementsWriter, IntervalRows, Piece
 from lcray.schema import TABLES
 from lcray.shards import ShardWriter

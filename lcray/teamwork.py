@@ -17,7 +17,7 @@ from torch import Tensor
 from lcray.agreement import measure
 from lcray.allocation.partial_sums import Colleagues, PartSums, Request, Site, cut_parts
 from lcray.allocation.path import Point, Segment
-from lcray.planning import Plan, Reference
+from lcray.planning.plan import Plan, Reference
 from lcray.tasks.model.vectors import zeros
 from lcray.tasks.task import Task, source_hash
 from lcray.workbench import Workbench

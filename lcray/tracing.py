@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lcray.planning import Plan
+from lcray.planning.plan import Plan
 from lcray.storage.numerals import whole_number
 from lcray.tasks.model.layout import Layout
 

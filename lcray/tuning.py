@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lcray.errors import TaskError
-from lcray.planning import DEFAULT_BATCH_SIZE, DEFAULT_MEMORY_FORMAT
+from lcray.planning.plan import DEFAULT_BATCH_SIZE, DEFAULT_MEMORY_FORMAT
 from lcray.tasks.data.pytree import map_tensors
 from lcray.tasks.data.split import SplitData
 from lcray.tasks.model.layout import MEMORY_FORMATS

@@ -27,7 +27,7 @@ from lcray.completeness import Invariant, coverage, relations
 from lcray.errors import CheckpointError, LcrayError, brief, one_line
 from lcray.invariants import invariants
 from lcray.manifest import Manifest, read_manifest
-from lcray.planning import Plan
+from lcray.planning.plan import Plan
 from lcray.reduction import (
     MALFORMED,
     disagreements,

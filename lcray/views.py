@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcray.columns import UNIT
-from lcray.planning import Plan
+from lcray.planning.plan import Plan
 from lcray.storage import Place, storage_of
 from lcray.storage.files import confined, writing
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lcray.allocation.path import Point, Segment
 from lcray.checkpoints import CheckpointSeries, State
 from lcray.errors import CheckpointError
-from lcray.planning import Span
+from lcray.planning.plan import Span
 from lcray.tasks.model.flat import FlatModel
 
 _SMALL = 1 << 24  # bytes of a vector: up to that, two are read ahead, else one

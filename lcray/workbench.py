@@ -16,7 +16,7 @@ from lcray.allocation.gradient import GradientEngine
 from lcray.allocation.partial_sums import Seat, batches_of
 from lcray.allocation.path import Point
 from lcray.errors import TaskError, UsageError
-from lcray.planning import (
+from lcray.planning.plan import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_MEMORY_FORMAT,
     memory_format_of,

@@ -19,7 +19,7 @@ import pytest
 import scenes
 
 import lcray
-from lcray.planning import Plan
+from lcray.planning.plan import Plan
 from lcray.storage.files import FORMAT_VERSION
 
 STEPS, SPAN = 24, 2

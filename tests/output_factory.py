@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lcray.arrow import make_table
-from lcray.planning import Plan, Span, SplitPlan
+from lcray.planning.plan import Plan, Span, SplitPlan
 from lcray.settings import Settings
 from lcray.shards import ShardWriter
 from lcray.summary import UNDERFLOW, bin_edges

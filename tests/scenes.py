@@ -26,7 +26,7 @@ from lcray.cluster.actor import Shipment, Worker
 from lcray.errors import LcrayError
 from lcray.fresh import Unexplained
 from lcray.outcomes import Outcome, SpanReport, View
-from lcray.planning import Plan, Span
+from lcray.planning.plan import Plan, Span
 from lcray.reduction import Reduction, merge
 from lcray.resources import Resources, place_workers
 from lcray.settings import Settings

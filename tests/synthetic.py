@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lcray.arrow import make_table
-from lcray.planning import Plan, Span, SplitPlan
+from lcray.planning.plan import Plan, Span, SplitPlan
 from lcray.reduction import plan_digest
 from lcray.schema import TABLES
 from lcray.settings import Settings

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lcray.allocation.interval import OK, Accuracy
 from lcray.allocation.quadrature import ADAPTIVE, RULES, get_rule
-from lcray.drafting import make_settings
 from lcray.errors import UsageError
+from lcray.planning.make import make_settings
 
 EVERY = get_rule("auto").probe_every
 

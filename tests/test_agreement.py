@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import lcray
 from lcray.agreement import check_agreement, digest
 from lcray.analysis import Progress
-from lcray.drafting import make_plan, make_settings
 from lcray.errors import DisagreementError
-from lcray.planning import Plan, Reference, SplitPlan
+from lcray.planning.make import make_plan, make_settings
+from lcray.planning.plan import Plan, Reference, SplitPlan
 from lcray.resources import Resources
 from lcray.shards import read_commit
 from lcray.span import Workspace

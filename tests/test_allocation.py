@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from lcray.allocation.allocator import Accuracy, SplitAllocator
 from lcray.allocation.quadrature import get_rule
 from lcray.allocation.sums import _mark
-from lcray.drafting import make_settings
 from lcray.errors import TaskError, UsageError
+from lcray.planning.make import make_settings
 from lcray.settings import Settings
 
 # Sums of some hundred float64 terms in another order, relative to Σ|LC|.

@@ -33,7 +33,7 @@ from lcray.errors import (
     UsageError,
 )
 from lcray.outcomes import Outcome, SpanReport
-from lcray.planning import Plan, Span
+from lcray.planning.plan import Plan, Span
 from lcray.resources import Resources, place_workers
 from lcray.scheduling import Policy
 from lcray.settings import Settings

@@ -15,7 +15,7 @@ from benchmarks import simulation
 from lcray import reduction, shards
 from lcray.commits import committed, each_commit
 from lcray.errors import CorruptionError
-from lcray.planning import Plan, Span
+from lcray.planning.plan import Plan, Span
 from lcray.shards import ShardWriter, remove_strays, span_folder
 from lcray.standing import Standing, Status
 

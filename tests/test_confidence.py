@@ -27,10 +27,10 @@ import lcray
 from lcray import display
 from lcray.analysis import PlanReport
 from lcray.confidence import Replication, columns, quantile
-from lcray.drafting import make_settings
 from lcray.errors import TaskError, UsageError
 from lcray.in_memory import allocate
-from lcray.planning import Plan, SplitPlan
+from lcray.planning.make import make_settings
+from lcray.planning.plan import Plan, SplitPlan
 from lcray.reduction import reduce
 from lcray.span import Workspace
 from lcray.tasks.data.sampling import draw

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lcray.cutting import choose_length, cut, cut_tapering, timed_length
+from lcray.planning.spans import choose_length, cut, cut_tapering, timed_length
 
 
 @pytest.mark.parametrize(

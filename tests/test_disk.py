@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import lcray
 from lcray.checkpoints import Recorder
-from lcray.costs import estimate
-from lcray.planning import Span
+from lcray.planning.costs import estimate
+from lcray.planning.plan import Span
 from lcray.tasks.task import Task
 
 CLOSE = 0.12  # of what the output takes

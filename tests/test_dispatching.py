@@ -20,7 +20,7 @@ from lcray.cluster.dispatching import Dispatch
 from lcray.cluster.metrics import Metrics
 from lcray.errors import ClusterError, TaskError
 from lcray.outcomes import Outcome, SpanReport, View
-from lcray.planning import Plan, Span
+from lcray.planning.plan import Plan, Span
 from lcray.scheduling import Policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

@@ -20,8 +20,8 @@ from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
 from lcray.analysis import PlanReport
 from lcray.checkpoints.audit import Audit
 from lcray.concluding import Findings
-from lcray.costs import Estimate
-from lcray.planning import Plan
+from lcray.planning.costs import Estimate
+from lcray.planning.plan import Plan
 
 
 def shown(what: RenderableType) -> str:

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcray.analysis import load_plan
-from lcray.costs import estimate
-from lcray.drafting import extend_plan, make_plan, make_settings
 from lcray.errors import UsageError
-from lcray.planning import Plan, SplitPlan
+from lcray.planning.costs import estimate
+from lcray.planning.make import extend_plan, make_plan, make_settings
+from lcray.planning.plan import Plan, SplitPlan
 from lcray.reduction import plan_digest
 from lcray.settings import Settings
 from lcray.storage.files import FORMAT_VERSION

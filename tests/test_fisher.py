@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import lcray
 from lcray.allocation.fisher.fisher import FisherMeter, Traces, ratio_of_means
 from lcray.allocation.path import Point
-from lcray.drafting import make_plan, make_settings
 from lcray.errors import TaskError, UsageError
+from lcray.planning.make import make_plan, make_settings
 from lcray.reduction import reduce
 from lcray.results import Results, open_output
 from lcray.shards import read_commit

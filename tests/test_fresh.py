@@ -19,10 +19,10 @@ from torch import Tensor, nn
 import lcray
 from lcray.allocation.path import Point
 from lcray.checkpoints import Recorder
-from lcray.drafting import make_settings
 from lcray.errors import TaskError
 from lcray.fresh import check_model
 from lcray.in_memory import allocate
+from lcray.planning.make import make_settings
 from lcray.span import Workspace
 from lcray.tasks.task import Task
 from lcray.workbench import Workbench

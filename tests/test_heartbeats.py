@@ -22,7 +22,7 @@ from lcray.cluster.dispatching import Dispatch
 from lcray.cluster.metrics import Metrics
 from lcray.errors import ClusterError
 from lcray.outcomes import SpanReport
-from lcray.planning import Plan, Span
+from lcray.planning.plan import Plan, Span
 from lcray.resources import Resources
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

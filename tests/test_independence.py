@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import lcray
 from lcray.allocation.path import Point
-from lcray.drafting import make_plan, make_settings
 from lcray.errors import CheckpointError, OutputError, TaskError, UsageError
 from lcray.independence import Independence, growing, mixture, two_points
+from lcray.planning.make import make_plan, make_settings
 from lcray.record import make_fingerprint, make_notes
 from lcray.span import Workspace
 from lcray.tasks.task import Task

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import lcray
 from lcray.cli import app
 from lcray.errors import CorruptionError, OutputError
-from lcray.planning import Span
+from lcray.planning.plan import Span
 from lcray.shards import ShardWriter
 from lcray.storage.lock import LOCK
 

@@ -6,7 +6,7 @@ import pytest
 
 from lcray.cluster.metrics import Metrics
 from lcray.outcomes import SpanReport
-from lcray.planning import Span
+from lcray.planning.plan import Span
 
 
 def test_every_count_and_the_gap_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 import lcray
 from lcray.allocation.partial_sums import Answer, Request, Seat, batches_of, cut_parts, deal
 from lcray.allocation.path import Point
-from lcray.drafting import make_plan, make_settings
 from lcray.errors import TaskError, UsageError
-from lcray.planning import Plan, largest_share
+from lcray.planning.make import make_plan, make_settings
+from lcray.planning.plan import Plan, largest_share
 from lcray.resources import Resources
 from lcray.span import Workspace
 from lcray.tasks.task import Task

@@ -12,14 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcray.allocation.quadrature import ADAPTIVE, RULES
-from lcray.planning import (
-    Plan,
-    Span,
-    SplitPlan,
-    memory_format_of,
-    shares_pass,
-    vector_bytes,
-)
+from lcray.planning.plan import Plan, Span, SplitPlan, memory_format_of, shares_pass, vector_bytes
 from lcray.settings import Settings
 from lcray.tasks.model.layers import Layer
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lcray.errors import OutputError
-from lcray.planning import Span
+from lcray.planning.plan import Span
 from lcray.rowgroups import ElementsWriter, IntervalRows
 from lcray.schema import TABLES
 from lcray.shards import ShardWriter

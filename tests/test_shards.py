@@ -21,7 +21,7 @@ import pytest
 
 from lcray.arrow import make_table
 from lcray.errors import CorruptionError, OutputError, UsageError
-from lcray.planning import Span
+from lcray.planning.plan import Span
 from lcray.schema import TABLES
 from lcray.shard_files import ShardFile, open_shard
 from lcray.shards import (

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lcray.checkpoints import State
-from lcray.costs import estimate
-from lcray.drafting import make_plan, make_settings
 from lcray.errors import CheckpointError, TaskError
-from lcray.planning import Plan, Span
+from lcray.planning.costs import estimate
+from lcray.planning.make import make_plan, make_settings
+from lcray.planning.plan import Plan, Span
 from lcray.reduction import reduce
 from lcray.results import Results, open_output
 from lcray.shards import check_files, read_commit, span_folder

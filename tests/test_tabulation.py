@@ -27,8 +27,8 @@ from lcray import rowgroups, tabulation
 from lcray.allocation.interval import IntervalLC
 from lcray.allocation.path import Point, Segment
 from lcray.checkpoints import Recorder
-from lcray.drafting import make_plan, make_settings
-from lcray.planning import Plan, Span, SplitPlan
+from lcray.planning.make import make_plan, make_settings
+from lcray.planning.plan import Plan, Span, SplitPlan
 from lcray.rowgroups import ElementsWriter
 from lcray.schema import TABLES, table_schema
 from lcray.settings import Settings

@@ -17,7 +17,7 @@ import scenes
 
 import lcray
 from lcray.errors import IncompleteError, TaskError, UsageError
-from lcray.planning import Plan
+from lcray.planning.plan import Plan
 from lcray.resources import Resources, place_workers
 from lcray.tasks.task import Task
 

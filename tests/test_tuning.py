@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lcray import tuning
-from lcray.drafting import make_settings
+from lcray.planning.make import make_settings
 from lcray.tasks.task import Task
 from lcray.tuning import activation_bytes, tune
 from lcray.workbench import Workbench

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lcray import walk as walk_module
 from lcray.checkpoints import CheckpointSeries, State, open_series
 from lcray.errors import CheckpointError
-from lcray.planning import Span
+from lcray.planning.plan import Span
 from lcray.tasks.model.flat import FlatModel
 from lcray.walk import Walk
 

@@ -13,8 +13,8 @@ from torch.utils.data import TensorDataset
 
 import lcray
 from lcray.allocation.sums import Evaluation
-from lcray.drafting import make_settings
 from lcray.errors import TaskError, UsageError
+from lcray.planning.make import make_settings
 from lcray.tasks.model.precision import check_float32, exact_float32
 from lcray.tasks.task import Task
 from lcray.workbench import Workbench

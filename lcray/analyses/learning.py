@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcray.analyses.series import codes, layer_series
-from lcray.planning import SplitPlan
+from lcray.planning.plan import SplitPlan
 from lcray.results import Results
 
 Floats = NDArray[np.float64]

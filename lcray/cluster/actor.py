@@ -18,7 +18,7 @@ from lcray.cluster.team import Team
 from lcray.errors import ClusterError, TaskError
 from lcray.fresh import Unexplained
 from lcray.outcomes import SpanReport, report_of
-from lcray.planning import Plan, Span
+from lcray.planning.plan import Plan, Span
 from lcray.process import tune_process
 from lcray.reduction import Reduction, merge
 from lcray.resources import Placement

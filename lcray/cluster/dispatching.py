@@ -19,7 +19,7 @@ from lcray.cluster.crew import Crew
 from lcray.cluster.metrics import Metrics
 from lcray.errors import DisagreementError, LcrayError, TaskError, TeamError
 from lcray.outcomes import Outcome, SpanInHand, SpanReport, View
-from lcray.planning import Plan, Span, largest_share
+from lcray.planning.plan import Plan, Span, largest_share
 from lcray.scheduling import Assign, Decision, GiveUp, Policy, Replace, Scheduler
 from lcray.storage import Place
 

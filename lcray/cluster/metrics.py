@@ -5,7 +5,7 @@ from __future__ import annotations
 from ray.util.metrics import Counter, Gauge
 
 from lcray.outcomes import SpanReport
-from lcray.planning import Span
+from lcray.planning.plan import Span
 
 
 class Metrics:

@@ -15,7 +15,7 @@ from lcray.cluster.metrics import Metrics
 from lcray.errors import ClusterError
 from lcray.fresh import Unexplained
 from lcray.outcomes import Outcome, SpanReport
-from lcray.planning import Plan, Span
+from lcray.planning.plan import Plan, Span
 from lcray.reduction import Reduction
 from lcray.resources import Resources
 from lcray.settings import Settings

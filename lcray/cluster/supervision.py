@@ -32,7 +32,7 @@ from lcray.cluster.pool import Pool
 from lcray.errors import ClusterError, TaskError
 from lcray.fresh import Unexplained
 from lcray.outcomes import Outcome, SpanReport, View
-from lcray.planning import Plan, Span
+from lcray.planning.plan import Plan, Span
 from lcray.process import end_session
 from lcray.reduction import Reduction
 from lcray.resources import Resources

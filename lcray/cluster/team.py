@@ -22,7 +22,7 @@ from lcray.allocation.path import Point
 from lcray.cluster.calls import Reference, plainly, result
 from lcray.cluster.connecting import in_one_line
 from lcray.errors import TaskError, TeamError
-from lcray.planning import Plan
+from lcray.planning.plan import Plan
 from lcray.process import tune_process
 from lcray.resources import Placement
 from lcray.settings import Settings

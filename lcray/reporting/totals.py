@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lcray.errors import one_line
-from lcray.planning import Plan
+from lcray.planning.plan import Plan
 from lcray.reporting.sections import MATERIAL, count, listed, percent, plain, signed
 from lcray.reporting.source import Source
 

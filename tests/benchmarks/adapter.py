@@ -9,9 +9,9 @@ from typing import Any
 
 from lcray.allocation.gradient import GradientEngine
 from lcray.allocation.quadrature import get_rule
-from lcray.drafting import make_plan, make_settings
 from lcray.errors import UsageError
-from lcray.planning import Plan
+from lcray.planning.make import make_plan, make_settings
+from lcray.planning.plan import Plan
 from lcray.process import tune_process, worker_environment
 from lcray.span import SpanReport, Workspace
 from lcray.storage.files import FORMAT_VERSION, write_json_atomic

@@ -28,10 +28,10 @@ from lcray.cluster.actor import Worker
 from lcray.cluster.dispatching import Dispatch, OnTick
 from lcray.cluster.metrics import Metrics
 from lcray.computing import Computation
-from lcray.drafting import make_plan, make_settings
 from lcray.errors import CheckpointError
 from lcray.outcomes import Outcome, SpanReport
-from lcray.planning import Plan, Span, SplitPlan
+from lcray.planning.make import make_plan, make_settings
+from lcray.planning.plan import Plan, Span, SplitPlan
 from lcray.record import Record, read_record
 from lcray.resources import Resources
 from lcray.shards import ShardWriter, committed, remove_strays, span_folder

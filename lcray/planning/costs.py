@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lcray.allocation.quadrature import QuadratureRule, get_rule
-from lcray.planning import Plan, SplitPlan, largest_share, vector_bytes
+from lcray.planning.plan import Plan, SplitPlan, largest_share, vector_bytes
 
 #: Bytes per row of a shard, and of the merged table, without what a file or a group of rows takes
 #: whatever it holds. Measured on LeNet, a vision transformer and a GPT: tests/test_disk.py.

@@ -12,10 +12,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from lcray.allocation.quadrature import MAX_PANELS, get_rule
 from lcray.checkpoints.naming import matches
-from lcray.costs import ROW_BYTES, passes_by_group
-from lcray.cutting import MAX_ELEMENT_ROWS, choose_length, cut, cut_tapering, timed_length
 from lcray.errors import UsageError, suggest
-from lcray.planning import (
+from lcray.planning.costs import ROW_BYTES, passes_by_group
+from lcray.planning.plan import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_MEMORY_FORMAT,
     Plan,
@@ -24,6 +23,7 @@ from lcray.planning import (
     largest_share,
     memory_format_of,
 )
+from lcray.planning.spans import MAX_ELEMENT_ROWS, choose_length, cut, cut_tapering, timed_length
 from lcray.settings import Settings
 from lcray.storage.json_types import LIMIT
 from lcray.storage.numerals import whole_number
@@ -144,7 +144,7 @@ def make_plan(
         workers: how many there will be, or teams of them; spans are cut so that each has several.
         team: workers that share a gradient.
         partial_sums: parts to sum gradients in, where the settings leave it open.
-        span_length: intervals a span; `lcray.cutting` chooses where it is None.
+        span_length: intervals a span; `lcray.planning.spans` chooses where it is None.
         threads: intra-op threads a worker.
         device_kind: ``cpu`` or ``cuda``.
         batch_size: as a probe chose it, where the settings leave it open.

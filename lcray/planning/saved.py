@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lcray.costs import Estimate
-from lcray.drafting import check_plan
 from lcray.errors import UsageError
-from lcray.planning import Plan
+from lcray.planning.costs import Estimate
+from lcray.planning.make import check_plan
+from lcray.planning.plan import Plan
 from lcray.storage.files import FORMAT_VERSION, read_json, write_json_atomic
 
 PathLike = str | os.PathLike[str]

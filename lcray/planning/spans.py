@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lcray.planning import Span
+from lcray.planning.plan import Span
 
 TARGET_SECONDS = 180.0
 _SHORT_SECONDS = 60.0  # a crash loses little then, and the first gradient weighs the more

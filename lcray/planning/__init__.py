@@ -1,0 +1,1 @@
+"""What is chosen before the first gradient: the plan, its spans, and what they will take."""
