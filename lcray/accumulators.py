@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcray.allocation.path import Segment
-from lcray.summary import LayerHistograms
+from lcray.statistics.histograms import LayerHistograms
 from lcray.tasks.model.layout import Layout
 from lcray.tasks.model.vectors import zeros
 

@@ -22,8 +22,8 @@ from lcray.commits import Commit, Outline
 from lcray.errors import CorruptionError
 from lcray.planning.plan import Plan
 from lcray.shard_files import ShardFile, open_shard
+from lcray.statistics.histograms import bin_edges
 from lcray.storage import Place
-from lcray.summary import bin_edges
 
 #: Rows that a block may hold; a layer with more elements is cut (`parameters`) or streamed.
 BLOCK = 1 << 19

@@ -31,12 +31,12 @@ from lcray.parquet import FileEntry, TableFile
 from lcray.planning.plan import Plan
 from lcray.schema import WHOLE_RUN, table_schema
 from lcray.shards import check_files, read_plan, write_json_atomic
+from lcray.statistics.histograms import bin_edges
+from lcray.statistics.weibull import fit_weibull
 from lcray.storage import Place, PlaceLike, place, storage_of, sync_folder
 from lcray.storage.files import FORMAT_VERSION, confined, seal, writing
 from lcray.storage.lock import locked
-from lcray.summary import bin_edges
 from lcray.views import write_views
-from lcray.weibull import fit_weibull
 
 MANIFEST = "manifest.json"
 # How far the losses of two workers at a step may lie apart: of the loss, and of the first loss.

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from lcray.arrow import largest_group
 from lcray.planning.plan import Plan
 from lcray.schema import TABLES, WHOLE_RUN
-from lcray.summary import HIGHEST, UNDERFLOW
+from lcray.statistics.histograms import HIGHEST, UNDERFLOW
 
 #: Bytes that a name may have.
 LONGEST_NAME = 1 << 16

@@ -30,7 +30,7 @@ from lcray.planning.plan import Plan, SplitPlan
 from lcray.rowgroups import ElementsWriter, IntervalRows, Piece
 from lcray.schema import TABLES
 from lcray.shards import ShardWriter
-from lcray.summary import LayerHistograms, bin_edges
+from lcray.statistics.histograms import LayerHistograms, bin_edges
 from lcray.tasks.model.layout import Layout
 from lcray.tasks.model.vectors import zeros
 from lcray.tracing import Traces, trace_indices

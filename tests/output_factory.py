@@ -20,7 +20,7 @@ from lcray.arrow import make_table
 from lcray.planning.plan import Plan, Span, SplitPlan
 from lcray.settings import Settings
 from lcray.shards import ShardWriter
-from lcray.summary import UNDERFLOW, bin_edges
+from lcray.statistics.histograms import UNDERFLOW, bin_edges
 from lcray.tasks.model.layers import Layer
 
 LAYERS = (

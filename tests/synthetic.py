@@ -19,8 +19,8 @@ from lcray.planning.plan import Plan, Span, SplitPlan
 from lcray.reduction import plan_digest
 from lcray.schema import TABLES
 from lcray.settings import Settings
+from lcray.statistics.histograms import UNDERFLOW, bin_edges
 from lcray.storage.files import FORMAT_VERSION, encode_json, seal
-from lcray.summary import UNDERFLOW, bin_edges
 from lcray.tasks.model.layers import Layer
 
 Floats = NDArray[np.float64]

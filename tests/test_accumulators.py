@@ -16,7 +16,7 @@ from torch import Tensor
 from lcray import accumulators
 from lcray.accumulators import Accumulators, LayerSums, Units
 from lcray.allocation.path import Point, Segment
-from lcray.summary import LayerHistograms, SignedHistograms
+from lcray.statistics.histograms import LayerHistograms, SignedHistograms
 from lcray.tasks.model.layers import Layer
 from lcray.tasks.model.layout import Layout
 

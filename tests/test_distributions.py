@@ -14,18 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lcray.distributions import (
-    Axis,
-    Bins,
-    Family,
-    Fit,
-    Slopes,
-    fit_histogram,
-    fit_samples,
-)
 from lcray.errors import UsageError
-from lcray.summary import HIGHEST, LOWEST, UNDERFLOW, LogHistogram, bin_edges
-from lcray.weibull import WEIBULL, fit_weibull, fit_weibull_samples
+from lcray.statistics.histograms import HIGHEST, LOWEST, UNDERFLOW, LogHistogram, bin_edges
+from lcray.statistics.newton import Axis, Bins, Family, Fit, Slopes, fit_histogram, fit_samples
+from lcray.statistics.weibull import WEIBULL, fit_weibull, fit_weibull_samples
 
 Floats = NDArray[np.float64]
 Histogram = tuple[Floats, Floats, Floats]

@@ -14,8 +14,8 @@ from lcray import merging
 from lcray.errors import CorruptionError, IncompleteError, OutputError
 from lcray.reduction import name_intervals, reduce, repack
 from lcray.schema import TABLES
-from lcray.summary import bin_edges
-from lcray.weibull import fit_weibull
+from lcray.statistics.histograms import bin_edges
+from lcray.statistics.weibull import fit_weibull
 
 REDUCED = [t for t in factory.ALL if t != "borders"]
 

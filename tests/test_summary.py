@@ -14,7 +14,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lcray.summary import (
+from lcray.statistics.histograms import (
     HIGHEST,
     LOWEST,
     UNDERFLOW,

@@ -17,7 +17,7 @@ from lcray.analyses.series import codes
 from lcray.analyses.windows import Window, Windows
 from lcray.errors import InapplicableError
 from lcray.results import Results
-from lcray.summary import LOWEST, UNDERFLOW, bin_edges
+from lcray.statistics.histograms import LOWEST, UNDERFLOW, bin_edges
 
 Floats = NDArray[np.float64]
 

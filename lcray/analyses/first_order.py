@@ -10,9 +10,9 @@ import pandas as pd
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.blocks import RESAMPLED, Bootstrap
 from lcray.analyses.windows import Ranges, Window, Windows
 from lcray.results import Results
+from lcray.statistics.bootstrap import RESAMPLED, Bootstrap
 
 #: The `rule` of the rows for the gradient at the start of each step alone.
 FIRST_ORDER = "first order"

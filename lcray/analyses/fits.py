@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 
 from lcray.analyses import tidy
 from lcray.analyses.binned import Histograms, aligned, held, read_histograms
-from lcray.analyses.blocks import Bootstrap, block_length
-from lcray.analyses.families import FAMILIES, Family
-from lcray.analyses.likelihood import (
+from lcray.analyses.series import codes
+from lcray.analyses.windows import RUN, Ranges, Window, Windows
+from lcray.results import Results
+from lcray.statistics.bootstrap import Bootstrap, block_length
+from lcray.statistics.families import FAMILIES, Family
+from lcray.statistics.likelihood import (
     Estimates,
     covariance,
     distance,
@@ -25,9 +28,6 @@ from lcray.analyses.likelihood import (
     simulated_distances,
     slopes,
 )
-from lcray.analyses.series import codes
-from lcray.analyses.windows import RUN, Ranges, Window, Windows
-from lcray.results import Results
 
 Floats = NDArray[np.float64]
 

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.blocks import Bootstrap
-from lcray.analyses.crosscorrelation import Lag, lag_of_peak
 from lcray.analyses.sampled import Sampled, sampled_layers
 from lcray.analyses.windows import Ranges, Window, Windows
 from lcray.errors import InapplicableError
 from lcray.results import Results
+from lcray.statistics.bootstrap import Bootstrap
+from lcray.statistics.cross_correlation import Lag, lag_of_peak
 
 _FORM = tidy.schema(
     "lags",
@@ -64,7 +64,7 @@ def lags(
 
     c(τ) = ⟨Δ̃_n(t + τ) · −g̃_n(t)⟩ over the traced elements n and intervals t, with Δ the movement
     in an interval and g the full-batch gradient at its start, both less their mean and divided by
-    their standard deviation (`lcray.analyses.crosscorrelation`). The lag is where c is greatest.
+    their standard deviation (`lcray.statistics.cross_correlation`). The lag is where c is greatest.
     Under momentum β a movement is −η Σ_j β^j g(t − j): it lags gradients that are correlated over
     time, and by more where β is greater. [LCA] and its author response (arXiv 1909.01440) explain
     last layers that hurt by such a delay.

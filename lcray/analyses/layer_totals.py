@@ -15,12 +15,12 @@ import pyarrow as pa
 from scipy.stats import spearmanr
 
 from lcray.analyses import tidy
-from lcray.analyses.blocks import RESAMPLED, Bootstrap
 from lcray.analyses.bounds import BOUND, bounds, notes, verdicts
 from lcray.analyses.series import Series, layer_series
 from lcray.analyses.windows import RUN, Ranges, Windows
 from lcray.columns import SIGN, column
 from lcray.results import Results
+from lcray.statistics.bootstrap import RESAMPLED, Bootstrap
 
 _LAYERS_FOR_RANKS = 5  # fewer say nothing about size
 _VERDICT = "+1: hurts, lc > lc_bound; -1: helps, lc < -lc_bound; 0: neither, or without a bound"

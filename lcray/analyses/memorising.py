@@ -10,12 +10,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.analyses import tidy
-from lcray.analyses.blocks import RESAMPLED, Bootstrap, block_length
 from lcray.analyses.bounds import BOUND
 from lcray.analyses.series import Series, layer_series
 from lcray.analyses.windows import RUN, Ranges, Window, Windows
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.results import Results
+from lcray.statistics.bootstrap import RESAMPLED, Bootstrap, block_length
 
 Floats = NDArray[np.float64]
 

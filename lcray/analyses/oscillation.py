@@ -10,12 +10,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.analyses import tidy
-from lcray.analyses.blocks import Bootstrap
-from lcray.analyses.runs import flips, net_share
 from lcray.analyses.sampled import sampled_layers
 from lcray.analyses.series import Series, layer_series
 from lcray.analyses.windows import Ranges, Window, Windows
 from lcray.results import Results
+from lcray.statistics.bootstrap import Bootstrap
+from lcray.statistics.sign_runs import flips, net_share
 
 Rows = Iterator[dict[str, Any]]
 

@@ -7,10 +7,10 @@ from typing import Any
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.runs import run_lengths as lengths_of
 from lcray.analyses.sampled import sampled_layers
 from lcray.analyses.windows import Ranges
 from lcray.results import Results
+from lcray.statistics.sign_runs import run_lengths as lengths_of
 
 _FORM = tidy.schema(
     "run_lengths",

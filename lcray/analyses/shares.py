@@ -10,10 +10,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.analyses import tidy
-from lcray.analyses.blocks import Bootstrap, block_length
 from lcray.analyses.series import Series, layer_series
 from lcray.analyses.windows import RUN, Ranges, Windows
 from lcray.results import Results
+from lcray.statistics.bootstrap import Bootstrap, block_length
 
 Floats = NDArray[np.float64]
 

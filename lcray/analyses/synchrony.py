@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 from scipy.stats import false_discovery_control
 
 from lcray.analyses import tidy
-from lcray.analyses.coincidence import (
+from lcray.analyses.learning import Bundle, bundles
+from lcray.analyses.windows import Ranges, Windows
+from lcray.columns import COUNT, column
+from lcray.errors import UsageError
+from lcray.results import Results
+from lcray.statistics.coincidence import (
     Synchrony,
     block_bounds,
     pairwise_coincidences,
     peaks,
     total_coincidences,
 )
-from lcray.analyses.learning import Bundle, bundles
-from lcray.analyses.windows import Ranges, Windows
-from lcray.columns import COUNT, column
-from lcray.errors import UsageError
-from lcray.results import Results
 
 _KIND = tidy.text("kind", "what the series are: layer (parameters only), or group")
 _GROUP = column(
@@ -98,7 +98,7 @@ def synchrony(
     [LCA] (arXiv 1909.01440, section 4.4). Coincidences are Σ_t n_t(n_t − 1)/2, with n_t the series
     that peak at interval t. By chance: each series' peaks are permuted by themselves, within blocks
     of consecutive intervals, so that a rate of peaks that all series share is no synchrony
-    (`lcray.analyses.coincidence`). Intervals without LC are left out of the blocks. Tests are
+    (`lcray.statistics.coincidence`). Intervals without LC are left out of the blocks. Tests are
     one-sided.
 
     Series share their mini-batches: that they peak together says that the same samples taught them,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lcray.analyses.blocks import FEWEST, Bootstrap, block_length, multiplicities
+from lcray.statistics.bootstrap import FEWEST, Bootstrap, block_length, multiplicities
 
 
 def autoregressive(rho: float, shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -95,7 +95,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.random.default_rng(0).normal(size=(40, 3))
     whole = Bootstrap(5, replicates=30, length=4).sums(x)
     assert whole is not None and np.array_equal(whole, Bootstrap(5, 30, 0.95, 4).sums(x))
-    monkeypatch.setattr("lcray.analyses.blocks._CHUNK", 41)
+    monkeypatch.setattr("lcray.statistics.bootstrap._CHUNK", 41)
     parts = Bootstrap(5, replicates=30, length=4).sums(x)
     assert parts is not None and parts.shape == whole.shape
     rows = [*multiplicities(40, 4, 30, np.random.default_rng(5))]

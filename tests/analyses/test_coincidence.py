@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from lcray.analyses.coincidence import (
+from lcray.statistics.coincidence import (
     block_bounds,
     pairwise_coincidences,
     peaks,

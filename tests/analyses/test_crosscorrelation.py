@@ -7,9 +7,9 @@ import pytest
 from scipy.signal import lfilter
 from scipy.stats import kstest
 
-from lcray.analyses.blocks import Bootstrap
-from lcray.analyses.crosscorrelation import default_max_lag, lag_of_peak
 from lcray.errors import UsageError
+from lcray.statistics.bootstrap import Bootstrap
+from lcray.statistics.cross_correlation import default_max_lag, lag_of_peak
 
 QUICK = Bootstrap(replicates=200)
 

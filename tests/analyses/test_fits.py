@@ -14,7 +14,7 @@ from lcray.analyses.fits import fits
 from lcray.analyses.tidy import notes_of
 from lcray.analyses.windows import Window, Windows
 from lcray.errors import InapplicableError
-from lcray.weibull import fit_weibull_samples
+from lcray.statistics.weibull import fit_weibull_samples
 
 T, WIDTH = 80, 8
 

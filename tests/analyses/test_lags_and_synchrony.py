@@ -13,12 +13,12 @@ import synthetic
 from scipy.signal import lfilter
 
 import lcray
-from lcray.analyses.coincidence import pairwise_coincidences
 from lcray.analyses.lags import lag_profiles, lags
 from lcray.analyses.synchrony import coincidences, peaks_of_learning, synchrony
 from lcray.errors import InapplicableError, UsageError
 from lcray.reduction import reduce
 from lcray.results import Results
+from lcray.statistics.coincidence import pairwise_coincidences
 from lcray.tasks.model.layers import Layer
 
 T = 240

@@ -6,8 +6,9 @@ import pytest
 from scipy import optimize, stats
 from synthetic import bin_of
 
-from lcray.analyses.families import FAMILIES, Family
-from lcray.analyses.likelihood import (
+from lcray.statistics.families import FAMILIES, Family
+from lcray.statistics.histograms import bin_edges
+from lcray.statistics.likelihood import (
     covariance,
     distance,
     fit_bins,
@@ -15,8 +16,7 @@ from lcray.analyses.likelihood import (
     simulated_distances,
     slopes,
 )
-from lcray.summary import bin_edges
-from lcray.weibull import fit_weibull, fit_weibull_samples
+from lcray.statistics.weibull import fit_weibull, fit_weibull_samples
 
 BY_NAME = {family.name: family for family in FAMILIES}
 WEIBULL, LOGNORMAL = BY_NAME["weibull"], BY_NAME["lognormal"]

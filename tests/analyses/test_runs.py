@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from lcray.analyses.runs import flips, net_share, run_lengths
+from lcray.statistics.sign_runs import flips, net_share, run_lengths
 
 
 def square_wave(half_period: int, intervals: int, phases: list[int]) -> np.ndarray:

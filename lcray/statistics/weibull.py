@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lcray.distributions import (
+from lcray.statistics.newton import (
     Axis,
     Bins,
     Family,

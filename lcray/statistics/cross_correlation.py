@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import detrend as remove_trend
 
-from lcray.analyses.blocks import FEWEST, Bootstrap
 from lcray.errors import UsageError
+from lcray.statistics.bootstrap import FEWEST, Bootstrap
 
 Floats = NDArray[np.float64]
 TRENDS = ("none", "constant", "linear")
@@ -86,8 +86,8 @@ def lag_of_peak(
         bootstrap: how errors are made.
 
     Returns:
-        The lag; None where no element varies in both, or fewer than `lcray.analyses.blocks.FEWEST`
-        intervals are left.
+        The lag; None where no element varies in both, or fewer than
+        `lcray.statistics.bootstrap.FEWEST` intervals are left.
 
     Raises:
         UsageError: for a lag or trend that cannot be.

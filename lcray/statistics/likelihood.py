@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lcray.analyses.families import Family
+from lcray.statistics.families import Family
 
 Floats = NDArray[np.float64]
 Terms = Callable[[Floats], Floats]  # θ [H, p] -> ℓ [H, B]

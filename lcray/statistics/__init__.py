@@ -1,0 +1,1 @@
+"""Histograms, likelihoods and resampling; only numbers, nothing of LC."""
