@@ -17,14 +17,14 @@ import lcray
 from lcray.analyses.registry import FINDINGS
 from lcray.cli import app
 from lcray.options import PATH
-from lcray.recipes import OPTIONS
-from lcray.schema import TABLES
+from lcray.tables.recipes import OPTIONS
+from lcray.tables.schema import TABLES
 
 _INTERNAL = ("borders",)  # in shards alone
 
 
 def tables_page() -> str:
-    """Every table and column, from `lcray.schema`."""
+    """Every table and column, from `lcray.tables.schema`."""
     parts = [
         "# Tables",
         "`OUT/tables/<table>.parquet`; `lcray.open(OUT)` has a method of each name, `lcray query` "

@@ -12,7 +12,7 @@ _PUBLIC = {
     "Recorder": "lcray.checkpoints",
     "Task": "lcray.tasks.task",
     "Resources": "lcray.resources",
-    "Results": "lcray.results",
+    "Results": "lcray.tables.reading.results",
     "LcrayError": "lcray.errors",
     "allocate": "lcray.in_memory",
     "analyze": "lcray.analysis",
@@ -22,15 +22,15 @@ _PUBLIC = {
     "export": "lcray.exports",
     "findings": "lcray.concluding",
     "inspect": "lcray.checkpoints",
-    "open": "lcray.results",
+    "open": "lcray.tables.reading.results",
     "plan": "lcray.analysis",
-    "query": "lcray.results",
-    "reduce": "lcray.reduction",
+    "query": "lcray.tables.reading.results",
+    "reduce": "lcray.tables.reducing.reduce",
     "report": "lcray.reporting.building",
     "status": "lcray.standing",
     "submit": "lcray.submission",
     "trace": "lcray.retracing",
-    "verify": "lcray.verification",
+    "verify": "lcray.tables.verifying.verify",
 }
 _RENAMED = {"open": "open_output"}
 
@@ -48,17 +48,17 @@ if TYPE_CHECKING:
     from lcray.errors import LcrayError as LcrayError
     from lcray.exports import export as export
     from lcray.in_memory import allocate as allocate
-    from lcray.reduction import reduce as reduce
     from lcray.reporting.building import report as report
     from lcray.resources import Resources as Resources
-    from lcray.results import Results as Results
-    from lcray.results import open_output
-    from lcray.results import query as query
     from lcray.retracing import trace as trace
     from lcray.standing import status as status
     from lcray.submission import submit as submit
+    from lcray.tables.reading.results import Results as Results
+    from lcray.tables.reading.results import open_output
+    from lcray.tables.reading.results import query as query
+    from lcray.tables.reducing.reduce import reduce as reduce
+    from lcray.tables.verifying.verify import verify as verify
     from lcray.tasks.task import Task as Task
-    from lcray.verification import verify as verify
 
     open = open_output  # so that type checkers see it as exported
 

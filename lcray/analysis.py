@@ -34,14 +34,14 @@ from lcray.record import (
 )
 from lcray.repairing import take_back
 from lcray.resources import Resources
-from lcray.results import Results, open_output
 from lcray.revisiting import Revisit, revisit_last
 from lcray.settings import Settings
-from lcray.shards import remove_strays
 from lcray.standing import StatusFile
 from lcray.storage import Place, PlaceLike, place
 from lcray.storage.files import writing
 from lcray.storage.lock import Lock, locked
+from lcray.tables.reading.results import Results, open_output
+from lcray.tables.shards.writer import remove_strays
 from lcray.tasks.task import Task, locate
 
 __all__ = ["PlanReport", "Progress", "analyze", "load_plan", "plan"]

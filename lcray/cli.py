@@ -221,7 +221,7 @@ app.add_command(report_command.report)
 @click.option("--allow-missing", is_flag=True, help="Merge even if intervals are missing.")
 def reduce(out: str, allow_missing: bool) -> None:
     """Merge the shards of OUT into its tables."""
-    from lcray.reduction import name_intervals
+    from lcray.tables.reducing.reduce import name_intervals
 
     found = lcray.reduce(out, allow_missing=allow_missing)
     for table, rows in found.rows.items():

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lcray.commits import Commit, each_commit
 from lcray.outcomes import SpanReport, View, report_of
 from lcray.planning.plan import Plan, Span
 from lcray.standing import StatusFile
 from lcray.storage import Place
+from lcray.tables.shards.commit import Commit, each_commit
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from lcray.analyses.registry import FINDINGS, Finding
 from lcray.analyses.tables import require
 from lcray.analyses.windows import Ranges
 from lcray.errors import InapplicableError, UsageError, suggest
-from lcray.manifest import read_manifest
-from lcray.results import Results, open_output
 from lcray.storage import Place, PlaceLike, storage_of
 from lcray.storage.files import confined, writing
+from lcray.tables.reading.results import Results, open_output
+from lcray.tables.reducing.manifest import read_manifest
 
 #: The folder of the findings in an output.
 FOLDER = "findings"

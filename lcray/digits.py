@@ -17,7 +17,7 @@ from lcray.checkpoints import Recorder
 from lcray.computing import OnProgress
 from lcray.errors import OutputError, UsageError
 from lcray.resources import Resources
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 from lcray.tasks.task import Task
 
 BATCH, LEARNING_RATE, MOMENTUM = 128, 0.03, 0.9

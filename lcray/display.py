@@ -20,8 +20,8 @@ from lcray.errors import one_line, visible
 from lcray.planning.costs import n_fisher
 from lcray.planning.plan import Plan, SplitPlan
 from lcray.planning.saved import PlanReport
-from lcray.results import Results
 from lcray.standing import Status
+from lcray.tables.reading.results import Results
 from lcray.wording import duration as duration
 from lcray.wording import size as size
 

@@ -17,12 +17,12 @@ from lcray.allocation.path import Point, Segment
 from lcray.allocation.quadrature import get_rule
 from lcray.allocation.sums import check_same
 from lcray.checkpoints.naming import canonical_names
-from lcray.confidence import Replication, columns
 from lcray.errors import CheckpointError, UsageError
 from lcray.fresh import check_model
 from lcray.independence import Independence
 from lcray.planning.make import make_settings
 from lcray.settings import Settings
+from lcray.tables.reading.confidence import Replication, columns
 from lcray.tasks.data.split import SplitData
 from lcray.tasks.model.layers import Layer
 from lcray.tasks.model.precision import precision_kept
@@ -82,7 +82,7 @@ class Allocation:
         """Loss change and LC with how far a sample of the data may be off.
 
         Columns quantity (``loss_change``, ``lc``), layer (empty for all of them together), and
-        estimate, se, low and high as `lcray.confidence` has them.
+        estimate, se, low and high as `lcray.tables.reading.confidence` has them.
 
         Args:
             level: of confidence.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from lcray.allocation.allocator import IntervalLC
 from lcray.planning.plan import Span
-from lcray.shards import Commit
+from lcray.tables.shards.writer import Commit
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from lcray.options import OUT, Command, example
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lcray.results import Results
+    from lcray.tables.reading.results import Results
 
 _SELECT = re.compile(r"\s*(select|with|from)\b", re.IGNORECASE)
 _FORMS = ("table", "csv", "json", "jsonl", "parquet")
@@ -49,8 +49,8 @@ def query(out: str, sql: str | None, form: str, output: str | None) -> None:
     """
     import pyarrow as pa
 
-    from lcray.answers import WRITERS, holding
-    from lcray.results import distinct, open_output
+    from lcray.tables.reading.formats import WRITERS, holding
+    from lcray.tables.reading.results import distinct, open_output
 
     if _SELECT.match(out) and not _SELECT.match(sql or ""):
         raise UsageError('query: the output comes first, then the SELECT: lcray query OUT "…"')

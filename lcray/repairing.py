@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lcray.errors import CorruptionError, OutputError
 from lcray.planning.plan import Span
-from lcray.shards import check_files, read_commit, span_folder
 from lcray.storage import Place, storage_of, sync_folder
 from lcray.storage.files import confined, writing
+from lcray.tables.shards.writer import check_files, read_commit, span_folder
 
 
 def take_back(out: Place, spans: Iterable[Span]) -> tuple[Span, ...]:

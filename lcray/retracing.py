@@ -14,10 +14,10 @@ from lcray.planning.make import check_traces
 from lcray.planning.plan import Plan
 from lcray.record import read_record
 from lcray.resources import Resources
-from lcray.results import Results, open_output
 from lcray.storage import PlaceLike, place
 from lcray.storage.files import check_way, writing
 from lcray.storage.numerals import whole_number
+from lcray.tables.reading.results import Results, open_output
 from lcray.tasks.task import Task
 
 #: The folder of an output that its second pass goes into.

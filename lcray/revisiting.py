@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from lcray.checkpoints import CheckpointSeries
 from lcray.checkpoints.series import sha256_of_checkpoint
-from lcray.commits import Commit, read_commit
 from lcray.errors import CheckpointError, OutputError
 from lcray.planning.plan import Plan
 from lcray.repairing import remove
 from lcray.storage import Place
+from lcray.tables.shards.commit import Commit, read_commit
 
 _NAMED = 6  # steps in a message
 

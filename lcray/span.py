@@ -20,7 +20,6 @@ from lcray.allocation.fisher.fisher import FisherMeter, check_task
 from lcray.allocation.partial_sums import Seat
 from lcray.allocation.path import Point, Segment
 from lcray.allocation.quadrature import get_rule
-from lcray.arrow import make_table
 from lcray.checkpoints import open_series
 from lcray.descriptions import Description as Description
 from lcray.descriptions import Probe as Probe
@@ -32,11 +31,12 @@ from lcray.outcomes import Outcome as Outcome
 from lcray.outcomes import SpanReport as SpanReport
 from lcray.outcomes import Tally
 from lcray.planning.plan import Plan, Reference, Span, SplitPlan, shares_pass
-from lcray.rowgroups import ElementsWriter
 from lcray.settings import Settings
-from lcray.shards import ShardWriter
 from lcray.storage import Place
-from lcray.tabulation import SplitTables
+from lcray.tables.arrow import make_table
+from lcray.tables.shards.writer import ShardWriter
+from lcray.tables.writing.row_groups import ElementsWriter
+from lcray.tables.writing.split_tables import SplitTables
 from lcray.tasks.data.split import SplitData
 from lcray.tasks.model.vectors import release
 from lcray.tasks.task import Task, source_hash

@@ -15,15 +15,15 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
-from lcray.commits import each_commit
 from lcray.errors import LcrayError, OutputError
 from lcray.outcomes import SpanReport, View, report_of
 from lcray.planning.plan import Plan, Span
-from lcray.shards import read_plan
 from lcray.storage import Place, PlaceLike, place
 from lcray.storage.files import confined, read_json, write_json_atomic
 from lcray.storage.json_types import build
 from lcray.storage.lock import STALE, driver_has_ended, pulse
+from lcray.tables.shards.commit import each_commit
+from lcray.tables.shards.writer import read_plan
 
 NAME = "status.json"
 _SECONDS_A_WRITE = 5.0

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from lcray.arrow import make_table
 from lcray.planning.plan import Plan, Span, SplitPlan
 from lcray.settings import Settings
-from lcray.shards import ShardWriter
 from lcray.statistics.histograms import UNDERFLOW, bin_edges
+from lcray.tables.arrow import make_table
+from lcray.tables.shards.writer import ShardWriter
 from lcray.tasks.model.layers import Layer
 
 LAYERS = (

@@ -27,10 +27,10 @@ from lcray.errors import LcrayError
 from lcray.fresh import Unexplained
 from lcray.outcomes import Outcome, SpanReport, View
 from lcray.planning.plan import Plan, Span
-from lcray.reduction import Reduction, merge
 from lcray.resources import Resources, place_workers
 from lcray.settings import Settings
 from lcray.span import Description, Probe
+from lcray.tables.reducing.reduce import Reduction, merge
 from lcray.tasks.task import Task, TaskSource
 
 HERE = Path(__file__).parent

@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lcray.arrow import make_table
 from lcray.planning.plan import Plan, Span, SplitPlan
-from lcray.reduction import plan_digest
-from lcray.schema import TABLES
 from lcray.settings import Settings
 from lcray.statistics.histograms import UNDERFLOW, bin_edges
 from lcray.storage.files import FORMAT_VERSION, encode_json, seal
+from lcray.tables.arrow import make_table
+from lcray.tables.reducing.reduce import plan_digest
+from lcray.tables.schema import TABLES
 from lcray.tasks.model.layers import Layer
 
 Floats = NDArray[np.float64]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcray import accumulators
-from lcray.accumulators import Accumulators, LayerSums, Units
 from lcray.allocation.path import Point, Segment
 from lcray.statistics.histograms import LayerHistograms, SignedHistograms
+from lcray.tables.writing import accumulators
+from lcray.tables.writing.accumulators import Accumulators, LayerSums, Units
 from lcray.tasks.model.layers import Layer
 from lcray.tasks.model.layout import Layout
 

@@ -22,8 +22,8 @@ from lcray.errors import DisagreementError
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Reference, SplitPlan
 from lcray.resources import Resources
-from lcray.shards import read_commit
 from lcray.span import Workspace
+from lcray.tables.shards.writer import read_commit
 from lcray.tasks.task import Task
 
 

@@ -20,9 +20,9 @@ from click.testing import CliRunner, Result
 
 import lcray
 from lcray import query_command
-from lcray.answers import write_csv
 from lcray.cli import app
 from lcray.errors import UsageError
+from lcray.tables.reading.formats import write_csv
 
 SQL = """SELECT 'a, "b"' || chr(10) || 'ü' AS text, 'nan'::DOUBLE AS n, 'inf'::DOUBLE AS i,
 '-inf'::DOUBLE AS m, NULL::DOUBLE AS none, 9007199254740993 AS big, 0.1::DOUBLE + 0.2 AS x,

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from benchmarks import simulation
 
-from lcray import reduction, shards
-from lcray.commits import committed, each_commit
 from lcray.errors import CorruptionError
 from lcray.planning.plan import Plan, Span
-from lcray.shards import ShardWriter, remove_strays, span_folder
 from lcray.standing import Standing, Status
+from lcray.tables.reducing import reduce
+from lcray.tables.shards import writer as shards
+from lcray.tables.shards.commit import committed, each_commit
+from lcray.tables.shards.writer import ShardWriter, remove_strays, span_folder
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +56,10 @@ def test_whoever_takes_them_one_by_one_holds_one(planted: tuple[Plan, Path]) -> 
 def test_the_reducer_keeps_no_checksums(planted: tuple[Plan, Path]) -> None:
     """A commit of 100 intervals takes more than 10,000 bytes, its outline some hundred."""
     plan, out = planted
-    reduction._survey(out, plan)  # what is made once
+    reduce._survey(out, plan)  # what is made once
     tracemalloc.start()
     try:
-        outlines, problems = reduction._survey(out, plan)
+        outlines, problems = reduce._survey(out, plan)
         held = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
@@ -74,7 +75,7 @@ def test_neighbours_that_disagree_are_found_in_one_pass(tmp_path: Path) -> None:
     (span_folder(tmp_path / "out", other) / "commit.json").unlink()
     with ShardWriter(tmp_path / "out", other, "b") as writer:
         writer.commit(checkpoints={step: f"{step + 1:064x}" for step in other.steps}, info={})
-    _, problems = reduction._survey(tmp_path / "out", plan)
+    _, problems = reduce._survey(tmp_path / "out", plan)
     assert ["step 4" in problems[0], "step 8" in problems[1]] == [True, True]
 
 

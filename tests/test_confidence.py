@@ -26,16 +26,16 @@ from torch import Tensor, nn
 import lcray
 from lcray import display
 from lcray.analysis import PlanReport
-from lcray.confidence import Replication, columns, quantile
 from lcray.errors import TaskError, UsageError
 from lcray.in_memory import allocate
 from lcray.planning.make import make_settings
 from lcray.planning.plan import Plan, SplitPlan
-from lcray.reduction import reduce
 from lcray.span import Workspace
+from lcray.tables.reading.confidence import Replication, columns, quantile
+from lcray.tables.reducing.reduce import reduce
+from lcray.tables.verifying.verify import verify
 from lcray.tasks.data.sampling import draw
 from lcray.tasks.task import Task
-from lcray.verification import verify
 
 Floats = NDArray[np.float64]
 

@@ -19,12 +19,12 @@ from torch import zeros
 import lcray
 from lcray.checkpoints import header, open_series, runfile
 from lcray.errors import CheckpointError, CorruptionError, LcrayError, OutputError, RecorderError
-from lcray.reduction import reduce
-from lcray.results import open_output
 from lcray.storage import sha256_of
 from lcray.storage.files import encode_json, read_json, read_sealed, seal
 from lcray.storage.lock import LOCK, locked
-from lcray.verification import verify
+from lcray.tables.reading.results import open_output
+from lcray.tables.reducing.reduce import reduce
+from lcray.tables.verifying.verify import verify
 
 WORLD = factory.make_world(spans=((0, 2, 4),))
 

@@ -19,8 +19,8 @@ from lcray.analyses.memorising import overfitting
 from lcray.analyses.registry import FINDINGS
 from lcray.analyses.tidy import notes_of
 from lcray.errors import InapplicableError, LcrayError
-from lcray.reduction import reduce
-from lcray.results import Results
+from lcray.tables.reading.results import Results
+from lcray.tables.reducing.reduce import reduce
 
 STARTS = (0, 2, 4, 6, 8, 10)
 

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 import lcray
 from lcray.analyses.registry import FINDINGS
 from lcray.cli import app
-from lcray.schema import TABLES
+from lcray.tables.schema import TABLES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

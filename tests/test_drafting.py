@@ -17,9 +17,9 @@ from lcray.errors import UsageError
 from lcray.planning.costs import estimate
 from lcray.planning.make import extend_plan, make_plan, make_settings
 from lcray.planning.plan import Plan, SplitPlan
-from lcray.reduction import plan_digest
 from lcray.settings import Settings
 from lcray.storage.files import FORMAT_VERSION
+from lcray.tables.reducing.reduce import plan_digest
 from lcray.tasks.model.layers import Layer
 
 LAYERS = (

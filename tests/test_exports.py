@@ -21,7 +21,7 @@ import lcray
 from lcray.cli import app
 from lcray.errors import LcrayError, UsageError
 from lcray.exports.tensorboard_events import buckets
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 
 @pytest.fixture(scope="module")

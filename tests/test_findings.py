@@ -20,8 +20,8 @@ from lcray.analyses.windows import Window, Windows
 from lcray.cli import app
 from lcray.concluding import Findings
 from lcray.errors import InapplicableError, OutputError, UsageError
-from lcray.reduction import reduce
 from lcray.storage import place, storage_of
+from lcray.tables.reducing.reduce import reduce
 
 WORLD = factory.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
 

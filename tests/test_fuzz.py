@@ -39,12 +39,12 @@ from lcray.checkpoints import Recorder, open_series
 from lcray.display import status_text
 from lcray.errors import CheckpointError
 from lcray.record import read_record
-from lcray.reduction import reduce
-from lcray.results import open_output
 from lcray.storage import lock
 from lcray.storage.files import encode_json, read_json, read_sealed, seal
 from lcray.storage.lock import LOCK, Holder
-from lcray.verification import verify
+from lcray.tables.reading.results import open_output
+from lcray.tables.reducing.reduce import reduce
+from lcray.tables.verifying.verify import verify
 
 pytestmark = pytest.mark.slow
 
@@ -328,7 +328,7 @@ COMMIT = {
 @example(encode_json(seal(COMMIT | {"files": {"layers": ENTRY | {"name": "../x"}}})))
 @given(json_files(COMMIT, sealed=True))
 def test_commits(home: Path, content: bytes) -> None:
-    from lcray.shards import check_files, read_commit
+    from lcray.tables.shards.writer import check_files, read_commit
 
     out, span = home / "out", WORLD.plan.spans[0]
 

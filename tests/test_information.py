@@ -7,8 +7,8 @@ import output_factory as factory
 import pytest
 
 from lcray.analyses.information import fisher
-from lcray.reduction import reduce
-from lcray.results import open_output
+from lcray.tables.reading.results import open_output
+from lcray.tables.reducing.reduce import reduce
 
 
 @pytest.fixture(scope="module")

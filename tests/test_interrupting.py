@@ -104,10 +104,10 @@ def test_ctrl_c_ends_a_query_of_the_library(out: Path, query: str) -> None:
 
 
 def test_ctrl_c_ends_a_check_of_verify(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lcray.completeness import Invariant
+    from lcray.tables.verifying.coverage import Invariant
 
     endless = Invariant("endless", (), ENDLESS["recursive"])
-    monkeypatch.setattr("lcray.verification.invariants", lambda plan: [endless])
+    monkeypatch.setattr("lcray.tables.verifying.verify.invariants", lambda plan: [endless])
     with interrupted_after(1.0), pytest.raises(KeyboardInterrupt):
         lcray.verify(out)
     assert not left_behind()

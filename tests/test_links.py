@@ -15,8 +15,8 @@ import lcray
 from lcray.cli import app
 from lcray.errors import CorruptionError, OutputError
 from lcray.planning.plan import Span
-from lcray.shards import ShardWriter
 from lcray.storage.lock import LOCK
+from lcray.tables.shards.writer import ShardWriter
 
 OPTIONS = {"span_length": 3, "elements": True}
 State = dict[str, tuple[int, int, bytes]]

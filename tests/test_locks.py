@@ -24,11 +24,11 @@ import scenes
 
 import lcray
 from lcray.errors import OutputError
-from lcray.schema import TABLES
-from lcray.shards import ShardWriter, read_commit
 from lcray.storage import Place, place, storage_of
 from lcray.storage import lock as locks
 from lcray.storage.lock import locked, newest
+from lcray.tables.schema import TABLES
+from lcray.tables.shards.writer import ShardWriter, read_commit
 
 HOLD = """
 import errno, fcntl, sys, time

@@ -17,11 +17,11 @@ import torch
 
 import lcray
 from lcray.errors import CheckpointError, CorruptionError, LcrayError
-from lcray.reduction import reduce
-from lcray.results import open_output
 from lcray.storage import sha256_of
 from lcray.storage.files import encode_json, read_sealed, seal
-from lcray.verification import verify
+from lcray.tables.reading.results import open_output
+from lcray.tables.reducing.reduce import reduce
+from lcray.tables.verifying.verify import verify
 
 WORLD = factory.make_world(spans=((0, 2, 4),))
 

@@ -23,8 +23,8 @@ import lcray
 from lcray.analysis import analyze
 from lcray.cli import app
 from lcray.errors import OutputError
-from lcray.results import open_output
 from lcray.storage import place, storage_of
+from lcray.tables.reading.results import open_output
 
 PACKAGE = Path(lcray.__file__).parent
 #: All at once: columns of every table, numbers and names, and patterns.
@@ -196,7 +196,7 @@ def test_nothing_of_the_package_reads_parquet_by_its_path_alone() -> None:
         for call in re.findall(r"read_table\(([^\n]*)", text):
             assert "partitioning=None" in call or call.startswith("source,"), f"{file.name}: {call}"
         assert "pyarrow.dataset" not in text, file.name
-    assert len(calls) == 1, "all of them go through lcray.views.scan"
+    assert len(calls) == 1, "all of them go through lcray.tables.reading.views.scan"
 
 
 def test_the_docs_read_tables_so_too() -> None:

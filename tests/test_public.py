@@ -68,7 +68,7 @@ def test_only_public_names_are_listed_whatever_is_imported() -> None:
     for name in ("plots", "figures"):
         module = importlib.import_module(f"lcray.{name}")
         assert python(code.format(name)).split() == sorted(module.__all__)
-    code = "import lcray.plots, lcray.analysis, lcray.results; print(*dir(lcray))"
+    code = "import lcray.plots, lcray.analysis, lcray.tables.reading.results; print(*dir(lcray))"
     assert python(code).split() == sorted([*lcray.__all__, "__version__"])
 
 
@@ -81,7 +81,7 @@ def test_an_unknown_name() -> None:
 @pytest.mark.slow
 def test_a_star_import_is_whole() -> None:
     assert python("from lcray import *; print(open.__module__, plan.__name__)") == (
-        "lcray.results plan"
+        "lcray.tables.reading.results plan"
     )
 
 

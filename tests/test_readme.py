@@ -11,7 +11,7 @@ import pytest
 
 import lcray
 from lcray.cli import app
-from lcray.schema import TABLES
+from lcray.tables.schema import TABLES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 QUERIES = (Path(__file__).parents[1] / "docs" / "queries.md").read_text()

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lcray import merging
 from lcray.errors import CorruptionError, IncompleteError, OutputError
-from lcray.reduction import name_intervals, reduce, repack
-from lcray.schema import TABLES
 from lcray.statistics.histograms import bin_edges
 from lcray.statistics.weibull import fit_weibull
+from lcray.tables.reducing import merge
+from lcray.tables.reducing.reduce import name_intervals, reduce, repack
+from lcray.tables.schema import TABLES
 
 REDUCED = [t for t in factory.ALL if t != "borders"]
 
@@ -51,12 +51,12 @@ WORLDS = {
 
 
 @pytest.mark.parametrize("name", WORLDS)
-@pytest.mark.parametrize("block", [7, merging.BLOCK])
+@pytest.mark.parametrize("block", [7, merge.BLOCK])
 @pytest.mark.slow
 def test_tables_are_those_of_one_span(
     tmp_path: Path, name: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging.Source, "__init__", _with_block(block))
+    monkeypatch.setattr(merge.Source, "__init__", _with_block(block))
     world = factory.make_world(**WORLDS[name])
     out = factory.write_output(tmp_path / "out", world)
     result = reduce(out)
@@ -69,7 +69,7 @@ def test_tables_are_those_of_one_span(
 
 def _with_block(block: int):
     """Source with blocks so small that layers are cut and streamed."""
-    make = merging.Source.__init__
+    make = merge.Source.__init__
 
     def init(self, out, plan, commits):
         make(self, out, plan, commits, block)

@@ -112,10 +112,14 @@ def test_what_is_named_exists(path: Path) -> None:
 
 
 def test_what_does_not_exist_is_found() -> None:
-    text = """See `lcray.merging.nonsense`, lcray.submitting, `lcray.planning.plan.Plan.windows`,
-    and
+    text = """See `lcray.tables.reducing.merge.nonsense`, lcray.submitting,
+    `lcray.planning.plan.Plan.windows`, and
     `lcray.planning.plan.Plan.window`; `lcray analyse` and ``lcray plan``; lcray/none.py."""
-    expected = ["lcray.merging.nonsense", "lcray.submitting", "lcray.planning.plan.Plan.windows"]
+    expected = [
+        "lcray.tables.reducing.merge.nonsense",
+        "lcray.submitting",
+        "lcray.planning.plan.Plan.windows",
+    ]
     assert unknown_references(text) == [*expected, "lcray analyse"]
     assert unknown_references("```sh\nlcray observe OUT\nlcray plan RUN\n```") == ["lcray observe"]
     assert unknown_files(text) == ["lcray/none.py"]

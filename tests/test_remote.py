@@ -32,12 +32,12 @@ from lcray.errors import (
     RecorderError,
     UsageError,
 )
-from lcray.reduction import reduce
-from lcray.results import open_output
-from lcray.shards import committed, remove_strays
 from lcray.storage import Place, place, storage_of
 from lcray.storage.files import encode_json, read_sealed, seal
-from lcray.verification import verify
+from lcray.tables.reading.results import open_output
+from lcray.tables.reducing.reduce import reduce
+from lcray.tables.shards.writer import committed, remove_strays
+from lcray.tables.verifying.verify import verify
 
 pytestmark = pytest.mark.usefixtures("inline")
 
@@ -138,8 +138,8 @@ def test_what_is_committed_is_not_computed_again_and_strays_go(
 
 
 def test_the_loser_of_a_race_removes_its_own_files(plain_out: Path, base: str) -> None:
-    from lcray.schema import TABLES
-    from lcray.shards import ShardWriter
+    from lcray.tables.schema import TABLES
+    from lcray.tables.shards.writer import ShardWriter
 
     out, span = place(f"{base}/out"), lcray.open(plain_out).plan.spans[0]
     writers = [ShardWriter(out, span, attempt) for attempt in ("a", "b")]

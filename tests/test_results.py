@@ -11,14 +11,14 @@ import pyarrow.compute as pc
 import pytest
 
 from lcray.errors import CorruptionError, OutputError, UsageError
-from lcray.recipes import RESERVED
-from lcray.reduction import reduce
-from lcray.results import Results, open_output
-from lcray.schema import TABLES as SCHEMAS
 from lcray.storage.files import encode_json, read_sealed, seal
+from lcray.tables.reading.results import Results, open_output
+from lcray.tables.reading.views import VIEWS
+from lcray.tables.recipes import RESERVED
+from lcray.tables.reducing.reduce import reduce
+from lcray.tables.schema import TABLES as SCHEMAS
+from lcray.tables.verifying.verify import verify
 from lcray.tasks.model.layers import Layer
-from lcray.verification import verify
-from lcray.views import VIEWS
 
 WORLD = factory.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
 TABLES = [t for t in factory.ALL if t != "borders"]

@@ -13,11 +13,11 @@ import scenes
 import lcray
 from lcray import revisiting
 from lcray.checkpoints import open_series
-from lcray.commits import each_commit, read_commit
 from lcray.errors import CorruptionError, OutputError
 from lcray.revisiting import Revisit, revisit_last
 from lcray.storage import place, storage_of
 from lcray.storage.files import encode_json, read_sealed, seal
+from lcray.tables.shards.commit import each_commit, read_commit
 
 OPTIONS: dict[str, Any] = {"span_length": 3, "elements": True}
 pytestmark = pytest.mark.usefixtures("inline")

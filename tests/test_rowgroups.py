@@ -16,9 +16,9 @@ import pytest
 
 from lcray.errors import OutputError
 from lcray.planning.plan import Span
-from lcray.rowgroups import ElementsWriter, IntervalRows
-from lcray.schema import TABLES
-from lcray.shards import ShardWriter
+from lcray.tables.schema import TABLES
+from lcray.tables.shards.writer import ShardWriter
+from lcray.tables.writing.row_groups import ElementsWriter, IntervalRows
 
 SIZE = TABLES["units"].row_group_size
 WAIT = 20  # seconds until a test gives up on a thread

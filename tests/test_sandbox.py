@@ -17,12 +17,12 @@ import pandas as pd
 import pytest
 import scenes
 
-from lcray import sandbox
 from lcray.errors import CorruptionError, UsageError
-from lcray.reduction import reduce
-from lcray.results import open_output
 from lcray.storage.lock import LOCK
-from lcray.verification import verify
+from lcray.tables.reading import duckdb as sandbox
+from lcray.tables.reading.results import open_output
+from lcray.tables.reducing.reduce import reduce
+from lcray.tables.verifying.verify import verify
 
 WORLD = factory.make_world(spans=((0, 2, 4),))
 SECRET = "the contents of a file that is no table"
@@ -261,12 +261,12 @@ def test_verification_runs_confined(
     home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Should anything of a plan ever reach the SQL of the invariants, it reaches no file."""
-    from lcray.completeness import Invariant
+    from lcray.tables.verifying.coverage import Invariant
 
     reaching = f"SELECT content FROM read_text('{home}/secret.txt')"
     writing = f"COPY (SELECT 1) TO '{tmp_path}/x.csv'"
     hostile = [Invariant(name, (), name) for name in (reaching, writing)]
-    monkeypatch.setattr("lcray.verification.invariants", lambda plan: hostile)
+    monkeypatch.setattr("lcray.tables.verifying.verify.invariants", lambda plan: hostile)
     problems = verify(home / "out").problems
     assert len(problems) == 2 and all("cannot be checked" in p for p in problems)
     assert not any(SECRET in p for p in problems) and not list(tmp_path.iterdir())
@@ -291,11 +291,11 @@ HUNGRY = (
 )
 LIMITED = """
 import sys
-import lcray, lcray.results
+import lcray, lcray.tables.reading.results
 from benchmarks.peaks import peak_bytes
 from lcray.errors import UsageError
 
-lcray.results.query_room = lambda: 256 << 20
+lcray.tables.reading.results.query_room = lambda: 256 << 20
 out = lcray.open(sys.argv[1])
 out.sql("SELECT 1")
 try:
@@ -346,7 +346,7 @@ def test_an_answer_has_its_own_room() -> None:
 
 
 def test_an_answer_may_take_half_of_the_room(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcray.results.query_room", lambda: 64 << 20)
+    monkeypatch.setattr("lcray.tables.reading.results.query_room", lambda: 64 << 20)
     out = open_output(home / "out")
     with pytest.raises(UsageError, match=r"^SQL: the answer is larger than 32 MiB"):
         out.sql_arrow("SELECT * FROM range(5000000)")  # 40 MB

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lcray.arrow import make_table
 from lcray.errors import UsageError
-from lcray.schema import TABLES, table_schema
 from lcray.storage.files import FORMAT_VERSION
+from lcray.tables.arrow import make_table
+from lcray.tables.schema import TABLES, table_schema
 
 # The table of tables of the design: key, then the other columns.
 DESIGN = {

@@ -19,12 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lcray.arrow import make_table
 from lcray.errors import CorruptionError, OutputError, UsageError
 from lcray.planning.plan import Span
-from lcray.schema import TABLES
-from lcray.shard_files import ShardFile, open_shard
-from lcray.shards import (
+from lcray.storage import files, storage_of
+from lcray.storage.files import encode_json, read_json, seal, write_json_atomic
+from lcray.tables.arrow import make_table
+from lcray.tables.schema import TABLES
+from lcray.tables.shards.reader import ShardFile, open_shard
+from lcray.tables.shards.writer import (
     ShardWriter,
     check_files,
     committed,
@@ -33,8 +35,6 @@ from lcray.shards import (
     remove_strays,
     span_folder,
 )
-from lcray.storage import files, storage_of
-from lcray.storage.files import encode_json, read_json, seal, write_json_atomic
 
 SPAN = Span((0, 1, 2))
 DIGESTS = {0: "00", 1: "11", 2: "22"}
@@ -252,7 +252,7 @@ def test_a_commit_whose_answer_was_lost_keeps_its_files(
         assert write_json_atomic(path, data, exclusive=exclusive)
         raise OutputError("no answer")
 
-    monkeypatch.setattr("lcray.shards.write_json_atomic", lose_the_answer)
+    monkeypatch.setattr("lcray.tables.shards.writer.write_json_atomic", lose_the_answer)
     with pytest.raises(OutputError, match="no answer"):
         commit_one(tmp_path)
     commit = read_commit(tmp_path, SPAN)

@@ -18,10 +18,10 @@ import synthetic
 
 import lcray
 from lcray.errors import CorruptionError, OutputError
-from lcray.reduction import reduce
-from lcray.schema import TABLES
-from lcray.soundness import LONGEST_NAME, Soundness
 from lcray.storage.files import encode_json, read_sealed, seal
+from lcray.tables.reading.soundness import LONGEST_NAME, Soundness
+from lcray.tables.reducing.reduce import reduce
+from lcray.tables.schema import TABLES
 
 WORLD = factory.make_world(bad={("val", 6): "nonfinite_loss"})
 HUGE = 1 << 62
@@ -157,7 +157,7 @@ def test_a_name_that_the_plan_lacks_is_never_unfolded(out: Path, tmp_path: Path,
 
 def test_a_footer_that_lies_about_sizes(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as it goes: the names themselves are looked at before any row has its own."""
-    monkeypatch.setattr("lcray.soundness._SLACK", 1 << 30)
+    monkeypatch.setattr("lcray.tables.reading.soundness._SLACK", 1 << 30)
     put(out, "layers", changed(out, "layers", "layer", "x" * (1 << 20)))
     with pytest.raises(CorruptionError, match=r"layer 'x{100}', which the plan does not have"):
         lcray.open(out).sql("SELECT * FROM layers")
@@ -175,7 +175,7 @@ def test_large_tables_are_judged_by_their_statistics(
     sound: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for limit in ("_ROWS", "_NAMED_ROWS"):
-        monkeypatch.setattr(f"lcray.soundness.{limit}", 0)
+        monkeypatch.setattr(f"lcray.tables.reading.soundness.{limit}", 0)
     for table in lcray.open(out).tables:
         assert len(lcray.open(out).table(table)) > 0
     for value in (HUGE, -5):

@@ -24,12 +24,12 @@ from lcray.errors import CheckpointError, TaskError
 from lcray.planning.costs import estimate
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Span
-from lcray.reduction import reduce
-from lcray.results import Results, open_output
-from lcray.shards import check_files, read_commit, span_folder
 from lcray.span import Workspace
 from lcray.storage import Place, place, storage_of
 from lcray.storage.files import write_json_atomic
+from lcray.tables.reading.results import Results, open_output
+from lcray.tables.reducing.reduce import reduce
+from lcray.tables.shards.writer import check_files, read_commit, span_folder
 from lcray.tasks.task import Task
 
 STEPS = tuple(range(13))

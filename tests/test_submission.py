@@ -22,9 +22,9 @@ from lcray import cli
 from lcray.cluster import jobs
 from lcray.errors import ClusterError, LcrayError, UsageError
 from lcray.resources import Resources
-from lcray.results import open_output
 from lcray.settings import Settings
 from lcray.submission import arguments
+from lcray.tables.reading.results import open_output
 
 TASK = "from lcray import Task\nimport mynet\n"
 SUCCEEDED = jobs.Ended(0, "")

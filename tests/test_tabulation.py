@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from twin import Interval, Twin
 
 import lcray
-from lcray import rowgroups, tabulation
 from lcray.allocation.interval import IntervalLC
 from lcray.allocation.path import Point, Segment
 from lcray.checkpoints import Recorder
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Span, SplitPlan
-from lcray.rowgroups import ElementsWriter
-from lcray.schema import TABLES, table_schema
 from lcray.settings import Settings
-from lcray.shards import span_folder
 from lcray.span import Workspace
-from lcray.tabulation import SplitTables
+from lcray.tables.schema import TABLES, table_schema
+from lcray.tables.shards.writer import span_folder
+from lcray.tables.writing import row_groups, split_tables
+from lcray.tables.writing.row_groups import ElementsWriter
+from lcray.tables.writing.split_tables import SplitTables
 from lcray.tasks.model.layers import Layer
 from lcray.tasks.model.layout import Layout
 from lcray.tasks.task import Task
@@ -661,7 +661,7 @@ def test_tables_do_not_depend_on_when_rows_are_written(
 
     whole = tables("whole")
     few = {name: replace(table, row_group_size=3) for name, table in TABLES.items()}
-    monkeypatch.setattr(rowgroups, "TABLES", few)
+    monkeypatch.setattr(row_groups, "TABLES", few)
     for table, frame in tables("pieces").items():
         assert len(frame) > 3 * 3 and frame.equals(whole[table])
 
@@ -760,7 +760,7 @@ def test_rows_by_element_do_not_depend_on_the_order_in_memory() -> None:
 
 def test_large_layers_are_written_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     few = {name: replace(table, row_group_size=10) for name, table in TABLES.items()}
-    monkeypatch.setattr(tabulation, "TABLES", few)
+    monkeypatch.setattr(split_tables, "TABLES", few)
     handed, put = [], ElementsWriter.put
 
     def watched(self: ElementsWriter, split: str, step: int, parts: Any) -> None:

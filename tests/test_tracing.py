@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from lcray.tables.writing.traces import Traces
 from lcray.tasks.model.layers import Layer
 from lcray.tasks.model.layout import Layout
-from lcray.tracing import Traces
 
 LAYERS = (
     Layer("a", "", "parameter", (2, 3, 1, 2), 0, True),

@@ -11,13 +11,14 @@ import output_factory as factory
 import pyarrow.parquet as pq
 import pytest
 
-from lcray import completeness, invariants, verification
 from lcray.errors import CorruptionError
-from lcray.parquet import TableFile
-from lcray.reduction import reduce
-from lcray.schema import TABLES
 from lcray.storage.files import encode_json, read_sealed, seal
-from lcray.verification import verify
+from lcray.tables.parquet import TableFile
+from lcray.tables.reducing.reduce import reduce
+from lcray.tables.schema import TABLES
+from lcray.tables.verifying import coverage, sums
+from lcray.tables.verifying import verify as verification
+from lcray.tables.verifying.verify import verify
 
 Row = dict[str, Any]
 
@@ -57,7 +58,7 @@ def test_a_sound_output_has_no_problems(tmp_path: Path, world: dict[str, Any]) -
     assert result.problems == ()
     assert result.ok
     assert len(set(result.checks)) == len(result.checks)
-    every = [*completeness.coverage(made.plan), *invariants.invariants(made.plan)]
+    every = [*coverage.coverage(made.plan), *sums.invariants(made.plan)]
     possible = [c.name for c in every if {*c.tables} <= {*made.plan.tables, "fits"}]
     if "tables" not in world:
         assert len(possible) == len(every)
@@ -439,7 +440,7 @@ def test_what_is_broken_is_reported(sound: Path, tmp_path: Path, name: str) -> N
 
 def test_every_invariant_is_among_the_broken() -> None:
     plan = factory.make_world().plan
-    every = [*completeness.coverage(plan), *invariants.invariants(plan)]
+    every = [*coverage.coverage(plan), *sums.invariants(plan)]
     assert {check.name for check in every} == {check for _, _, check in BROKEN.values()}
 
 
@@ -499,7 +500,7 @@ def test_groups_of_other_passes_agree_less_closely(tmp_path: Path) -> None:
 
 
 def test_a_check_that_fails_is_a_problem(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = completeness.Invariant("wrong", ("layers",), "SELECT nothing FROM layers")
+    wrong = coverage.Invariant("wrong", ("layers",), "SELECT nothing FROM layers")
     monkeypatch.setattr(verification, "coverage", lambda plan: [wrong])
     (problem,) = verify(sound).problems
     assert "wrong: cannot be checked" in problem

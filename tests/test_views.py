@@ -16,10 +16,10 @@ import synthetic
 
 import lcray
 from lcray.errors import CorruptionError, UsageError
-from lcray.reduction import reduce
-from lcray.results import Results, open_output
-from lcray.schema import TABLES
-from lcray.views import VIEWS, write_views
+from lcray.tables.reading.results import Results, open_output
+from lcray.tables.reading.views import VIEWS, write_views
+from lcray.tables.reducing.reduce import reduce
+from lcray.tables.schema import TABLES
 
 WORLD = factory.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
 

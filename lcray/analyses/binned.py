@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from lcray.analyses.series import codes
 from lcray.analyses.windows import Window, Windows
 from lcray.errors import InapplicableError
-from lcray.results import Results
 from lcray.statistics.histograms import LOWEST, UNDERFLOW, bin_edges
+from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
 

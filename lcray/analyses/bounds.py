@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
 

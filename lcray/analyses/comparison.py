@@ -21,8 +21,8 @@ from lcray.analyses import tidy
 from lcray.analyses.series import layer_series
 from lcray.analyses.windows import Ranges, Windows
 from lcray.errors import UsageError
-from lcray.results import Results, open_output
 from lcray.storage import PlaceLike
+from lcray.tables.reading.results import Results, open_output
 
 Floats = NDArray[np.float64]
 

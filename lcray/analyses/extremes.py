@@ -10,8 +10,8 @@ from lcray.analyses import tidy
 from lcray.analyses.sampled import literal
 from lcray.analyses.windows import Ranges
 from lcray.errors import UsageError
-from lcray.results import Results
 from lcray.storage.json_types import LIMIT
+from lcray.tables.reading.results import Results
 
 _FORM = tidy.schema(
     "extremes",

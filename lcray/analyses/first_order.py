@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from lcray.analyses import tidy
 from lcray.analyses.windows import Ranges, Window, Windows
-from lcray.results import Results
 from lcray.statistics.bootstrap import RESAMPLED, Bootstrap
+from lcray.tables.reading.results import Results
 
 #: The `rule` of the rows for the gradient at the start of each step alone.
 FIRST_ORDER = "first order"

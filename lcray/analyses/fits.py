@@ -16,7 +16,6 @@ from lcray.analyses import tidy
 from lcray.analyses.binned import Histograms, aligned, held, read_histograms
 from lcray.analyses.series import codes
 from lcray.analyses.windows import RUN, Ranges, Window, Windows
-from lcray.results import Results
 from lcray.statistics.bootstrap import Bootstrap, block_length
 from lcray.statistics.families import FAMILIES, Family
 from lcray.statistics.likelihood import (
@@ -28,6 +27,7 @@ from lcray.statistics.likelihood import (
     simulated_distances,
     slopes,
 )
+from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
 

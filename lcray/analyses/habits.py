@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lcray.analyses import tidy
 from lcray.analyses.windows import Ranges
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _NEAR_HALF = 0.05

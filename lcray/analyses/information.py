@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from lcray.analyses import tidy
 from lcray.analyses.windows import Ranges, Window, Windows
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 _TRACE = "loss**2/parameter**2"
 

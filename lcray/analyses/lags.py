@@ -11,9 +11,9 @@ from lcray.analyses import tidy
 from lcray.analyses.sampled import Sampled, sampled_layers
 from lcray.analyses.windows import Ranges, Window, Windows
 from lcray.errors import InapplicableError
-from lcray.results import Results
 from lcray.statistics.bootstrap import Bootstrap
 from lcray.statistics.cross_correlation import Lag, lag_of_peak
+from lcray.tables.reading.results import Results
 
 _FORM = tidy.schema(
     "lags",

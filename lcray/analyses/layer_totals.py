@@ -18,9 +18,9 @@ from lcray.analyses import tidy
 from lcray.analyses.bounds import BOUND, bounds, notes, verdicts
 from lcray.analyses.series import Series, layer_series
 from lcray.analyses.windows import RUN, Ranges, Windows
-from lcray.columns import SIGN, column
-from lcray.results import Results
 from lcray.statistics.bootstrap import RESAMPLED, Bootstrap
+from lcray.tables.columns import SIGN, column
+from lcray.tables.reading.results import Results
 
 _LAYERS_FOR_RANKS = 5  # fewer say nothing about size
 _VERDICT = "+1: hurts, lc > lc_bound; -1: helps, lc < -lc_bound; 0: neither, or without a bound"

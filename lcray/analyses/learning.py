@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lcray.analyses.series import codes, layer_series
 from lcray.planning.plan import SplitPlan
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
 

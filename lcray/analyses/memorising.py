@@ -14,8 +14,8 @@ from lcray.analyses.bounds import BOUND
 from lcray.analyses.series import Series, layer_series
 from lcray.analyses.windows import RUN, Ranges, Window, Windows
 from lcray.errors import InapplicableError, UsageError, suggest
-from lcray.results import Results
 from lcray.statistics.bootstrap import RESAMPLED, Bootstrap, block_length
+from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
 

@@ -17,8 +17,8 @@ from lcray.analyses.series import layer_series
 from lcray.analyses.windows import RUN
 from lcray.checkpoints.naming import matches
 from lcray.errors import InapplicableError, UsageError, suggest
-from lcray.results import Results, open_output
 from lcray.storage import PlaceLike
+from lcray.tables.reading.results import Results, open_output
 
 _FORM = tidy.schema(
     "momentum",

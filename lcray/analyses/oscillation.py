@@ -13,9 +13,9 @@ from lcray.analyses import tidy
 from lcray.analyses.sampled import sampled_layers
 from lcray.analyses.series import Series, layer_series
 from lcray.analyses.windows import Ranges, Window, Windows
-from lcray.results import Results
 from lcray.statistics.bootstrap import Bootstrap
 from lcray.statistics.sign_runs import flips, net_share
+from lcray.tables.reading.results import Results
 
 Rows = Iterator[dict[str, Any]]
 

@@ -22,7 +22,7 @@ from lcray.analyses.synchrony import coincidences, peaks_of_learning, synchrony
 from lcray.analyses.titles import TITLES
 from lcray.analyses.trajectories import trajectories
 from lcray.analyses.windows import RUN, Ranges
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 
 class Compute(Protocol):

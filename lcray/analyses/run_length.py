@@ -9,8 +9,8 @@ import pyarrow as pa
 from lcray.analyses import tidy
 from lcray.analyses.sampled import sampled_layers
 from lcray.analyses.windows import Ranges
-from lcray.results import Results
 from lcray.statistics.sign_runs import run_lengths as lengths_of
+from lcray.tables.reading.results import Results
 
 _FORM = tidy.schema(
     "run_lengths",

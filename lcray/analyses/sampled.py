@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lcray.results import Results
-from lcray.tracing import trace_indices
+from lcray.tables.reading.results import Results
+from lcray.tables.writing.traces import trace_indices
 
 Floats = NDArray[np.float64]
 

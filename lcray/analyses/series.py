@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
 

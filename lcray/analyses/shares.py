@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from lcray.analyses import tidy
 from lcray.analyses.series import Series, layer_series
 from lcray.analyses.windows import RUN, Ranges, Windows
-from lcray.results import Results
 from lcray.statistics.bootstrap import Bootstrap, block_length
+from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
 

@@ -13,9 +13,7 @@ from scipy.stats import false_discovery_control
 from lcray.analyses import tidy
 from lcray.analyses.learning import Bundle, bundles
 from lcray.analyses.windows import Ranges, Windows
-from lcray.columns import COUNT, column
 from lcray.errors import UsageError
-from lcray.results import Results
 from lcray.statistics.coincidence import (
     Synchrony,
     block_bounds,
@@ -23,6 +21,8 @@ from lcray.statistics.coincidence import (
     peaks,
     total_coincidences,
 )
+from lcray.tables.columns import COUNT, column
+from lcray.tables.reading.results import Results
 
 _KIND = tidy.text("kind", "what the series are: layer (parameters only), or group")
 _GROUP = column(

@@ -8,12 +8,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from lcray.arrow import fill
-from lcray.columns import COUNT as COUNT
-from lcray.columns import FLOAT as FLOAT
-from lcray.columns import SIGN as SIGN
-from lcray.columns import STRING, column
 from lcray.storage.files import FORMAT_VERSION
+from lcray.tables.arrow import fill
+from lcray.tables.columns import COUNT as COUNT
+from lcray.tables.columns import FLOAT as FLOAT
+from lcray.tables.columns import SIGN as SIGN
+from lcray.tables.columns import STRING, column
 
 LOSS = "loss"  # the unit; nats for cross-entropy
 #: The `layer` of rows about the network as a whole. No tensor can be called so.
@@ -70,7 +70,7 @@ def table(
         notes: what a reader of the table must know, one line each.
 
     Raises:
-        ValueError: as `lcray.arrow.fill`.
+        ValueError: as `lcray.tables.arrow.fill`.
     """
     columns = {name: [row.get(name) for row in rows] for name in form.names}
     for field in form:
@@ -80,7 +80,7 @@ def table(
 
 
 def from_columns(form: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
-    """As `table`, of whole columns (see `lcray.arrow.make_table`) and without parameters."""
+    """As `table`, of whole columns (see `lcray.tables.arrow.make_table`) and without parameters."""
     name = form.metadata[b"lcray.finding"].decode()
     if not columns or not any(len(values) for values in columns.values()):
         return form.empty_table()

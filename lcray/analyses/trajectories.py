@@ -9,7 +9,7 @@ from lcray.analyses import tidy
 from lcray.analyses.series import layer_series
 from lcray.analyses.windows import Ranges
 from lcray.errors import UsageError
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 _FORM = tidy.schema(
     "trajectories",

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcray.errors import UsageError
-from lcray.results import Results
 from lcray.storage.numerals import step_range
+from lcray.tables.reading.results import Results
 
 #: The name of the window that holds every interval; it comes first.
 RUN = "run"

@@ -20,12 +20,12 @@ from lcray.fresh import Unexplained
 from lcray.outcomes import SpanReport, report_of
 from lcray.planning.plan import Plan, Span
 from lcray.process import tune_process
-from lcray.reduction import Reduction, merge
 from lcray.resources import Placement
 from lcray.settings import Settings
-from lcray.shards import committed
 from lcray.span import Description, Probe, Workspace
 from lcray.storage import place
+from lcray.tables.reducing.reduce import Reduction, merge
+from lcray.tables.shards.writer import committed
 from lcray.tasks.task import Task, TaskSource
 
 _SECONDS_A_BEAT = 1.0

@@ -16,11 +16,11 @@ from lcray.errors import ClusterError
 from lcray.fresh import Unexplained
 from lcray.outcomes import Outcome, SpanReport
 from lcray.planning.plan import Plan, Span
-from lcray.reduction import Reduction
 from lcray.resources import Resources
 from lcray.settings import Settings
 from lcray.span import Description, Probe
 from lcray.storage import Place
+from lcray.tables.reducing.reduce import Reduction
 from lcray.tasks.task import TaskSource
 
 
@@ -139,7 +139,7 @@ class Pool:
         """Reduce `out` on a worker, so that the driver stays small.
 
         Raises:
-            OutputError: as `lcray.reduction.reduce` raises it.
+            OutputError: as `lcray.tables.reducing.reduce.reduce` raises it.
         """
         try:
             found: Reduction = self._crew.ask("reduce", str(out.resolve()), allow_missing)

@@ -34,11 +34,11 @@ from lcray.fresh import Unexplained
 from lcray.outcomes import Outcome, SpanReport, View
 from lcray.planning.plan import Plan, Span
 from lcray.process import end_session
-from lcray.reduction import Reduction
 from lcray.resources import Resources
 from lcray.settings import Settings
 from lcray.span import Description, Probe
 from lcray.storage import Place
+from lcray.tables.reducing.reduce import Reduction
 from lcray.tasks.task import TaskSource
 
 _TO_CONNECT = 25.0  # seconds for a cluster to answer

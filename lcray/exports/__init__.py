@@ -9,9 +9,9 @@ from lcray.errors import OutputError, UsageError, suggest
 from lcray.exports.csv_files import write_csv_files
 from lcray.exports.offline import write_wandb
 from lcray.exports.tensorboard_events import write_events
-from lcray.results import open_output
 from lcray.storage import PlaceLike, Remote, place
 from lcray.storage.files import beside
+from lcray.tables.reading.results import open_output
 
 KINDS = ("tensorboard", "wandb", "csv")
 

@@ -11,11 +11,11 @@ from typing import TextIO
 
 import pyarrow as pa
 
-from lcray.answers import write_csv
 from lcray.errors import UsageError, suggest
-from lcray.results import Results
-from lcray.schema import TABLES
 from lcray.storage.files import beside
+from lcray.tables.reading.formats import write_csv
+from lcray.tables.reading.results import Results
+from lcray.tables.schema import TABLES
 
 #: Type, unit and description of every column.
 COLUMNS = "columns.json"

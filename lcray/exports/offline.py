@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from lcray.errors import LcrayError
-from lcray.results import Results
 from lcray.storage.files import beside
+from lcray.tables.reading.results import Results
 
 _CURVES = ("loss_end", "lc", "gap", "first_order_lc")
 #: Views that become tables, of as many rows as there are splits and layers.

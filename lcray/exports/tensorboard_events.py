@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lcray.errors import LcrayError
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 _SUFFIX = ".lcray"
 _SCALARS = {

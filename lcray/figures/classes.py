@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from lcray.analyses import tidy
 from lcray.analyses.tables import require
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 _FORM = tidy.schema(
     "class_layers",

@@ -15,11 +15,11 @@ import pyarrow as pa
 from lcray.analyses import tidy
 from lcray.analyses.binned import Floats, Histograms, read_histograms
 from lcray.analyses.tables import require
-from lcray.columns import SIGN, column
 from lcray.errors import UsageError
-from lcray.results import Results
 from lcray.statistics.families import FAMILIES, Family
 from lcray.statistics.likelihood import fit_bins
+from lcray.tables.columns import SIGN, column
+from lcray.tables.reading.results import Results
 
 _FINEST = 8  # bins an octave
 _SIGNS = (-1, 1)

@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.errors import UsageError
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
 

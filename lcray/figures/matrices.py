@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from lcray.analyses import tidy
 from lcray.analyses.tables import layer_of, require, split_of
-from lcray.columns import COUNT, UNIT, column
 from lcray.figures.grouping import Columns, Floats, numbers, positions, total
-from lcray.results import Results
-from lcray.views import literal
+from lcray.tables.columns import COUNT, UNIT, column
+from lcray.tables.reading.results import Results
+from lcray.tables.reading.views import literal
 
 _TIMES = (
     tidy.count("first_step", "start of the column's first interval"),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lcray.analyses import tidy
 from lcray.analyses.tables import require
 from lcray.errors import UsageError
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 _FORM = tidy.schema(
     "reconstruction",

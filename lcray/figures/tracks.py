@@ -7,9 +7,9 @@ import pyarrow as pa
 
 from lcray.analyses import tidy
 from lcray.analyses.tables import layer_of, only, require, split_of
-from lcray.columns import column
 from lcray.errors import InapplicableError, UsageError
-from lcray.results import Results
+from lcray.tables.columns import column
+from lcray.tables.reading.results import Results
 
 _FORM = tidy.schema(
     "tracks",

@@ -28,7 +28,7 @@ from lcray.plots.styling import (
     note,
     title,
 )
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

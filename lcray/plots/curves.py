@@ -29,7 +29,7 @@ from lcray.plots.styling import (
     shortened,
     title,
 )
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ from lcray.analyses.tables import layer_of, require, split_of
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.figures import densities
 from lcray.plots.styling import HELPS, HURTS, LOSS, axis, note, shortened, title
-from lcray.results import Results
 from lcray.statistics.families import FAMILIES
+from lcray.tables.reading.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from lcray.analyses.tidy import notes_of
 from lcray.figures import tracks as traced
 from lcray.palette import by_depth
 from lcray.plots.styling import INK, LOSS, legend_beside, note, panels, shortened, title
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 
 def tracks(

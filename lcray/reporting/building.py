@@ -16,9 +16,9 @@ from lcray.reporting.sides import compared
 from lcray.reporting.source import Source, read_source
 from lcray.reporting.store import Store
 from lcray.reporting.totals import totals
-from lcray.results import Results, open_output
 from lcray.storage import Place, PlaceLike, place, storage_of
 from lcray.storage.files import beside, writing
+from lcray.tables.reading.results import Results, open_output
 
 #: The names of the pages in an output.
 PAGE, COMPARISON = "report.html", "comparison.html"

@@ -14,7 +14,7 @@ from lcray.reporting.course import STEP, heat_trace
 from lcray.reporting.sections import LOSS, Control, Figure, Section, plain, plotted
 from lcray.reporting.source import Source
 from lcray.reporting.store import Store, column
-from lcray.views import literal
+from lcray.tables.reading.views import literal
 
 Floats = NDArray[np.float64]
 

@@ -12,8 +12,8 @@ from lcray.reporting.page import table
 from lcray.reporting.sections import percent, signed
 from lcray.reporting.source import Source
 from lcray.reporting.totals import Total, cards, lede, settings
-from lcray.results import Results
 from lcray.storage.files import read_json
+from lcray.tables.reading.results import Results
 
 _PLAIN_FOLDERS = ("run", "checkpoints", "ckpt", "out")
 

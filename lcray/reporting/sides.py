@@ -33,7 +33,7 @@ from lcray.reporting.sections import (
 from lcray.reporting.source import Source, read_source
 from lcray.reporting.store import Store, column
 from lcray.reporting.totals import settings, totals
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
 

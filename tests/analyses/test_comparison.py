@@ -21,7 +21,7 @@ from lcray.analyses.momentum import against_momentum
 from lcray.analyses.tidy import notes_of
 from lcray.cli import app
 from lcray.errors import UsageError
-from lcray.reduction import reduce
+from lcray.tables.reducing.reduce import reduce
 from lcray.tasks.model.layers import Layer
 
 T = 12

@@ -16,9 +16,9 @@ import lcray
 from lcray.analyses.lags import lag_profiles, lags
 from lcray.analyses.synchrony import coincidences, peaks_of_learning, synchrony
 from lcray.errors import InapplicableError, UsageError
-from lcray.reduction import reduce
-from lcray.results import Results
 from lcray.statistics.coincidence import pairwise_coincidences
+from lcray.tables.reading.results import Results
+from lcray.tables.reducing.reduce import reduce
 from lcray.tasks.model.layers import Layer
 
 T = 240

@@ -17,8 +17,8 @@ from lcray.analyses.layer_totals import layer_totals
 from lcray.analyses.tidy import notes_of
 from lcray.analyses.trajectories import trajectories
 from lcray.errors import UsageError
-from lcray.reduction import reduce
-from lcray.results import Results
+from lcray.tables.reading.results import Results
+from lcray.tables.reducing.reduce import reduce
 from lcray.tasks.model.layers import Layer
 
 T = 60

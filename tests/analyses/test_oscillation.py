@@ -18,8 +18,8 @@ from lcray.analyses.oscillation import oscillation
 from lcray.analyses.run_length import run_lengths
 from lcray.analyses.sampled import sampled_layers
 from lcray.errors import UsageError
-from lcray.reduction import reduce
-from lcray.results import Results
+from lcray.tables.reading.results import Results
+from lcray.tables.reducing.reduce import reduce
 
 STEPS = tuple(range(0, 25, 2))  # twelve intervals
 BAD = ("val", 10)

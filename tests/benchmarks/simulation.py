@@ -22,7 +22,6 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
-from lcray.arrow import make_table
 from lcray.cluster import connection
 from lcray.cluster.actor import Worker
 from lcray.cluster.dispatching import Dispatch, OnTick
@@ -34,11 +33,12 @@ from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Span, SplitPlan
 from lcray.record import Record, read_record
 from lcray.resources import Resources
-from lcray.shards import ShardWriter, committed, remove_strays, span_folder
 from lcray.standing import StatusFile, status
 from lcray.storage import place
 from lcray.storage.files import FORMAT_VERSION, encode_json, seal
 from lcray.storage.lock import locked
+from lcray.tables.arrow import make_table
+from lcray.tables.shards.writer import ShardWriter, committed, remove_strays, span_folder
 from lcray.tasks.model.layers import Layer
 
 from .peaks import peak_bytes

@@ -16,7 +16,7 @@ from lcray.analyses import tidy
 from lcray.analyses.fits import fits as fits_of
 from lcray.errors import InapplicableError, UsageError
 from lcray.reporting.source import read_source
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 SIZES = {"b.weight": 6, "a.weight": 4}
 T = 10

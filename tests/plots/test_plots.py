@@ -20,7 +20,7 @@ import lcray
 from lcray import plots
 from lcray.errors import InapplicableError, LcrayError, UsageError
 from lcray.palette import LIGHT
-from lcray.results import Results
+from lcray.tables.reading.results import Results
 
 LAYERS = ["b.weight", "a.weight"]
 

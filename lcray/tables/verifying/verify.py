@@ -23,12 +23,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lcray.checkpoints import open_series
-from lcray.completeness import Invariant, coverage, relations
 from lcray.errors import CheckpointError, LcrayError, brief, one_line
-from lcray.invariants import invariants
-from lcray.manifest import Manifest, read_manifest
 from lcray.planning.plan import Plan
-from lcray.reduction import (
+from lcray.storage import Place, PlaceLike, local_copies, open_uncached, place
+from lcray.storage.files import confined
+from lcray.storage.interrupt import interruptible
+from lcray.tables.reading.duckdb import connect, shut, sql_path
+from lcray.tables.reading.soundness import Soundness
+from lcray.tables.reading.views import scan
+from lcray.tables.reducing.manifest import Manifest, read_manifest
+from lcray.tables.reducing.reduce import (
     MALFORMED,
     disagreements,
     missing_intervals,
@@ -36,14 +40,10 @@ from lcray.reduction import (
     plan_digest,
     tables_of,
 )
-from lcray.sandbox import connect, shut, sql_path
-from lcray.schema import TABLES
-from lcray.shards import Commit, check_files, file_problems, read_commit, read_plan
-from lcray.soundness import Soundness
-from lcray.storage import Place, PlaceLike, local_copies, open_uncached, place
-from lcray.storage.files import confined
-from lcray.storage.interrupt import interruptible
-from lcray.views import scan
+from lcray.tables.schema import TABLES
+from lcray.tables.shards.writer import Commit, check_files, file_problems, read_commit, read_plan
+from lcray.tables.verifying.coverage import Invariant, coverage, relations
+from lcray.tables.verifying.sums import invariants
 
 _SHOWN = 3  # offending rows that a problem names
 _MEMORY = 10**9  # bytes

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lcray.errors import CorruptionError, OutputError
-from lcray.parquet import FileEntry
-from lcray.reduction import MANIFEST
-from lcray.schema import TABLES
 from lcray.storage import Place
 from lcray.storage.files import FORMAT_VERSION, confined, exists, read_sealed
 from lcray.storage.json_types import build, value_of
+from lcray.tables.parquet import FileEntry
+from lcray.tables.reducing.reduce import MANIFEST
+from lcray.tables.schema import TABLES
 
 
 @dataclass(frozen=True)

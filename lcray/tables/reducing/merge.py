@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lcray.arrow import make_table
-from lcray.commits import Commit, Outline
 from lcray.errors import CorruptionError
 from lcray.planning.plan import Plan
-from lcray.shard_files import ShardFile, open_shard
 from lcray.statistics.histograms import bin_edges
 from lcray.storage import Place
+from lcray.tables.arrow import make_table
+from lcray.tables.shards.commit import Commit, Outline
+from lcray.tables.shards.reader import ShardFile, open_shard
 
 #: Rows that a block may hold; a layer with more elements is cut (`parameters`) or streamed.
 BLOCK = 1 << 19

@@ -19,8 +19,8 @@ import torch
 from lcray.errors import OutputError, UsageError
 from lcray.storage import Place
 from lcray.storage.interrupt import interruptible, left_behind
+from lcray.tables.reading.views import literal
 from lcray.tasks.model.memory import available_bytes
-from lcray.views import literal
 
 if TYPE_CHECKING:
     import duckdb

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcray.columns import UNIT
 from lcray.planning.plan import Plan
 from lcray.storage import Place, storage_of
 from lcray.storage.files import confined, writing
+from lcray.tables.columns import UNIT
 
 #: The file with all of them, for DuckDB alone.
 FILE = "views.sql"

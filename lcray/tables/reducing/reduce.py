@@ -22,21 +22,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lcray import merging
-from lcray.arrow import make_table
-from lcray.commits import Commit, Outline, each_commit
 from lcray.errors import CorruptionError, IncompleteError, brief
-from lcray.merging import Arrays, Source, merge_bins
-from lcray.parquet import FileEntry, TableFile
 from lcray.planning.plan import Plan
-from lcray.schema import WHOLE_RUN, table_schema
-from lcray.shards import check_files, read_plan, write_json_atomic
 from lcray.statistics.histograms import bin_edges
 from lcray.statistics.weibull import fit_weibull
 from lcray.storage import Place, PlaceLike, place, storage_of, sync_folder
 from lcray.storage.files import FORMAT_VERSION, confined, seal, writing
 from lcray.storage.lock import locked
-from lcray.views import write_views
+from lcray.tables.arrow import make_table
+from lcray.tables.parquet import FileEntry, TableFile
+from lcray.tables.reading.views import write_views
+from lcray.tables.reducing import merge as merging
+from lcray.tables.reducing.merge import Arrays, Source, merge_bins
+from lcray.tables.schema import WHOLE_RUN, table_schema
+from lcray.tables.shards.commit import Commit, Outline, each_commit
+from lcray.tables.shards.writer import check_files, read_plan, write_json_atomic
 
 MANIFEST = "manifest.json"
 # How far the losses of two workers at a step may lie apart: of the loss, and of the first loss.

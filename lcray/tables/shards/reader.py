@@ -13,11 +13,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lcray.commits import Commit, Outline, shard_name, span_folder
 from lcray.errors import CorruptionError
-from lcray.shards import PARTITIONS
 from lcray.storage import Place, Remote, open_seekable
 from lcray.storage.files import confined
+from lcray.tables.shards.commit import Commit, Outline, shard_name, span_folder
+from lcray.tables.shards.writer import PARTITIONS
 
 
 class ShardFile:

@@ -1,16 +1,16 @@
 """What must hold between the numbers of the tables, as one SQL query an invariant.
 
 A query gives the rows where its invariant does not hold, hence none for a sound output. Beside
-the tables it sees the plan as relations, see `lcray.completeness`. A comparison with a missing
-number counts as a violation. Tolerances: see `lcray.verification`.
+the tables it sees the plan as relations, see `lcray.tables.verifying.coverage`. A comparison with a
+missing number counts as a violation. Tolerances: see `lcray.tables.verifying.verify`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lcray.completeness import Invariant
 from lcray.planning.plan import Plan
+from lcray.tables.verifying.coverage import Invariant
 
 _EPS = 2.0**-52
 _SUM = 1e-12

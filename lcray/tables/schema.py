@@ -16,7 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lcray.columns import (
+from lcray.errors import UsageError, suggest
+from lcray.storage.files import FORMAT_VERSION
+from lcray.tables.columns import (
     BORDERS,
     ELEMENTS,
     FISHER,
@@ -31,8 +33,6 @@ from lcray.columns import (
     TRACES,
     UNITS,
 )
-from lcray.errors import UsageError, suggest
-from lcray.storage.files import FORMAT_VERSION
 
 #: The value of `window` in `fits` that stands for the whole run.
 WHOLE_RUN = -1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lcray.schema import TABLES
-from lcray.views import VIEWS, named_in, views_of
+from lcray.tables.reading.views import VIEWS, named_in, views_of
+from lcray.tables.schema import TABLES
 
 #: By table, for those that an output may lack.
 OPTIONS = {

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lcray.arrow import largest_group
 from lcray.planning.plan import Plan
-from lcray.schema import TABLES, WHOLE_RUN
 from lcray.statistics.histograms import HIGHEST, UNDERFLOW
+from lcray.tables.arrow import largest_group
+from lcray.tables.schema import TABLES, WHOLE_RUN
 
 #: Bytes that a name may have.
 LONGEST_NAME = 1 << 16

@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lcray.schema import TableSchema
 from lcray.storage import Place, Remote, storage_of
 from lcray.storage.files import writing
+from lcray.tables.schema import TableSchema
 
 
 @dataclass(frozen=True)

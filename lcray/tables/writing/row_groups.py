@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lcray.arrow import make_table
-from lcray.schema import TABLES
-from lcray.shards import ShardWriter
+from lcray.tables.arrow import make_table
+from lcray.tables.schema import TABLES
+from lcray.tables.shards.writer import ShardWriter
 
 Columns = Mapping[str, Any]
 

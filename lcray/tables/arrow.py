@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lcray.columns import STRING
 from lcray.errors import suggest
-from lcray.schema import table_schema
+from lcray.tables.columns import STRING
+from lcray.tables.schema import table_schema
 
 
 def make_table(name: str, columns: Mapping[str, Any]) -> pa.Table:

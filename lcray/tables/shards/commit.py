@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lcray.errors import CorruptionError, OutputError
-from lcray.parquet import FileEntry
 from lcray.planning.plan import Span
-from lcray.schema import TABLES
 from lcray.storage import Item, Place, Remote, storage_of
 from lcray.storage.files import FORMAT_VERSION, confined, exists, read_sealed
+from lcray.tables.parquet import FileEntry
+from lcray.tables.schema import TABLES
 
 NAME = "commit.json"
 ATTEMPT = re.compile(r"[A-Za-z0-9_.-]{1,80}")

@@ -13,21 +13,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lcray.answers import holding
 from lcray.checkpoints.naming import matches
-from lcray.confidence import frame, sums
 from lcray.errors import CorruptionError, UsageError, suggest
-from lcray.manifest import read_manifest
 from lcray.planning.plan import Plan, read_notes
-from lcray.recipes import quotes_for, recipe_for, tables_for
-from lcray.sandbox import check_name, connect, query_room, select, shut, sql_path
-from lcray.schema import TABLES
-from lcray.shards import read_plan
-from lcray.soundness import Soundness
 from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
 from lcray.storage.files import confined, exists, read_json
 from lcray.storage.numerals import step_range
-from lcray.views import View, named_in, scan, views_of
+from lcray.tables.reading.confidence import frame, sums
+from lcray.tables.reading.duckdb import check_name, connect, query_room, select, shut, sql_path
+from lcray.tables.reading.formats import holding
+from lcray.tables.reading.soundness import Soundness
+from lcray.tables.reading.views import View, named_in, scan, views_of
+from lcray.tables.recipes import quotes_for, recipe_for, tables_for
+from lcray.tables.reducing.manifest import read_manifest
+from lcray.tables.schema import TABLES
+from lcray.tables.shards.writer import read_plan
 
 if TYPE_CHECKING:  # what a driver that only opens an output has no memory for
     import duckdb
@@ -152,8 +152,8 @@ class Results:
 
         Returns:
             Columns split, quantity (``loss_change``, ``lc``), layer (empty for all together),
-            estimate, se, low and high; see `lcray.confidence`. Splits that were taken whole have
-            se 0. Intervals that are not ok count nothing.
+            estimate, se, low and high; see `lcray.tables.reading.confidence`. Splits that were
+            taken whole have se 0. Intervals that are not ok count nothing.
 
         Raises:
             UsageError: for `steps`, `layers` or a level, not in (0, 1), that cannot be used.
@@ -223,8 +223,8 @@ class Results:
     def sql(self, query: str) -> pd.DataFrame:
         """The answer to one SELECT over the tables and views, as a pandas frame.
 
-        The query sees the tables and `lcray.views` under their names, and nothing else: no file,
-        no network.
+        The query sees the tables and `lcray.tables.reading.views` under their names, and nothing
+        else: no file, no network.
 
         Raises:
             UsageError: if it is not one valid SELECT, or has types that pandas does not.

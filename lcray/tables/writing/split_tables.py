@@ -21,19 +21,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lcray.accumulators import Accumulators, LayerSums, Units
 from lcray.allocation.interval import OK, IntervalLC
 from lcray.allocation.path import Point, Segment
 from lcray.allocation.quadrature import get_rule
-from lcray.arrow import make_table
 from lcray.planning.plan import Plan, SplitPlan
-from lcray.rowgroups import ElementsWriter, IntervalRows, Piece
-from lcray.schema import TABLES
-from lcray.shards import ShardWriter
 from lcray.statistics.histograms import LayerHistograms, bin_edges
+from lcray.tables.arrow import make_table
+from lcray.tables.schema import TABLES
+from lcray.tables.shards.writer import ShardWriter
+from lcray.tables.writing.accumulators import Accumulators, LayerSums, Units
+from lcray.tables.writing.row_groups import ElementsWriter, IntervalRows, Piece
+from lcray.tables.writing.traces import Traces, trace_indices
 from lcray.tasks.model.layout import Layout
 from lcray.tasks.model.vectors import zeros
-from lcray.tracing import Traces, trace_indices
 
 
 class SplitTables:

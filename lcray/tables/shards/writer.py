@@ -23,22 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lcray.arrow import largest_group
-from lcray.commits import (
-    ATTEMPT,
-    Commit,
-    committed,
-    listed,
-    other_version,
-    read_commit,
-    shard_name,
-    span_folder,
-)
-from lcray.commits import NAME as COMMIT
 from lcray.errors import CorruptionError, LcrayError, OutputError, UsageError
-from lcray.parquet import FileEntry, TableFile
 from lcray.planning.plan import Plan, Span
-from lcray.schema import TABLES, table_schema
 from lcray.storage import Place, Remote, open_uncached, place, sha256_of, storage_of
 from lcray.storage.files import (
     FORMAT_VERSION,
@@ -50,6 +36,20 @@ from lcray.storage.files import (
     writing,
 )
 from lcray.storage.lock import newest
+from lcray.tables.arrow import largest_group
+from lcray.tables.parquet import FileEntry, TableFile
+from lcray.tables.schema import TABLES, table_schema
+from lcray.tables.shards.commit import (
+    ATTEMPT,
+    Commit,
+    committed,
+    listed,
+    other_version,
+    read_commit,
+    shard_name,
+    span_folder,
+)
+from lcray.tables.shards.commit import NAME as COMMIT
 
 __all__ = [
     "Commit",

@@ -1,0 +1,1 @@
+"""Opening an output, and asking it."""

@@ -1,0 +1,1 @@
+"""The files of a span, and the commit that makes one attempt at it count."""

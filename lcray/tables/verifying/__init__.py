@@ -1,0 +1,1 @@
+"""What must hold of an output, and checking it."""

@@ -1,0 +1,1 @@
+"""From LC to the rows of a span."""
