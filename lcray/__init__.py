@@ -20,7 +20,7 @@ _PUBLIC = {
     "convert": "lcray.checkpoints.convert",
     "demo": "lcray.digits",
     "export": "lcray.exports",
-    "findings": "lcray.concluding",
+    "findings": "lcray.analyses.findings",
     "inspect": "lcray.checkpoints",
     "open": "lcray.tables.reading.results",
     "plan": "lcray.analysis",
@@ -38,12 +38,12 @@ __all__ = [*_PUBLIC]
 
 if TYPE_CHECKING:
     from lcray.analyses.comparison import compare as compare
+    from lcray.analyses.findings import findings as findings
     from lcray.analysis import analyze as analyze
     from lcray.analysis import plan as plan
     from lcray.checkpoints import Recorder as Recorder
     from lcray.checkpoints import inspect as inspect
     from lcray.checkpoints.convert import convert as convert
-    from lcray.concluding import findings as findings
     from lcray.digits import demo as demo
     from lcray.errors import LcrayError as LcrayError
     from lcray.exports import export as export

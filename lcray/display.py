@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lcray.allocation.quadrature import MAX_PANELS
+from lcray.analyses.findings import Findings
 from lcray.analyses.registry import FINDINGS
 from lcray.analyses.tidy import notes_of
 from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
 from lcray.checkpoints import Audit
-from lcray.concluding import Findings
 from lcray.errors import one_line, visible
 from lcray.planning.costs import n_fisher
 from lcray.planning.plan import Plan, SplitPlan

@@ -15,11 +15,11 @@ from rich.console import Console, RenderableType
 
 import lcray
 from lcray import display
+from lcray.analyses.findings import Findings
 from lcray.analyses.registry import FINDINGS
 from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
 from lcray.analysis import PlanReport
 from lcray.checkpoints.audit import Audit
-from lcray.concluding import Findings
 from lcray.planning.costs import Estimate
 from lcray.planning.plan import Plan
 

@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner
 
 import lcray
-from lcray import concluding
+from lcray.analyses import findings
+from lcray.analyses.findings import Findings
 from lcray.analyses.registry import FINDINGS, Finding
 from lcray.analyses.series import layer_series
 from lcray.analyses.windows import Window, Windows
 from lcray.cli import app
-from lcray.concluding import Findings
 from lcray.errors import InapplicableError, OutputError, UsageError
 from lcray.storage import place, storage_of
 from lcray.tables.reducing.reduce import reduce
@@ -168,7 +168,7 @@ def test_a_write_that_fails_leaves_the_old_file(out: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("lcray.storage.local._write_synced", full)
     with pytest.raises(OutputError, match="No space left"):
-        concluding.findings(out, only=["first_order"], seed=3)
+        findings.findings(out, only=["first_order"], seed=3)
     assert path.read_bytes() == before
     assert len([*path.parent.glob("first_order*")]) == 1
 

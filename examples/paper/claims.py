@@ -54,7 +54,7 @@ class Study:
         return {int(s): seeds[s].parents[1] for s in sorted(filter(str.isdigit, seeds), key=int)}
 
     @cached_property
-    def findings(self) -> lcray.concluding.Findings | None:
+    def findings(self) -> lcray.analyses.findings.Findings | None:
         """Of the first plain run."""
         outs = self.outputs("sgd")
         return lcray.findings(outs[0]) if outs else None
