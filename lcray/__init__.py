@@ -19,14 +19,14 @@ _PUBLIC = {
     "compare": "lcray.analyses.comparison",
     "convert": "lcray.checkpoints.convert",
     "demo": "lcray.digits",
-    "export": "lcray.exports",
+    "export": "lcray.figures.exports",
     "findings": "lcray.analyses.findings",
     "inspect": "lcray.checkpoints",
     "open": "lcray.tables.reading.results",
     "plan": "lcray.analysis",
     "query": "lcray.tables.reading.results",
     "reduce": "lcray.tables.reducing.reduce",
-    "report": "lcray.reporting.building",
+    "report": "lcray.figures.html.report",
     "status": "lcray.standing",
     "submit": "lcray.submission",
     "trace": "lcray.retracing",
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from lcray.checkpoints.convert import convert as convert
     from lcray.digits import demo as demo
     from lcray.errors import LcrayError as LcrayError
-    from lcray.exports import export as export
+    from lcray.figures.exports import export as export
+    from lcray.figures.html.report import report as report
     from lcray.in_memory import allocate as allocate
-    from lcray.reporting.building import report as report
     from lcray.resources import Resources as Resources
     from lcray.retracing import trace as trace
     from lcray.standing import status as status

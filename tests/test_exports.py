@@ -20,7 +20,7 @@ from click.testing import CliRunner
 import lcray
 from lcray.cli import app
 from lcray.errors import LcrayError, UsageError
-from lcray.exports.tensorboard_events import buckets
+from lcray.figures.exports.tensorboard_events import buckets
 from lcray.tables.reading.results import Results
 
 
@@ -202,7 +202,7 @@ def test_csv_replaces_links_and_leaves_no_halves(
         file.write("half a")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lcray.exports.csv_files.write_csv", full)
+    monkeypatch.setattr("lcray.figures.exports.csv_files.write_csv", full)
     with pytest.raises((OSError, LcrayError)):
         lcray.export(results.path, "csv", tmp_path / "csv", tables=["layers"])
     assert (tmp_path / "csv" / "layers.csv").read_bytes() == before

@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex, to_rgb
 
 import lcray
-from lcray.palette import DARK, LIGHT, Palette, by_depth, css
+from lcray.figures.palette import DARK, LIGHT, Palette, by_depth, css
 
 #: Machado, Oliveira and Fernandes (2009), severity 1, of linear RGB: no red, green or blue cones.
 SIGHTS = {

@@ -307,7 +307,7 @@ def test_layers_have_the_colours_of_matplotlibs_figures(seen: Sight, out: Path) 
 
 
 def test_of_many_layers_the_text_says_that_six_have_colours() -> None:
-    from lcray.reporting.course import _colouring
+    from lcray.figures.html.along_the_run import _colouring
 
     assert _colouring(6) == "Colours go from dark to light in the order of the model."
     assert _colouring(7).startswith("The 6 that reach furthest have colours")
@@ -479,7 +479,7 @@ def test_a_long_run_is_added_up_and_says_so(browser: Any, tmp_path: Path) -> Non
 def test_layers_hurt_where_their_bound_leaves_no_doubt() -> None:
     from types import SimpleNamespace
 
-    from lcray.reporting.layers import _hurting, _verdict
+    from lcray.figures.html.layers import _hurting, _verdict
 
     source: Any = SimpleNamespace(layers=["a", "b", "c"])
 
@@ -499,10 +499,10 @@ def test_layers_hurt_where_their_bound_leaves_no_doubt() -> None:
 def test_totals_have_bounds_and_the_head_says_what_lc_is(out: Path) -> None:
     """The whiskers are Σ lc_error; nothing of the page resamples a total."""
     from lcray.analyses.titles import WHAT_HAPPENED
-    from lcray.reporting.layers import run_totals
-    from lcray.reporting.layers import totals as section_of_totals
-    from lcray.reporting.source import read_source
-    from lcray.reporting.store import Store
+    from lcray.figures.html.layers import run_totals
+    from lcray.figures.html.layers import totals as section_of_totals
+    from lcray.figures.html.source import read_source
+    from lcray.figures.html.store import Store
 
     source = read_source(lcray.open(out))
     sums = lcray.open(out).sql("SELECT split, layer, sum(lc_error) AS e FROM layers GROUP BY ALL")

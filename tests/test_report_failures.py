@@ -14,12 +14,12 @@ from click.testing import CliRunner
 import lcray
 from lcray.cli import app
 from lcray.errors import UsageError
-from lcray.reporting import course
-from lcray.reporting.scrubbing import windows
-from lcray.reporting.sides import compared
-from lcray.reporting.source import Source, read_source
-from lcray.reporting.store import Store
-from lcray.reporting.totals import cards, lede, totals
+from lcray.figures.html import along_the_run
+from lcray.figures.html.comparison import compared
+from lcray.figures.html.source import Source, read_source
+from lcray.figures.html.store import Store
+from lcray.figures.html.totals import cards, lede, totals
+from lcray.figures.html.windows import windows
 
 LOSS = np.array([3.0, 2.5, 2.0, 1.0, 0.5])
 GAP = 0.125  # of every interval but the third, whose gradient is not finite: it has no LC
@@ -57,11 +57,11 @@ def test_a_change_without_lc_is_not_held_against_lc(broken: Source) -> None:
 
 
 def test_the_reconstruction_misses_the_loss_by_the_gap_alone(broken: Source) -> None:
-    measured, rebuilt, gap = course.loss_curves(broken)
+    measured, rebuilt, gap = along_the_run.loss_curves(broken)
     assert measured[0] == pytest.approx(LOSS)
     assert gap[0] == pytest.approx([0, GAP, 2 * GAP, 2 * GAP, 3 * GAP])
     assert rebuilt == pytest.approx(measured + gap)
-    section = course.loss(broken, Store())
+    section = along_the_run.loss(broken, Store())
     assert "0.38, 25\N{NO-BREAK SPACE}% of its change" in section.says
     assert any("its measured change stands in" in note for note in section.notes)
 

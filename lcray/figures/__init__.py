@@ -5,11 +5,10 @@ Each function takes results and returns a table with units and descriptions, as 
 `trajectories`, `shares`, `memorising`, `fisher`, `coincidences`.
 """
 
-from lcray.figures.classes import class_layers
-from lcray.figures.densities import densities
-from lcray.figures.matrices import layer_matrix, unit_matrix
-from lcray.figures.reconstruction import reconstruction
-from lcray.figures.tracks import tracks
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "class_layers",
@@ -19,6 +18,21 @@ __all__ = [
     "tracks",
     "unit_matrix",
 ]
+
+if TYPE_CHECKING:
+    from lcray.figures.data import class_layers as class_layers
+    from lcray.figures.data import densities as densities
+    from lcray.figures.data import layer_matrix as layer_matrix
+    from lcray.figures.data import reconstruction as reconstruction
+    from lcray.figures.data import tracks as tracks
+    from lcray.figures.data import unit_matrix as unit_matrix
+
+
+def __getattr__(name: str) -> Any:
+    """Imported on first use: exports and the report need none of it."""
+    if name not in __all__:
+        raise AttributeError(f"module 'lcray.figures' has no attribute {name!r}")
+    return getattr(import_module("lcray.figures.data"), name)
 
 
 def __dir__() -> list[str]:

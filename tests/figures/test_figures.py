@@ -15,7 +15,7 @@ from lcray import figures
 from lcray.analyses import tidy
 from lcray.analyses.fits import fits as fits_of
 from lcray.errors import InapplicableError, UsageError
-from lcray.reporting.source import read_source
+from lcray.figures.html.source import read_source
 from lcray.tables.reading.results import Results
 
 SIZES = {"b.weight": 6, "a.weight": 4}

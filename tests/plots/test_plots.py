@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 import lcray
 from lcray import plots
 from lcray.errors import InapplicableError, LcrayError, UsageError
-from lcray.palette import LIGHT
+from lcray.figures.palette import LIGHT
 from lcray.tables.reading.results import Results
 
 LAYERS = ["b.weight", "a.weight"]

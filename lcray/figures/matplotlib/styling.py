@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcray.errors import LcrayError, UsageError, one_line
-from lcray.palette import LIGHT
+from lcray.figures.palette import LIGHT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

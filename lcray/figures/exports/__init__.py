@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lcray.errors import OutputError, UsageError, suggest
-from lcray.exports.csv_files import write_csv_files
-from lcray.exports.offline import write_wandb
-from lcray.exports.tensorboard_events import write_events
+from lcray.figures.exports.csv_files import write_csv_files
+from lcray.figures.exports.offline import write_wandb
+from lcray.figures.exports.tensorboard_events import write_events
 from lcray.storage import PlaceLike, Remote, place
 from lcray.storage.files import beside
 from lcray.tables.reading.results import open_output

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from lcray.analyses.titles import WHAT_HAPPENED
 from lcray.errors import one_line
-from lcray.reporting.course import STEP, along, cumulative, heat_trace, loss_curves
-from lcray.reporting.head import run_name, totals_table
-from lcray.reporting.layers import dots
-from lcray.reporting.page import links_to, render, table
-from lcray.reporting.sections import (
+from lcray.figures.html.along_the_run import STEP, along, cumulative, heat_trace, loss_curves
+from lcray.figures.html.head import run_name, totals_table
+from lcray.figures.html.layers import dots
+from lcray.figures.html.page import links_to, render, table
+from lcray.figures.html.sections import (
     LOSS,
     Control,
     Figure,
@@ -30,9 +30,9 @@ from lcray.reporting.sections import (
     plotted,
     signed,
 )
-from lcray.reporting.source import Source, read_source
-from lcray.reporting.store import Store, column
-from lcray.reporting.totals import settings, totals
+from lcray.figures.html.source import Source, read_source
+from lcray.figures.html.store import Store, column
+from lcray.figures.html.totals import settings, totals
 from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lcray.analyses.information import fisher as fisher_finding
 from lcray.analyses.windows import RUN
 from lcray.errors import InapplicableError, one_line
-from lcray.reporting.sections import (
+from lcray.figures.html.sections import (
     LOSS,
     MATERIAL,
     Figure,
@@ -25,8 +25,8 @@ from lcray.reporting.sections import (
     plotted,
     signed,
 )
-from lcray.reporting.source import Source
-from lcray.reporting.store import Store, column
+from lcray.figures.html.source import Source
+from lcray.figures.html.store import Store, column
 
 Floats = NDArray[np.float64]
 

@@ -17,9 +17,9 @@ from typing import Any
 from urllib.parse import quote
 
 from lcray.errors import UsageError, one_line
-from lcray.palette import css, themes
-from lcray.reporting.sections import Absent, Section
-from lcray.reporting.store import Store
+from lcray.figures.html.sections import Absent, Section
+from lcray.figures.html.store import Store
+from lcray.figures.palette import css, themes
 from lcray.storage import Place, Remote
 
 #: What a page may do: run its own two scripts, and reach nothing.
@@ -51,7 +51,7 @@ def render(
     Raises:
         UsageError: if Plotly is not installed.
     """
-    static = files("lcray.reporting") / "static"
+    static = files("lcray.figures.html") / "static"
     plotly, script = plotly_source(), (static / "page.js").read_text("utf-8")
     shown = [section for section in sections if isinstance(section, Section)]
     data = {

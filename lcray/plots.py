@@ -9,12 +9,22 @@ a split or layer that there is not UsageError.
 Blue helps (LC < 0), vermilion hurts (LC > 0), and hurting is hatched, dashed or marked besides.
 """
 
-from lcray.plots.bars import fisher, layer_totals, memorising
-from lcray.plots.curves import first_order, loss, shares, trajectories
-from lcray.plots.distributions import distribution
-from lcray.plots.elements import tracks
-from lcray.plots.maps import class_layers, coincidences, layer_map, unit_map
-from lcray.plots.styling import style
+from lcray.figures.matplotlib import (
+    class_layers,
+    coincidences,
+    distribution,
+    first_order,
+    fisher,
+    layer_map,
+    layer_totals,
+    loss,
+    memorising,
+    shares,
+    style,
+    tracks,
+    trajectories,
+    unit_map,
+)
 
 __all__ = [
     "class_layers",

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from lcray.errors import one_line
-from lcray.palette import DARK, LIGHT, by_depth
+from lcray.figures.palette import DARK, LIGHT, by_depth
 
 #: The unit of LC in words.
 LOSS = "units of the loss (nats for cross-entropy)"
@@ -19,11 +19,11 @@ class Figure:
     """A chart with the numbers in it.
 
     Attributes:
-        traces: Plotly's, with references of `lcray.reporting.store` for arrays and ``@role`` for
+        traces: Plotly's, with references of `lcray.figures.html.store` for arrays and ``@role`` for
             colours, which the page knows for light and dark.
         layout: Plotly's, likewise; ``names`` of an axis are labels of 0, 1, …, shortened to fit.
         height: pixels.
-        columns: of the table view, from `lcray.reporting.store.column`.
+        columns: of the table view, from `lcray.figures.html.store.column`.
         rows: of it.
     """
 

@@ -13,7 +13,7 @@ from lcray.analyses import memorising as learning
 from lcray.analyses.tables import require, split_of
 from lcray.analyses.windows import RUN
 from lcray.errors import InapplicableError, UsageError, suggest
-from lcray.plots.styling import (
+from lcray.figures.matplotlib.styling import (
     HATCH,
     HELPS,
     HURTS,

@@ -9,11 +9,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lcray.errors import InapplicableError, one_line
-from lcray.figures.grouping import total
-from lcray.reporting.course import STEP, heat_trace
-from lcray.reporting.sections import LOSS, Control, Figure, Section, plain, plotted
-from lcray.reporting.source import Source
-from lcray.reporting.store import Store, column
+from lcray.figures.data.grouping import total
+from lcray.figures.html.along_the_run import STEP, heat_trace
+from lcray.figures.html.sections import LOSS, Control, Figure, Section, plain, plotted
+from lcray.figures.html.source import Source
+from lcray.figures.html.store import Store, column
 from lcray.tables.reading.views import literal
 
 Floats = NDArray[np.float64]

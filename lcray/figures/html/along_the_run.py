@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcray.errors import one_line
-from lcray.reporting.sections import (
+from lcray.figures.html.sections import (
     LOSS,
     Control,
     Figure,
@@ -20,8 +20,8 @@ from lcray.reporting.sections import (
     plain,
     plotted,
 )
-from lcray.reporting.source import Source
-from lcray.reporting.store import Store, column
+from lcray.figures.html.source import Source
+from lcray.figures.html.store import Store, column
 
 Floats = NDArray[np.float64]
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcray.errors import InapplicableError, one_line
-from lcray.reporting.course import STEP, along, cumulative
-from lcray.reporting.sections import (
+from lcray.figures.html.along_the_run import STEP, along, cumulative
+from lcray.figures.html.sections import (
     LOSS,
     Control,
     Figure,
@@ -19,8 +19,8 @@ from lcray.reporting.sections import (
     plotted,
     signed,
 )
-from lcray.reporting.source import Source
-from lcray.reporting.store import Packed, Store, column
+from lcray.figures.html.source import Source
+from lcray.figures.html.store import Packed, Store, column
 
 Floats = NDArray[np.float64]
 

@@ -8,10 +8,10 @@ from pathlib import PurePosixPath
 
 from lcray.analyses.titles import WHAT_HAPPENED
 from lcray.errors import one_line
-from lcray.reporting.page import table
-from lcray.reporting.sections import percent, signed
-from lcray.reporting.source import Source
-from lcray.reporting.totals import Total, cards, lede, settings
+from lcray.figures.html.page import table
+from lcray.figures.html.sections import percent, signed
+from lcray.figures.html.source import Source
+from lcray.figures.html.totals import Total, cards, lede, settings
 from lcray.storage.files import read_json
 from lcray.tables.reading.results import Results
 

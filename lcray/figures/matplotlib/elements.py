@@ -8,9 +8,17 @@ from numpy.typing import NDArray
 
 from lcray.analyses.tables import split_of
 from lcray.analyses.tidy import notes_of
-from lcray.figures import tracks as traced
-from lcray.palette import by_depth
-from lcray.plots.styling import INK, LOSS, legend_beside, note, panels, shortened, title
+from lcray.figures.data import tracks as traced
+from lcray.figures.matplotlib.styling import (
+    INK,
+    LOSS,
+    legend_beside,
+    note,
+    panels,
+    shortened,
+    title,
+)
+from lcray.figures.palette import by_depth
 from lcray.tables.reading.results import Results
 
 

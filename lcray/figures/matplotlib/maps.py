@@ -14,7 +14,7 @@ from lcray.analyses.tables import require, split_of
 from lcray.errors import InapplicableError, UsageError
 from lcray.figures import class_layers as by_class
 from lcray.figures import layer_matrix, unit_matrix
-from lcray.plots.styling import (
+from lcray.figures.matplotlib.styling import (
     HURTS,
     INK,
     LOSS,

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from lcray.figures.grouping import numbers, positions
-from lcray.reporting.source import ALLOCATED, Source
-from lcray.reporting.store import Store
+from lcray.figures.data.grouping import numbers, positions
+from lcray.figures.html.source import ALLOCATED, Source
+from lcray.figures.html.store import Store
 
 MOST_WINDOWS = 1000
 

@@ -13,9 +13,8 @@ from lcray.analyses import shares as helping
 from lcray.analyses import trajectories as cumulative
 from lcray.analyses.tables import require, split_of
 from lcray.errors import InapplicableError, UsageError, suggest
-from lcray.figures import reconstruction
-from lcray.palette import by_depth
-from lcray.plots.styling import (
+from lcray.figures.data import reconstruction
+from lcray.figures.matplotlib.styling import (
     FAINT,
     HELPS,
     HURTS,
@@ -29,6 +28,7 @@ from lcray.plots.styling import (
     shortened,
     title,
 )
+from lcray.figures.palette import by_depth
 from lcray.tables.reading.results import Results
 
 if TYPE_CHECKING:

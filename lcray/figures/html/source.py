@@ -13,8 +13,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.errors import InapplicableError, OutputError
-from lcray.figures.grouping import Columns, numbers, positions, total
-from lcray.figures.matrices import layer_sums
+from lcray.figures.data.grouping import Columns, numbers, positions, total
+from lcray.figures.data.matrices import layer_sums
 from lcray.tables.reading.results import Results
 from lcray.tables.recipes import recipe_for
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from lcray.errors import one_line
+from lcray.figures.html.sections import MATERIAL, count, listed, percent, plain, signed
+from lcray.figures.html.source import Source
 from lcray.planning.plan import Plan
-from lcray.reporting.sections import MATERIAL, count, listed, percent, plain, signed
-from lcray.reporting.source import Source
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from lcray.analyses.synchrony import coincidences, peaks_of_learning
 from lcray.errors import InapplicableError, one_line
-from lcray.figures.grouping import total
-from lcray.reporting.course import STEP, along, heat_trace
-from lcray.reporting.sections import (
+from lcray.figures.data.grouping import total
+from lcray.figures.html.along_the_run import STEP, along, heat_trace
+from lcray.figures.html.sections import (
     LOSS,
     Control,
     Figure,
@@ -23,8 +23,8 @@ from lcray.reporting.sections import (
     plotted,
     signed,
 )
-from lcray.reporting.source import Source
-from lcray.reporting.store import Store, column
+from lcray.figures.html.source import Source
+from lcray.figures.html.store import Store, column
 
 Floats = NDArray[np.float64]
 

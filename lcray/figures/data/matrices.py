@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from lcray.analyses import tidy
 from lcray.analyses.tables import layer_of, require, split_of
-from lcray.figures.grouping import Columns, Floats, numbers, positions, total
+from lcray.figures.data.grouping import Columns, Floats, numbers, positions, total
 from lcray.tables.columns import COUNT, UNIT, column
 from lcray.tables.reading.results import Results
 from lcray.tables.reading.views import literal

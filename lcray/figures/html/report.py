@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lcray.errors import InapplicableError, UsageError, one_line
-from lcray.reporting import course, elements, layers, rates, together
-from lcray.reporting.head import head, run_name
-from lcray.reporting.page import links_to, plotly_source, render
-from lcray.reporting.scrubbing import windows
-from lcray.reporting.sections import Absent, Section
-from lcray.reporting.sides import compared
-from lcray.reporting.source import Source, read_source
-from lcray.reporting.store import Store
-from lcray.reporting.totals import totals
+from lcray.figures.html import along_the_run, elements, layers, shares, synchrony
+from lcray.figures.html.comparison import compared
+from lcray.figures.html.head import head, run_name
+from lcray.figures.html.page import links_to, plotly_source, render
+from lcray.figures.html.sections import Absent, Section
+from lcray.figures.html.source import Source, read_source
+from lcray.figures.html.store import Store
+from lcray.figures.html.totals import totals
+from lcray.figures.html.windows import windows
 from lcray.storage import Place, PlaceLike, place, storage_of
 from lcray.storage.files import beside, writing
 from lcray.tables.reading.results import Results, open_output
@@ -25,18 +25,18 @@ PAGE, COMPARISON = "report.html", "comparison.html"
 
 #: id, title where it is absent, and what makes it, in the order they are told.
 SECTIONS: tuple[tuple[str, str, Callable[[Source, Store], Section]], ...] = (
-    ("loss", "Loss and its reconstruction from LC", course.loss),
+    ("loss", "Loss and its reconstruction from LC", along_the_run.loss),
     ("layers", "Loss change allocated to each layer", layers.totals),
-    ("heat-map", "Every layer at every iteration", course.heat_map),
-    ("trajectories", "Cumulative LC of each layer", course.trajectories),
-    ("shares", "How many parameters help", rates.shares),
+    ("heat-map", "Every layer at every iteration", along_the_run.heat_map),
+    ("trajectories", "Cumulative LC of each layer", along_the_run.trajectories),
+    ("shares", "How many parameters help", shares.shares),
     ("distribution", "How |LC| is distributed", elements.distribution),
     ("units", "Units of a layer", elements.units),
     ("traces", "Single parameters: oscillation", elements.traces),
-    ("synchrony", "Do layers learn at the same iterations?", together.synchrony),
-    ("classes", "Classes and layers", together.classes),
+    ("synchrony", "Do layers learn at the same iterations?", synchrony.synchrony),
+    ("classes", "Classes and layers", synchrony.classes),
     ("splits", "Train against validation", layers.splits),
-    ("first-order", "First order against the rule", rates.first_order),
+    ("first-order", "First order against the rule", shares.first_order),
     ("fisher", "Fisher information beside LC", layers.fisher),
 )
 
