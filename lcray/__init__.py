@@ -11,11 +11,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Recorder": "lcray.checkpoints",
     "Task": "lcray.tasks.task",
-    "Resources": "lcray.resources",
+    "Resources": "lcray.execution.cluster.resources",
     "Results": "lcray.tables.reading.results",
     "LcrayError": "lcray.errors",
-    "allocate": "lcray.in_memory",
-    "analyze": "lcray.analysis",
+    "allocate": "lcray.execution.in_memory",
+    "analyze": "lcray.execution.driver.analyze",
     "compare": "lcray.analyses.comparison",
     "convert": "lcray.checkpoints.convert",
     "demo": "lcray.digits",
@@ -23,13 +23,13 @@ _PUBLIC = {
     "findings": "lcray.analyses.findings",
     "inspect": "lcray.checkpoints",
     "open": "lcray.tables.reading.results",
-    "plan": "lcray.analysis",
+    "plan": "lcray.execution.driver.analyze",
     "query": "lcray.tables.reading.results",
     "reduce": "lcray.tables.reducing.reduce",
     "report": "lcray.figures.html.report",
-    "status": "lcray.standing",
-    "submit": "lcray.submission",
-    "trace": "lcray.retracing",
+    "status": "lcray.execution.driver.status",
+    "submit": "lcray.execution.driver.submit",
+    "trace": "lcray.execution.driver.trace",
     "verify": "lcray.tables.verifying.verify",
 }
 _RENAMED = {"open": "open_output"}
@@ -39,20 +39,20 @@ __all__ = [*_PUBLIC]
 if TYPE_CHECKING:
     from lcray.analyses.comparison import compare as compare
     from lcray.analyses.findings import findings as findings
-    from lcray.analysis import analyze as analyze
-    from lcray.analysis import plan as plan
     from lcray.checkpoints import Recorder as Recorder
     from lcray.checkpoints import inspect as inspect
     from lcray.checkpoints.convert import convert as convert
     from lcray.digits import demo as demo
     from lcray.errors import LcrayError as LcrayError
+    from lcray.execution.cluster.resources import Resources as Resources
+    from lcray.execution.driver.analyze import analyze as analyze
+    from lcray.execution.driver.analyze import plan as plan
+    from lcray.execution.driver.status import status as status
+    from lcray.execution.driver.submit import submit as submit
+    from lcray.execution.driver.trace import trace as trace
+    from lcray.execution.in_memory import allocate as allocate
     from lcray.figures.exports import export as export
     from lcray.figures.html.report import report as report
-    from lcray.in_memory import allocate as allocate
-    from lcray.resources import Resources as Resources
-    from lcray.retracing import trace as trace
-    from lcray.standing import status as status
-    from lcray.submission import submit as submit
     from lcray.tables.reading.results import Results as Results
     from lcray.tables.reading.results import open_output
     from lcray.tables.reading.results import query as query

@@ -262,7 +262,7 @@ def status(out: str, watch: bool, as_json: bool) -> None:
     minute.
     """
     from lcray import display
-    from lcray.standing import Silence
+    from lcray.execution.driver.status import Silence
 
     silence = Silence(out)
     while True:

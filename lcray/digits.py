@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lcray.analysis import analyze
 from lcray.checkpoints import Recorder
-from lcray.computing import OnProgress
 from lcray.errors import OutputError, UsageError
-from lcray.resources import Resources
+from lcray.execution.cluster.resources import Resources
+from lcray.execution.driver.analyze import analyze
+from lcray.execution.driver.progress import OnProgress
 from lcray.tables.reading.results import Results
 from lcray.tasks.task import Task
 

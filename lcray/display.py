@@ -17,10 +17,10 @@ from lcray.analyses.tidy import notes_of
 from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
 from lcray.checkpoints import Audit
 from lcray.errors import one_line, visible
+from lcray.execution.driver.status import Status
 from lcray.planning.costs import n_fisher
 from lcray.planning.plan import Plan, SplitPlan
 from lcray.planning.saved import PlanReport
-from lcray.standing import Status
 from lcray.tables.reading.results import Results
 from lcray.wording import duration as duration
 from lcray.wording import size as size

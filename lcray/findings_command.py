@@ -70,7 +70,7 @@ def findings(out: str, only: tuple[str, ...], as_json: bool, **options: Any) -> 
     Each goes to OUT/findings/NAME.parquet; shown is a summary of the whole run.
     """
     from lcray import display
-    from lcray.computing import Progress
+    from lcray.execution.driver.progress import Progress
     from lcray.progress import reporting
 
     with reporting() as report:

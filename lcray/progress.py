@@ -17,7 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from lcray.computing import Progress as State
+from lcray.execution.driver.progress import Progress as State
 from lcray.wording import duration
 
 _PHASES = {

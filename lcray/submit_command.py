@@ -12,8 +12,8 @@ import click
 import lcray
 from lcray import terminal
 from lcray.errors import UsageError
+from lcray.execution.cluster.resources import Resources
 from lcray.options import Command, example
-from lcray.resources import Resources
 
 _OWN = {"run", "out", "address", "as_json"}  # of analyze's, those that mean something else here
 

@@ -9,8 +9,8 @@ import click
 
 import lcray
 from lcray import terminal
+from lcray.execution.cluster.resources import Resources
 from lcray.options import Command, example, folders
-from lcray.resources import Resources
 
 _PLACING = {field.name for field in fields(Resources)}
 

@@ -20,16 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lcray.analysis import Progress
 from lcray.checkpoints import Recorder
-from lcray.cluster.actor import Shipment, Worker
 from lcray.errors import LcrayError
-from lcray.fresh import Unexplained
-from lcray.outcomes import Outcome, SpanReport, View
+from lcray.execution.cluster.actor import Shipment, Worker
+from lcray.execution.cluster.resources import Resources, place_workers
+from lcray.execution.driver.analyze import Progress
+from lcray.execution.worker.fresh import Unexplained
+from lcray.execution.worker.reports import Outcome, SpanReport, View
+from lcray.execution.worker.workspace import Description, Probe
 from lcray.planning.plan import Plan, Span
-from lcray.resources import Resources, place_workers
 from lcray.settings import Settings
-from lcray.span import Description, Probe
 from lcray.tables.reducing.reduce import Reduction, merge
 from lcray.tasks.task import Task, TaskSource
 
@@ -241,7 +241,7 @@ def spans_of(out: Path) -> list[str]:
 
 
 class InlinePool:
-    """A `lcray.cluster.Pool` of one worker in this process: the same calls, no Ray."""
+    """A `lcray.execution.cluster.Pool` of one worker in this process: the same calls, no Ray."""
 
     size = 2
 
@@ -313,7 +313,7 @@ class InlinePool:
 
 def work_inline(patch: pytest.MonkeyPatch) -> None:
     """Analyses take place in this process, without Ray."""
-    patch.setattr("lcray.analysis.workplace", lambda *_: nullcontext(InlinePool))
+    patch.setattr("lcray.execution.driver.analyze.workplace", lambda *_: nullcontext(InlinePool))
     patch.setattr("ray.get_gpu_ids", list)
 
 

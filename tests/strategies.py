@@ -21,9 +21,9 @@ from twin import Interval, Twin
 from lcray.allocation.allocator import Accuracy, IntervalLC, SplitAllocator
 from lcray.allocation.path import Point, Segment
 from lcray.allocation.quadrature import get_rule
+from lcray.execution.worker.workbench import Workbench
 from lcray.planning.make import make_settings
 from lcray.tasks.task import Task
-from lcray.workbench import Workbench
 
 State = dict[str, Tensor]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import lcray
-from lcray.agreement import check_agreement, digest
-from lcray.analysis import Progress
 from lcray.errors import DisagreementError
+from lcray.execution.cluster.resources import Resources
+from lcray.execution.driver.analyze import Progress
+from lcray.execution.worker.agreement import check_agreement, digest
+from lcray.execution.worker.workspace import Workspace
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Reference, SplitPlan
-from lcray.resources import Resources
-from lcray.span import Workspace
 from lcray.tables.shards.writer import read_commit
 from lcray.tasks.task import Task
 

@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lcray
-from lcray.analysis import load_plan
 from lcray.errors import (
     CheckpointError,
     CorruptionError,
@@ -32,10 +31,11 @@ from lcray.errors import (
     TaskError,
     UsageError,
 )
-from lcray.resources import Resources
+from lcray.execution.cluster.resources import Resources
+from lcray.execution.driver.analyze import load_plan
+from lcray.execution.worker.tuning import Tuning, tune
+from lcray.execution.worker.workbench import Workbench
 from lcray.tasks.task import Task
-from lcray.tuning import Tuning, tune
-from lcray.workbench import Workbench
 
 OPTIONS: dict[str, Any] = {"span_length": 3, "elements": True}
 
@@ -267,7 +267,7 @@ class TestTuning:
     @pytest.fixture
     def chosen(self, monkeypatch: pytest.MonkeyPatch) -> Tuning:
         tuning = Tuning(5, "channels_last", sample_bytes=1e6)
-        monkeypatch.setattr("lcray.span.tune", lambda bench: tuning)
+        monkeypatch.setattr("lcray.execution.worker.workspace.tune", lambda bench: tuning)
         return tuning
 
     def test_the_choice_is_recorded_beside_what_was_asked_for(
@@ -290,7 +290,7 @@ class TestTuning:
         lcray.analyze(run, "scenes:plain", out, **OPTIONS)
         before = scenes.tables(out)
         shutil.rmtree(out / "shards" / scenes.spans_of(out)[1])
-        monkeypatch.setattr("lcray.span.tune", never)
+        monkeypatch.setattr("lcray.execution.worker.workspace.tune", never)
         found = lcray.analyze(run, "scenes:plain", out, **OPTIONS)
         assert scenes.tables(out) == before
         assert (found.plan.batch_size, found.plan.memory_format) == (5, "channels_last")
@@ -314,10 +314,10 @@ class TestTuning:
         self, run: Path, plain_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         plan = replace(lcray.open(plain_out).plan, batch_size=4)
-        monkeypatch.setattr("lcray.span.tune", never)
+        monkeypatch.setattr("lcray.execution.worker.workspace.tune", never)
         found = lcray.analyze(run, "scenes:plain", tmp_path / "new", plan=plan)
         assert found.plan.batch_size == 4
-        monkeypatch.setattr("lcray.span.tune", tune)
+        monkeypatch.setattr("lcray.execution.worker.workspace.tune", tune)
         lcray.analyze(run, "scenes:plain", tmp_path / "asked", batch_size=4, **OPTIONS)
         assert parquet(tmp_path / "new") == parquet(tmp_path / "asked") != parquet(plain_out)
 
@@ -327,7 +327,7 @@ class TestTuning:
         found = lcray.plan(run, "scenes:plain", **OPTIONS).estimate.memory_bytes
         chosen_larger = replace(chosen, sample_bytes=3e6)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lcray.span.tune", lambda bench: chosen_larger)
+            patch.setattr("lcray.execution.worker.workspace.tune", lambda bench: chosen_larger)
             more = lcray.plan(run, "scenes:plain", **OPTIONS).estimate.memory_bytes
         assert found is not None and more is not None
         # Batches of up to 5 samples; the process itself may have grown a little meanwhile.

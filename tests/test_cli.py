@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import lcray
 from lcray import cli
-from lcray.standing import FailedSpan, RunningSpan, Status
+from lcray.execution.driver.status import FailedSpan, RunningSpan, Status
 from lcray.tasks.task import Task
 
 PROGRAM = [sys.executable, "-m", "lcray"]

@@ -23,19 +23,19 @@ import scenes
 import torch
 
 import lcray
-from lcray.cluster import Pool, actor, connection, dispatching
-from lcray.cluster.actor import Shipment
-from lcray.cluster.supervision import SupervisedPool
 from lcray.errors import (
     ClusterError,
     IncompleteError,
     TaskError,
     UsageError,
 )
-from lcray.outcomes import Outcome, SpanReport
+from lcray.execution.cluster import Pool, actor, connection, dispatch
+from lcray.execution.cluster.actor import Shipment
+from lcray.execution.cluster.resources import Resources, place_workers
+from lcray.execution.cluster.scheduler import Policy
+from lcray.execution.cluster.supervision import SupervisedPool
+from lcray.execution.worker.reports import Outcome, SpanReport
 from lcray.planning.plan import Plan, Span
-from lcray.resources import Resources, place_workers
-from lcray.scheduling import Policy
 from lcray.settings import Settings
 from lcray.tasks.task import Task, TaskSource, locate
 
@@ -572,7 +572,7 @@ def test_an_answer_that_was_lost_costs_no_second_computation(
     plain_run: Path, plain_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call may have done its work although it raises: the commit says so."""
-    original, reports = dispatching.result, []
+    original, reports = dispatch.result, []
 
     def result(reference: Any) -> Any:
         found = original(reference)
@@ -582,8 +582,8 @@ def test_an_answer_that_was_lost_costs_no_second_computation(
                 raise ray.exceptions.ActorUnavailableError("the connection was lost", b"\0" * 16)
         return found
 
-    monkeypatch.setattr(dispatching, "result", result)
-    monkeypatch.setattr(dispatching, "fetched", lambda references: {})  # one by one, that is
+    monkeypatch.setattr(dispatch, "result", result)
+    monkeypatch.setattr(dispatch, "fetched", lambda references: {})  # one by one, that is
     out = tmp_path / "out"
     analyze(plain_run, "scenes:plain", out, 1, span_length=3, elements=True)
     assert [report.committed for report in reports] == [True, False, True, True, True]
@@ -598,7 +598,7 @@ def test_a_worker_that_ray_ends_for_its_memory_is_a_lost_worker(
     plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray says so by an error that is not one of a dead actor."""
-    original, reports, out = dispatching.result, [], tmp_path / "out"
+    original, reports, out = dispatch.result, [], tmp_path / "out"
 
     def result(reference: Any) -> Any:
         found = original(reference)
@@ -609,8 +609,8 @@ def test_a_worker_that_ray_ends_for_its_memory_is_a_lost_worker(
                 raise ray.exceptions.OutOfMemoryError("the node ran low on memory")
         return found
 
-    monkeypatch.setattr(dispatching, "result", result)
-    monkeypatch.setattr(dispatching, "fetched", lambda references: {})  # one by one, that is
+    monkeypatch.setattr(dispatch, "result", result)
+    monkeypatch.setattr(dispatch, "fetched", lambda references: {})  # one by one, that is
     told = scenes.Told()
     with pytest.raises(IncompleteError) as caught:
         analyze(plain_run, "scenes:plain", out, 1, span_length=6, on_progress=told)

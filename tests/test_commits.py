@@ -13,8 +13,8 @@ import pytest
 from benchmarks import simulation
 
 from lcray.errors import CorruptionError
+from lcray.execution.driver.status import Standing, Status
 from lcray.planning.plan import Plan, Span
-from lcray.standing import Standing, Status
 from lcray.tables.reducing import reduce
 from lcray.tables.shards import writer as shards
 from lcray.tables.shards.commit import committed, each_commit

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 import lcray
 from lcray import display
-from lcray.analysis import PlanReport
 from lcray.errors import TaskError, UsageError
-from lcray.in_memory import allocate
+from lcray.execution.driver.analyze import PlanReport
+from lcray.execution.in_memory import allocate
+from lcray.execution.worker.workspace import Workspace
 from lcray.planning.make import make_settings
 from lcray.planning.plan import Plan, SplitPlan
-from lcray.span import Workspace
 from lcray.tables.reading.confidence import Replication, columns, quantile
 from lcray.tables.reducing.reduce import reduce
 from lcray.tables.verifying.verify import verify

@@ -15,13 +15,13 @@ import pytest
 import ray
 
 import lcray
-from lcray.cluster import dispatching
-from lcray.cluster.dispatching import Dispatch
-from lcray.cluster.metrics import Metrics
 from lcray.errors import ClusterError, TaskError
-from lcray.outcomes import Outcome, SpanReport, View
+from lcray.execution.cluster import dispatch as dispatching
+from lcray.execution.cluster.dispatch import Dispatch
+from lcray.execution.cluster.metrics import Metrics
+from lcray.execution.cluster.scheduler import Policy
+from lcray.execution.worker.reports import Outcome, SpanReport, View
 from lcray.planning.plan import Plan, Span
-from lcray.scheduling import Policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 # Workers do not find this module: they get the class itself.
@@ -62,7 +62,7 @@ class Straggler:
 
 
 class Few:
-    """As `lcray.cluster.crew.Crew`, of workers that are ready."""
+    """As `lcray.execution.cluster.workers.Crew`, of workers that are ready."""
 
     team, patience, setting_up = 1, None, ()
 

@@ -18,8 +18,8 @@ from lcray import display
 from lcray.analyses.findings import Findings
 from lcray.analyses.registry import FINDINGS
 from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
-from lcray.analysis import PlanReport
 from lcray.checkpoints.audit import Audit
+from lcray.execution.driver.analyze import PlanReport
 from lcray.planning.costs import Estimate
 from lcray.planning.plan import Plan
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcray.analysis import load_plan
 from lcray.errors import UsageError
+from lcray.execution.driver.analyze import load_plan
 from lcray.planning.costs import estimate
 from lcray.planning.make import extend_plan, make_plan, make_settings
 from lcray.planning.plan import Plan, SplitPlan

@@ -18,14 +18,14 @@ import lcray
 from lcray.allocation.fisher.fisher import FisherMeter, Traces, ratio_of_means
 from lcray.allocation.path import Point
 from lcray.errors import TaskError, UsageError
+from lcray.execution.worker.workbench import Workbench
+from lcray.execution.worker.workspace import Workspace
 from lcray.planning.make import make_plan, make_settings
-from lcray.span import Workspace
 from lcray.storage.files import write_json_atomic
 from lcray.tables.reading.results import Results, open_output
 from lcray.tables.reducing.reduce import reduce
 from lcray.tables.shards.writer import read_commit
 from lcray.tasks.task import Task
-from lcray.workbench import Workbench
 
 
 def sample_classes(output: Tensor, batch: Any, generator: torch.Generator) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from lcray.errors import CheckpointError, TaskError
-from lcray.in_memory import Allocation, allocate
+from lcray.execution.in_memory import Allocation, allocate
 from lcray.tasks.model.flat import FlatModel
 from lcray.tasks.task import Task
 

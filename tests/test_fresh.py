@@ -20,12 +20,12 @@ import lcray
 from lcray.allocation.path import Point
 from lcray.checkpoints import Recorder
 from lcray.errors import TaskError
-from lcray.fresh import check_model
-from lcray.in_memory import allocate
+from lcray.execution.in_memory import allocate
+from lcray.execution.worker.fresh import check_model
+from lcray.execution.worker.workbench import Workbench
+from lcray.execution.worker.workspace import Workspace
 from lcray.planning.make import make_settings
-from lcray.span import Workspace
 from lcray.tasks.task import Task
-from lcray.workbench import Workbench
 
 IN_PLACE = r"^model: a loss of .* when its weights are set in place, but .* built anew, loaded"
 

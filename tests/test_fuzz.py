@@ -34,11 +34,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import lcray
-from lcray.analysis import load_plan
 from lcray.checkpoints import Recorder, open_series
 from lcray.display import status_text
 from lcray.errors import CheckpointError
-from lcray.record import read_record
+from lcray.execution.driver.analyze import load_plan
+from lcray.execution.driver.record import read_record
 from lcray.storage import lock
 from lcray.storage.files import encode_json, read_json, read_sealed, seal
 from lcray.storage.lock import LOCK, Holder

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from lcray.allocation.path import Point, Segment
 from lcray.errors import TaskError
+from lcray.execution.worker.workbench import Workbench
 from lcray.settings import Settings
 from lcray.tasks.task import Task
-from lcray.workbench import Workbench
 
 # Sums of at most some hundred float64 terms in another order, relative to the largest.
 ROUNDING = 1e-12

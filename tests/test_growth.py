@@ -15,9 +15,10 @@ import pytest
 import scenes
 
 import lcray
-from lcray import analysis, growth
 from lcray.errors import CheckpointError, UsageError
-from lcray.growth import Growth
+from lcray.execution.driver import analyze
+from lcray.execution.driver import follow as growth
+from lcray.execution.driver.follow import Growth
 from lcray.storage import place, storage_of
 
 
@@ -144,7 +145,7 @@ class TestLooking:
 class TestFollowing:
     @pytest.fixture(autouse=True)
     def fast(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(analysis, "SECONDS_A_LOOK", 0.05)
+        monkeypatch.setattr(analyze, "SECONDS_A_LOOK", 0.05)
 
     @pytest.mark.parametrize("length", [3, None])
     @pytest.mark.slow
@@ -186,7 +187,7 @@ class TestFollowing:
             else:
                 say(run, ended=True)
 
-        monkeypatch.setattr(analysis.time, "sleep", sleep)
+        monkeypatch.setattr(analyze.time, "sleep", sleep)
         found = lcray.analyze(run, "scenes:plain", tmp_path / "out", follow=True, span_length=3)
         # Steps 7 and 8 wait for 9; 10 and 11 for the end.
         assert looks == [2, 2, 2, 3, 3, 3][: len(looks)] and len(looks) == 6

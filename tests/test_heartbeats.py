@@ -17,13 +17,13 @@ from ray._private.state import actors
 from torch import Tensor, nn
 
 import lcray
-from lcray.cluster import dispatching
-from lcray.cluster.dispatching import Dispatch
-from lcray.cluster.metrics import Metrics
 from lcray.errors import ClusterError
-from lcray.outcomes import SpanReport
+from lcray.execution.cluster import dispatch as dispatching
+from lcray.execution.cluster.dispatch import Dispatch
+from lcray.execution.cluster.metrics import Metrics
+from lcray.execution.cluster.resources import Resources
+from lcray.execution.worker.reports import SpanReport
 from lcray.planning.plan import Plan, Span
-from lcray.resources import Resources
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 # Workers do not find this module where a class of it is an actor: they get the class itself.
@@ -106,7 +106,7 @@ class Silent:
 
 
 class One:
-    """As `lcray.cluster.crew.Crew`, of one worker, without which there is none."""
+    """As `lcray.execution.cluster.workers.Crew`, of one worker, without which there is none."""
 
     team, patience, setting_up = 1, PATIENCE, ()
 

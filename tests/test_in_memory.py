@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from twin import Twin
 
 from lcray.errors import CheckpointError, TaskError, UsageError
-from lcray.in_memory import Allocation, allocate
+from lcray.execution.in_memory import Allocation, allocate
 from lcray.tasks.task import Task
 
 # Relative to Σ|LC|: sums of some hundred float64 terms.

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 import lcray
 from lcray.allocation.path import Point
 from lcray.errors import CheckpointError, OutputError, TaskError, UsageError
-from lcray.independence import Independence, growing, mixture, two_points
+from lcray.execution.driver.record import make_fingerprint, make_notes
+from lcray.execution.worker.independence import Independence, growing, mixture, two_points
+from lcray.execution.worker.tuning import tune
+from lcray.execution.worker.workbench import Workbench
+from lcray.execution.worker.workspace import Workspace
 from lcray.planning.make import make_plan, make_settings
-from lcray.record import make_fingerprint, make_notes
-from lcray.span import Workspace
 from lcray.tasks.task import Task
-from lcray.tuning import tune
-from lcray.workbench import Workbench
 
 # Sums of some hundred float64 terms, relative to Σ|LC|.
 CLOSE = 1e-10

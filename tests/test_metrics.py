@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lcray.cluster.metrics import Metrics
-from lcray.outcomes import SpanReport
+from lcray.execution.cluster.metrics import Metrics
+from lcray.execution.worker.reports import SpanReport
 from lcray.planning.plan import Span
 
 
@@ -23,8 +23,8 @@ def test_every_count_and_the_gap_are_told(monkeypatch: pytest.MonkeyPatch) -> No
         def set(self, value: float, tags: dict[str, str]) -> None:
             values[self._name, tags["split"]] = value
 
-    monkeypatch.setattr("lcray.cluster.metrics.Counter", Noted)
-    monkeypatch.setattr("lcray.cluster.metrics.Gauge", Noted)
+    monkeypatch.setattr("lcray.execution.cluster.metrics.Counter", Noted)
+    monkeypatch.setattr("lcray.execution.cluster.metrics.Gauge", Noted)
     metrics = Metrics()
     metrics.done(
         Span((0, 1, 2, 3)), SpanReport(True, 12, 1.0, {"a": (-2.0, -1.5), "b": (1.0, 0.0)})

@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from twin import Twin
 
 from lcray.errors import TaskError
-from lcray.in_memory import allocate
+from lcray.execution.in_memory import allocate
+from lcray.execution.worker.workbench import Workbench
 from lcray.settings import Settings
 from lcray.tasks.model.batch_norm import Normalization, depends_on_batches, may_normalize
 from lcray.tasks.task import Task
-from lcray.workbench import Workbench
 
 # The formula and torch's kernel round differently: a few units of 2^-53 of numbers of order ten.
 ROUNDING = 1e-13

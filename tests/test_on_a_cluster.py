@@ -19,7 +19,7 @@ import scenes
 from loopback import Machine
 
 import lcray
-from lcray.record import read_record
+from lcray.execution.driver.record import read_record
 from lcray.storage.files import FORMAT_VERSION
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -207,7 +207,7 @@ def follow(head: Machine, job: str) -> subprocess.CompletedProcess[str]:
     return head.run(
         "python", "-c",
         "import sys\n"
-        "from lcray.cluster import jobs\n"
+        "from lcray.execution.cluster import jobs\n"
         f"client = jobs.connect('{SERVER}/')\n"
         f"print(*jobs.follow(client, '{job}', sys.stdout.write))",
     )  # fmt: skip
@@ -243,7 +243,7 @@ def test_a_head_that_dies_is_out_of_sight(alone: Machine) -> None:
     start_head(alone)
     code = (
         "import os, subprocess, sys\n"
-        "from lcray.cluster import jobs\n"
+        "from lcray.execution.cluster import jobs\n"
         "from lcray.errors import ClusterError\n"
         "jobs._PATIENCE = 2\n"
         "client = jobs.connect(None)\n"

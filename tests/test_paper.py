@@ -184,7 +184,7 @@ def test_end_to_end_and_again(
     paper: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every network at the tiny scale, in this process; what is complete is left as it is."""
-    from lcray.resources import Resources
+    from lcray.execution.cluster.resources import Resources
 
     scenes.work_inline(monkeypatch)
     for network in paper.networks:

@@ -21,13 +21,13 @@ import lcray
 from lcray.allocation.partial_sums import Answer, Request, Seat, batches_of, cut_parts, deal
 from lcray.allocation.path import Point
 from lcray.errors import TaskError, UsageError
+from lcray.execution.cluster.resources import Resources
+from lcray.execution.worker.data_parallel import Colleague, Cut, Order, SentPoint, points_of
+from lcray.execution.worker.workbench import Workbench
+from lcray.execution.worker.workspace import Workspace
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, largest_share
-from lcray.resources import Resources
-from lcray.span import Workspace
 from lcray.tasks.task import Task
-from lcray.teamwork import Colleague, Cut, Order, SentPoint, points_of
-from lcray.workbench import Workbench
 
 
 @settings(deadline=None)
@@ -55,7 +55,7 @@ def test_the_busiest_worker_sets_the_pace(k: int, team: int, share: float) -> No
 
 
 class Neighbours:
-    """The members of a team in this process: `lcray.cluster.team.Team` without Ray."""
+    """The members of a team in this process: `lcray.execution.cluster.team.Team` without Ray."""
 
     def __init__(self, task: Task, settings: Any, team: int) -> None:
         self.members = [

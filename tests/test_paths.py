@@ -20,9 +20,9 @@ import synthetic
 from click.testing import CliRunner
 
 import lcray
-from lcray.analysis import analyze
 from lcray.cli import app
 from lcray.errors import OutputError
+from lcray.execution.driver.analyze import analyze
 from lcray.storage import place, storage_of
 from lcray.tables.reading.results import open_output
 

@@ -12,7 +12,12 @@ import psutil
 import pytest
 import scenes
 
-from lcray.process import end_session, environment, tune_process, worker_environment
+from lcray.execution.worker.process import (
+    end_session,
+    environment,
+    tune_process,
+    worker_environment,
+)
 
 FAULTS = """
 import resource, sys
@@ -135,7 +140,7 @@ class TestEnvironment:
 
 def test_torch_is_not_imported() -> None:
     """Options of malloc count for what is allocated after them."""
-    code = "import sys, lcray.process; sys.exit('torch' in sys.modules)"
+    code = "import sys, lcray.execution.worker.process; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=scenes.python_environment())
 
 

@@ -12,7 +12,7 @@ import pytest
 import scenes
 
 from lcray import progress
-from lcray.analysis import Progress
+from lcray.execution.driver.analyze import Progress
 
 SCRIPT = """
 from lcray.analysis import Progress

@@ -34,7 +34,7 @@ def test_importing_costs_nothing() -> None:
 
 def test_a_driver_is_small() -> None:
     """It opens what it made; what reads and fits tables is loaded by whoever does."""
-    loaded = python("import lcray.analysis, sys; print(*sys.modules)").split()
+    loaded = python("import lcray.execution.driver.analyze, sys; print(*sys.modules)").split()
     assert "ray" in loaded
     assert {"pandas", "duckdb", "scipy"}.isdisjoint(loaded)
 
@@ -64,11 +64,14 @@ def test_every_public_name_is_what_it_says() -> None:
 
 @pytest.mark.slow
 def test_only_public_names_are_listed_whatever_is_imported() -> None:
-    code = "import lcray.plots, lcray.figures, lcray.analysis; print(*dir(lcray.{}))"
+    code = (
+        "import lcray.plots, lcray.figures, lcray.execution.driver.analyze; print(*dir(lcray.{}))"
+    )
     for name in ("plots", "figures"):
         module = importlib.import_module(f"lcray.{name}")
         assert python(code.format(name)).split() == sorted(module.__all__)
-    code = "import lcray.plots, lcray.analysis, lcray.tables.reading.results; print(*dir(lcray))"
+    modules = "lcray.plots, lcray.execution.driver.analyze, lcray.tables.reading.results"
+    code = f"import {modules}; print(*dir(lcray))"
     assert python(code).split() == sorted([*lcray.__all__, "__version__"])
 
 

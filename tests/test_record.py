@@ -16,7 +16,7 @@ import torch
 import lcray
 from lcray import display
 from lcray.errors import OutputError, UsageError
-from lcray.record import (
+from lcray.execution.driver.record import (
     Record,
     carrier_versions,
     check_plan_fits,
@@ -27,8 +27,8 @@ from lcray.record import (
     make_notes,
     read_record,
 )
+from lcray.execution.worker.workspace import Description
 from lcray.settings import Settings
-from lcray.span import Description
 from lcray.tasks.model.layers import Layer
 
 OUT = Path("OUT")

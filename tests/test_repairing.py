@@ -11,7 +11,7 @@ import scenes
 
 import lcray
 from lcray.errors import CorruptionError, OutputError
-from lcray.repairing import take_back
+from lcray.execution.driver.repair import take_back
 
 OPTIONS = {"span_length": 3, "elements": True}
 
@@ -121,7 +121,7 @@ def test_an_interruption_leaves_a_span_that_does_not_count(
     def stop(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lcray.repairing.sync_folder", stop)
+    monkeypatch.setattr("lcray.execution.driver.repair.sync_folder", stop)
     with pytest.raises(KeyboardInterrupt):
         take_back(out, lcray.open(out).plan.spans)
     assert not (folder / "commit.json").exists()

@@ -11,10 +11,10 @@ import pytest
 import scenes
 
 import lcray
-from lcray import revisiting
 from lcray.checkpoints import open_series
 from lcray.errors import CorruptionError, OutputError
-from lcray.revisiting import Revisit, revisit_last
+from lcray.execution.driver import revisit as revisiting
+from lcray.execution.driver.revisit import Revisit, revisit_last
 from lcray.storage import place, storage_of
 from lcray.storage.files import encode_json, read_sealed, seal
 from lcray.tables.shards.commit import each_commit, read_commit

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcray.scheduling import Assign, Decision, GiveUp, Policy, Replace, Scheduler
+from lcray.execution.cluster.scheduler import Assign, Decision, GiveUp, Policy, Replace, Scheduler
 
 
 def assigned(decisions: list[Decision]) -> list[tuple[object, int]]:

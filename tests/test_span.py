@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from lcray.checkpoints import State
 from lcray.errors import CheckpointError, TaskError
+from lcray.execution.worker.workspace import Workspace
 from lcray.planning.costs import estimate
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Span
-from lcray.span import Workspace
 from lcray.storage import Place, place, storage_of
 from lcray.storage.files import write_json_atomic
 from lcray.tables.reading.results import Results, open_output
@@ -208,7 +208,7 @@ class TestReading:
         work = workspace(tiny_task, tiny_run)
         plan = draft(work, length)
         work.series = reads = Reads(work.series)
-        monkeypatch.setattr("lcray.span.open_series", lambda *where: reads)
+        monkeypatch.setattr("lcray.execution.worker.workspace.open_series", lambda *where: reads)
         for span in plan.spans[:4]:
             reads.read_steps.clear()
             work.run(plan, span, tmp_path, "a")
@@ -221,7 +221,7 @@ class TestReading:
         work = workspace(replace(tiny_task, splits={"train": tiny_task.splits["train"]}), tiny_run)
         plan = draft(work, 12)
         work.series = reads = Reads(work.series)
-        monkeypatch.setattr("lcray.span.open_series", lambda *where: reads)
+        monkeypatch.setattr("lcray.execution.worker.workspace.open_series", lambda *where: reads)
         seen: list[int] = []
         evaluate = work.bench.engine.evaluate
 
@@ -270,7 +270,8 @@ class TestWhileTrainingWrites:
         work = workspace(tiny_task, tiny_run)
         plan, listings = draft(work, 1), []
         monkeypatch.setattr(
-            "lcray.span.open_series", lambda *where: listings.append(where) or work.series
+            "lcray.execution.worker.workspace.open_series",
+            lambda *where: listings.append(where) or work.series,
         )
         for number, span in enumerate((*plan.spans, plan.spans[-1])):
             work.run(plan, span, tmp_path / "out", str(number))

@@ -19,8 +19,8 @@ import scenes
 
 import lcray
 from lcray.errors import IncompleteError, OutputError
-from lcray.outcomes import SpanInHand, SpanReport, View
-from lcray.standing import Gap, RunningSpan, Silence, StatusFile
+from lcray.execution.driver.status import Gap, RunningSpan, Silence, StatusFile
+from lcray.execution.worker.reports import SpanInHand, SpanReport, View
 from lcray.storage import storage_of
 from lcray.storage.files import read_json
 from lcray.storage.lock import LOCK, STALE, Holder, locked
@@ -151,7 +151,7 @@ class TestWatching:
     @pytest.fixture
     def clock(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
         now = [100.0]
-        monkeypatch.setattr("lcray.standing.time.monotonic", lambda: now[0])
+        monkeypatch.setattr("lcray.execution.driver.status.time.monotonic", lambda: now[0])
         return now
 
     @pytest.mark.parametrize("state", ["running", "unknown"])
@@ -246,10 +246,10 @@ class TestWatching:
 
 
 WATCHER = """
-import lcray.standing
+import lcray.execution.driver.status
 from lcray.cli import main
 
-lcray.standing.STALE = 5.0  # as the lock's, but for a test
+lcray.execution.driver.status.STALE = 5.0  # as the lock's, but for a test
 main()
 """
 
@@ -330,7 +330,7 @@ class TestWhileItRuns:
     @pytest.fixture
     def clock(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         now = [0.0]
-        monkeypatch.setattr("lcray.standing.time.monotonic", lambda: now[0])
+        monkeypatch.setattr("lcray.execution.driver.status.time.monotonic", lambda: now[0])
         return lambda seconds: now.__setitem__(0, seconds)
 
     def test_rate_and_time_left_count_what_is_done_within_spans(

@@ -28,34 +28,9 @@ ORDER = (
     "tables",
     "analyses",
     "figures",
-    "walk",
-    "workbench",
-    "newly_built",
-    "fresh",
-    "agreement",
-    "independence",
-    "teamwork",
-    "tuning",
-    "in_memory",
-    "descriptions",
-    "outcomes",
-    "span",
+    "execution",
     "plots",
-    "exports",
-    "reporting",
-    "record",
-    "resources",
-    "process",
-    "scheduling",
-    "standing",
-    "computing",
-    "growth",
-    "repairing",
-    "revisiting",
     "cluster",
-    "analysis",
-    "retracing",
-    "submission",
     "integrations",
     "digits",
     "wording",
@@ -169,7 +144,7 @@ def test_ray_is_imported_in_one_package() -> None:
         for target, _ in imports(tree)
         if target == "ray" or target.startswith("ray.")
     }
-    assert users and all(name.startswith("lcray.cluster") for name in users)
+    assert users and all(name.startswith("lcray.execution.cluster") for name in users)
 
 
 @pytest.mark.parametrize("name", TREES)

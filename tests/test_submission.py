@@ -19,11 +19,11 @@ import pytest
 
 import lcray
 from lcray import cli
-from lcray.cluster import jobs
 from lcray.errors import ClusterError, LcrayError, UsageError
-from lcray.resources import Resources
+from lcray.execution.cluster import jobs
+from lcray.execution.cluster.resources import Resources
+from lcray.execution.driver.submit import arguments
 from lcray.settings import Settings
-from lcray.submission import arguments
 from lcray.tables.reading.results import open_output
 
 TASK = "from lcray import Task\nimport mynet\n"

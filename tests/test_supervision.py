@@ -25,10 +25,10 @@ import ray
 import scenes
 
 import lcray
-from lcray.cluster import connection, private, supervision, workplace
-from lcray.cluster.connecting import Address
 from lcray.errors import ClusterError, UsageError
-from lcray.resources import Resources, usable_cores
+from lcray.execution.cluster import connection, private, supervision, workplace
+from lcray.execution.cluster.connect import Address
+from lcray.execution.cluster.resources import Resources, usable_cores
 
 pytestmark = pytest.mark.ray
 
@@ -302,7 +302,9 @@ class TestAddress:
 class TestCores:
     def test_the_affinity(self) -> None:
         cores = os.sched_getaffinity(0)
-        program = "from lcray.resources import usable_cores; print(usable_cores())"
+        program = (
+            "from lcray.execution.cluster.resources import usable_cores; print(usable_cores())"
+        )
         found = subprocess.run(
             [sys.executable, "-c", program],
             env=scenes.python_environment() | {"PYTHONPATH": jobs.PATH},
@@ -315,7 +317,9 @@ class TestCores:
 
     def test_a_control_group(self) -> None:
         """Of as much time as half the cores of this machine have, and no less than one."""
-        program = "from lcray.resources import usable_cores; print(usable_cores())"
+        program = (
+            "from lcray.execution.cluster.resources import usable_cores; print(usable_cores())"
+        )
         cores = len(os.sched_getaffinity(0))
         with control_group(quota=50_000 * cores, period=100_000) as tasks:
             command = f"echo $$ > {tasks}; exec {shlex.join([sys.executable, '-c', program])}"
@@ -340,7 +344,7 @@ class TestCores:
         ],
     )
     def test_limits(self, limits: dict[str, str], expected: list[float], tmp_path: Path) -> None:
-        from lcray.resources import _quotas
+        from lcray.execution.cluster.resources import _quotas
 
         (tmp_path / "own").write_text("3:cpu,cpuacct:/job\n2:memory:/other\n0::/a/b\n")
         for name, text in limits.items():

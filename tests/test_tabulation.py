@@ -26,10 +26,10 @@ import lcray
 from lcray.allocation.interval import IntervalLC
 from lcray.allocation.path import Point, Segment
 from lcray.checkpoints import Recorder
+from lcray.execution.worker.workspace import Workspace
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Span, SplitPlan
 from lcray.settings import Settings
-from lcray.span import Workspace
 from lcray.tables.schema import TABLES, table_schema
 from lcray.tables.shards.writer import span_folder
 from lcray.tables.writing import row_groups, split_tables

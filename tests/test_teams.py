@@ -17,8 +17,8 @@ import scenes
 
 import lcray
 from lcray.errors import IncompleteError, TaskError, UsageError
+from lcray.execution.cluster.resources import Resources, place_workers
 from lcray.planning.plan import Plan
-from lcray.resources import Resources, place_workers
 from lcray.tasks.task import Task
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -101,7 +101,7 @@ def test_an_analysis_goes_on_with_teams_of_another_size(plain_run: Path, tmp_pat
 
 
 def plan_of_record(out: Path) -> int:
-    from lcray.record import read_record
+    from lcray.execution.driver.record import read_record
 
     record = read_record(out)
     assert record is not None

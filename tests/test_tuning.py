@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lcray import tuning
+from lcray.execution.worker import tuning
+from lcray.execution.worker.tuning import activation_bytes, tune
+from lcray.execution.worker.workbench import Workbench
 from lcray.planning.make import make_settings
 from lcray.tasks.task import Task
-from lcray.tuning import activation_bytes, tune
-from lcray.workbench import Workbench
 
 N = 5000
 

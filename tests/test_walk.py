@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lcray import walk as walk_module
 from lcray.checkpoints import CheckpointSeries, State, open_series
 from lcray.errors import CheckpointError
+from lcray.execution.worker import prefetch as walk_module
+from lcray.execution.worker.prefetch import Walk
 from lcray.planning.plan import Span
 from lcray.tasks.model.flat import FlatModel
-from lcray.walk import Walk
 
 STEPS = (0, 1, 2, 3, 5, 8)
 

@@ -14,10 +14,10 @@ from torch.utils.data import TensorDataset
 import lcray
 from lcray.allocation.sums import Evaluation
 from lcray.errors import TaskError, UsageError
+from lcray.execution.worker.workbench import Workbench
 from lcray.planning.make import make_settings
 from lcray.tasks.model.precision import check_float32, exact_float32
 from lcray.tasks.task import Task
-from lcray.workbench import Workbench
 
 X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.0], [-2.0, 1.0], [1.0, 1.0]])
 Y = torch.tensor([0, 1, 0, 1, 1])
@@ -467,7 +467,9 @@ class TestMemory:
     def test_by_default_it_is_a_share_of_what_is_free(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("lcray.workbench.available_bytes", lambda device: 10**9)
+        monkeypatch.setattr(
+            "lcray.execution.worker.workbench.available_bytes", lambda device: 10**9
+        )
         task = Task(Sum, {"train": (X, Y)}, per_item)
         assert Workbench(task, make_settings({})).room == 800_000_000 - 2 * 63
         shared = Workbench(task, make_settings({"dtype": "float64"}), sharers=4)

@@ -10,10 +10,10 @@ from typing import Any
 from lcray.allocation.gradient import GradientEngine
 from lcray.allocation.quadrature import get_rule
 from lcray.errors import UsageError
+from lcray.execution.worker.process import tune_process, worker_environment
+from lcray.execution.worker.workspace import SpanReport, Workspace
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan
-from lcray.process import tune_process, worker_environment
-from lcray.span import SpanReport, Workspace
 from lcray.storage.files import FORMAT_VERSION, write_json_atomic
 from lcray.tasks.task import Task, load_task
 

@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lcray.record import read_record
-from lcray.scheduling import Assign, Decision, GiveUp, Policy, Replace, Scheduler
+from lcray.execution.cluster.scheduler import Assign, Decision, GiveUp, Policy, Replace, Scheduler
+from lcray.execution.driver.record import read_record
 from lcray.storage import storage_of
 
 from . import simulation

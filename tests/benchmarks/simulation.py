@@ -22,18 +22,18 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
-from lcray.cluster import connection
-from lcray.cluster.actor import Worker
-from lcray.cluster.dispatching import Dispatch, OnTick
-from lcray.cluster.metrics import Metrics
-from lcray.computing import Computation
 from lcray.errors import CheckpointError
-from lcray.outcomes import Outcome, SpanReport
+from lcray.execution.cluster import connection
+from lcray.execution.cluster.actor import Worker
+from lcray.execution.cluster.dispatch import Dispatch, OnTick
+from lcray.execution.cluster.metrics import Metrics
+from lcray.execution.cluster.resources import Resources
+from lcray.execution.driver.progress import Computation
+from lcray.execution.driver.record import Record, read_record
+from lcray.execution.driver.status import StatusFile, status
+from lcray.execution.worker.reports import Outcome, SpanReport
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Span, SplitPlan
-from lcray.record import Record, read_record
-from lcray.resources import Resources
-from lcray.standing import StatusFile, status
 from lcray.storage import place
 from lcray.storage.files import FORMAT_VERSION, encode_json, seal
 from lcray.storage.lock import locked
@@ -201,7 +201,7 @@ def _layers(plan: Plan, starts: Any, ends: Any, lc: Any, rng: Any) -> dict[str, 
 
 
 class _Workspace:
-    """In place of `lcray.span.Workspace`."""
+    """In place of `lcray.execution.worker.workspace.Workspace`."""
 
     def __init__(self, faults: Faults, write: bool) -> None:
         self._faults, self._write = faults, write
@@ -242,7 +242,7 @@ class Node(Worker):
 
 
 class Seats:
-    """Stands in for `lcray.cluster.crew.Crew`.
+    """Stands in for `lcray.execution.cluster.workers.Crew`.
 
     Args:
         workers: seats in all.
@@ -296,7 +296,7 @@ class Seats:
 
 
 class Pool:
-    """Stands in for `lcray.cluster.Pool`, as far as `Computation` asks it."""
+    """Stands in for `lcray.execution.cluster.Pool`, as far as `Computation` asks it."""
 
     def __init__(self, seats: Seats) -> None:
         self._seats, self._metrics = seats, Metrics()

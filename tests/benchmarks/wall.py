@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 import lcray
-from lcray.analysis import Progress
+from lcray.execution.driver.analyze import Progress
 
 from .nets import LENET
 from .player import Player, ask_all

@@ -1,0 +1,34 @@
+"""Ray: actors that hold a workspace each, and the loop that hands spans to them.
+
+The only package that imports ray. The driver holds O(workers + spans) and never tensor data; actors
+are stateless between spans, so that losing one costs the span it was at. Ray ends the process that
+is connected to it where it ends itself, so the driver has a process of its own (`driver`), and the
+one that called lcray supervises it (`supervision`).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Pool", "Workers", "connection", "workplace"]
+
+if TYPE_CHECKING:
+    from lcray.execution.cluster.connect import connection as connection
+    from lcray.execution.cluster.pool import Pool as Pool
+    from lcray.execution.cluster.supervision import Workers as Workers
+    from lcray.execution.cluster.supervision import workplace as workplace
+
+# Imported on first use, since the driver's process starts Ray before it loads torch.
+_PUBLIC = {
+    "Pool": "pool",
+    "Workers": "supervision",
+    "connection": "connect",
+    "workplace": "supervision",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lcray.execution.cluster' has no attribute {name!r}")
+    return getattr(import_module(f"lcray.execution.cluster.{_PUBLIC[name]}"), name)

@@ -1,0 +1,197 @@
+"""The actor that a worker is, and how a task gets there."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.cloudpickle
+
+from lcray.allocation.partial_sums import Seat
+from lcray.errors import ClusterError, TaskError
+from lcray.execution.cluster.calls import plainly
+from lcray.execution.cluster.connect import in_one_line
+from lcray.execution.cluster.resources import Placement
+from lcray.execution.cluster.team import Team
+from lcray.execution.worker.fresh import Unexplained
+from lcray.execution.worker.process import tune_process
+from lcray.execution.worker.reports import SpanReport, report_of
+from lcray.execution.worker.workspace import Description, Probe, Workspace
+from lcray.planning.plan import Plan, Span
+from lcray.settings import Settings
+from lcray.storage import place
+from lcray.tables.reducing.reduce import Reduction, merge
+from lcray.tables.shards.writer import committed
+from lcray.tasks.task import Task, TaskSource
+
+_SECONDS_A_BEAT = 1.0
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """A task on its way to a worker, with the folders that the driver imports from."""
+
+    search_path: tuple[str, ...]
+    pickled: bytes
+
+    @classmethod
+    def pack(cls, source: TaskSource) -> Shipment:
+        """Pack a source.
+
+        Raises:
+            TaskError: if the object cannot be sent.
+        """
+        try:
+            return cls(tuple(sys.path), ray.cloudpickle.dumps(source))
+        except Exception as error:
+            raise TaskError(
+                f"task: cannot be sent to workers ({in_one_line(error)}); name it module:attribute"
+            ) from error
+
+    def load(self) -> Task:
+        """The task, here; see `unpack`.
+
+        Raises:
+            TaskError: if it cannot be loaded.
+        """
+        return self.unpack().load()
+
+    def unpack(self) -> TaskSource:
+        """The source, importable here wherever the driver's folders exist here as well."""
+        known = set(sys.path)
+        sys.path += [p for p in self.search_path if p not in known and os.path.exists(p)]
+        try:
+            source: TaskSource = ray.cloudpickle.loads(self.pickled)
+        except Exception as error:
+            raise TaskError(
+                f"task: cannot be loaded on a worker ({in_one_line(error)}); is its code there too?"
+            ) from error
+        return source
+
+
+class Worker:
+    """The actor: a workspace, and the calls that the driver makes on it."""
+
+    def __init__(self) -> None:
+        self._device = "cuda" if ray.get_gpu_ids() else "cpu"
+        tune_process(self._device)
+        self._workspace: Workspace | None = None
+
+    def set_up(
+        self,
+        shipped: Shipment,
+        run: str,
+        settings: Settings,
+        steps: str | None,
+        threads: int,
+        partial_sums: int,
+        placement: Placement,
+        group: Any = None,
+    ) -> Description:
+        """Build model and data; the lead of a team has its members do so meanwhile."""
+
+        def work() -> Description:
+            team = None
+            if group is not None:
+                team = Team(group, placement, (shipped.load, settings, threads, partial_sums))
+            task = shipped.load()
+            self._workspace = Workspace(
+                task,
+                run,
+                settings,
+                steps=steps,
+                device=self._device,
+                threads=threads,
+                memory=placement.memory,
+                sharers=placement.sharers,
+                partial_sums=partial_sums,
+                seat=Seat(0, placement.team),
+            )
+            if team is not None:
+                team.welcome(self._workspace.bench, task)
+                self._workspace.lead(team)
+            return self._workspace.describe()
+
+        return plainly(work)
+
+    def check(self) -> Unexplained:
+        """Compare the model with models newly built."""
+        return plainly(self._ready().check)
+
+    def probe(self) -> Probe:
+        """Evaluate the splits at the first checkpoint."""
+        return plainly(self._ready().probe)
+
+    def losses(self, plan: Plan) -> dict[str, float]:
+        """The mean loss of each split at the first checkpoint."""
+        return plainly(lambda: self._ready().losses(plan))
+
+    def run_span(
+        self, plan: Plan, span: Span, out: str, attempt: str, beats: Any = None
+    ) -> SpanReport:
+        """Compute and commit a span.
+
+        Args:
+            plan: the plan.
+            span: one of its spans.
+            out: the output directory.
+            attempt: an id that no other attempt has.
+            beats: the `Beats` to tell how far it is, if anybody is interested.
+        """
+        tell = (lambda done: None) if beats is None else _Telling(beats, attempt)
+
+        def work() -> SpanReport:
+            # A call whose answer was lost may have done its work, and so may a copy elsewhere.
+            found = committed(place(out), [span]).get(span)
+            if found is not None:
+                return report_of(found)
+            return self._ready().run(plan, span, place(out), attempt, tell)
+
+        return plainly(work)
+
+    def reduce(self, out: str, allow_missing: bool) -> Reduction:
+        """Merge the shards of `out`, here rather than in the driver."""
+        return plainly(lambda: merge(out, allow_missing=allow_missing))
+
+    def _ready(self) -> Workspace:
+        if self._workspace is None:
+            raise ClusterError("worker: was not set up")
+        return self._workspace
+
+
+class Beats:
+    """An actor of its own: how far the spans are that workers are at.
+
+    Workers tell it without waiting for an answer, and the driver asks it. So signs of life need no
+    second thread in a worker, nor a worker that answers while it computes.
+    """
+
+    def __init__(self) -> None:
+        self._done: dict[str, float] = {}
+
+    def tell(self, attempt: str, done: float) -> None:
+        """An attempt has done so many intervals."""
+        self._done[attempt] = done
+
+    def take(self) -> dict[str, float]:
+        """What has been told since the last time."""
+        found, self._done = self._done, {}
+        return found
+
+
+class _Telling:
+    """Tells `Beats` of an attempt, once a second at most."""
+
+    def __init__(self, beats: Any, attempt: str) -> None:
+        self._beats, self._attempt = beats, attempt
+        self._next = 0.0
+
+    def __call__(self, done: float) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _SECONDS_A_BEAT
+            self._beats.tell.remote(self._attempt, done)

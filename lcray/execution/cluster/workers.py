@@ -1,0 +1,190 @@
+"""The workers there are: starting and ending them, and following the nodes of the cluster."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from lcray.errors import ClusterError, TaskError, TeamError, UsageError
+from lcray.execution.cluster.actor import Worker
+from lcray.execution.cluster.calls import Reference, result
+from lcray.execution.cluster.connect import in_one_line
+from lcray.execution.cluster.resources import Placement, Resources, place_workers
+from lcray.execution.cluster.team import give_back, options_of, reserve
+from lcray.execution.worker.workspace import Description
+
+_EARLY_DEATHS = 3  # a worker, in a row and while they set up, until the analysis ends
+
+_ASKED = 3  # workers for the same, until it is taken to be what kills them
+
+
+class Crew:
+    """Workers by number: those that are ready, and those that set up.
+
+    Where workers share gradients, a worker here is the lead of a team, which is placed, lost and
+    ended with it.
+
+    Args:
+        setup: the first arguments of `Worker.set_up`.
+        resources: what may be used.
+        limit: the most workers that there is work for.
+
+    Raises:
+        UsageError: for resources that cannot be had.
+    """
+
+    def __init__(self, setup: tuple[Any, ...], resources: Resources, limit: int) -> None:
+        self._setup, self._resources, self.limit = setup, resources, limit
+        self._placed = place_workers(resources, _nodes(), limit)
+        # Which kind of device is used is decided once, by the nodes that were there first.
+        self._resources = replace(resources, gpus_per_worker=self._placed.gpus)
+        self._numbers = itertools.count()
+        self.ready: dict[int, Any] = {}  # actors
+        self._starting: dict[Reference, tuple[int, Any]] = {}
+        self._rooms: dict[int, Any] = {}  # of teams
+        self.description: Description | None = None
+        self._early = 0  # deaths in a row
+
+    @property
+    def wanted(self) -> int:
+        """The number of workers, or teams, that were asked for, or fit."""
+        return self._placed.workers
+
+    @property
+    def team(self) -> int:
+        """Workers that share a gradient."""
+        return self._placed.team
+
+    @property
+    def patience(self) -> float | None:
+        """What the user says about workers that make no progress."""
+        return self._resources.patience
+
+    @property
+    def setting_up(self) -> list[Reference]:
+        """What tells that a worker has set up."""
+        return list(self._starting)
+
+    def follow(self) -> None:
+        """See what nodes there are now: some may have joined or left.
+
+        Workers that were to start on a node that is gone are not waited for, unless they were
+        asked for by number: then there is room as soon as a node joins.
+        """
+        try:
+            self._placed = place_workers(self._resources, _nodes(), self.limit)
+        except UsageError:  # no node that fits is left for now
+            return
+        surplus = len(self.ready) + len(self._starting) - self.wanted
+        if self._resources.workers is None:
+            for reference in list(self._starting)[-surplus:] if surplus > 0 else ():
+                self._let_go(*self._starting.pop(reference))
+
+    def fill(self, most: int) -> None:
+        """Start workers until there are as many as are wanted, or `most`."""
+        while len(self.ready) + len(self._starting) < min(self.wanted, most):
+            number, placed, room = next(self._numbers), self._placed, None
+            if placed.team > 1:
+                room = self._rooms[number] = reserve(placed)
+            actor = _start(placed, room)
+            reference = actor.set_up.remote(*self._setup, placed, room)
+            self._starting[reference] = number, actor
+
+    def _let_go(self, number: int, actor: Any) -> None:
+        ray.kill(actor)
+        if number in self._rooms:
+            give_back(self._rooms.pop(number))
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What a worker that is ready answers; another one is asked where it dies.
+
+        Raises:
+            RayError: if all have died that were asked.
+            LcrayError: as the call raises it.
+        """
+        for left in reversed(range(_ASKED)):
+            number = self.await_one()
+            try:
+                return result(getattr(self.ready[number], method).remote(*arguments))
+            except RayError:
+                self.end(number)
+                if not left:
+                    raise
+        raise AssertionError("unreachable")
+
+    def await_one(self) -> int:
+        """A worker that is ready.
+
+        Raises:
+            TaskError, CheckpointError, ClusterError: as setting up raises them.
+        """
+        while not self.ready:
+            self.fill(max(1, self.wanted))
+            found, _ = ray.wait(self.setting_up, num_returns=1)
+            self.welcome(found[0])
+        first: int = next(iter(self.ready))
+        return first
+
+    def welcome(self, reference: Reference) -> int | None:
+        """Take in a worker that has set up: it must have found what the others found.
+
+        Returns:
+            its number; None if it has died, and others may be needed.
+
+        Raises:
+            TaskError, CheckpointError, ClusterError: as setting up raises them.
+        """
+        number, actor = self._starting.pop(reference)
+        try:
+            found: Description = result(reference)
+        except (RayError, TeamError) as error:
+            self._let_go(number, actor)
+            self._early += 1
+            if self._early > _EARLY_DEATHS * self.wanted:
+                raise ClusterError(
+                    f"workers: keep dying while they set up ({in_one_line(error)}); is there "
+                    "enough memory for model and data?"
+                ) from error
+            return None
+        self.ready[number] = actor
+        self._early = 0
+        # The first one's, even where that worker is gone: others may have computed with the same.
+        self.description = self.description or found
+        if found != self.description:
+            raise TaskError(
+                "task: workers differ in model, data or device; splits() and model() must give "
+                "the same everywhere (seed what is random)"
+            )
+        return number
+
+    def end(self, number: int) -> None:
+        """End a worker that is lost, hangs, or is no longer needed."""
+        self._let_go(number, self.ready.pop(number))
+
+    def dismiss(self) -> None:
+        """End all of them."""
+        for number, actor in [*self.ready.items(), *self._starting.values()]:
+            self._let_go(number, actor)
+        self.ready.clear()
+        self._starting.clear()
+
+
+def _start(placed: Placement, room: Any) -> Any:
+    worker: Any = ray.remote(Worker)
+    if room is not None:
+        return worker.options(**options_of(placed, room, 0)).remote()
+    return worker.options(
+        num_cpus=placed.cpus,
+        num_gpus=placed.gpus,
+        resources=dict(placed.custom),
+        scheduling_strategy="SPREAD",
+        max_restarts=0,
+    ).remote()
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,0 +1,173 @@
+"""The public verb that has a cluster do an analysis: package the code, submit, follow."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shlex
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lcray.errors import UsageError, suggest
+from lcray.execution.cluster import jobs
+from lcray.execution.cluster.resources import Resources
+from lcray.execution.driver.analyze import analyze, load_plan
+from lcray.planning.make import make_settings
+from lcray.settings import Settings
+from lcray.storage import Remote, place
+from lcray.tasks.packaging import Package, pack
+
+PathLike = str | os.PathLike[str]
+
+_PLAN = "lcray-plan.json"  # in the package
+_FLAGS = {"splits": "split", "custom": "resource"}  # those that bear another name
+_NOT_SENT = {"plan", "resources", "on_progress"}  # arguments of `analyze` with a way of their own
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job on a cluster.
+
+    Attributes:
+        job: Ray's id of it.
+        address: of the job server.
+        exit_code: of ``lcray analyze`` there, 0 where it succeeded; None if nobody waited for it.
+        message: why it failed, in one line.
+    """
+
+    job: str
+    address: str
+    exit_code: int | None = None
+    message: str = ""
+
+
+def submit(
+    run: str,
+    task: str,
+    out: str,
+    *,
+    address: str | None = None,
+    plan: PathLike | None = None,
+    resources: Resources | None = None,
+    include: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    wait: bool = True,
+    on_package: Callable[[Package], None] | None = None,
+    on_submit: Callable[[Submission], None] | None = None,
+    on_log: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Submission:
+    """Have a Ray cluster run ``lcray analyze``, and wait for it.
+
+    The task's code travels with the job; nothing of it is imported here. Run and output do not
+    travel: they are on storage that every node sees.
+
+    Args:
+        run: the run: a URI, or an absolute path as the cluster sees it.
+        task: ``package.module:attribute`` or ``path/file.py:attribute``.
+        out: the output, likewise.
+        address: of the cluster's job server, ``http://HEAD:8265``; by default what
+            ``RAY_API_SERVER_ADDRESS`` says, else port 8265 of this machine.
+        plan: the file of a plan, instead of `steps`, `span_length` and options.
+        resources: workers, and what each may use.
+        include: files and folders beside the task's code that it needs.
+        env: variables for the job and its workers. Who can see the job can read them: no secrets.
+        wait: follow the job until it ends.
+        on_package: called with what was packaged, before it is sent.
+        on_submit: called once the cluster has the job.
+        on_log: called with the job's log, piece by piece, while it is waited for.
+        **options: of `lcray.analyze`.
+
+    Raises:
+        UsageError: for arguments that cannot be used.
+        TaskError: if the task's code is not found, or too large.
+        ClusterError: if the job server is not reached, or refuses.
+        KeyboardInterrupt: as usual; once the job is submitted, it goes on, and the message says how
+            to follow and how to stop it.
+    """
+    if not isinstance(task, str):
+        raise UsageError("task: name it package.module:attribute, so that its code can be sent")
+    _check_place("run", run)
+    _check_place("out", out)
+    if plan is not None:
+        load_plan(plan)
+    resources = resources or Resources()
+    if resources.address is not None:
+        raise UsageError("resources.address: a job joins its own cluster; pass address=http://…")
+    package = pack(task, include=include, never=[each for each in (run, out) if "://" not in each])
+    given = ["--plan", _PLAN] if plan is not None else []
+    command = ["lcray", "analyze", run, "--task", package.reference, "--out", out, *given]
+    command += arguments(options, resources)
+    (on_package or _ignore)(package)
+    client = jobs.connect(address)
+    job = _send(client, package, plan, command, dict(env or {}))
+    submitted = Submission(job, client.address)
+    (on_submit or _ignore)(submitted)
+    if not wait:
+        return submitted
+    ended = jobs.follow(client, job, on_log or _ignore)
+    return Submission(job, client.address, ended.exit_code, ended.message)
+
+
+def _ignore(told: object) -> None:
+    """Nobody wants to know."""
+
+
+def _send(
+    client: Any, package: Package, plan: PathLike | None, command: list[str], env: dict[str, str]
+) -> str:
+    """Submit the command with its code and plan; Ray's id of the job."""
+    with tempfile.TemporaryDirectory(prefix="lcray-") as folder:
+        package.write(Path(folder))
+        if plan is not None:
+            Path(folder, _PLAN).write_bytes(Path(plan).read_bytes())
+        return jobs.submit(client, shlex.join(command), folder, env)
+
+
+def _check_place(what: str, text: str) -> None:
+    """Refuse what would mean something else on the cluster than here, and credentials.
+
+    Raises:
+        UsageError: saying what to give instead.
+    """
+    if isinstance(place(text), Remote) or "://" in text:
+        return
+    if not os.path.isabs(text):
+        raise UsageError(
+            f"{what} {text!r}: is relative, and a job runs in a folder of its own; give the path "
+            f"that every node sees (here it would be {os.path.abspath(text)}), or a URI"
+        )
+
+
+def arguments(options: Mapping[str, Any], resources: Resources) -> list[str]:
+    """The arguments of ``lcray analyze`` that say the same as those of `lcray.analyze`.
+
+    Raises:
+        UsageError: for an option that does not exist or cannot be used.
+    """
+    known = {field.name: field.default for field in fields(Settings)}
+    parameters = inspect.signature(analyze).parameters.values()
+    own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    valid = known | {name: default for name, default in own.items() if name not in _NOT_SENT}
+    for name in options:
+        if name not in valid:
+            raise UsageError(suggest(name, valid, "option"))
+    make_settings({name: value for name, value in options.items() if name in known})
+    placed = {field.name: field.default for field in fields(Resources)}
+    values = {name: getattr(resources, name) for name in placed} | dict(options)
+    defaults = placed | valid
+    changed = [(name, value) for name, value in values.items() if value != defaults[name]]
+    return [word for name, value in changed for word in _words(name, value)]
+
+
+def _words(name: str, value: Any) -> list[str]:
+    flag = _FLAGS.get(name, name).replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, Mapping):
+        value = [f"{key}={amount}" for key, amount in value.items()]
+    several = value if isinstance(value, list | tuple) else [value]
+    return [word for each in several for word in (f"--{flag}", str(each))]

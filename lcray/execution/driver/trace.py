@@ -1,0 +1,102 @@
+"""The verb `trace`: a second pass over a run, for the elements that it takes LC to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from lcray.analyses.extremes import extremes
+from lcray.errors import OutputError, UsageError
+from lcray.execution.cluster.resources import Resources
+from lcray.execution.driver.analyze import analyze
+from lcray.execution.driver.progress import OnProgress
+from lcray.execution.driver.record import read_record
+from lcray.planning.make import check_traces
+from lcray.planning.plan import Plan
+from lcray.storage import PlaceLike, place
+from lcray.storage.files import check_way, writing
+from lcray.storage.numerals import whole_number
+from lcray.tables.reading.results import Results, open_output
+from lcray.tasks.task import Task
+
+#: The folder of an output that its second pass goes into.
+FOLDER = "traced"
+_TABLES = ("intervals", "layers", "traces")
+
+
+def trace(
+    run: PlaceLike,
+    task: str | Task,
+    out: PlaceLike,
+    *,
+    elements: Iterable[str] = ("top:10",),
+    into: PlaceLike | None = None,
+    resources: Resources | None = None,
+    on_progress: OnProgress | None = None,
+) -> Results:
+    """Weight, gradient and LC, step by step, of the parameters that helped and hurt most.
+
+    Under the plan of `out`, the run is gone over again with all of its gradients, into an output of
+    its own with the tables `intervals`, `layers` and `traces`; LC is the same as in `out`, bit for
+    bit. Running it again resumes.
+
+    Args:
+        run: the directory of checkpoints, or its URI.
+        task: ``package.module:attribute``, ``path/file.py:attribute``, or a `Task`.
+        out: an output of the same run and task, with its tables.
+        elements: each ``top:k``, the k parameters that helped and the k that hurt most in each
+            split (it needs `parameters`), or ``layer:index``.
+        into: the new output; None for ``OUT/traced``.
+        resources: workers and where they run.
+        on_progress: called whenever there is something to tell.
+
+    Returns:
+        The new output's results.
+
+    Raises:
+        UsageError: for elements that do not exist, or nothing to trace.
+        OutputError: if `out` has no tables, or `into` holds something else.
+        CheckpointError, TaskError, IncompleteError, ClusterError: as `lcray.analyze` raises them.
+    """
+    results = open_output(out)
+    record = read_record(results.path)
+    if record is None:
+        raise OutputError(f"{results.path}: has no analysis.json; analyze the run again")
+    target = results.path / FOLDER if into is None else place(into)
+    check_way(results.path, target)
+    plan = _plan(results, record.plan, elements)
+    known = read_record(target)
+    if known is None:
+        if isinstance(target, Path):
+            with writing(target):
+                target.mkdir(parents=True, exist_ok=True)
+        # With the fingerprint of `out`, so that another task or other data are refused.
+        replace(record, plan=plan).write(target)
+    elif known.plan != plan:
+        raise OutputError(
+            f"{target}: holds the traces of other elements or steps; choose another --into"
+        )
+    return analyze(run, task, target, plan=plan, resources=resources, on_progress=on_progress)
+
+
+def _plan(results: Results, plan: Plan, elements: Iterable[str]) -> Plan:
+    """The plan of the second pass: the same spans and batches, other tables."""
+    chosen = tuple(dict.fromkeys(_chosen(results, elements)))
+    if not chosen:
+        raise UsageError("trace: no parameter has LC; name elements, as layer:index")
+    settings = replace(plan.settings, trace=chosen, parameters=None, elements=False)
+    check_traces(settings, plan.layers)
+    return replace(plan, settings=settings, tables=_TABLES, unit_layers=(), trace_sample=0)
+
+
+def _chosen(results: Results, elements: Iterable[str]) -> Iterator[str]:
+    names = [layer.name for layer in results.plan.layers]
+    for item in elements:
+        name, _, number = item.partition(":")
+        top = whole_number(number)
+        if name == "top" and top is not None and "top" not in names:
+            for row in extremes(results, top=top).to_pylist():
+                yield f"{row['layer']}:{row['index']}"
+        else:
+            yield item

@@ -1,0 +1,1 @@
+"""What one worker does with a span; knows nothing of Ray."""
