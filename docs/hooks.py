@@ -15,8 +15,8 @@ import pyarrow as pa
 
 import lcray
 from lcray.analyses.registry import FINDINGS
-from lcray.cli import app
-from lcray.options import PATH
+from lcray.cli.app import app
+from lcray.cli.options import PATH
 from lcray.tables.recipes import OPTIONS
 from lcray.tables.schema import TABLES
 

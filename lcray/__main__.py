@@ -1,5 +1,5 @@
 """``python -m lcray``: the command line."""
 
-from lcray.cli import main
+from lcray.cli.app import main
 
 main()

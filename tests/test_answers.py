@@ -19,8 +19,8 @@ import synthetic
 from click.testing import CliRunner, Result
 
 import lcray
-from lcray import query_command
-from lcray.cli import app
+from lcray.cli import query
+from lcray.cli.app import app
 from lcray.errors import UsageError
 from lcray.tables.reading.formats import write_csv
 
@@ -111,16 +111,16 @@ def test_parquet_is_whole(out: Path, tmp_path: Path) -> None:
 
 
 def test_parquet_is_not_for_a_terminal(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(query_command.sys.stdout.__class__, "isatty", lambda _: True, raising=False)
+    monkeypatch.setattr(query.sys.stdout.__class__, "isatty", lambda _: True, raising=False)
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr(query_command.sys, "stdout", Terminal())
-    assert query_command.query.callback is not None
+    monkeypatch.setattr(query.sys, "stdout", Terminal())
+    assert query.query.callback is not None
     with pytest.raises(UsageError, match="binary: give --output FILE"):
-        query_command.query.callback(str(out), "SELECT 1", "parquet", None)
+        query.query.callback(str(out), "SELECT 1", "parquet", None)
 
 
 def test_tables_say_what_they_leave_out_and_go_to_no_file(out: Path, tmp_path: Path) -> None:

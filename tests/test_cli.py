@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lcray
-from lcray import cli
+from lcray.cli import app
 from lcray.execution.driver.status import FailedSpan, RunningSpan, Status
 from lcray.tasks.task import Task
 
@@ -64,7 +64,7 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         capfd.readouterr()
         code: Any = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as error:
             code = error.code or 0
         return Ran(code, *capfd.readouterr())
@@ -79,7 +79,7 @@ def run(plain_run: Path, tmp_path: Path) -> Path:
 
 
 def test_help_of_every_command(command: Lcray) -> None:
-    names = set(cli.app.commands)
+    names = set(app.app.commands)
     assert {"demo", "inspect", "plan", "analyze", "status", "reduce", "verify", "query"} <= names
     top = command("--help")
     assert top.code == 0
@@ -88,7 +88,7 @@ def test_help_of_every_command(command: Lcray) -> None:
         assert (shown.code, shown.err) == (0, "")
         assert f"lcray {name}" in shown.out
         assert name in top.out
-        for option in cli.app.commands[name].params:
+        for option in app.app.commands[name].params:
             assert all(flag in shown.out for flag in option.opts if flag.startswith("--"))
             if option.opts[0].startswith("--"):
                 assert getattr(option, "help", None), (name, option.opts)
@@ -434,7 +434,7 @@ class TestStatus:
         whole = lcray.status(plain_out)
         states = iter(["running", "following", "reducing", end])
         monkeypatch.setattr(lcray, "status", lambda out: replace(whole, state=next(states)))
-        monkeypatch.setattr(cli, "_SECONDS_A_LOOK", 0.0)
+        monkeypatch.setattr(app, "_SECONDS_A_LOOK", 0.0)
         found = command("status", plain_out, "--watch")
         assert re.findall(r"^(\w+): 12/12", found.out, re.M) == [
             "running", "following", "reducing", end,

@@ -22,7 +22,7 @@ import yaml
 from ray.runtime_env import RuntimeEnv
 from ray.scripts.scripts import cli as ray_cli
 
-from lcray import cli
+from lcray.cli import app
 from lcray.tasks.packaging import pack
 from lcray.tasks.task import load_task
 
@@ -53,7 +53,7 @@ def in_script(name: str, program: str) -> list[list[str]]:
 def check_lcray(words: list[str]) -> None:
     """That ``lcray WORDS`` is a command with its arguments."""
     assert words[0] == "lcray"
-    cli.app.commands[words[1]].make_context(words[1], words[2:])
+    app.app.commands[words[1]].make_context(words[1], words[2:])
 
 
 def check_ray(words: list[str]) -> None:
@@ -223,7 +223,7 @@ def test_the_manifest_has_the_fields_of_a_ray_job() -> None:
 def test_every_pod_sees_the_code_and_the_storage() -> None:
     spec = load("rayjob.yaml")["spec"]
     words = shlex.split(spec["entrypoint"])
-    params = cli.analyze.make_context("analyze", words[2:]).params
+    params = app.analyze.make_context("analyze", words[2:]).params
     cluster = spec["rayClusterSpec"]
     pods = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     assert len({pod["template"]["spec"]["containers"][0]["image"] for pod in pods}) == 1

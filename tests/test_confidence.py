@@ -24,7 +24,7 @@ from test_display import shown
 from torch import Tensor, nn
 
 import lcray
-from lcray import display
+from lcray.cli import display
 from lcray.errors import TaskError, UsageError
 from lcray.execution.driver.analyze import PlanReport
 from lcray.execution.in_memory import allocate

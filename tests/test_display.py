@@ -14,11 +14,11 @@ import scenes
 from rich.console import Console, RenderableType
 
 import lcray
-from lcray import display
 from lcray.analyses.findings import Findings
 from lcray.analyses.registry import FINDINGS
 from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
 from lcray.checkpoints.audit import Audit
+from lcray.cli import display
 from lcray.execution.driver.analyze import PlanReport
 from lcray.planning.costs import Estimate
 from lcray.planning.plan import Plan

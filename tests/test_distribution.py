@@ -44,7 +44,7 @@ def test_the_wheel_has_the_package_and_nothing_else(built: Path) -> None:
     assert names - about == tracked("lcray")  # every template and table, too
     assert "lcray/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in about)
-    assert "lcray = lcray.cli:main" in points
+    assert "lcray = lcray.cli.app:main" in points
     assert f"Version: {lcray.__version__}" in metadata
     assert "Provides-Extra: demo" in metadata
 

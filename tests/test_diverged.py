@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import lcray
-from lcray import display, plots
+from lcray import plots
 from lcray.analyses.memorising import overfitting
 from lcray.analyses.registry import FINDINGS
 from lcray.analyses.tidy import notes_of
+from lcray.cli import display
 from lcray.errors import InapplicableError, LcrayError
 from lcray.tables.reading.results import Results
 from lcray.tables.reducing.reduce import reduce

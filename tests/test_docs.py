@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 import lcray
 from lcray.analyses.registry import FINDINGS
-from lcray.cli import app
+from lcray.cli.app import app
 from lcray.tables.schema import TABLES
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ import synthetic
 from click.testing import CliRunner
 
 import lcray
-from lcray.cli import app
+from lcray.cli.app import app
 from lcray.errors import LcrayError, UsageError
 from lcray.figures.exports.tensorboard_events import buckets
 from lcray.tables.reading.results import Results

@@ -18,7 +18,7 @@ from lcray.analyses.findings import Findings
 from lcray.analyses.registry import FINDINGS, Finding
 from lcray.analyses.series import layer_series
 from lcray.analyses.windows import Window, Windows
-from lcray.cli import app
+from lcray.cli.app import app
 from lcray.errors import InapplicableError, OutputError, UsageError
 from lcray.storage import place, storage_of
 from lcray.tables.reducing.reduce import reduce

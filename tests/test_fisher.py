@@ -530,7 +530,7 @@ class TestTables:
     ("given", "every"), [([], None), (["--fisher"], 1), (["--fisher=3"], 3), (["--fisher", "5"], 5)]
 )
 def test_the_option_with_and_without_a_number(given: list[str], every: int | None) -> None:
-    from lcray.cli import analyze as command
+    from lcray.cli.app import analyze as command
 
     words = ["run", *given, "--task", "m:task", "--out", "out"]
     assert command.make_context("analyze", words).params["fisher"] == every

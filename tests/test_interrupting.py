@@ -18,7 +18,7 @@ import scenes
 import synthetic
 
 import lcray
-from lcray.cli import app
+from lcray.cli.app import app
 from lcray.errors import UsageError
 from lcray.storage.interrupt import interruptible, left_behind
 
@@ -138,7 +138,7 @@ def test_errors_and_answers_come_through(out: Path) -> None:
 def test_only_what_goes_on_says_that_it_does(
     command: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from lcray import cli
+    from lcray.cli import app as cli
 
     def stop(**_: object) -> None:
         raise KeyboardInterrupt

@@ -12,7 +12,7 @@ import scenes
 from click.testing import CliRunner
 
 import lcray
-from lcray.cli import app
+from lcray.cli.app import app
 from lcray.errors import CorruptionError, OutputError
 from lcray.planning.plan import Span
 from lcray.storage.lock import LOCK

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lcray
-from lcray import cli
+from lcray.cli import app
 from lcray.storage.lock import locked
 
 Lcray = Callable[..., tuple[int, str]]
@@ -38,7 +38,7 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         capfd.readouterr()
         code: Any = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as error:
             code = error.code or 0
         out, err = capfd.readouterr()

@@ -20,7 +20,7 @@ import synthetic
 from click.testing import CliRunner
 
 import lcray
-from lcray.cli import app
+from lcray.cli.app import app
 from lcray.errors import OutputError
 from lcray.execution.driver.analyze import analyze
 from lcray.storage import place, storage_of

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import scenes
 
-from lcray import progress
+from lcray.cli import progress
 from lcray.execution.driver.analyze import Progress
 
 SCRIPT = """

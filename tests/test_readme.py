@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import lcray
-from lcray.cli import app
+from lcray.cli.app import app
 from lcray.tables.schema import TABLES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -14,7 +14,7 @@ import scenes
 import torch
 
 import lcray
-from lcray import display
+from lcray.cli import display
 from lcray.errors import OutputError, UsageError
 from lcray.execution.driver.record import (
     Record,

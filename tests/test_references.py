@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lcray.cli import app
+from lcray.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 CODE = sorted(ROOT.glob("lcray/**/*.py"))

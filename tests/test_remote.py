@@ -22,7 +22,7 @@ from test_results import ATTACKS
 
 import lcray
 from lcray.checkpoints import open_series
-from lcray.cli import app
+from lcray.cli.app import app
 from lcray.errors import (
     CheckpointError,
     CorruptionError,

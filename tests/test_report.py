@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 import lcray
 from lcray import plots
 from lcray.analyses.synchrony import peaks_of_learning
-from lcray.cli import app
+from lcray.cli.app import app
 from lcray.errors import CorruptionError, OutputError, UsageError
 
 SECTIONS = (

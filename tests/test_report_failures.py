@@ -12,7 +12,7 @@ import synthetic
 from click.testing import CliRunner
 
 import lcray
-from lcray.cli import app
+from lcray.cli.app import app
 from lcray.errors import UsageError
 from lcray.figures.html import along_the_run
 from lcray.figures.html.comparison import compared

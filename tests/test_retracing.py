@@ -12,7 +12,7 @@ import scenes
 from click.testing import CliRunner
 
 import lcray
-from lcray.cli import app
+from lcray.cli.app import app
 from lcray.errors import OutputError, UsageError
 
 pytestmark = pytest.mark.usefixtures("inline")

@@ -18,7 +18,7 @@ import click
 import pytest
 
 import lcray
-from lcray import cli
+from lcray.cli import app
 from lcray.errors import ClusterError, LcrayError, UsageError
 from lcray.execution.cluster import jobs
 from lcray.execution.cluster.resources import Resources
@@ -74,7 +74,7 @@ def run_cli(*words: object) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lcray", *map(str, words)])
         with pytest.raises(SystemExit) as left:
-            cli.main()
+            app.main()
             sys.exit(0)
     return int(left.value.code or 0)
 
@@ -82,7 +82,7 @@ def run_cli(*words: object) -> int:
 def parsed(words: list[str]) -> dict[str, Any]:
     """What ``lcray analyze`` understands."""
     assert words[:2] == ["lcray", "analyze"]
-    return cli.analyze.make_context("analyze", words[2:]).params
+    return app.analyze.make_context("analyze", words[2:]).params
 
 
 VALUES: dict[type[click.ParamType], list[str]] = {
@@ -103,7 +103,7 @@ SPECIAL = {
 
 def every_option() -> Iterator[list[str]]:
     """An example of every option that analyze takes and a job may have."""
-    for option in cli.analyze.params:
+    for option in app.analyze.params:
         if not isinstance(option, click.Option) or option.name in (
             "task", "out", "address", "as_json", "saved",
         ):  # fmt: skip

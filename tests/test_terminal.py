@@ -18,7 +18,7 @@ import scenes
 import synthetic
 
 import lcray
-from lcray import cli, terminal
+from lcray.cli import app, terminal
 from lcray.errors import UsageError
 
 LOUD = ("a\x1b[31mred", "b\nc", "d\x07\x9b2J\u202e", "größe.λ", "emoji-🙂")
@@ -67,7 +67,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lcray]:
             patch.setattr("sys.stderr", streams[1])
             code: Any = 0
             try:
-                cli.main()
+                app.main()
             except SystemExit as error:
                 code = error.code or 0
         return code, streams[0].text(), streams[1].text()

@@ -19,7 +19,7 @@ import lcray
 from lcray.analyses.comparison import one_condition, two_conditions
 from lcray.analyses.momentum import against_momentum
 from lcray.analyses.tidy import notes_of
-from lcray.cli import app
+from lcray.cli.app import app
 from lcray.errors import UsageError
 from lcray.tables.reducing.reduce import reduce
 from lcray.tasks.model.layers import Layer

@@ -21,7 +21,7 @@ import lcray
 from lcray.checkpoints import header, naming, open_series
 from lcray.checkpoints.bits import count_unchanged, same_bits
 from lcray.checkpoints.series import CheckpointSeries
-from lcray.convert_command import convert
+from lcray.cli.convert import convert
 from lcray.errors import CheckpointError, UsageError
 
 

@@ -21,9 +21,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import lcray
-from lcray import cli
 from lcray.checkpoints import open_series
 from lcray.checkpoints.convert import convert
+from lcray.cli import app
 from lcray.errors import CheckpointError, LcrayError, RecorderError, UsageError
 
 # That there is one process only is what is wanted; and importing the library.
@@ -435,7 +435,7 @@ def test_the_command(
         monkeypatch.setattr(sys, "argv", ["lcray", "convert", *map(str, words)])
         code: Any = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as error:
             code = error.code
         return SimpleNamespace(code=code, **capsys.readouterr()._asdict())

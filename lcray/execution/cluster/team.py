@@ -157,12 +157,12 @@ class Team:
             known.clear()
 
     def measure(self, point: Point) -> Iterator[Any]:
-        """What each member finds at a checkpoint; see `lcray.execution.worker.data_parallel.Members`."""
+        """What each member finds at a checkpoint; see `Members`."""
         sent = ray.put(SentPoint.of(point))
         return map(_result, [member.measure.remote(sent) for member in self._members])
 
     def share_out(self, request: Request, n_parts: int) -> tuple[range, Iterator[Answer]]:
-        """Have the members begin with their parts; see `lcray.execution.worker.data_parallel.Members`."""
+        """Have the members begin with their parts; see `Members`."""
         own, *others = deal(n_parts, len(self._members) + 1)
         put: dict[int, Reference] = {}
         calls: list[Reference] = []

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from lcray import terminal
 from lcray.analyses.titles import TITLES
+from lcray.cli import terminal
 from lcray.errors import one_line
 from lcray.settings import Settings
 

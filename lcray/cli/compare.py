@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 import lcray
-from lcray import terminal
-from lcray.findings_command import ranges
-from lcray.options import Command, example
+from lcray.cli import terminal
+from lcray.cli.findings import ranges
+from lcray.cli.options import Command, example
 
 _TESTS = ("p_t", "p_t_adjusted", "p_permutation_adjusted")
 _SHOWN = ("split", "condition", "layer", "n", "lc", "lc_se", *_TESTS)
@@ -64,8 +64,8 @@ def compare(outs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     Every OUT is a run of its own, with another seed; there are p-values from six on. Adjusted ones
     are for all layers.
     """
-    from lcray import display
     from lcray.analyses.tidy import notes_of
+    from lcray.cli import display
 
     found = lcray.compare(*outs, **options)
     frame = found.to_pandas()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 import lcray
-from lcray import terminal
-from lcray.options import OUT, Command, example
+from lcray.cli import terminal
+from lcray.cli.options import OUT, Command, example
 
 
 @click.command(

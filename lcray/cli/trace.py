@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 import lcray
-from lcray import terminal
+from lcray.cli import terminal
+from lcray.cli.options import Command, example, folders
 from lcray.execution.cluster.resources import Resources
-from lcray.options import Command, example, folders
 
 _PLACING = {field.name for field in fields(Resources)}
 
@@ -44,7 +44,7 @@ def trace(run: str, task: str, out: str, **options: Any) -> None:
     Under the plan of --out, with all of its gradients again. The new output has the tables
     intervals, layers and traces: weight, gradient and LC, step by step.
     """
-    from lcray.progress import reporting
+    from lcray.cli.progress import reporting
 
     placed = {name: options.pop(name) for name in _PLACING & options.keys()}
     given = {name: value for name, value in placed.items() if value not in (None, ())}

@@ -18,19 +18,11 @@ from typing import Any
 import click
 
 import lcray
-from lcray import (
-    compare_command,
-    convert_command,
-    export_command,
-    findings_command,
-    query_command,
-    report_command,
-    submit_command,
-    terminal,
-    trace_command,
-)
+from lcray.cli import compare, convert, export, findings, submit, terminal, trace
+from lcray.cli import query as query_command
+from lcray.cli import report as report_command
+from lcray.cli.options import JSON, OUT, RUN, SETTINGS, Group, example, folders, refusal, together
 from lcray.errors import LcrayError, UsageError
-from lcray.options import JSON, OUT, RUN, SETTINGS, Group, example, folders, refusal, together
 from lcray.storage.interrupt import Stopped
 
 _SECONDS_A_LOOK = 5.0
@@ -84,7 +76,8 @@ def app() -> None:
 @click.option("--workers", type=int, help="Workers  [default: one a CPU core].")
 def demo(directory: Path, workers: int | None) -> None:
     """Train a small net on handwritten digits, analyze it, and show what there is."""
-    from lcray import digits, display
+    from lcray import digits
+    from lcray.cli import display
 
     console = terminal.console()
     console.print(f"Training a small LeNet on scikit-learn's digits, recording {directory / 'run'}")
@@ -108,7 +101,7 @@ def demo(directory: Path, workers: int | None) -> None:
 @JSON
 def inspect(run: str, steps: str | None, layers: str | None, as_json: bool) -> None:
     """Audit a run: gaps, duplicates, NaN, outliers, torn files, what is frozen."""
-    from lcray import display
+    from lcray.cli import display
 
     found = lcray.inspect(run, steps, layers)
     _show(asdict(found) | {"ok": found.ok}, lambda: display.audit_table(found), as_json)
@@ -129,7 +122,7 @@ def inspect(run: str, steps: str | None, layers: str | None, as_json: bool) -> N
 @JSON
 def plan(run: str, task: str, save: Path | None, as_json: bool, **options: Any) -> None:
     """Say what an analysis of RUN would take: gradients, time, memory, disk."""
-    from lcray import display
+    from lcray.cli import display
 
     with redirect_stdout(sys.stderr):
         report = lcray.plan(run, task, resources=_resources(options), **_given(options))
@@ -187,7 +180,7 @@ def analyze(
     Running the same command again resumes: what is committed is skipped, and steps that the run
     has gained are added. Interrupting loses nothing that is committed.
     """
-    from lcray import display
+    from lcray.cli import display
 
     resources = _resources(options)
     with _working() as report:
@@ -206,13 +199,13 @@ def analyze(
         terminal.say(f"next: lcray {'report' if 'report' in app.commands else 'findings'} {out}")
 
 
-app.add_command(submit_command.like(analyze))
-app.add_command(trace_command.like(analyze))
-app.add_command(findings_command.findings)
-app.add_command(compare_command.compare)
+app.add_command(submit.like(analyze))
+app.add_command(trace.like(analyze))
+app.add_command(findings.findings)
+app.add_command(compare.compare)
 app.add_command(query_command.query)
-app.add_command(export_command.export)
-app.add_command(convert_command.convert)
+app.add_command(export.export)
+app.add_command(convert.convert)
 app.add_command(report_command.report)
 
 
@@ -261,7 +254,7 @@ def status(out: str, watch: bool, as_json: bool) -> None:
     --watch gives up, with exit code 1, on a driver that was killed, or has given no sign for half a
     minute.
     """
-    from lcray import display
+    from lcray.cli import display
     from lcray.execution.driver.status import Silence
 
     silence = Silence(out)
@@ -287,7 +280,7 @@ def _show(data: dict[str, Any], render: Callable[[], Any], as_json: bool) -> Non
 @contextmanager
 def _working() -> Iterator[Callable[[Any], None]]:
     """What shows progress; what Ray and the user's modules print meanwhile goes to stderr."""
-    from lcray.progress import reporting
+    from lcray.cli.progress import reporting
 
     with reporting() as report, redirect_stdout(sys.stderr):
         yield report

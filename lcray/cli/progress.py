@@ -17,8 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from lcray.cli.units import duration
 from lcray.execution.driver.progress import Progress as State
-from lcray.wording import duration
 
 _PHASES = {
     "start": "starting workers",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lcray import terminal
+from lcray.cli import terminal
+from lcray.cli.options import OUT, Command, example
 from lcray.errors import UsageError
-from lcray.options import OUT, Command, example
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +84,7 @@ def _text(sql: str | None) -> str | None:
 
 
 def _show(frame: pd.DataFrame) -> None:
-    from lcray import display
+    from lcray.cli import display
 
     console = terminal.console()
     console.print(display.fitted(frame, console.width))

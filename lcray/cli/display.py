@@ -16,14 +16,14 @@ from lcray.analyses.registry import FINDINGS
 from lcray.analyses.tidy import notes_of
 from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
 from lcray.checkpoints import Audit
+from lcray.cli.units import duration as duration
+from lcray.cli.units import size as size
 from lcray.errors import one_line, visible
 from lcray.execution.driver.status import Status
 from lcray.planning.costs import n_fisher
 from lcray.planning.plan import Plan, SplitPlan
 from lcray.planning.saved import PlanReport
 from lcray.tables.reading.results import Results
-from lcray.wording import duration as duration
-from lcray.wording import size as size
 
 _BRIEF = 24  # rows of a finding that its summary shows
 _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 import lcray
-from lcray import terminal
-from lcray.options import Command, example, folders
+from lcray.cli import terminal
+from lcray.cli.options import Command, example, folders
 from lcray.storage import Remote, place
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 import lcray
-from lcray import terminal
+from lcray.cli import terminal
+from lcray.cli.options import Command, example
 from lcray.errors import UsageError
 from lcray.execution.cluster.resources import Resources
-from lcray.options import Command, example
 
 _OWN = {"run", "out", "address", "as_json"}  # of analyze's, those that mean something else here
 

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 import lcray
-from lcray import terminal
 from lcray.analyses.titles import TITLES
-from lcray.options import OUT, Command, after_commas, example, finding_names
+from lcray.cli import terminal
+from lcray.cli.options import OUT, Command, after_commas, example, finding_names
 
 
 def ranges(
@@ -69,9 +69,9 @@ def findings(out: str, only: tuple[str, ...], as_json: bool, **options: Any) -> 
 
     Each goes to OUT/findings/NAME.parquet; shown is a summary of the whole run.
     """
-    from lcray import display
+    from lcray.cli import display
+    from lcray.cli.progress import reporting
     from lcray.execution.driver.progress import Progress
-    from lcray.progress import reporting
 
     with reporting() as report:
         found = lcray.findings(

@@ -8,8 +8,8 @@ from dataclasses import asdict
 import click
 
 import lcray
-from lcray import terminal
-from lcray.options import Command, example
+from lcray.cli import terminal
+from lcray.cli.options import Command, example
 
 
 @click.command(
