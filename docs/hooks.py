@@ -17,7 +17,7 @@ import lcray
 from lcray.analyses.registry import FINDINGS
 from lcray.cli.app import app
 from lcray.cli.options import PATH
-from lcray.tables.recipes import OPTIONS
+from lcray.tables.reading.recipes import OPTIONS
 from lcray.tables.schema import TABLES
 
 _INTERNAL = ("borders",)  # in shards alone

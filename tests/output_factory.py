@@ -21,7 +21,7 @@ from lcray.settings import Settings
 from lcray.statistics.histograms import UNDERFLOW, bin_edges
 from lcray.tables.arrow import make_table
 from lcray.tables.shards.writer import ShardWriter
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 
 LAYERS = (
     Layer("b.weight", "b", "parameter", (3, 4), 0, True),

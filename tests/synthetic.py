@@ -21,7 +21,7 @@ from lcray.storage.files import FORMAT_VERSION, encode_json, seal
 from lcray.tables.arrow import make_table
 from lcray.tables.reducing.reduce import plan_digest
 from lcray.tables.schema import TABLES
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 
 Floats = NDArray[np.float64]
 

@@ -17,7 +17,7 @@ from lcray.allocation.path import Point, Segment
 from lcray.statistics.histograms import LayerHistograms, SignedHistograms
 from lcray.tables.writing import accumulators
 from lcray.tables.writing.accumulators import Accumulators, LayerSums, Units
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 from lcray.tasks.model.layout import Layout
 
 EPSILON = 2.0**-52

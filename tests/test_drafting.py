@@ -20,7 +20,7 @@ from lcray.planning.plan import Plan, SplitPlan
 from lcray.settings import Settings
 from lcray.storage.files import FORMAT_VERSION
 from lcray.tables.reducing.reduce import plan_digest
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 
 LAYERS = (
     Layer("conv1.weight", "conv1", "parameter", (4, 3), 0, True),

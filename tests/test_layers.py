@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lcray.errors import CheckpointError, TaskError
-from lcray.tasks.model.layers import Layer, describe_layers, extra_owners
+from lcray.tasks.layer import Layer
+from lcray.tasks.model.layers import describe_layers, extra_owners
 
 
 def named(model: nn.Module) -> dict[str, Layer]:

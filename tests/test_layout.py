@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 from lcray.tasks.model.layout import Layout
 
 SHAPES = [(3, 2, 2, 4), (5,), (0, 3), (), (2, 3, 2, 2, 2), (4, 6), (1, 1, 1, 1)]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lcray.allocation.quadrature import ADAPTIVE, RULES
 from lcray.planning.plan import Plan, Span, SplitPlan, memory_format_of, shares_pass, vector_bytes
 from lcray.settings import Settings
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 
 NAMES = st.text(min_size=1, max_size=8)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)

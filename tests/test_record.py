@@ -29,7 +29,7 @@ from lcray.execution.driver.record import (
 )
 from lcray.execution.worker.workspace import Description
 from lcray.settings import Settings
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 
 OUT = Path("OUT")
 

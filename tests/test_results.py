@@ -12,13 +12,13 @@ import pytest
 
 from lcray.errors import CorruptionError, OutputError, UsageError
 from lcray.storage.files import encode_json, read_sealed, seal
+from lcray.tables.reading.recipes import RESERVED
 from lcray.tables.reading.results import Results, open_output
 from lcray.tables.reading.views import VIEWS
-from lcray.tables.recipes import RESERVED
 from lcray.tables.reducing.reduce import reduce
 from lcray.tables.schema import TABLES as SCHEMAS
 from lcray.tables.verifying.verify import verify
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 
 WORLD = factory.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
 TABLES = [t for t in factory.ALL if t != "borders"]

@@ -35,7 +35,7 @@ from lcray.tables.shards.writer import span_folder
 from lcray.tables.writing import row_groups, split_tables
 from lcray.tables.writing.row_groups import ElementsWriter
 from lcray.tables.writing.split_tables import SplitTables
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 from lcray.tasks.model.layout import Layout
 from lcray.tasks.task import Task
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lcray.tables.writing.traces import Traces
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 from lcray.tasks.model.layout import Layout
 
 LAYERS = (

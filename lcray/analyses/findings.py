@@ -16,8 +16,8 @@ from lcray.analyses.windows import Ranges
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.storage import Place, PlaceLike, storage_of
 from lcray.storage.files import confined, writing
+from lcray.tables.manifest import read_manifest
 from lcray.tables.reading.results import Results, open_output
-from lcray.tables.reducing.manifest import read_manifest
 
 #: The folder of the findings in an output.
 FOLDER = "findings"

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lcray.errors import InapplicableError, UsageError, suggest
+from lcray.tables.reading.recipes import recipe_for
 from lcray.tables.reading.results import Results
-from lcray.tables.recipes import recipe_for
 
 
 def require(results: Results, *tables: str) -> None:

@@ -1,16 +1,36 @@
 """Checkpoints on disk: recording them, finding and reading them, and auditing a run."""
 
-from lcray.checkpoints.audit import Audit, Finding, inspect
-from lcray.checkpoints.recorder import Recorder
-from lcray.checkpoints.series import Checkpoint, CheckpointSeries, State, open_series
+from __future__ import annotations
 
-__all__ = [
-    "Audit",
-    "Checkpoint",
-    "CheckpointSeries",
-    "Finding",
-    "Recorder",
-    "State",
-    "inspect",
-    "open_series",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Name -> module, imported on first use: what reads tables needs no torch.
+_PUBLIC = {
+    "Audit": "audit",
+    "Checkpoint": "series",
+    "CheckpointSeries": "series",
+    "Finding": "audit",
+    "Recorder": "recorder",
+    "State": "series",
+    "inspect": "audit",
+    "open_series": "series",
+}
+
+__all__ = [*_PUBLIC]
+
+if TYPE_CHECKING:
+    from lcray.checkpoints.audit import Audit as Audit
+    from lcray.checkpoints.audit import Finding as Finding
+    from lcray.checkpoints.audit import inspect as inspect
+    from lcray.checkpoints.recorder import Recorder as Recorder
+    from lcray.checkpoints.series import Checkpoint as Checkpoint
+    from lcray.checkpoints.series import CheckpointSeries as CheckpointSeries
+    from lcray.checkpoints.series import State as State
+    from lcray.checkpoints.series import open_series as open_series
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lcray.checkpoints' has no attribute {name!r}")
+    return getattr(import_module(f"lcray.checkpoints.{_PUBLIC[name]}"), name)

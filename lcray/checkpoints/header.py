@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from lcray.storage.json_types import MAX_AXES
+
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
-MAX_AXES = 64  # of a tensor; the limit of NumPy, and of torch where it iterates over elements
 METADATA = "__metadata__"  # the key that is no tensor
 CANONICAL_KEY = "lcray_names"  # in the metadata: the names are already without wrapper prefixes
 

@@ -25,7 +25,7 @@ from lcray.planning.make import make_settings
 from lcray.settings import Settings
 from lcray.tables.reading.confidence import Replication, columns
 from lcray.tasks.data.split import SplitData
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 from lcray.tasks.model.precision import precision_kept
 from lcray.tasks.task import Task, locate
 

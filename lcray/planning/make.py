@@ -27,7 +27,7 @@ from lcray.planning.spans import MAX_ELEMENT_ROWS, choose_length, cut, cut_taper
 from lcray.settings import Settings
 from lcray.storage.json_types import LIMIT
 from lcray.storage.numerals import whole_number
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 from lcray.tasks.model.layout import MEMORY_FORMATS
 
 _MAX_TRACE_ROWS = 10_000_000

@@ -15,11 +15,10 @@ from numbers import Integral
 from typing import Any, cast, get_type_hints
 
 from lcray.allocation.quadrature import get_rule
-from lcray.checkpoints.header import MAX_AXES
 from lcray.errors import UsageError
 from lcray.settings import Settings
-from lcray.storage.json_types import build, value_of
-from lcray.tasks.model.layers import Layer
+from lcray.storage.json_types import MAX_AXES, build, value_of
+from lcray.tasks.layer import Layer
 
 #: Samples a batch where nothing was asked for and no probe may choose.
 DEFAULT_BATCH_SIZE = 256

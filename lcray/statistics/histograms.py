@@ -13,11 +13,13 @@ of the loss.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -346,7 +348,7 @@ class _Table(NamedTuple):
 
 
 def _as_array(values: Floats | torch.Tensor) -> Floats:
-    array = values.detach().numpy() if isinstance(values, torch.Tensor) else values
+    array = values if isinstance(values, np.ndarray) else values.detach().numpy()
     if array.dtype != np.float64 or array.ndim != 1:
         raise ValueError(
             f"a histogram needs float64 values [n], not {array.dtype} of shape {array.shape}: "

@@ -12,6 +12,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 _T = TypeVar("_T")
 #: Whole numbers end where those of Arrow and torch do.
 LIMIT = 2**63
+#: Axes of a tensor; the limit of NumPy, and of torch where it iterates over elements.
+MAX_AXES = 64
 
 
 def build(kind: type[_T], data: object) -> _T:

@@ -22,7 +22,7 @@ from lcray.analyses.tidy import notes_of
 from lcray.cli.app import app
 from lcray.errors import UsageError
 from lcray.tables.reducing.reduce import reduce
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 
 T = 12
 DRIFT = {"hurts": 2.0, "same": 0.0, "frozen": 0.0, "first": -3.0}

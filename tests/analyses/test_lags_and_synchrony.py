@@ -19,7 +19,7 @@ from lcray.errors import InapplicableError, UsageError
 from lcray.statistics.coincidence import pairwise_coincidences
 from lcray.tables.reading.results import Results
 from lcray.tables.reducing.reduce import reduce
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 
 T = 240
 LAYERS = tuple(Layer(name, "", "parameter", (2,), 0, True) for name in ("slow", "plain", "alone"))

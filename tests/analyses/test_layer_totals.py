@@ -19,7 +19,7 @@ from lcray.analyses.trajectories import trajectories
 from lcray.errors import UsageError
 from lcray.tables.reading.results import Results
 from lcray.tables.reducing.reduce import reduce
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 
 T = 60
 LAYERS = (

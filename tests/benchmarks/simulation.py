@@ -39,7 +39,7 @@ from lcray.storage.files import FORMAT_VERSION, encode_json, seal
 from lcray.storage.lock import locked
 from lcray.tables.arrow import make_table
 from lcray.tables.shards.writer import ShardWriter, committed, remove_strays, span_folder
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 
 from .peaks import peak_bytes
 

@@ -19,7 +19,7 @@ from lcray.storage import Place, Remote, storage_of
 from lcray.storage.files import FORMAT_VERSION, confined, exists, read_json, write_json_atomic
 from lcray.storage.json_types import value_of
 from lcray.storage.lock import LOCK
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 
 _NAME = "analysis.json"
 

@@ -16,7 +16,7 @@ from lcray.allocation.path import Point, Segment
 from lcray.errors import DisagreementError
 from lcray.execution.worker.workbench import Workbench
 from lcray.planning.plan import Reference, SplitPlan
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 
 _SAMPLES = 16  # of each split, at most
 _LOSS, _NORM = 1e-5, 1e-4  # relative: more than kernels of different processors differ by

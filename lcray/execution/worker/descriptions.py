@@ -11,7 +11,7 @@ from lcray.errors import TaskError
 from lcray.execution.worker.tuning import Tuning
 from lcray.planning.plan import SplitPlan
 from lcray.tasks.data.split import SplitData
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from lcray.errors import InapplicableError, OutputError
 from lcray.figures.data.grouping import Columns, numbers, positions, total
 from lcray.figures.data.matrices import layer_sums
+from lcray.tables.reading.recipes import recipe_for
 from lcray.tables.reading.results import Results
-from lcray.tables.recipes import recipe_for
 
 Floats = NDArray[np.float64]
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import torch
 
 from lcray.errors import OutputError, UsageError
 from lcray.storage import Place
@@ -40,7 +39,7 @@ _SETTINGS: dict[str, str | int | float | list[str]] = {
 
 def query_room() -> int:
     """The bytes that a query may take: half of what is left; its answer may take half of that."""
-    return max(_LEAST_ROOM, available_bytes(torch.device("cpu")) // 2)
+    return max(_LEAST_ROOM, available_bytes(None) // 2)
 
 
 def check_name(path: Place) -> None:

@@ -19,13 +19,13 @@ from lcray.planning.plan import Plan, read_notes
 from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
 from lcray.storage.files import confined, exists, read_json
 from lcray.storage.numerals import step_range
+from lcray.tables.manifest import read_manifest
 from lcray.tables.reading.confidence import frame, sums
 from lcray.tables.reading.duckdb import check_name, connect, query_room, select, shut, sql_path
 from lcray.tables.reading.formats import holding
+from lcray.tables.reading.recipes import quotes_for, recipe_for, tables_for
 from lcray.tables.reading.soundness import Soundness
 from lcray.tables.reading.views import View, named_in, scan, views_of
-from lcray.tables.recipes import quotes_for, recipe_for, tables_for
-from lcray.tables.reducing.manifest import read_manifest
 from lcray.tables.schema import TABLES
 from lcray.tables.shards.writer import read_plan
 

@@ -30,6 +30,7 @@ from lcray.storage import Place, PlaceLike, place, storage_of, sync_folder
 from lcray.storage.files import FORMAT_VERSION, confined, seal, writing
 from lcray.storage.lock import locked
 from lcray.tables.arrow import make_table
+from lcray.tables.manifest import MANIFEST
 from lcray.tables.parquet import FileEntry, TableFile
 from lcray.tables.reading.views import write_views
 from lcray.tables.reducing import merge as merging
@@ -38,7 +39,6 @@ from lcray.tables.schema import WHOLE_RUN, table_schema
 from lcray.tables.shards.commit import Commit, Outline, each_commit
 from lcray.tables.shards.writer import check_files, read_plan, write_json_atomic
 
-MANIFEST = "manifest.json"
 # How far the losses of two workers at a step may lie apart: of the loss, and of the first loss.
 _LOSS_RTOL, _LOSS_ATOL = 1e-5, 1e-6
 #: What Arrow, NumPy and Python raise at numbers and names that are not what a table may hold.

@@ -28,10 +28,10 @@ from lcray.planning.plan import Plan
 from lcray.storage import Place, PlaceLike, local_copies, open_uncached, place
 from lcray.storage.files import confined
 from lcray.storage.interrupt import interruptible
+from lcray.tables.manifest import Manifest, read_manifest
 from lcray.tables.reading.duckdb import connect, shut, sql_path
 from lcray.tables.reading.soundness import Soundness
 from lcray.tables.reading.views import scan
-from lcray.tables.reducing.manifest import Manifest, read_manifest
 from lcray.tables.reducing.reduce import (
     MALFORMED,
     disagreements,

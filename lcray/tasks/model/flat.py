@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lcray.errors import CheckpointError, TaskError, brief
+from lcray.tasks.layer import Layer
 from lcray.tasks.model.derivatives import use_derivatives
-from lcray.tasks.model.layers import Layer, describe_layers, extra_owners
+from lcray.tasks.model.layers import describe_layers, extra_owners
 from lcray.tasks.model.layout import BLOCK, Layout
 from lcray.tasks.model.vectors import zeros
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lcray.tasks.model.layers import Layer
+from lcray.tasks.layer import Layer
 
 #: Elements of a block: a few float64 vectors of this length stay in the cache.
 BLOCK = 1 << 16

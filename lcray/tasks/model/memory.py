@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _MOUNT = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
@@ -17,13 +20,15 @@ _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
-def available_bytes(device: torch.device) -> int:
-    """Memory of `device` that this process can still get, in bytes.
+def available_bytes(device: torch.device | None) -> int:
+    """Memory of `device` that this process can still get, in bytes; None is the machine's own.
 
     On CUDA what is free and what torch holds without using it; elsewhere the smaller of what the
     machine has left and what the process's control groups leave.
     """
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     machine = int(psutil.virtual_memory().available)

@@ -10,8 +10,9 @@ from lcray.storage import Place
 from lcray.storage.files import FORMAT_VERSION, confined, exists, read_sealed
 from lcray.storage.json_types import build, value_of
 from lcray.tables.parquet import FileEntry
-from lcray.tables.reducing.reduce import MANIFEST
 from lcray.tables.schema import TABLES
+
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
