@@ -20,7 +20,7 @@ test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
 fuzz: $(VENV)/.dev
-	LCRAY_FUZZ=100000 $(BIN)/python -m pytest -m slow tests/test_fuzz.py
+	LCRAY_FUZZ=100000 $(BIN)/python -m pytest -m slow tests/project/test_fuzz.py
 
 coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow or not slow" --cov --cov-report=term-missing:skip-covered --cov-fail-under=90

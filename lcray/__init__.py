@@ -17,9 +17,9 @@ _PUBLIC = {
     "allocate": "lcray.execution.in_memory",
     "analyze": "lcray.execution.driver.analyze",
     "compare": "lcray.analyses.comparison",
-    "convert": "lcray.checkpoints.convert",
+    "convert": "lcray.checkpoints.convert.convert",
     "demo": "lcray.digits",
-    "export": "lcray.figures.exports",
+    "export": "lcray.figures.exports.export",
     "findings": "lcray.analyses.findings",
     "inspect": "lcray.checkpoints",
     "open": "lcray.tables.reading.results",
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lcray.analyses.findings import findings as findings
     from lcray.checkpoints import Recorder as Recorder
     from lcray.checkpoints import inspect as inspect
-    from lcray.checkpoints.convert import convert as convert
+    from lcray.checkpoints.convert.convert import convert as convert
     from lcray.digits import demo as demo
     from lcray.errors import LcrayError as LcrayError
     from lcray.execution.cluster.resources import Resources as Resources
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from lcray.execution.driver.submit import submit as submit
     from lcray.execution.driver.trace import trace as trace
     from lcray.execution.in_memory import allocate as allocate
-    from lcray.figures.exports import export as export
+    from lcray.figures.exports.export import export as export
     from lcray.figures.html.report import report as report
     from lcray.tables.reading.results import Results as Results
     from lcray.tables.reading.results import open_output

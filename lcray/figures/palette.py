@@ -1,7 +1,7 @@
 """The colours of every picture, of `lcray.plots` and of the report: one palette, light and dark.
 
 Blue helps and vermilion hurts. All of it holds for colour-blind people and on its page (WCAG's
-3 to 1): `tests/test_palette.py` measures both.
+3 to 1): `tests/figures/test_palette.py` measures both.
 """
 
 from __future__ import annotations

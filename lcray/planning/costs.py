@@ -13,7 +13,8 @@ from lcray.allocation.quadrature import QuadratureRule, get_rule
 from lcray.planning.plan import Plan, SplitPlan, largest_share, vector_bytes
 
 #: Bytes per row of a shard, and of the merged table, without what a file or a group of rows takes
-#: whatever it holds. Measured on LeNet, a vision transformer and a GPT: tests/test_disk.py.
+#: whatever it holds. Measured on LeNet, a vision transformer and a GPT:
+#: tests/planning/test_disk_estimate.py.
 ROW_BYTES = {
     "intervals": (65, 65),
     "layers": (59, 54),

@@ -677,7 +677,7 @@ def test_snapshots_in_the_queue_do_not_see_later_updates(tmp_path, monkeypatch):
 def test_queued_files_survive_an_exit_without_close(tmp_path):
     code = """
 import sys, time, torch
-from lcray.checkpoints import Recorder, storage
+from lcray.checkpoints import Recorder, directory as storage
 write = storage.LockedDirectory.write
 storage.LockedDirectory.write = lambda *a: (time.sleep(0.02), write(*a))
 model = torch.nn.Linear(4, 4)
@@ -696,7 +696,7 @@ if sys.argv[2] == "raise":
 def test_a_failure_at_exit_is_reported(tmp_path):
     code = """
 import sys, torch
-from lcray.checkpoints import Recorder, storage
+from lcray.checkpoints import Recorder, directory as storage
 recorder = Recorder(torch.nn.Linear(4, 4), sys.argv[1])
 def fail(*_): raise OSError(28, "No space left on device")
 storage.os.replace = fail
