@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lcray.allocation.quadrature import QuadratureRule, get_rule
-from lcray.planning.plan import Plan, SplitPlan, largest_share, vector_bytes
+from lcray.planning.plan import Plan, SplitPlan
 
 #: Bytes per row of a shard, and of the merged table, without what a file or a group of rows takes
 #: whatever it holds. Measured on LeNet, a vision transformer and a GPT:
@@ -39,6 +39,12 @@ _PLAN_BYTES, _PLAN_LAYER_BYTES, _SPAN_BYTES = 20_000, 250, 3000  # plan, manifes
 _FIT_ROWS = 6  # of a layer, sign and window
 # Bins of a layer, sign and window that are not empty, by the decimal logarithm of its values.
 _BINS_SLOPE, _BINS_FROM, _BINS_OF_FEW, _FEW = 68.0, 88.0, 0.55, 50
+# Bytes a worker needs for each element of the model, in float32, the gradient that a backward pass
+# hands on among them: for one split, and for each
+# further one that shares a pass over the checkpoints.
+_VECTOR_BYTES, _STATE_BYTES = 63, 27
+_PART_BYTES = 8  # more where gradients are summed in parts: the sum of the part at hand
+_SHARED_BYTES = 1 << 26  # above, reading the checkpoints again is the smaller cost
 
 
 @dataclass(frozen=True)
@@ -222,3 +228,28 @@ def _row_bytes(table: str, place: int, intervals: float) -> float:
     """Bytes of a row in a shard (place 0) or in the merged table (1), over so many intervals."""
     wider = _WIDER.get(table, (0, 0))[place]
     return ROW_BYTES[table][place] + wider * math.log2(max(1.0, intervals))
+
+
+def shares_pass(size: int, n_splits: int) -> bool:
+    """Whether the splits of a model of `size` elements share a pass over the checkpoints."""
+    return _STATE_BYTES * size * (n_splits - 1) <= _SHARED_BYTES
+
+
+def largest_share(partial_sums: int, team: int) -> float:
+    """The part of a gradient that the busiest of a team computes, where it is summed in parts."""
+    return -(-partial_sums // team) / max(1, partial_sums)
+
+
+def vector_bytes(size: int, n_splits: int, dtype: str, partial_sums: int = 1) -> int:
+    """Memory that a worker needs for vectors of the model's size, whatever the rule.
+
+    Args:
+        size: elements of all layers.
+        n_splits: splits that are analyzed.
+        dtype: ``float32`` or ``float64``.
+        partial_sums: of the plan.
+    """
+    shared = n_splits - 1 if shares_pass(size, n_splits) else 0
+    part = _PART_BYTES if partial_sums > 1 else 0
+    each = (_VECTOR_BYTES + _STATE_BYTES * shared) * (2 if dtype == "float64" else 1) + part
+    return size * each

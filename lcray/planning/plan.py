@@ -23,12 +23,6 @@ from lcray.tasks.layer import Layer
 #: Samples a batch where nothing was asked for and no probe may choose.
 DEFAULT_BATCH_SIZE = 256
 DEFAULT_MEMORY_FORMAT = "contiguous"
-# Bytes a worker needs for each element of the model, in float32, the gradient that a backward pass
-# hands on among them: for one split, and for each
-# further one that shares a pass over the checkpoints.
-_VECTOR_BYTES, _STATE_BYTES = 63, 27
-_PART_BYTES = 8  # more where gradients are summed in parts: the sum of the part at hand
-_SHARED_BYTES = 1 << 26  # above, reading the checkpoints again is the smaller cost
 
 
 class Span:
@@ -317,31 +311,6 @@ def _check_layer(layer: Layer) -> None:
     groups = layer.unit_groups
     if groups != 1 and not (axis == 1 and 1 < groups <= axes[0] and axes[0] % groups == 0):
         raise ValueError(f"layer {layer.name!r} with impossible groups of units")
-
-
-def shares_pass(size: int, n_splits: int) -> bool:
-    """Whether the splits of a model of `size` elements share a pass over the checkpoints."""
-    return _STATE_BYTES * size * (n_splits - 1) <= _SHARED_BYTES
-
-
-def largest_share(partial_sums: int, team: int) -> float:
-    """The part of a gradient that the busiest of a team computes, where it is summed in parts."""
-    return -(-partial_sums // team) / max(1, partial_sums)
-
-
-def vector_bytes(size: int, n_splits: int, dtype: str, partial_sums: int = 1) -> int:
-    """Memory that a worker needs for vectors of the model's size, whatever the rule.
-
-    Args:
-        size: elements of all layers.
-        n_splits: splits that are analyzed.
-        dtype: ``float32`` or ``float64``.
-        partial_sums: of the plan.
-    """
-    shared = n_splits - 1 if shares_pass(size, n_splits) else 0
-    part = _PART_BYTES if partial_sums > 1 else 0
-    each = (_VECTOR_BYTES + _STATE_BYTES * shared) * (2 if dtype == "float64" else 1) + part
-    return size * each
 
 
 def memory_format_of(settings: Settings) -> str | None:

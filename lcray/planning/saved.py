@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lcray.errors import UsageError
+from lcray.planning.check import check_plan
 from lcray.planning.costs import Estimate
-from lcray.planning.make import check_plan
 from lcray.planning.plan import Plan
 from lcray.storage.files import FORMAT_VERSION, read_json, write_json_atomic
 

@@ -25,8 +25,9 @@ from lcray.execution.cluster.resources import Resources
 from lcray.execution.worker.data_parallel import Colleague, Cut, Order, SentPoint, points_of
 from lcray.execution.worker.workbench import Workbench
 from lcray.execution.worker.workspace import Workspace
+from lcray.planning.costs import largest_share
 from lcray.planning.make import make_plan, make_settings
-from lcray.planning.plan import Plan, largest_share
+from lcray.planning.plan import Plan
 from lcray.tasks.task import Task
 
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcray.allocation.quadrature import ADAPTIVE, RULES
-from lcray.planning.plan import Plan, Span, SplitPlan, memory_format_of, shares_pass, vector_bytes
+from lcray.planning.costs import shares_pass, vector_bytes
+from lcray.planning.plan import Plan, Span, SplitPlan, memory_format_of
 from lcray.settings import Settings
 from lcray.tasks.layer import Layer
 

@@ -20,7 +20,8 @@ from lcray.execution.cluster.metrics import Metrics
 from lcray.execution.cluster.scheduler import Assign, Decision, GiveUp, Policy, Replace, Scheduler
 from lcray.execution.cluster.workers import Crew
 from lcray.execution.worker.reports import Outcome, SpanInHand, SpanReport, View
-from lcray.planning.plan import Plan, Span, largest_share
+from lcray.planning.costs import largest_share
+from lcray.planning.plan import Plan, Span
 from lcray.storage import Place
 
 _SECONDS_A_TICK = 1.0

@@ -4,49 +4,35 @@ from __future__ import annotations
 
 import os
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lcray.allocation.quadrature import get_rule
-from lcray.checkpoints import CheckpointSeries, open_series
-from lcray.errors import CheckpointError, IncompleteError, OutputError, UsageError
+from lcray.errors import IncompleteError, OutputError, UsageError
 from lcray.execution.cluster import Workers, workplace
 from lcray.execution.cluster.resources import Resources
 from lcray.execution.driver.follow import SECONDS_A_LOOK, Growth
+from lcray.execution.driver.job import Job
 from lcray.execution.driver.progress import Computation, OnProgress, Progress, explain
 from lcray.execution.driver.record import (
     Record,
-    carrier_versions,
-    check_plan_fits,
-    check_plan_losses,
-    check_same_losses,
-    check_same_numbers,
     check_same_settings,
-    make_fingerprint,
-    make_notes,
     read_record,
 )
 from lcray.execution.driver.repair import take_back
 from lcray.execution.driver.revisit import Revisit, revisit_last
 from lcray.execution.driver.status import StatusFile
-from lcray.planning.costs import estimate, pass_seconds, seconds_an_interval
-from lcray.planning.make import extend_plan, following_length, make_plan, make_settings
+from lcray.planning.costs import seconds_an_interval
+from lcray.planning.make import make_settings
 from lcray.planning.plan import Plan
 from lcray.planning.saved import PlanReport, load_plan
-from lcray.settings import Settings
 from lcray.storage import Place, PlaceLike, place
 from lcray.storage.files import writing
 from lcray.storage.lock import Lock, locked
 from lcray.tables.reading.results import Results, open_output
 from lcray.tables.shards.writer import remove_strays
-from lcray.tasks.task import Task, locate
+from lcray.tasks.task import Task
 
 __all__ = ["PlanReport", "Progress", "analyze", "load_plan", "plan"]
-
-_NO_LIMIT = 1 << 30  # workers, while nobody knows how much work there will be
 
 
 def plan(
@@ -74,7 +60,7 @@ def plan(
         TaskError: if the task breaks its contract.
         ClusterError: if Ray fails.
     """
-    job = _Job(run, task, resources, steps, span_length, make_settings(options))
+    job = Job(run, task, resources, steps, span_length, make_settings(options))
     with workplace(job.resources) as make, job.pool(make) as pool:
         return job.draft(pool)
 
@@ -138,7 +124,7 @@ def analyze(
         check_same_settings(path, record, settings)
     growth = Growth(run, steps, idle) if follow else None
     known = record.plan if record else given
-    job = _Job(run, task, resources, steps, span_length, settings, known, growth)
+    job = Job(run, task, resources, steps, span_length, settings, known, growth)
     _make_folder(path)
     with locked(path) as lock:
         if read_record(path) != record:
@@ -168,7 +154,7 @@ def _make_folder(path: Place) -> None:
 
 
 def _work(
-    job: _Job,
+    job: Job,
     path: Place,
     known: Record | None,
     given: Plan | None,
@@ -189,7 +175,7 @@ def _work(
 
 
 def _compute(
-    job: _Job,
+    job: Job,
     pool: Workers,
     out: Place,
     record: Record,
@@ -225,167 +211,3 @@ def _compute(
     tell(Progress("reduce", total, total))
     file.state("reducing")
     pool.reduce(out)
-
-
-class _Job:
-    """The arguments of both verbs, checked as far as that goes without a worker."""
-
-    def __init__(
-        self,
-        run: PlaceLike,
-        task: str | Task,
-        resources: Resources | None,
-        steps: str | None,
-        span_length: int | None,
-        settings: Settings,
-        known: Plan | None = None,
-        growth: Growth | None = None,
-    ) -> None:
-        if span_length is not None and span_length < 1:
-            raise UsageError(f"span-length {span_length}: must be at least 1")
-        self.growth = growth
-        self.series: CheckpointSeries = growth.first() if growth else open_series(run, steps)
-        self.run = str(place(run).resolve())
-        self.source = locate(task)
-        self.source.load()
-        self.resources = resources or Resources()
-        self.steps, self.span_length, self.settings = steps, span_length, settings
-        self.threads = self.resources.threads or (known.threads if known else 1)
-        if known and self.threads != known.threads:
-            raise UsageError(
-                f"threads {self.threads}: the plan says {known.threads}, and sums depend on it; "
-                "leave --threads out"
-            )
-
-        team = self.resources.data_parallel
-        self.partial_sums = known.partial_sums if known else settings.partial_sums or max(1, team)
-        if team > self.partial_sums:
-            raise UsageError(
-                f"data-parallel {team}: there are {self.partial_sums} partial sums to share "
-                f"({'the plan says so' if known else '--partial-sums'}); give at most as many"
-            )
-
-    def pool(self, make: Callable[..., Workers]) -> Workers:
-        limit = len(self.series.steps) - 1 if self.growth is None else _NO_LIMIT
-        return make(
-            self.source,
-            self.run,
-            self.settings,
-            self.resources,
-            steps=self.steps,
-            threads=self.threads,
-            limit=limit,
-            partial_sums=self.partial_sums,
-        )
-
-    def draft(self, pool: Workers) -> PlanReport:
-        description, unexplained, probe = pool.describe(), pool.check(), pool.probe()
-        drafted = make_plan(
-            self.series.steps,
-            self.settings,
-            description.layers,
-            probe.splits,
-            workers=pool.size,
-            team=self.resources.data_parallel,
-            partial_sums=self.partial_sums,
-            span_length=self.span_length,
-            threads=self.threads,
-            device_kind=description.device_kind,
-            batch_size=probe.tuning.batch_size,
-            memory_format=probe.tuning.memory_format,
-            seconds=probe.seconds,
-            read_seconds=probe.read_seconds,
-            fisher_seconds=probe.fisher_seconds,
-            grows=self.growth is not None,
-        )
-        team, seconds = self.resources.data_parallel, probe.seconds
-        cost = estimate(
-            drafted,
-            pool.size,
-            team=team,
-            seconds=seconds,
-            worker_bytes=probe.worker_bytes,
-            fisher_seconds=probe.fisher_seconds,
-        )
-        return PlanReport(
-            drafted,
-            cost,
-            pool.size * team,
-            probe.resident,
-            make_notes(description, drafted.settings, unexplained, self.series.late_start),
-            team,
-            get_rule(drafted.settings.rule).n_gradients * pass_seconds(drafted, team, seconds),
-            description.fixed_batches,
-        )
-
-    def record(
-        self,
-        pool: Workers,
-        out: Place,
-        record: Record | None,
-        given: Plan | None,
-        tell: OnProgress,
-    ) -> Record:
-        """The record to work by, written to `out` before the first span."""
-        description = pool.describe()
-        if record is not None:
-            check_same_numbers(out, record, description, description.layers)
-            pool.check()
-            check_same_losses(out, record, pool.losses(record.plan))
-            return self._continued(out, record, given)
-        if given is not None:
-            check_plan_fits(given, description)
-            late = self.series.late_start
-            notes = make_notes(description, given.settings, pool.check(), late)
-            check_plan_losses(given, pool.losses(given))
-            self._check_steps(given)
-            chosen = given
-        else:
-            tell(Progress("probe"))
-            report = self.draft(pool)
-            chosen, notes = report.plan, report.notes
-        made = Record(
-            self.run,
-            self.source.reference,
-            chosen,
-            make_fingerprint(description),
-            carrier_versions(),
-            notes,
-        )
-        made.write(out)
-        return made
-
-    def _continued(self, out: Place, record: Record, given: Plan | None) -> Record:
-        if given is not None and given.spans != record.plan.spans[: len(given.spans)]:
-            raise OutputError(f"{out}: was made by another plan; choose another --out")
-        self._check_steps(record.plan)
-        return record if given is not None else self._extended(out, record)
-
-    def grown(self, out: Place, record: Record) -> Record:
-        """`record` with the whole spans that the run has gained; with all of them at its end."""
-        assert self.growth is not None
-        self.series = self.growth.look() or self.series
-        return self._extended(out, record)
-
-    def _extended(self, out: Place, record: Record) -> Record:
-        steps: Sequence[int] = self.series.steps
-        length = self.span_length
-        if self.growth is not None:
-            length = length or following_length(record.plan)
-            if not self.growth.ended:
-                known = bisect_right(steps, record.plan.steps[-1])
-                steps = steps[: known + (len(steps) - known) // length * length]
-        extended = extend_plan(record.plan, steps, length if self.growth else None)
-        if extended is record.plan:
-            return record
-        made = replace(record, plan=extended)
-        made.write(out)
-        return made
-
-    def _check_steps(self, planned: Plan) -> None:
-        gone = set(planned.steps) - set(self.series.steps)
-        if gone:
-            raise CheckpointError(
-                f"{self.run}: {len(gone)} planned checkpoints are missing, the first at step "
-                f"{min(gone)}; restore them, or analyze what there is into another output"
-            )

@@ -12,7 +12,7 @@ from lcray.execution.cluster.resources import Resources
 from lcray.execution.driver.analyze import analyze
 from lcray.execution.driver.progress import OnProgress
 from lcray.execution.driver.record import read_record
-from lcray.planning.make import check_traces
+from lcray.planning.check import check_traces
 from lcray.planning.plan import Plan
 from lcray.storage import PlaceLike, place
 from lcray.storage.files import check_way, writing

@@ -16,12 +16,8 @@ from lcray.allocation.gradient import GradientEngine
 from lcray.allocation.partial_sums import Seat, batches_of
 from lcray.allocation.path import Point
 from lcray.errors import TaskError, UsageError
-from lcray.planning.plan import (
-    DEFAULT_BATCH_SIZE,
-    DEFAULT_MEMORY_FORMAT,
-    memory_format_of,
-    vector_bytes,
-)
+from lcray.planning.costs import vector_bytes
+from lcray.planning.plan import DEFAULT_BATCH_SIZE, DEFAULT_MEMORY_FORMAT, memory_format_of
 from lcray.settings import Settings
 from lcray.tasks.data.samples import Index
 from lcray.tasks.data.split import SplitData, SplitSource, open_split

@@ -34,7 +34,8 @@ from lcray.execution.worker.reports import SpanReport as SpanReport
 from lcray.execution.worker.reports import Tally
 from lcray.execution.worker.tuning import Tuning, tune
 from lcray.execution.worker.workbench import Workbench
-from lcray.planning.plan import Plan, Reference, Span, SplitPlan, shares_pass
+from lcray.planning.costs import shares_pass
+from lcray.planning.plan import Plan, Reference, Span, SplitPlan
 from lcray.settings import Settings
 from lcray.storage import Place
 from lcray.tables.arrow import make_table
