@@ -82,22 +82,30 @@ class Independence:
                     self._check_weights(source.name, point, self._items(source, [batch]))
                     continue
                 if number == 0:
-                    self._check_batch(source, point)
-                self._check_mixture(source, point)
+                    self._check_first(source, point)
+                else:
+                    self._check_mixture(source, point)
 
     def _planned_batch(self, source: SplitSource) -> Numbers:
         size = self._bench.batch_size
         cuts = (cut for block in source.blocks for cut in cut_block(block, size))
         return np.asarray(max(cuts, key=len))
 
-    def _check_batch(self, source: SplitSource, point: Point) -> None:
+    def _check_first(self, source: SplitSource, point: Point) -> None:
+        """A planned batch; and a mixture, where batches are of one group and where it has weights.
+
+        Where they are not, a planned batch is a mixture of more samples already.
+        """
         batch = self._planned_batch(source)
+        found = self._items(source, [batch])
         if len(batch) > 1:
-            found = self._items(source, [batch])
             pieces = list(growing(batch[_by_loss(found, len(batch))]))
             self._compare(source, point, batch, pieces, found)
+        mixed = len(batch) > 1 and len(source.blocks) == 1
+        if not mixed or found[0][1] is not None:
+            self._check_mixture(source, point, compare=not mixed)
 
-    def _check_mixture(self, source: SplitSource, point: Point) -> None:
+    def _check_mixture(self, source: SplitSource, point: Point, *, compare: bool = True) -> None:
         settings = self._bench.settings
         rng = np.random.default_rng([settings.batch_seed, zlib.crc32(source.name.encode())])
         eighth = max(_FEWEST, len(self._planned_batch(source)) // 8)
@@ -106,7 +114,7 @@ class Independence:
         whole = rng.permutation(np.concatenate(pieces))
         found = self._items(source, [whole])
         self._check_weights(source.name, point, found)
-        if len(whole) > 1:
+        if compare and len(whole) > 1:
             self._compare(source, point, whole, pieces, found)
 
     def _check_weights(self, name: str, point: Point, found: Found) -> None:

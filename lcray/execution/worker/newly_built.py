@@ -5,7 +5,7 @@ They are on the CPU, one at a time; on the device of the analysis where they nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -24,13 +24,11 @@ from lcray.tasks.model.precision import exact_float32
 from lcray.tasks.task import Task, call_model
 
 Losses = tuple[Tensor, Tensor]  # of the items of a batch, and their weights, [n] float64
+Control = Callable[[], list[Losses] | None]  # the losses of a model once more, in float64
 
 
 class NewModels:
     """Losses of models that are built for one point each.
-
-    Attributes:
-        exact: whether the task works in float64, as far as is known.
 
     Args:
         bench: the task's model and data.
@@ -40,7 +38,7 @@ class NewModels:
 
     def __init__(self, bench: Workbench, task: Task, count: int) -> None:
         self._flat, self._task = bench.flat, task
-        self.exact = True
+        self._exact = True  # whether the task works in float64, as far as is known
         self._device = torch.device("cpu")
         mode, fixed = bench.settings.batch_norm, bench.fixed_batches
         # Else torch's own kernels: the formula that stands in for them is checked as well.
@@ -56,30 +54,38 @@ class NewModels:
             for dtype in dict.fromkeys((self._dtype, torch.float64))
         }
 
-    def losses(self, point: Point) -> tuple[list[Losses], list[Losses] | None]:
-        """Losses at `point`, by split; and in float64, where the task works in that.
+    def losses(self, point: Point) -> tuple[list[Losses], Control]:
+        """Losses at `point`, by split; and what gives those of the same model in float64.
 
         Raises:
             TaskError: if the model cannot be built or loaded, or its loss fails.
         """
         model = self._built(point)
         new = self._losses(model, self._dtype, point)
-        if self._dtype == torch.float64:
-            return new, new
-        try:
-            return new, self._losses(model, torch.float64, point)
-        except TaskError:  # a table in float32, say: then there is no control
-            self.exact = False
-            return new, None
+        return new, partial(self._control, model, point, new)
 
-    def most_exact(self, point: Point) -> list[Losses]:
-        """Losses at `point`, by split: in float64, where the task works in that.
+    def _control(self, model: nn.Module, point: Point, new: list[Losses]) -> list[Losses] | None:
+        """None where the task does not work in float64."""
+        if self._dtype == torch.float64:
+            return new
+        try:
+            return self._losses(model, torch.float64, point)
+        except TaskError:  # a table in float32, say
+            self._exact = False
+            return None
+
+    def most_exact(self, points: Sequence[Point]) -> list[list[Losses]]:
+        """Losses at each of `points`, by split: in float64, where the task works in that.
 
         Raises:
             TaskError: if the model cannot be built or loaded, or its loss fails.
         """
-        dtype = torch.float64 if self.exact else self._dtype
-        return self._losses(self._built(point), dtype, point)
+        if self._exact and self._dtype != torch.float64:
+            try:
+                return [self._losses(self._built(p), torch.float64, p) for p in points]
+            except TaskError:
+                self._exact = False
+        return [self._losses(self._built(point), self._dtype, point) for point in points]
 
     def _built(self, point: Point) -> nn.Module:
         model = call_model(self._task)
