@@ -12,7 +12,7 @@ result is a function of the point alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -41,6 +41,8 @@ class GradientEngine:
     Attributes:
         partial_sums: parts that the batches of a split are summed in.
         colleagues: workers that take some of them; None where there are none.
+        on_items: called with the number of each batch of a split that is evaluated here, the losses
+            [n] of its items and their weights; None for nobody.
         fixed_batches: whether batches are part of the loss, so that the plan fixes them.
 
     Args:
@@ -59,6 +61,7 @@ class GradientEngine:
         )
         self.partial_sums = 1
         self.colleagues: Colleagues | None = None
+        self.on_items: Callable[[int, Tensor, Tensor | None], None] | None = None
         self._part: Tensor | None = None
 
     def new_vector(self) -> Tensor:
@@ -160,6 +163,8 @@ class GradientEngine:
             for index, batch in zip(batches, split.batches.only(batches), strict=True):
                 losses, weights = self.item_losses(split, index, batch)
                 sums.add_losses(index, losses, weights)
+                if self.on_items is not None:
+                    self.on_items(index, losses.detach(), weights)
                 if out is not None:
                     self._add_gradients(split, index, losses, weights, sums)
         self.flat.check_tied()

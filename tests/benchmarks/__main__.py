@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 from . import (
+    checks,
     economy,
     findings,
     growth,
@@ -40,6 +41,7 @@ MODULES = (
     wall,
     teams,
     startup,
+    checks,
     report,
 )
 CASES: dict[str, Case] = {name: case for module in MODULES for name, case in module.CASES.items()}

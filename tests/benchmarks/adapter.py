@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lcray.allocation.gradient import GradientEngine
+from lcray.allocation.path import Point, Segment
 from lcray.allocation.quadrature import get_rule
 from lcray.errors import UsageError
+from lcray.execution.worker.agreement import measure
+from lcray.execution.worker.independence import Independence, two_points
+from lcray.execution.worker.prefetch import Walk
 from lcray.execution.worker.process import tune_process, worker_environment
 from lcray.execution.worker.workspace import SpanReport, Workspace
 from lcray.planning.make import make_plan, make_settings
@@ -20,10 +24,13 @@ from lcray.tasks.task import Task, load_task
 __all__ = [
     "Plan",
     "Stopwatch",
+    "checks",
     "count_gradients",
     "draft",
     "has_rule",
     "open_workspace",
+    "planned_batch",
+    "planned_gradients",
     "run_span",
     "time_evaluations",
     "tune",
@@ -84,6 +91,41 @@ def run_span(workspace: Workspace, plan: Plan, index: int, out: Path) -> SpanRep
 def count_gradients(plan: Plan, report: SpanReport) -> int:
     """All gradients of a span, its left end's included."""
     return report.n_gradients + len(plan.splits) * get_rule(plan.settings.rule).has_left
+
+
+def planned_gradients(plan: Plan, intervals: int) -> int:
+    """All gradients of a span of so many intervals, if none is refined."""
+    rule = get_rule(plan.settings.rule)
+    return len(plan.splits) * (intervals * rule.n_gradients + rule.has_left)
+
+
+def checks(workspace: Workspace) -> dict[str, Callable[[], object]]:
+    """What an analysis checks at its start, after it has evaluated all losses."""
+
+    def read(step: int) -> Point:
+        with Walk(workspace.series, workspace.flat, workspace.series.read(step).dtypes) as walk:
+            return walk.read(step)
+
+    bench, steps = workspace.bench, workspace.series.steps
+    first = read(steps[0])
+    Segment(first, first).set_point(workspace.flat, 0.0)
+    independence = Independence(bench, workspace.task)
+    for split in bench.splits:
+        independence.evaluate(split)
+    return {
+        "fresh": workspace.check,
+        "independence": lambda: independence.check(two_points(steps, read)),
+        "agreement": lambda: measure(bench, read(steps[0])),
+    }
+
+
+def planned_batch(workspace: Workspace, plan: Plan) -> Callable[[], object]:
+    """The largest batch of the first split, passed forward and backward."""
+    bench = workspace.bench
+    bench.adopt(plan.batch_size, plan.memory_format, plan.partial_sums)
+    split, out = bench.splits[0], bench.engine.new_vector()
+    largest = split.single(max(range(len(split.batch_sizes)), key=split.batch_sizes.__getitem__))
+    return lambda: bench.engine.evaluate(largest, out)
 
 
 def write_plan(plan: Plan, out: Path) -> None:

@@ -22,7 +22,7 @@ from strategies import Bench, Case, closeness, contrastive, seeds
 from torch import Tensor, nn
 
 import lcray
-from lcray.allocation.path import Point
+from lcray.allocation.path import Point, Segment
 from lcray.errors import CheckpointError, OutputError, TaskError, UsageError
 from lcray.execution.driver.record import make_fingerprint, make_notes
 from lcray.execution.worker.independence import Independence, growing, mixture, two_points
@@ -551,6 +551,28 @@ def workspace(run: Path, loss: Loss, task: dict[str, Any] | None = None, **optio
 
 
 class TestAnalysis:
+    @pytest.mark.parametrize("groups", [None, lambda batch: batch[1] % 2])
+    def test_a_batch_that_was_evaluated_is_not_evaluated_again(self, groups: Any) -> None:
+        """Its items are compared with those of its samples in pieces."""
+        passed: list[int] = []
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            passed.append(len(batch[0]))
+            return by_item(model, batch)
+
+        made = Task(net, {"train": points(600)}, loss, groups)
+        bench = Workbench(made, make_settings({"batch_size": 256}))
+        states = [bench.flat.flatten(state, step) for step, state in enumerate(two_states(net))]
+        first, second = (Point(step, *state) for step, state in enumerate(states))
+        Segment(first, first).set_point(bench.flat, 0.0)
+        independence = Independence(bench, made)
+        (split,) = bench.splits
+        assert independence.evaluate(split) == bench.engine.evaluate(split, None)
+        passed.clear()
+        independence.check([first, second])
+        largest = max(split.batch_sizes)
+        assert max(passed) < largest < sum(passed)
+
     def test_a_probe_refuses(self, run: Path) -> None:
         for loss in (info_nce, own_statistics):
             with pytest.raises(TaskError, match=r"split 'train': items depend"):

@@ -15,7 +15,7 @@ import scenes
 import torch
 import torch.nn.functional as F
 import twin
-from benchmarks import adapter, economy, growth, machine, plot, speed
+from benchmarks import adapter, checks, economy, growth, machine, plot, speed
 from benchmarks.naive import allocate
 from benchmarks.player import Player, serve
 from benchmarks.suite import ROOT, Bench, Row, chosen, format_table, load, save
@@ -172,6 +172,16 @@ def test_ratios_are_medians_of_quotients_within_a_round() -> None:
     assert found["share_of_peak"] == 0.5  # of 40·0.5/80, 40·0.5/40 and 80·0.5/80
     assert found["outside_gradients"] == 0.5
     assert found["peak_memory"] == 1.0
+
+
+def test_checks_may_cost_a_batch_and_a_share_of_the_analysis() -> None:
+    seconds = {"fresh": 2.0, "independence": 3.0, "batch": 4.0, "analysis": 500.0}
+    found = {row.metric: row.value for row in checks.rows("net", seconds)}
+    assert (found["fresh"], found["independence"], found["batch"]) == (2000.0, 3000.0, 4000.0)
+    assert (found["over_batch"], found["over_20_intervals"]) == (5 / 4, 0.01)
+    assert found["enough_intervals"] == 2  # 1 s too many, and 2 % of an interval are 0.5 s
+    cheap = {row.metric: row.value for row in checks.rows("net", {**seconds, "batch": 6.0})}
+    assert cheap["enough_intervals"] == 1
 
 
 def test_flops_are_those_of_the_matrix_products() -> None:

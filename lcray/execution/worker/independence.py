@@ -7,10 +7,11 @@ Otherwise the size of batches, and how they are sorted, would decide the answer.
 So items are compared between a batch and smaller batches of the same samples. At the first point a
 planned batch, in the order of its samples' losses: a loss that selects hard items selects others
 then. At both points a mixture of samples of several groups, each smaller batch of one group and in
-the order of the data. These pieces grow from two samples on, since statistics of small batches
-differ most. Items are compared as sets, because a batch may order its items as it likes, and
-without those of weight 0, because padding depends on the longest sample of a batch. All of this
-takes two and a half forward passes of a batch, about one forward and backward pass.
+the order of the data; at the first one, only where planned batches are of one group. These pieces
+grow from two samples on, since statistics of small batches differ most. Items are compared as sets,
+because a batch may order its items as it likes, and without those of weight 0, because padding
+depends on the longest sample of a batch. Where a split was evaluated before, so was the planned
+batch: the rest takes one forward pass of a batch of each split, and two of a mixture.
 
 Legend: B samples per batch, n items.
 """
@@ -29,10 +30,11 @@ from torch import Tensor
 
 from lcray.allocation.gradient import GradientEngine
 from lcray.allocation.path import Point, Segment
+from lcray.allocation.sums import Evaluation
 from lcray.errors import CheckpointError, TaskError
 from lcray.execution.worker.workbench import Workbench
 from lcray.tasks.data.samples import Index, cut_block
-from lcray.tasks.data.split import SplitSource
+from lcray.tasks.data.split import SplitData, SplitSource
 from lcray.tasks.model.flat import FlatModel
 from lcray.tasks.model.precision import exact_float32
 from lcray.tasks.task import Task, call_model
@@ -65,6 +67,27 @@ class Independence:
         self._sources = bench.sources  # the bench drops them once it has made its batches
         self._scales: dict[str, float] = {}
         self._weights: dict[str, tuple[int, Tensor | None]] = {}
+        self._known: dict[str, Found] = {}  # items of planned batches at the first point
+
+    def evaluate(self, split: SplitData) -> Evaluation:
+        """The loss of a split at the first point; `check` takes the items of a batch from it.
+
+        Raises:
+            TaskError: if the task's loss fails or breaks the contract.
+        """
+        sizes = split.batch_sizes
+        planned = sizes.index(max(sizes))
+
+        def keep(index: int, losses: Tensor, weights: Tensor | None) -> None:
+            if index == planned:
+                self._known[split.name] = [(losses, weights)]
+
+        engine = self._bench.engine
+        engine.on_items = keep
+        try:
+            return engine.evaluate(split, None)
+        finally:
+            engine.on_items = None
 
     def check(self, points: Iterable[Point]) -> None:
         """Compare at some points of the run; the model stays at the last one.
@@ -87,6 +110,7 @@ class Independence:
                     self._check_mixture(source, point)
 
     def _planned_batch(self, source: SplitSource) -> Numbers:
+        """The samples of the first of the largest batches that the split is cut into."""
         size = self._bench.batch_size
         cuts = (cut for block in source.blocks for cut in cut_block(block, size))
         return np.asarray(max(cuts, key=len))
@@ -97,7 +121,7 @@ class Independence:
         Where they are not, a planned batch is a mixture of more samples already.
         """
         batch = self._planned_batch(source)
-        found = self._items(source, [batch])
+        found = self._known.get(source.name) or self._items(source, [batch])
         if len(batch) > 1:
             pieces = list(growing(batch[_by_loss(found, len(batch))]))
             self._compare(source, point, batch, pieces, found)

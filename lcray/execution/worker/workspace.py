@@ -168,7 +168,7 @@ class Workspace:
         plans, seconds = [], {}
         for split in self.bench.splits:
             self.bench.engine.check_statistics(split)
-            first = self.bench.engine.evaluate(split, None)
+            first = independence.evaluate(split)
             self.flat.check_unwritten(point.vector)
             out = self.bench.engine.new_vector()
             start = time.perf_counter()
@@ -280,8 +280,7 @@ class Workspace:
         self.bench.adopt(plan.batch_size, plan.memory_format, plan.partial_sums)
         independence = Independence(self.bench, self.task)
         self._go_to_first()
-        engine = self.bench.engine
-        losses = {split.name: engine.evaluate(split, None).loss for split in self.bench.splits}
+        losses = {split.name: independence.evaluate(split).loss for split in self.bench.splits}
         independence.check(two_points(self.series.steps, self._read))
         return losses
 
