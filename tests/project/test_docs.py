@@ -213,3 +213,20 @@ def test_the_notebook_is_kept_without_outputs() -> None:
 
 def test_the_recipes_are_those_of_the_readme_test() -> None:
     assert len(test_readme.python_blocks(test_readme.RECIPES)) == 10
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("README.md", "Σ `elements` is"),  # of layers of kind parameter, buffers left out
+        ("README.md", "group·(outputs per group) + j"),
+        ("README.md", "not what would have happened without a layer"),
+        ("README.md", "the variable `RAY_ADDRESS`"),
+        ("docs/cluster.md", "by the variable `RAY_ADDRESS`"),
+        ("docs/performance.md", "and wrong: losses change by 0.2 to 0.6 % too much or too little"),
+        ("docs/performance.md", "bfloat16: 1.35 to 1.5 times as fast on a CPU"),
+    ],
+)
+def test_what_numbers_and_settings_mean_is_said(page: str, words: str) -> None:
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    assert words in text
