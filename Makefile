@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # One thread a process: two of them share the machine with Ray's workers.
 export OMP_NUM_THREADS ?= 1
+# Processes that share the slow tests without Ray.
+WORKERS ?= 2
 
 .PHONY: demo test test-slow fuzz soak coverage docs lint types bench setup clean
 
@@ -16,8 +18,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+# Those that start Ray have the machine to themselves: they wait for deaths, heartbeats and workers.
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not ray" -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m "slow and ray"
 
 fuzz: $(VENV)/.dev
 	LCRAY_FUZZ=100000 $(BIN)/python -m pytest -m slow tests/project/test_fuzz.py

@@ -26,6 +26,7 @@ def tables(out: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_run_with_failures_deaths_and_stragglers_loses_nothing(tmp_path: Path) -> None:
     quiet, wild = tmp_path / "quiet", tmp_path / "wild"
     for out in (quiet, wild):

@@ -89,11 +89,12 @@ def test_a_star_import_is_whole() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "shared"])
 @pytest.mark.parametrize(
     ("set_to", "code"), [("1", pytest.ExitCode.TESTS_FAILED), ("", pytest.ExitCode.OK)]
 )
 def test_skips_are_failures_where_they_are_forbidden(
-    set_to: str, code: pytest.ExitCode, tmp_path: Path
+    set_to: str, code: pytest.ExitCode, workers: tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "conftest.py").write_text(
         "from conftest_of_lcray import pytest_sessionfinish, pytest_terminal_summary\n"
@@ -107,9 +108,10 @@ def test_skips_are_failures_where_they_are_forbidden(
         "@pytest.mark.xfail\n"
         "def test_expected(): assert False\n"
     )
+    (tmp_path / "test_whole.py").write_text("import pytest\npytest.importorskip('nobody_has_it')\n")
     path = f"{scenes.HERE}"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=100,
@@ -119,3 +121,4 @@ def test_skips_are_failures_where_they_are_forbidden(
     assert done.returncode == code, done.stdout
     assert ("test_some.py::test_skipped: " in done.stdout) == bool(set_to)
     assert ("no accelerator" in done.stdout) == bool(set_to)
+    assert ("could not import 'nobody_has_it'" in done.stdout) == bool(set_to)
