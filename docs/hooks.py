@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import lcray
 from lcray.analyses.registry import FINDINGS
 from lcray.cli.app import app
 from lcray.cli.options import PATH
+from lcray.settings import Settings, flag_of, help_of
 from lcray.tables.reading.recipes import OPTIONS
 from lcray.tables.schema import TABLES
 
@@ -75,12 +77,22 @@ def columns(form: pa.Schema) -> str:
     return "\n".join(lines)
 
 
+def settings_table() -> str:
+    """Every setting of an analysis: its name in Python and on the command line, its meaning."""
+    lines = ["| Python | command line | |", "| --- | --- | --- |"]
+    for each in fields(Settings):
+        lines.append(f"| `{each.name}` | `--{flag_of(each)}` | {help_of(each)} |")
+    return "\n".join(lines)
+
+
 def api_page() -> str:
     """The public names, each as its docstring has it."""
     parts = ["# Python", "Everything public is at the top: `import lcray`."]
     for name in lcray.__all__:
         public, shown = getattr(lcray, name), f"lcray.{name}"
         options = f"    options:\n      heading: {shown}\n      toc_label: {shown}"
+        if public is lcray.Resources:  # whose docstring is made from its fields
+            options += "\n      force_inspection: true"
         parts.append(f"::: {public.__module__}.{public.__qualname__}\n{options}")
     return "\n\n".join(parts) + "\n"
 

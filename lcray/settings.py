@@ -1,69 +1,181 @@
-"""What an analysis may be asked for; imports nothing, so that the command line is quick."""
+"""What an analysis may be asked for; imports nothing heavy, so that the command line is quick."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, field, fields
+from inspect import cleandoc
+from typing import Any, TypeVar
+
+Kind = TypeVar("Kind")
+
+INTEGRAL, DATA, TABLES = "The integral", "Data and loss", "Tables"
+FISHER, WORKERS = "Fisher information", "Workers"
+#: The sections of ``--help`` that options stand in, in their order.
+SECTIONS = (INTEGRAL, DATA, TABLES, FISHER, WORKERS)
 
 
+@dataclass(frozen=True)
+class Option:
+    """What a field means, and how the command line shows it beside its name, type and default.
+
+    Attributes:
+        section: of ``--help``; empty for the options of a command alone.
+        help: what it means, in the documentation as well.
+        otherwise: the default in words, where the value does not tell it.
+        choices: the values it may have; with a `metavar`, some of them.
+        metavar: how its value is shown.
+        flag: the name on the command line, where it is not the field's.
+        bare: the value of the flag alone.
+    """
+
+    section: str
+    help: str
+    otherwise: str = ""
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    flag: str | None = None
+    bare: int | None = None
+
+
+def option(default: Any, section: str, help: str, **more: Any) -> Any:
+    """A field that is an option; all but the default are the arguments of `Option`."""
+    metadata = {"option": Option(section, help, **more)}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def option_of(each: Field[Any]) -> Option:
+    """What `option` was told of a field."""
+    found: Option = each.metadata["option"]
+    return found
+
+
+def flag_of(each: Field[Any]) -> str:
+    """The name of a field on the command line, without the dashes in front."""
+    return option_of(each).flag or each.name.replace("_", "-")
+
+
+def help_of(each: Field[Any]) -> str:
+    """What a field means, with its default unless that is to do nothing."""
+    told, value = option_of(each), each.default
+    is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+    default = told.otherwise or (str(value) if is_plain else "")
+    return f"{told.help}  [default: {default}]" if default else told.help
+
+
+def documented(kind: type[Kind]) -> type[Kind]:
+    """Ends the docstring of a dataclass with what each of its options means."""
+    lines = [f"    {each.name}: {help_of(each)}" for each in fields(kind)]  # type: ignore[arg-type]
+    kind.__doc__ = "\n".join([cleandoc(kind.__doc__ or ""), "", "Attributes:", *lines])
+    return kind
+
+
+@documented
 @dataclass(frozen=True)
 class Settings:
     """What the user asked for; each decides numbers or tables, and is recorded with them.
 
-    Attributes:
-        rule: name of the quadrature rule.
-        refine: halve the panels of intervals that have not converged (Simpson only).
-        rtol: an interval has converged when |gap| <= max(rtol·|loss change|, atol).
-        max_panels: the cap of the refinement.
-        splits: the splits to analyze; None for all of the task's.
-        samples: the most samples of a split that are taken, drawn at random; None takes all.
-        sample_seed: seed of the draw.
-        layers: a pattern (``conv*``) for the layers that get rows in the tables below `layers`.
-        batch_norm: ``running`` (the checkpoint's statistics) or ``batch`` (the batch's own).
-        dtype: of the forward and backward pass, ``float32`` or ``float64``.
-        batch_size: samples a batch; None has a probe choose, or is 256 where batches are part of
-            the loss.
-        memory_format: ``contiguous``, ``channels_last`` (convolutions compute on images with the
-            channels innermost) or ``auto``, which has a probe choose.
-        partial_sums: parts that the batches of a split are summed in, so that as many workers may
-            share a gradient; None for as many as do (see `lcray.Resources.data_parallel`).
-        batch_seed: seed of the permutation that cuts the batches where they are part of the loss.
-        partial: checkpoints may lack tensors, which then keep the values of the task's model.
-        window: width of the base windows in steps; None chooses about ten a run.
-        elements: write the `elements` table.
-        parameters: write the `parameters` and `traces` tables; None decides by size.
-        units: write `units` also for layers with more than 10,000 units.
-        trace: elements to trace besides the sample, as ``layer:index``.
-        trace_seed: seed of the sample of traced elements.
-        deterministic: enforce deterministic algorithms (they only cost anything on CUDA).
-        fisher: write the `fisher` table, at the steps that are multiples of this; None for none.
-        fisher_kind: ``both``, or ``empirical`` for tasks without `sample_targets`.
-        fisher_samples: the most samples of a split that it takes.
-        fisher_seed: seed of these samples, and of the targets that the model draws.
+    An interval has converged when |gap| <= max(rtol·|loss change|, atol).
     """
 
-    rule: str = "simpson"
-    refine: bool = False
-    rtol: float = 1e-3
-    max_panels: int = 16
-    splits: tuple[str, ...] | None = None
-    samples: int | None = None
-    sample_seed: int = 0
-    layers: str | None = None
-    batch_norm: str = "running"
-    dtype: str = "float32"
-    batch_size: int | None = None
-    memory_format: str = "auto"
-    partial_sums: int | None = None
-    batch_seed: int = 0
-    partial: bool = False
-    window: int | None = None
-    elements: bool = False
-    parameters: bool | None = None
-    units: bool = False
-    trace: tuple[str, ...] = ()
-    trace_seed: int = 0
-    deterministic: bool = True
-    fisher: int | None = None
-    fisher_kind: str = "both"
-    fisher_samples: int = 256
-    fisher_seed: int = 0
+    rule: str = option(
+        "simpson",
+        INTEGRAL,
+        "left (first order), midpoint, trapezoid, simpson (RK4), gauss-lobatto, gauss; rule*n on n "
+        "panels; or auto: trapezoid where the gap and regular midpoint probes allow it, else "
+        "simpson, halved where needed, within --rtol.",
+        choices=("left", "midpoint", "trapezoid", "simpson", "gauss-lobatto", "gauss", "auto"),
+        metavar="NAME",
+    )
+    refine: bool = option(False, INTEGRAL, "Halve the panels of intervals that miss the tolerance.")
+    rtol: float = option(1e-3, INTEGRAL, "Tolerance of the gap, relative to the loss change.")
+    max_panels: int = option(16, INTEGRAL, "The most panels that refinement may reach.")
+    splits: tuple[str, ...] | None = option(
+        None, DATA, "Only this split.", otherwise="all", flag="split", metavar="NAME"
+    )
+    samples: int | None = option(
+        None,
+        DATA,
+        "The most samples to take of a split, drawn at random; results are then estimates with "
+        "confidence intervals.",
+        otherwise="all",
+    )
+    sample_seed: int = option(0, DATA, "Seed of that draw.")
+    layers: str | None = option(
+        None, TABLES, "Only these layers in the detailed tables, as in 'conv*'.", metavar="PATTERN"
+    )
+    batch_norm: str = option(
+        "running",
+        DATA,
+        "running: the checkpoint's statistics; batch: the batch's own.",
+        choices=("running", "batch"),
+    )
+    dtype: str = option(
+        "float32",
+        DATA,
+        "Precision of the forward and backward pass; sums are always in float64.",
+        choices=("float32", "float64"),
+    )
+    batch_size: int | None = option(
+        None,
+        DATA,
+        "Samples per batch.",
+        otherwise="chosen by a short probe, or 256 where batches are part of the loss",
+    )
+    memory_format: str = option(
+        "auto",
+        DATA,
+        "auto: the one that a short probe finds faster.",
+        choices=("contiguous", "channels_last", "auto"),
+    )
+    partial_sums: int | None = option(
+        None,
+        DATA,
+        "Number of partial sums of each gradient; at most as many workers can share it.",
+        otherwise="--data-parallel",
+    )
+    batch_seed: int = option(0, DATA, "Seed of the batches where they are part of the loss.")
+    partial: bool = option(
+        False,
+        DATA,
+        "Checkpoints may lack tensors (adapters), which keep the values of the task's model.",
+    )
+    window: int | None = option(
+        None,
+        TABLES,
+        "Width of the windows of histograms and fits, in steps.",
+        otherwise="about ten windows per run",
+    )
+    elements: bool = option(False, TABLES, "Write the elements table: LC of every element.")
+    parameters: bool | None = option(
+        None, TABLES, "Force the parameters and traces tables on or off.", otherwise="by size"
+    )
+    units: bool = option(False, TABLES, "Write units also for layers with more than 10,000.")
+    trace: tuple[str, ...] = option(
+        (),
+        TABLES,
+        "Trace this element, in addition to a random sample of each layer.",
+        metavar="LAYER:INDEX",
+    )
+    trace_seed: int = option(0, TABLES, "Seed of the sample of traced elements.")
+    deterministic: bool = option(
+        True, DATA, "Enforce deterministic algorithms on CUDA.", otherwise="on"
+    )
+    fisher: int | None = option(
+        None,
+        FISHER,
+        "Write the fisher table, at every step or, as --fisher=K, at the multiples of K: the trace "
+        "of each layer's Fisher information, by targets that the model draws (sample_targets of "
+        "the task) and by those of the data.",
+        metavar="[=K]",
+        bare=1,
+    )
+    fisher_kind: str = option(
+        "both",
+        FISHER,
+        "empirical: by the data's targets alone.",
+        choices=("both", "empirical"),
+    )
+    fisher_samples: int = option(256, FISHER, "The most samples of a split that fisher takes.")
+    fisher_seed: int = option(0, FISHER, "Seed of these samples, and of the targets drawn.")

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -21,20 +21,26 @@ import lcray
 from lcray.cli import compare, convert, export, findings, submit, terminal, trace
 from lcray.cli import query as query_command
 from lcray.cli import report as report_command
-from lcray.cli.options import JSON, OUT, RUN, SETTINGS, Group, example, folders, refusal, together
+from lcray.cli.options import (
+    ADDRESS,
+    ANALYSIS,
+    COURSE,
+    JSON,
+    OUT,
+    RUN,
+    STEPS,
+    Group,
+    example,
+    folders,
+    given,
+    refusal,
+    take_resources,
+    together,
+)
 from lcray.errors import LcrayError, UsageError
 from lcray.storage.interrupt import Stopped
 
 _SECONDS_A_LOOK = 5.0
-
-
-def _resources(options: dict[str, Any]) -> Any:
-    names = [field.name for field in fields(lcray.Resources)]
-    return lcray.Resources(**{name: options.pop(name) for name in names})
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value not in (None, ())}
 
 
 @click.group(
@@ -73,7 +79,7 @@ def app() -> None:
     shell_complete=folders,
     help="Where run and output go.",
 )
-@click.option("--workers", type=int, help="Workers  [default: one a CPU core].")
+@click.option("--workers", type=int, help="Number of workers.  [default: one per CPU core]")
 def demo(directory: Path, workers: int | None) -> None:
     """Train a small net on handwritten digits, analyze it, and show what there is."""
     from lcray import digits
@@ -95,8 +101,8 @@ def demo(directory: Path, workers: int | None) -> None:
 @app.command(
     epilog=example("lcray inspect runs/mine", "lcray inspect runs/mine --steps 0:100 --json")
 )
-@click.argument("run", shell_complete=folders)
-@click.option("--steps", metavar="A:B", help="Only checkpoints with a <= step <= b, as in 100:200.")
+@RUN
+@STEPS
 @click.option("--layers", metavar="PATTERN", help="Only tensors whose names match, as in 'conv*'.")
 @JSON
 def inspect(run: str, steps: str | None, layers: str | None, as_json: bool) -> None:
@@ -115,7 +121,8 @@ def inspect(run: str, steps: str | None, layers: str | None, as_json: bool) -> N
         "lcray plan runs/mine --task mytask:task --rule auto --rtol 0.05 --save plan.json",
     )
 )
-@together(*RUN, *SETTINGS)
+@RUN
+@together(*ANALYSIS, ADDRESS)
 @click.option(
     "--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan to this file."
 )
@@ -125,7 +132,7 @@ def plan(run: str, task: str, save: Path | None, as_json: bool, **options: Any) 
     from lcray.cli import display
 
     with redirect_stdout(sys.stderr):
-        report = lcray.plan(run, task, resources=_resources(options), **_given(options))
+        report = lcray.plan(run, task, resources=take_resources(options), **given(options))
     if save is not None:
         report.save(save)
     data = {
@@ -147,7 +154,8 @@ def plan(run: str, task: str, save: Path | None, as_json: bool, **options: Any) 
         "lcray analyze runs/mine --task mytask:task --out out/mine --plan plan.json",
     )
 )
-@together(*RUN, *SETTINGS)
+@RUN
+@together(*ANALYSIS, ADDRESS)
 @click.option(
     "--out",
     required=True,
@@ -155,22 +163,7 @@ def plan(run: str, task: str, save: Path | None, as_json: bool, **options: Any) 
     shell_complete=folders,
     help="Output directory, or its URI; new, or of the same analysis, which then goes on.",
 )
-@click.option(
-    "--plan",
-    "saved",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Use a plan that lcray plan --save wrote.",
-)
-@click.option("--repair", is_flag=True, help="Compute anew what is committed but damaged.")
-@click.option("--follow", is_flag=True, help="Go on while training writes, until the run ends.")
-@click.option(
-    "--idle",
-    type=float,
-    metavar="SECONDS",
-    help="With --follow: seconds without a new checkpoint that end a run  [default: 600; a "
-    "recorder's run says itself that it ended].",
-)
+@together(*COURSE)
 @JSON
 def analyze(
     run: str, task: str, out: str, saved: Path | None, as_json: bool, **options: Any
@@ -182,7 +175,7 @@ def analyze(
     """
     from lcray.cli import display
 
-    resources = _resources(options)
+    resources = take_resources(options)
     with _working() as report:
         results = lcray.analyze(
             run,
@@ -191,7 +184,7 @@ def analyze(
             plan=saved,
             resources=resources,
             on_progress=report,
-            **_given(options),
+            **given(options),
         )
     data = display.records(display.totals(results))
     _show({"out": str(out), "splits": data}, lambda: display.summary(results), as_json)
@@ -199,8 +192,8 @@ def analyze(
         terminal.say(f"next: lcray {'report' if 'report' in app.commands else 'findings'} {out}")
 
 
-app.add_command(submit.like(analyze))
-app.add_command(trace.like(analyze))
+app.add_command(submit.submit)
+app.add_command(trace.trace)
 app.add_command(findings.findings)
 app.add_command(compare.compare)
 app.add_command(query_command.query)

@@ -10,7 +10,7 @@ import click
 import lcray
 from lcray.cli import terminal
 from lcray.cli.findings import ranges
-from lcray.cli.options import Command, example
+from lcray.cli.options import JSON, Command, example
 
 _TESTS = ("p_t", "p_t_adjusted", "p_permutation_adjusted")
 _SHOWN = ("split", "condition", "layer", "n", "lc", "lc_se", *_TESTS)
@@ -57,7 +57,7 @@ class _Conditions(Command):
     help="False discovery rate: Benjamini-Hochberg, or -Yekutieli for any dependence.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of permutations that are drawn.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+@JSON
 def compare(outs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """LC of every layer over repeated runs, and the difference between two conditions.
 

@@ -9,7 +9,7 @@ import click
 
 import lcray
 from lcray.cli import terminal
-from lcray.cli.options import Command, example
+from lcray.cli.options import JSON, Command, example
 
 
 @click.command(
@@ -34,7 +34,7 @@ from lcray.cli.options import Command, example
     help="Unpickle what cannot be read otherwise. That RUNS whatever code the file's author put "
     "in, with your rights: only for files that you made, or whose author you trust.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+@JSON
 def convert(
     source: str, run: str, strip_prefix: str, key: str | None, trust_pickle: bool, as_json: bool
 ) -> None:

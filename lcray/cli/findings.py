@@ -10,7 +10,7 @@ import click
 import lcray
 from lcray.analyses.titles import TITLES
 from lcray.cli import terminal
-from lcray.cli.options import OUT, Command, after_commas, example, finding_names
+from lcray.cli.options import JSON, OUT, Command, after_commas, example, finding_names
 
 
 def ranges(
@@ -46,7 +46,7 @@ class _Findings(Command):
 )
 @OUT
 @click.option(
-    "--window", type=int, help="Width of the windows in steps  [default: the analysis's]."
+    "--window", type=int, help="Width of the windows in steps.  [default: the analysis's]"
 )
 @click.option(
     "--windows",
@@ -63,7 +63,7 @@ class _Findings(Command):
     help="Only these findings, of those below.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of every random draw.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+@JSON
 def findings(out: str, only: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Turn the tables of OUT into findings: who helps, how LC is distributed, and more.
 

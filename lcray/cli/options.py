@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import fields
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 from click.shell_completion import CompletionItem
@@ -14,7 +16,8 @@ from click.shell_completion import CompletionItem
 from lcray.analyses.titles import TITLES
 from lcray.cli import terminal
 from lcray.errors import one_line
-from lcray.settings import Settings
+from lcray.execution.cluster.resources import Resources
+from lcray.settings import SECTIONS, WORKERS, Settings, flag_of, help_of, option_of
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -26,41 +29,10 @@ PATH: dict[str, tuple[str, ...]] = {
     "Analyze": ("analyze", "submit", "status", "reduce", "verify", "trace"),
     "Report and ask": ("report", "findings", "compare", "plots", "query", "export"),
 }
-#: The options of an analysis by what they are about; those of a command alone stand first.
-_SECTIONS: dict[str, tuple[str, ...]] = {
-    "The integral": ("rule", "refine", "rtol", "max_panels"),
-    "Data and loss": (
-        "splits",
-        "samples",
-        "sample_seed",
-        "batch_norm",
-        "dtype",
-        "batch_size",
-        "batch_seed",
-        "memory_format",
-        "partial_sums",
-        "partial",
-        "deterministic",
-    ),
-    "Tables": ("layers", "window", "elements", "parameters", "units", "trace", "trace_seed"),
-    "Fisher information": ("fisher", "fisher_kind", "fisher_samples", "fisher_seed"),
-    "Workers": (
-        "workers",
-        "data_parallel",
-        "gpus_per_worker",
-        "cpus_per_worker",
-        "custom",
-        "threads",
-        "memory",
-        "patience",
-        "span_length",
-    ),
-}
 #: Commands that go on where they were interrupted.
 _GO_ON = ("demo", "convert", "analyze", "submit", "trace")
 _OWN = "Options"
 _SHARES_A_PAGE = 12  # options, from which on they are shown by section
-_DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
 
 class _Helpful(click.Command):
@@ -76,13 +48,11 @@ class Command(_Helpful):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the options, by section where there are many."""
-        own: list[tuple[str, str]] = []
-        found: dict[str, list[tuple[str, str]]] = {_OWN: own}
         params = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
-        for title, names in _SECTIONS.items() if len(params) > _SHARES_A_PAGE else ():
-            found[title] = [r for p in params if p.name in names if (r := p.get_help_record(ctx))]
-        shown = {name for title in found for name in _SECTIONS.get(title, ())}
-        own += [r for p in params if p.name not in shown if (r := p.get_help_record(ctx))]
+        found: dict[str, list[tuple[str, str]]] = {section: [] for section in (_OWN, *SECTIONS)}
+        for param in params:
+            section = getattr(param, "section", "") if len(params) > _SHARES_A_PAGE else ""
+            found[section or _OWN] += [r] if (r := param.get_help_record(ctx)) else []
         for title, rows in found.items():
             if rows:
                 with formatter.section(title):
@@ -173,18 +143,6 @@ def _choices(values: Sequence[str]) -> Callable[..., list[CompletionItem]]:
     return complete
 
 
-def _option(
-    name: str, text: str, *, one_of: Sequence[str] = (), **kwargs: Any
-) -> Callable[[Decorated], Decorated]:
-    """An option for a field of `Settings`; the default stays the library's."""
-    field = name.split("/")[0].removeprefix("--").replace("-", "_")
-    default = _DEFAULTS.get(field)
-    shown = f"  [default: {default}]" if default not in (None, False, (), True) else ""
-    if one_of:
-        kwargs["shell_complete"] = _choices(one_of)
-    return click.option(name, default=None, help=text + shown, **kwargs)
-
-
 def _amounts(
     context: click.Context, parameter: click.Parameter, given: tuple[str, ...]
 ) -> dict[str, float]:
@@ -201,166 +159,99 @@ def _amounts(
     return found
 
 
-_RULES = ("left", "midpoint", "trapezoid", "simpson", "gauss-lobatto", "gauss", "auto")
-SETTINGS = (
-    _option(
-        "--rule",
-        "left (first order), midpoint, trapezoid, simpson (RK4), gauss-lobatto, gauss; rule*n; or "
-        "auto: trapezoid where the gap and regular midpoint probes allow, else simpson, halved "
-        "where needed, within --rtol.",
-        one_of=_RULES,
-        metavar="NAME",
-    ),
-    _option("--refine", "Halve the panels of intervals that miss the tolerance.", is_flag=True),
-    _option("--rtol", "Tolerance of the gap, relative to the loss change.", type=float),
-    _option("--max-panels", "Cap of the refinement.", type=int),
-    click.option(
-        "--split", "splits", multiple=True, metavar="NAME", help="Only this split (repeatable)."
-    ),
-    _option(
-        "--samples",
-        "Samples of a split to take at most, drawn at random; results are then estimates with "
-        "confidence intervals  [default: all].",
-        type=int,
-    ),
-    _option("--sample-seed", "Seed of that draw  [default: 0].", type=int),
-    _option(
-        "--layers", "Only these layers in the detailed tables, as in 'conv*'.", metavar="PATTERN"
-    ),
-    _option(
-        "--batch-norm",
-        "running: the checkpoint's statistics; batch: the batch's own.",
-        one_of=("running", "batch"),
-        metavar="[running|batch]",
-    ),
-    _option(
-        "--dtype",
-        "Of the forward and backward pass; sums are in float64 in any case.",
-        one_of=("float32", "float64"),
-        metavar="[float32|float64]",
-    ),
-    _option("--batch-size", "Samples a batch  [default: chosen by a short probe].", type=int),
-    _option(
-        "--memory-format",
-        "auto: whichever a short probe finds faster.",
-        one_of=("contiguous", "channels_last", "auto"),
-        metavar="[contiguous|channels_last|auto]",
-    ),
-    _option("--partial-sums", "Parts of each gradient  [default: --data-parallel].", type=int),
-    _option(
-        "--batch-seed",
-        "Seed of the batches where they are part of the loss  [default: 0].",
-        type=int,
-    ),
-    _option("--partial", "Checkpoints may lack tensors (adapters).", is_flag=True),
-    _option(
-        "--window",
-        "Width of the windows of histograms and fits, in steps  [default: about ten a run].",
-        type=int,
-    ),
-    _option("--elements", "Write the elements table: LC of every element.", is_flag=True),
-    _option(
-        "--parameters/--no-parameters",
-        "Force the parameters and traces tables on or off  [default: by size].",
-    ),
-    _option("--units", "Write units also for layers with more than 10,000.", is_flag=True),
-    click.option(
-        "--trace",
-        multiple=True,
-        metavar="LAYER:INDEX",
-        help="Trace this element (repeatable), beside a random sample of each layer.",
-    ),
-    _option("--trace-seed", "Seed of the sample of traced elements  [default: 0].", type=int),
-    _option(
-        "--fisher",
-        "Write the fisher table, at every step or, as --fisher=K, at the multiples of K: the trace "
-        "of each layer's Fisher information, by targets that the model draws (sample_targets of "
-        "the task) and by those of the data.",
-        type=int,
-        is_flag=False,
-        flag_value=1,
-        metavar="[=K]",
-    ),
-    _option(
-        "--fisher-kind",
-        "empirical: by the data's targets alone.",
-        one_of=("both", "empirical"),
-        metavar="[both|empirical]",
-    ),
-    _option("--fisher-samples", "The most samples of a split that fisher takes.", type=int),
-    _option(
-        "--fisher-seed",
-        "Seed of these samples, and of the targets drawn  [default: 0].",
-        type=int,
-    ),
-    _option(
-        "--deterministic/--no-deterministic",
-        "Enforce deterministic algorithms on CUDA  [default: on].",
-    ),
-)
-RUN = (
-    click.argument("run", shell_complete=folders),
-    click.option(
-        "--task",
-        required=True,
-        metavar="MODULE:ATTRIBUTE",
-        help="The task: package.module:attribute or path/file.py:attribute.",
-    ),
-    click.option(
-        "--steps", metavar="A:B", help="Only checkpoints with a <= step <= b, as in 100:200."
-    ),
-    click.option(
-        "--span-length",
-        type=int,
-        help="Intervals a span, the unit of work and retry  [default: about three minutes].",
-    ),
-    click.option("--workers", type=int, help="Workers  [default: one a GPU, else one a CPU core]."),
-    click.option(
-        "--data-parallel",
-        type=int,
-        default=1,
-        show_default=True,
-        help="Workers that share a gradient.",
-    ),
-    click.option(
-        "--gpus-per-worker",
-        type=float,
-        help="GPUs each; fractions share one  [default: 1 where there are any].",
-    ),
-    click.option(
-        "--cpus-per-worker", type=float, default=1.0, show_default=True, help="CPUs each."
-    ),
-    click.option(
-        "--resource",
-        "custom",
-        multiple=True,
-        metavar="NAME=AMOUNT",
-        callback=_amounts,
-        help="A custom resource of the cluster that each takes (repeatable).",
-    ),
-    click.option("--threads", type=int, help="Threads a worker  [default: 1]."),
-    click.option(
-        "--memory",
-        type=float,
-        metavar="GIB",
-        help="GiB a worker  [default: its share of what is free].",
-    ),
-    click.option(
-        "--patience",
-        type=float,
-        metavar="SECONDS",
-        help="Seconds without progress after which a worker is replaced  [default: 20 times what "
-        "a step should take, at least 300].",
-    ),
-    click.option(
-        "--address",
-        metavar="HOST:PORT",
-        help="Ray cluster to use, HEAD:6379; local for a Ray of its own  [default: RAY_ADDRESS, "
-        "else local].",
-    ),
-)
+class _Option(click.Option):
+    """An option that stands in a section of ``--help``."""
+
+    def __init__(self, *args: Any, section: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+def _options(kind: type[Any]) -> list[Callable[[Any], Any]]:
+    """An option for each field of a dataclass; defaults stay the library's."""
+    hints = get_type_hints(kind)
+    return [_option_of(each, hints[each.name]) for each in fields(kind)]
+
+
+def _option_of(each: Field[Any], hint: Any) -> Callable[[Any], Any]:
+    told, flag = option_of(each), f"--{flag_of(each)}"
+    (kind,) = {hint} if not isinstance(hint, UnionType) else {*get_args(hint)} - {NoneType}
+    text, more = help_of(each), dict[str, Any](type=kind)
+    if kind is bool and each.default is not False:
+        flag, more = f"{flag}/--no-{flag_of(each)}", {}
+    elif kind is bool:
+        more = {"is_flag": True}
+    elif get_origin(kind) is not None:  # several, or amounts by name
+        text = f"{text.removesuffix('.')} (repeatable)."
+        more = {"multiple": True, "callback": _amounts if get_origin(kind) is Mapping else None}
+    if told.bare is not None:
+        more |= {"is_flag": False, "flag_value": told.bare}
+    if told.choices:
+        more |= {"shell_complete": _choices(told.choices)}
+    metavar = told.metavar or (f"[{'|'.join(told.choices)}]" if told.choices else None)
+    names = (flag, each.name)
+    return click.option(
+        *names, cls=_Option, section=told.section, default=None, metavar=metavar, help=text, **more
+    )
+
+
+*PLACING, ADDRESS = _options(Resources)
+RUN = click.argument("run", shell_complete=folders)
 OUT = click.argument("out", shell_complete=folders)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+TASK = click.option(
+    "--task",
+    required=True,
+    metavar="MODULE:ATTRIBUTE",
+    help="The task: package.module:attribute or path/file.py:attribute.",
+)
+STEPS = click.option(
+    "--steps", metavar="A:B", help="Only checkpoints with a <= step <= b, as in 100:200."
+)
+#: What is analyzed and how, beside the run.
+ANALYSIS = (
+    TASK,
+    STEPS,
+    click.option(
+        "--span-length",
+        cls=_Option,
+        section=WORKERS,
+        type=int,
+        help="Intervals per span, the unit of work and retry.  [default: about three minutes]",
+    ),
+    *PLACING,
+    *_options(Settings),
+)
+#: How an analysis goes on, here or as a job.
+COURSE = (
+    click.option(
+        "--plan",
+        "saved",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Use a plan that lcray plan --save wrote.",
+    ),
+    click.option("--repair", is_flag=True, help="Compute anew what is committed but damaged."),
+    click.option("--follow", is_flag=True, help="Go on while training writes, until the run ends."),
+    click.option(
+        "--idle",
+        type=float,
+        metavar="SECONDS",
+        help="With --follow: seconds without a new checkpoint that end a run.  [default: 600; a "
+        "recorder's run says itself that it ended]",
+    ),
+)
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given; the others keep the library's defaults."""
+    return {name: value for name, value in options.items() if value not in (None, ())}
+
+
+def take_resources(options: dict[str, Any]) -> Resources:
+    """Takes those of `Resources` out of a command's options."""
+    names = [each.name for each in fields(Resources) if each.name in options]
+    return Resources(**given({name: options.pop(name) for name in names}))
 
 
 def together(*options: Callable[[Decorated], Decorated]) -> Callable[[Decorated], Decorated]:

@@ -24,8 +24,8 @@ from lcray.storage import Remote, place
     "--out",
     "file",
     metavar="FILE",
-    help="Where the page goes  [default: OUT/report.html; of several, comparison.html in the "
-    "first].",
+    help="Where the page goes.  [default: OUT/report.html; of several, comparison.html in the "
+    "first]",
 )
 @click.option("--open", "show", is_flag=True, help="Open the page in the browser.")
 def report(outs: tuple[str, ...], compare: bool, file: str | None, show: bool) -> None:

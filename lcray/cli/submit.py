@@ -1,9 +1,8 @@
-"""``lcray submit``: takes what ``lcray analyze`` takes, since that is what the job runs."""
+"""The command `lcray submit`: takes what `lcray analyze` takes, since that is what the job runs."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,16 @@ import click
 
 import lcray
 from lcray.cli import terminal
-from lcray.cli.options import Command, example
+from lcray.cli.options import (
+    ANALYSIS,
+    COURSE,
+    Command,
+    example,
+    given,
+    take_resources,
+    together,
+)
 from lcray.errors import UsageError
-from lcray.execution.cluster.resources import Resources
-
-_OWN = {"run", "out", "address", "as_json"}  # of analyze's, those that mean something else here
 
 
 @click.command(
@@ -35,8 +39,8 @@ _OWN = {"run", "out", "address", "as_json"}  # of analyze's, those that mean som
 @click.option(
     "--address",
     metavar="URL",
-    help="Job server of the cluster, http://HEAD:8265  [default: RAY_API_SERVER_ADDRESS, else "
-    "port 8265 of this machine].",
+    help="Job server of the cluster, http://HEAD:8265.  [default: RAY_API_SERVER_ADDRESS, else "
+    "port 8265 of this machine]",
 )
 @click.option(
     "--include",
@@ -51,6 +55,7 @@ _OWN = {"run", "out", "address", "as_json"}  # of analyze's, those that mean som
     help="Set this variable for the job; no secrets (repeatable).",
 )
 @click.option("--no-wait", is_flag=True, help="Print the job's id, and leave it to itself.")
+@together(*ANALYSIS, *COURSE)
 def submit(
     run: str,
     task: str,
@@ -72,35 +77,26 @@ def submit(
     Where the cluster asks for a token (a cluster should), set RAY_AUTH_MODE=token in the shell that
     starts the head and in this one, with the same token in ~/.ray/auth_token.
     """
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    placed = {f.name: given.pop(f.name) for f in fields(Resources) if f.name in given}
     found = lcray.submit(
         run,
         task,
         out,
         address=address,
         plan=saved,
-        resources=Resources(**placed),
+        resources=take_resources(options),
         include=include,
         env=_variables(env),
         wait=not no_wait,
         on_package=lambda package: terminal.say(f"lcray: sending {package}", err=True),
         on_submit=lambda job: terminal.say(f"lcray: submitted {job.job}", err=True),
         on_log=lambda text: click.echo(text, file=sys.stdout, nl=False),
-        **given,
+        **given(options),
     )
     if no_wait:
         terminal.say(found.job)
     elif found.exit_code:
         terminal.say(f"lcray: job {found.job} {found.message}", err=True)
         sys.exit(found.exit_code)
-
-
-def like(analyze: click.Command) -> click.Command:
-    """The command, with the options of `analyze`."""
-    have = {option.name for option in submit.params} | _OWN
-    submit.params += [option for option in analyze.params if option.name not in have]
-    return submit
 
 
 def _variables(pairs: tuple[str, ...]) -> dict[str, str]:

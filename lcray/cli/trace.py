@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import click
 
 import lcray
 from lcray.cli import terminal
-from lcray.cli.options import Command, example, folders
-from lcray.execution.cluster.resources import Resources
-
-_PLACING = {field.name for field in fields(Resources)}
+from lcray.cli.options import (
+    ADDRESS,
+    PLACING,
+    RUN,
+    TASK,
+    Command,
+    example,
+    folders,
+    take_resources,
+    together,
+)
 
 
 @click.command(
     cls=Command,
     epilog=example("lcray trace runs/mine --task mytask:task --out out/mine --trace top:10"),
 )
-@click.argument("run", shell_complete=folders)
+@RUN
 @click.option(
     "--out",
     required=True,
@@ -37,7 +43,8 @@ _PLACING = {field.name for field in fields(Resources)}
     help="top:K, the K parameters that helped and the K that hurt most; or layer:index "
     "(repeatable).",
 )
-@click.option("--into", metavar="OUT", help="The new output  [default: OUT/traced].")
+@click.option("--into", metavar="OUT", help="The new output.  [default: OUT/traced]")
+@together(TASK, *PLACING, ADDRESS)
 def trace(run: str, task: str, out: str, **options: Any) -> None:
     """Trace the parameters that helped and hurt most: a second pass over RUN, resumable.
 
@@ -46,17 +53,7 @@ def trace(run: str, task: str, out: str, **options: Any) -> None:
     """
     from lcray.cli.progress import reporting
 
-    placed = {name: options.pop(name) for name in _PLACING & options.keys()}
-    given = {name: value for name, value in placed.items() if value not in (None, ())}
+    resources = take_resources(options)
     with reporting() as report:
-        found = lcray.trace(
-            run, task, out, resources=Resources(**given), on_progress=report, **options
-        )
+        found = lcray.trace(run, task, out, resources=resources, on_progress=report, **options)
     terminal.say(f"tables: {found.path / 'tables'}/*.parquet")
-
-
-def like(analyze: click.Command) -> click.Command:
-    """The command, with what `analyze` says of the task and of workers."""
-    wanted = {"task"} | _PLACING
-    trace.params += [option for option in analyze.params if option.name in wanted]
-    return trace

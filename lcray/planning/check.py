@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cache
 from itertools import pairwise
 from types import NoneType, UnionType
@@ -16,7 +17,7 @@ from lcray.planning.plan import (
     Plan,
     memory_format_of,
 )
-from lcray.settings import Settings
+from lcray.settings import Settings, flag_of, option_of
 from lcray.storage.json_types import LIMIT
 from lcray.storage.numerals import whole_number
 from lcray.tasks.layer import Layer
@@ -39,15 +40,10 @@ def check_settings(settings: Settings) -> None:
     rule = get_rule(settings.rule)
     if settings.refine and not (rule.refinable and rule.panels == 1):
         raise UsageError(f"rule {settings.rule!r}: cannot be refined; use simpson, or no --refine")
-    choices = {
-        "batch_norm": ("running", "batch"),
-        "dtype": ("float32", "float64"),
-        "memory_format": ("auto", *MEMORY_FORMATS),
-        "fisher_kind": ("both", "empirical"),
-    }
-    for name, valid in choices.items():
-        if getattr(settings, name) not in valid:
-            raise UsageError(suggest(getattr(settings, name), valid, name.replace("_", "-")))
+    for each in fields(Settings):
+        told, value = option_of(each), getattr(settings, each.name)
+        if told.choices and not told.metavar and value not in told.choices:
+            raise UsageError(suggest(value, told.choices, flag_of(each)))
     counts = ("batch_size", "max_panels", "partial_sums", "window", "fisher", "fisher_samples")
     for name in counts:
         value = getattr(settings, name)

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from click.testing import CliRunner
 import lcray
 from lcray.analyses.registry import FINDINGS
 from lcray.cli.app import app
+from lcray.settings import Settings
 from lcray.tables.schema import TABLES
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +90,12 @@ def test_every_command_and_option_is_there(hooks: ModuleType) -> None:
         for param in command.params:
             for flag in param.opts:
                 assert not flag.startswith("-") or flag in found[f"lcray {name}"], (name, flag)
+
+
+def test_the_page_of_settings_has_them_all_as_their_fields_say(hooks: ModuleType) -> None:
+    text = sections((DOCS / "settings.md").read_text())["Every setting"]
+    assert rows(text) == [each.name for each in fields(Settings)]
+    assert text.strip().endswith(hooks.settings_table())
 
 
 def test_every_command_teaches_by_an_example() -> None:

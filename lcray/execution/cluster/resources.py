@@ -4,44 +4,63 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from lcray.errors import UsageError
+from lcray.settings import WORKERS, documented, option
 
 
+@documented
 @dataclass(frozen=True)
 class Resources:
     """What an analysis may use.
 
-    Attributes:
-        workers: actors; None for one a GPU, or one a CPU core where there is no GPU (of a Ray of
-            its own: a core that this process may use).
-        data_parallel: workers that share each gradient, as a team: each takes some of its partial
-            sums, so that an interval takes less time. 1: workers share nothing.
-        gpus_per_worker: GPUs each (fractions share one); None for 1 where the cluster has GPUs.
-        cpus_per_worker: CPU cores each.
-        custom: custom resources of the cluster that each takes, by name.
-        threads: intra-op threads each; None for 1, or what the plan in use says.
-        memory: GiB that a worker may use, of the GPU's memory where it has one; None for its share
-            of four fifths of what is free. Data that do not fit are streamed, and the size of
-            batches stays below it; models and vectors of their size are needed in any case.
-        patience: seconds without progress after which a worker that is at a span is taken to hang,
-            and replaced; None for twenty times what a step should take, and at least 300.
-        address: of the Ray cluster to use, ``HEAD:6379``; None for what the variable
-            ``RAY_ADDRESS`` says (``ray job submit`` sets it), and where that is unset ``local``, a
-            Ray of its own on this machine. A process that is connected to a Ray uses that one.
+    A process that is connected to a Ray uses that one, whatever `address` says. ``ray job submit``
+    sets ``RAY_ADDRESS``. Data that do not fit into `memory` are streamed, and batches are made to
+    fit; the model, and vectors of its size, are needed in any case.
     """
 
-    workers: int | None = None
-    data_parallel: int = 1
-    gpus_per_worker: float | None = None
-    cpus_per_worker: float = 1.0
-    custom: Mapping[str, float] = field(default_factory=dict)
-    threads: int | None = None
-    memory: float | None = None
-    patience: float | None = None
-    address: str | None = None
+    workers: int | None = option(
+        None, WORKERS, "Number of workers.", otherwise="one per GPU, else one per CPU core"
+    )
+    data_parallel: int = option(1, WORKERS, "Workers that share each gradient, as a team.")
+    gpus_per_worker: float | None = option(
+        None,
+        WORKERS,
+        "GPUs per worker; fractions share one.",
+        otherwise="1 where there are any",
+    )
+    cpus_per_worker: float = option(1.0, WORKERS, "CPU cores per worker.")
+    custom: Mapping[str, float] = option(
+        {},
+        WORKERS,
+        "A custom resource of the cluster that each worker takes.",
+        flag="resource",
+        metavar="NAME=AMOUNT",
+    )
+    threads: int | None = option(None, WORKERS, "Threads per worker.", otherwise="1")
+    memory: float | None = option(
+        None,
+        WORKERS,
+        "GiB per worker, of the GPU's memory where it has one.",
+        otherwise="its share of four fifths of what is free",
+        metavar="GIB",
+    )
+    patience: float | None = option(
+        None,
+        WORKERS,
+        "Seconds without progress after which a worker is replaced.",
+        otherwise="20 times what a step should take, at least 300",
+        metavar="SECONDS",
+    )
+    address: str | None = option(
+        None,
+        "",
+        "Ray cluster to use, HEAD:6379; local for a Ray of its own.",
+        otherwise="RAY_ADDRESS, else local",
+        metavar="HOST:PORT",
+    )
 
 
 @dataclass(frozen=True)

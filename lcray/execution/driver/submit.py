@@ -16,14 +16,14 @@ from lcray.execution.cluster import jobs
 from lcray.execution.cluster.resources import Resources
 from lcray.execution.driver.analyze import analyze, load_plan
 from lcray.planning.make import make_settings
-from lcray.settings import Settings
+from lcray.settings import Settings, flag_of
 from lcray.storage import Remote, place
 from lcray.tasks.packaging import Package, pack
 
 PathLike = str | os.PathLike[str]
 
 _PLAN = "lcray-plan.json"  # in the package
-_FLAGS = {"splits": "split", "custom": "resource"}  # those that bear another name
+_FLAGS = {each.name: flag_of(each) for each in (*fields(Settings), *fields(Resources))}
 _NOT_SENT = {"plan", "resources", "on_progress"}  # arguments of `analyze` with a way of their own
 
 
@@ -164,7 +164,7 @@ def arguments(options: Mapping[str, Any], resources: Resources) -> list[str]:
 
 
 def _words(name: str, value: Any) -> list[str]:
-    flag = _FLAGS.get(name, name).replace("_", "-")
+    flag = _FLAGS.get(name, name.replace("_", "-"))
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
     if isinstance(value, Mapping):
