@@ -21,6 +21,11 @@ from torch.func import functional_call
 State = Mapping[str, Tensor]
 
 
+def sign(value: float) -> int:
+    """0 for what is no number, too."""
+    return (value > 0) - (value < 0)
+
+
 def _from_symmetric(nodes: Sequence[float], weights: Sequence[float]) -> Any:
     """A rule on [-1, 1] moved to [0, 1]."""
     return [(x + 1) / 2 for x in nodes], [w / 2 for w in weights]

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import output_factory as factory
+import planting
 import pytest
 
 from lcray.analyses.information import fisher
@@ -12,22 +12,22 @@ from lcray.tables.reducing.reduce import reduce
 
 
 @pytest.fixture(scope="module")
-def world() -> factory.World:
-    return factory.make_world()
+def world() -> planting.World:
+    return planting.make_world()
 
 
 @pytest.fixture(scope="module")
-def out(world: factory.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = factory.write_output(tmp_path_factory.mktemp("information") / "out", world)
+def out(world: planting.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = planting.write_output(tmp_path_factory.mktemp("information") / "out", world)
     reduce(path)
     return path
 
 
-def test_means_over_steps_beside_sums_over_intervals(world: factory.World, out: Path) -> None:
+def test_means_over_steps_beside_sums_over_intervals(world: planting.World, out: Path) -> None:
     """Traces planted at steps 0, 4, 8 and 12: the run [0, 12) has three, the window [4, 8) one."""
     found = fisher(open_output(out), windows={"middle": "4:8"}).to_pandas()
     assert set(found["window"]) == {"run", "middle"} and set(found["split"]) == {"val", "train"}
-    planted = [row for row in factory.whole(world, "fisher") if row["split"] == "train"]
+    planted = [row for row in planting.rows(world, "fisher") if row["split"] == "train"]
     layers = [layer.name for layer in world.plan.layers if layer.trainable]
     for window, first, end in (("run", 0, 12), ("middle", 4, 8)):
         rows = found[(found["window"] == window) & (found["split"] == "train")].set_index("layer")

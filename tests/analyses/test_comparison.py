@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import output_factory as factory
+import planting
 import pytest
 from click.testing import CliRunner
 from scipy.signal import lfilter
@@ -29,10 +29,10 @@ DRIFT = {"hurts": 2.0, "same": 0.0, "frozen": 0.0, "first": -3.0}
 LAYERS = tuple(Layer(name, "", "parameter", (2,), 0, True) for name in DRIFT)
 
 
-def world_of(seed: int, shift: float = 0.0, **options: Any) -> factory.World:
+def world_of(seed: int, shift: float = 0.0, **options: Any) -> planting.World:
     """LC of `first` is higher by `shift` an interval; of `frozen` exactly 0."""
     given = {"spans": (tuple(range(T + 1)),), "window": 6, "tables": ("intervals", "layers")}
-    world = factory.make_world(layers=LAYERS, seed=seed, **(given | options))
+    world = planting.make_world(layers=LAYERS, seed=seed, **(given | options))
     random = np.random.default_rng(seed)
     for (split, layer), lc in world.lc.items():
         drift = DRIFT[layer] + (shift if layer == "first" else 0.0)
@@ -41,8 +41,8 @@ def world_of(seed: int, shift: float = 0.0, **options: Any) -> factory.World:
     return world
 
 
-def write(folder: Path, world: factory.World) -> Path:
-    out = factory.write_output(folder, world)
+def write(folder: Path, world: planting.World) -> Path:
+    out = planting.write_output(folder, world)
     reduce(out)
     return out
 
@@ -208,7 +208,7 @@ def test_what_cannot_be_compared(outs: list[Path], tmp_path: Path) -> None:
     other.plan = replace(other.plan, splits=other.plan.splits[:1])
     for name, world, words in (
         ("splits", other, "other splits"),
-        ("layers", factory.make_world(tables=("intervals", "layers")), "other layers"),
+        ("layers", planting.make_world(tables=("intervals", "layers")), "other layers"),
         ("steps", world_of(0, spans=(tuple(range(5)),)), "other steps"),
     ):
         with pytest.raises(UsageError, match=words):
@@ -261,7 +261,7 @@ def test_intervals_without_lc_count_0_and_are_named(outs: list[Path], tmp_path: 
     assert notes_of(lcray.compare(*outs[:5])) == [few]
 
 
-def moving(seed: int, momentum: float) -> factory.World:
+def moving(seed: int, momentum: float) -> planting.World:
     """A run whose `first` layer has this momentum; its LC is that, in thousandths an interval."""
     world = world_of(seed, spans=(tuple(range(161)),), tables=("intervals", "layers", "traces"))
     random = np.random.default_rng(seed)

@@ -7,7 +7,8 @@ import re
 import uuid
 from pathlib import Path
 
-import output_factory as factory
+import numpy as np
+import planting
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -23,12 +24,12 @@ from lcray.errors import InapplicableError, OutputError, UsageError
 from lcray.storage import place, storage_of
 from lcray.tables.reducing.reduce import reduce
 
-WORLD = factory.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
+WORLD = planting.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = factory.write_output(tmp_path_factory.mktemp("findings") / "out", WORLD)
+    path = planting.write_output(tmp_path_factory.mktemp("findings") / "out", WORLD)
     reduce(path)
     return path
 
@@ -44,7 +45,7 @@ STEPS = (0, 2, 4, 6, 8, 10, 12)
 def test_an_interval_is_in_the_window_that_its_start_is_in() -> None:
     run, low, high = Windows.whole(STEPS) + Windows.fixed(STEPS, 7)
     assert (run, low, high) == (Window("run", 0, 12), Window("0:7", 0, 7), Window("7:14", 7, 14))
-    starts = factory.np.array(STEPS[:-1])
+    starts = np.array(STEPS[:-1])
     assert run.holds(starts).all()
     assert starts[low.holds(starts)].tolist() == [0, 2, 4, 6]
     assert starts[high.holds(starts)].tolist() == [8, 10]
@@ -89,7 +90,7 @@ def test_series_hold_what_was_planted(out: Path) -> None:
     for k, name in enumerate(series.layers):
         planted = WORLD.lc["train", name].sum(axis=1)
         assert series["lc"][1, :, k] == pytest.approx(planted, rel=1e-12)
-    assert factory.np.isnan(series["lc"][0, 3]).all()
+    assert np.isnan(series["lc"][0, 3]).all()
 
 
 @pytest.mark.slow
@@ -135,7 +136,7 @@ def test_findings_of_an_output_in_an_object_store_are_the_same(out: Path) -> Non
 
 def test_what_cannot_be_had_says_what_would_give_it(tmp_path: Path) -> None:
     tables = ("intervals", "layers", "units")
-    out = factory.write_output(tmp_path, factory.make_world(tables=tables))
+    out = planting.write_output(tmp_path, planting.make_world(tables=tables))
     reduce(out)
     found = lcray.findings(out)
     needy = {f.name for f in FINDINGS if not set(f.needs) <= set(tables)}
@@ -174,7 +175,7 @@ def test_a_write_that_fails_leaves_the_old_file(out: Path, monkeypatch: pytest.M
 
 
 def test_a_link_out_of_the_output_is_not_followed(tmp_path: Path) -> None:
-    path = factory.write_output(tmp_path / "out", WORLD)
+    path = planting.write_output(tmp_path / "out", WORLD)
     reduce(path)
     (tmp_path / "elsewhere").mkdir()
     (path / "findings").symlink_to(tmp_path / "elsewhere")

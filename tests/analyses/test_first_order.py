@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import planting
 import pytest
-import synthetic
 from scipy import stats
 
 import lcray
@@ -15,10 +15,10 @@ from lcray.analyses.first_order import first_order
 def output(
     path: Path, change: np.ndarray, gap: np.ndarray, first: np.ndarray | None
 ) -> lcray.Results:
-    plan = synthetic.make_plan({"a": 3}, len(change), len(change), ("train",), ("intervals",))
+    plan = planting.make_plan({"a": 3}, len(change), len(change), ("train",), ("intervals",))
     given = None if first is None else first[None]
-    columns = synthetic.interval_columns(plan, (change + gap)[None], gap[None], given)
-    return lcray.open(synthetic.write(path, plan, {"intervals": columns}))
+    columns = planting.interval_columns(plan, (change + gap)[None], gap[None], given)
+    return lcray.open(planting.write_tables(path, plan, {"intervals": columns}))
 
 
 def run_rows(results: lcray.Results, **options: object) -> pd.DataFrame:
@@ -47,10 +47,12 @@ def test_the_gaps_of_both(tmp_path: Path) -> None:
 def test_intervals_that_are_not_ok_have_no_part(tmp_path: Path) -> None:
     change = np.full(20, -0.1)
     change[7] = np.nan
-    plan = synthetic.make_plan({"a": 3}, 20, 20, ("train",), ("intervals",))
-    columns = synthetic.interval_columns(plan, change[None], np.zeros((1, 20)), 2 * change[None])
+    plan = planting.make_plan({"a": 3}, 20, 20, ("train",), ("intervals",))
+    columns = planting.interval_columns(plan, change[None], np.zeros((1, 20)), 2 * change[None])
     columns["status"] = np.where(np.isnan(change), "nonfinite_loss", "ok").astype(object)
-    found = run_rows(lcray.open(synthetic.write(tmp_path / "out", plan, {"intervals": columns})))
+    found = run_rows(
+        lcray.open(planting.write_tables(tmp_path / "out", plan, {"intervals": columns}))
+    )
     assert [*found["n_intervals"]] == [19, 19]
     assert found.loc["first order"]["loss_change"] == pytest.approx(-1.9)
     assert found.loc["first order"]["gap"] == pytest.approx(-1.9)

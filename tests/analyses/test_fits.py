@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import planting
 import pytest
-import synthetic
 from scipy import stats
 
 import lcray
@@ -41,14 +41,14 @@ def lc() -> dict:
 
 @pytest.fixture(scope="module")
 def binned(lc: dict, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    out = synthetic.from_elements(tmp_path_factory.mktemp("binned") / "out", lc, window=WIDTH)
+    out = planting.from_elements(tmp_path_factory.mktemp("binned") / "out", lc, window=WIDTH)
     return fits(lcray.open(out), windows={"half": ":40"}).to_pandas()
 
 
 @pytest.fixture(scope="module")
 def exact(lc: dict, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     path = tmp_path_factory.mktemp("exact") / "out"
-    out = synthetic.from_elements(path, lc, window=WIDTH, elements=True)
+    out = planting.from_elements(path, lc, window=WIDTH, with_elements=True)
     return fits(lcray.open(out), windows={"half": ":40"}).to_pandas()
 
 
@@ -106,7 +106,7 @@ def test_the_network_is_merged_values_not_merged_parameters(lc: dict, exact: pd.
 def test_zeros_have_no_part(tmp_path: Path) -> None:
     lc = planted((0.8,))
     lc["train", "a"][:, ::2] = 0
-    out = synthetic.from_elements(tmp_path / "out", lc, window=WIDTH)
+    out = planting.from_elements(tmp_path / "out", lc, window=WIDTH)
     frame = fits(lcray.open(out), replicates=0).to_pandas()
     rows = frame[(frame["window"] == "run") & (frame["layer"] == "a")]
     n = rows[rows["distribution"] == "weibull"]["n"].sum()
@@ -119,7 +119,7 @@ def test_bins_hold_the_values_that_are_between_their_edges(tmp_path: Path) -> No
     lc = planted((0.8,))
     lc["train", "a"][:, :9] = 0
     lc["train", "a"][:, 9:20] = 1e-310  # below 2^-1022
-    out = synthetic.from_elements(tmp_path / "out", lc, window=WIDTH)
+    out = planting.from_elements(tmp_path / "out", lc, window=WIDTH)
     found = read_histograms(lcray.open(out), "train", ["a"])
     assert found is not None and found.edges[0] == -np.inf
     for number, sign in enumerate((-1, 1)):
@@ -141,7 +141,7 @@ def test_distances_are_those_of_scipy(lc: dict, exact: pd.DataFrame, sign: int) 
 
 
 def test_windows_that_cut_base_windows_are_named_and_left_out(tmp_path: Path) -> None:
-    out = synthetic.from_elements(tmp_path / "out", planted((0.8,)), window=WIDTH)
+    out = planting.from_elements(tmp_path / "out", planted((0.8,)), window=WIDTH)
     results = lcray.open(out)
     found = fits(results, windows={"cut": "4:20", "whole": "8:24"}, replicates=0)
     assert set(found["window"].to_pylist()) == {"run", "whole"}
@@ -158,7 +158,7 @@ def test_errors_by_blocks_are_those_of_dependent_values(tmp_path: Path, elements
     estimates, blocks, naive = [], [], []
     for trial in range(40):
         lc = planted((1.0,), seed=trial, spread=0.5)
-        out = synthetic.from_elements(tmp_path / str(trial), lc, window=2, elements=elements)
+        out = planting.from_elements(tmp_path / str(trial), lc, window=2, with_elements=elements)
         frame = fits(lcray.open(out), window=T, replicates=0).to_pandas()
         row = pick(frame, "a", 1).loc["weibull"]
         estimates.append(np.log(row["scale"]))

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import output_factory as factory
+import planting
 import pytest
-import synthetic
 from scipy.signal import lfilter
 
 import lcray
@@ -27,8 +26,8 @@ TOGETHER = list(range(5, T, 24))  # `slow` and `plain` learn most at these inter
 BETA = 0.8
 
 
-def make_world() -> factory.World:
-    world = factory.make_world(
+def make_world() -> planting.World:
+    world = planting.make_world(
         spans=(tuple(range(101)), tuple(range(100, T + 1))),
         window=120,
         layers=LAYERS,
@@ -56,7 +55,7 @@ WORLD = make_world()
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    out = factory.write_output(tmp_path_factory.mktemp("together") / "out", WORLD)
+    out = planting.write_output(tmp_path_factory.mktemp("together") / "out", WORLD)
     reduce(out)
     return lcray.open(out)
 
@@ -96,7 +95,7 @@ def test_profiles_have_their_peak_at_the_lag(results: Results) -> None:
 
 
 def test_a_run_too_short_for_lags_says_so(tmp_path: Path) -> None:
-    out = factory.write_output(tmp_path, factory.make_world())
+    out = planting.write_output(tmp_path, planting.make_world())
     reduce(out)
     for finding in (lags, lag_profiles):
         with pytest.raises(InapplicableError, match="analyze more intervals"):
@@ -110,10 +109,10 @@ def local_minima(lc: np.ndarray, count: int) -> list[int]:
 
 
 def series(split: str, kind: str, group: int | None) -> dict[str, np.ndarray]:
-    """What was planted: groups as `output_factory.groups` makes them."""
+    """What was planted: groups as `planting.groups` makes them."""
     own = {la.name: WORLD.lc[split, la.name].sum(axis=1) for la in LAYERS}
     first = {la.name: np.sin(np.arange(T) + la.numel) * 1e-3 for la in LAYERS}
-    low, high = factory.SHARES
+    low, high = planting.SHARES
     parts = {3: first, 7: {name: (own[name] - low * first[name]) / high for name in own}}
     if kind == "group":
         return {str(g): np.sum([*part.values()], axis=0) for g, part in parts.items()}
@@ -198,11 +197,11 @@ def test_intervals_without_lc_are_no_place_for_peaks(tmp_path: Path) -> None:
         random = np.random.default_rng(trial)
         lc = random.normal(size=(1, n, len(layers)))
         lc[:, np.arange(n) % 40 >= 20] = np.nan
-        plan = synthetic.make_plan(layers, n, n, ("train",))
+        plan = planting.make_plan(layers, n, n, ("train",))
         counts = np.zeros((*lc.shape, 3), np.int64)
-        columns = synthetic.layer_columns(plan, counts, lc)
-        tables = {"intervals": synthetic.interval_columns(plan, lc.sum(axis=2), lc.sum(axis=2))}
-        out = synthetic.write(tmp_path / str(trial), plan, tables | {"layers": columns})
+        columns = planting.layer_columns(plan, counts, lc)
+        tables = {"intervals": planting.interval_columns(plan, lc.sum(axis=2), lc.sum(axis=2))}
+        out = planting.write_tables(tmp_path / str(trial), plan, tables | {"layers": columns})
         found = lcray.open(out)
         totals += synchrony(found, windows={"all": "0:"}, permutations=99)["p_value"].to_pylist()
         pairs += [p for p in coincidences(found)["p_value"].to_pylist() if p is not None]

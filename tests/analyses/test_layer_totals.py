@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import output_factory as factory
+import planting
 import pytest
-import synthetic
 from scipy.stats import spearmanr
 
 import lcray
@@ -33,8 +32,8 @@ LAYERS = (
 DRIFT = {"helps": -1.0, "hurts": 0.5, "mean": -0.1, "neither": 0.0, "frozen": 0.0, "more": -0.2}
 
 
-def make_world() -> factory.World:
-    world = factory.make_world(
+def make_world() -> planting.World:
+    world = planting.make_world(
         spans=(tuple(range(31)), tuple(range(30, T + 1))),
         window=20,
         layers=LAYERS,
@@ -56,7 +55,7 @@ WORLD = make_world()
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    out = factory.write_output(tmp_path_factory.mktemp("totals") / "out", WORLD)
+    out = planting.write_output(tmp_path_factory.mktemp("totals") / "out", WORLD)
     reduce(out)
     return lcray.open(out)
 
@@ -99,12 +98,12 @@ def test_totals(results: Results) -> None:
 def output(path: Path, lc: np.ndarray, error: np.ndarray | None, **settings: object) -> Results:
     """Layers a, b and so on with LC and lc_error [T, L]."""
     sizes = {chr(97 + i): 4 for i in range(lc.shape[1])}
-    plan = synthetic.make_plan(sizes, len(lc), 10, ("train",), ("layers",))
+    plan = planting.make_plan(sizes, len(lc), 10, ("train",), ("layers",))
     plan = replace(plan, settings=replace(plan.settings, **settings))
     more = {} if error is None else {"lc_error": error[None]}
     counts = np.zeros((1, *lc.shape, 3), np.int64)
-    columns = synthetic.layer_columns(plan, counts, lc[None], **more)
-    return lcray.open(synthetic.write(path, plan, {"layers": columns}))
+    columns = planting.layer_columns(plan, counts, lc[None], **more)
+    return lcray.open(planting.write_tables(path, plan, {"layers": columns}))
 
 
 def run_rows(results: Results) -> dict[str, dict]:
@@ -168,7 +167,7 @@ def test_trajectories_add_up(results: Results) -> None:
 
 
 def test_few_intervals_are_not_resampled(tmp_path: Path) -> None:
-    out = factory.write_output(tmp_path, factory.make_world(tables=("intervals", "layers")))
+    out = planting.write_output(tmp_path, planting.make_world(tables=("intervals", "layers")))
     reduce(out)
     rows = layer_totals(lcray.open(out)).to_pylist()
     assert {(row["resampled_se"], row["resampled_low"]) for row in rows} == {(None, None)}

@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import planting
 import pytest
-import synthetic
 
 import lcray
 from lcray.analyses.memorising import memorising, overfitting
@@ -16,10 +16,10 @@ T, WIDTH = 200, 20
 def output(path: Path, lc: np.ndarray, splits: tuple[str, ...] = ("val", "train")) -> lcray.Results:
     """Layers a, b and so on with LC [S, T, L]."""
     sizes = {f"{chr(97 + i)}": 4 for i in range(lc.shape[2])}
-    plan = synthetic.make_plan(sizes, lc.shape[1], WIDTH, splits, ("layers",))
+    plan = planting.make_plan(sizes, lc.shape[1], WIDTH, splits, ("layers",))
     counts = np.zeros((*lc.shape, 3), np.int64)
     return lcray.open(
-        synthetic.write(path, plan, {"layers": synthetic.layer_columns(plan, counts, lc)})
+        planting.write_tables(path, plan, {"layers": planting.layer_columns(plan, counts, lc)})
     )
 
 
@@ -62,9 +62,9 @@ def test_each_side_has_its_bound_and_the_difference_both(tmp_path: Path) -> None
     error[1, :, 1] = 0.125
     lc[1, 7] = error[1, 7] = np.nan  # neither split counts this interval
     sizes = {"a": 4, "b": 4}
-    plan = synthetic.make_plan(sizes, T, WIDTH, ("val", "train"), ("layers",))
-    columns = synthetic.layer_columns(plan, np.zeros((*lc.shape, 3), np.int64), lc, lc_error=error)
-    results = lcray.open(synthetic.write(tmp_path / "out", plan, {"layers": columns}))
+    plan = planting.make_plan(sizes, T, WIDTH, ("val", "train"), ("layers",))
+    columns = planting.layer_columns(plan, np.zeros((*lc.shape, 3), np.int64), lc, lc_error=error)
+    results = lcray.open(planting.write_tables(tmp_path / "out", plan, {"layers": columns}))
     frame = memorising(results).to_pandas()
     names = [f"{name}_bound" for name in ("lc_train", "lc_other", "difference")]
     expected = {"a": (0.5, 0.25, 0.75), "b": (0.125, 0.25, 0.375), "": (0.625, 0.5, 1.125)}

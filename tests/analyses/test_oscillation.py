@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import output_factory as factory
+import planting
 import pytest
-import synthetic
+from twin import sign
 
 import lcray
 from lcray.analyses.extremes import extremes
@@ -25,9 +25,9 @@ STEPS = tuple(range(0, 25, 2))  # twelve intervals
 BAD = ("val", 10)
 
 
-def make_world() -> factory.World:
+def make_world() -> planting.World:
     """Twelve intervals; in `a.bias` LC changes its sign every third interval."""
-    world = factory.make_world(spans=(STEPS[:5], STEPS[4:]), window=8, bad={BAD: "nonfinite_loss"})
+    world = planting.make_world(spans=(STEPS[:5], STEPS[4:]), window=8, bad={BAD: "nonfinite_loss"})
     for (split, layer), lc in world.lc.items():
         if layer == "a.bias":
             signs = np.where(np.arange(12) // 3 % 2 == 0, -1.0, 1.0)[:, None]
@@ -44,7 +44,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("oscillation") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lcray.analyses.sampled.trace_indices", ends)
-        factory.write_output(out, WORLD)
+        planting.write_output(out, WORLD)
         reduce(out)
         yield lcray.open(out)
 
@@ -77,7 +77,7 @@ def count(planted: np.ndarray, inside: range) -> tuple[int, int]:
     for column in planted.T:
         for t in inside:
             if t > 0:
-                product = factory.sign(column[t]) * factory.sign(column[t - 1])
+                product = sign(column[t]) * sign(column[t - 1])
                 seen, possible = seen + (product == -1), possible + (product != 0)
     return seen, possible
 
@@ -196,7 +196,7 @@ def test_the_parameters_that_help_and_hurt_most(results: Results) -> None:
 
 
 def test_without_parameters_and_traces(tmp_path: Path) -> None:
-    out = factory.write_output(tmp_path, factory.make_world(tables=("intervals", "layers")))
+    out = planting.write_output(tmp_path, planting.make_world(tables=("intervals", "layers")))
     reduce(out)
     rows = oscillation(lcray.open(out)).to_pylist()
     assert {row["source"] for row in rows} == {"layers"}
@@ -205,7 +205,7 @@ def test_without_parameters_and_traces(tmp_path: Path) -> None:
 def test_pairs_are_of_the_smaller_of_two_neighbours(tmp_path: Path) -> None:
     """Of four elements, all alive at first, one later: only one could flip from then on."""
     lc = np.array([[1.0, 1, 1, 1], [-1, -1, -1, -1], [1, 0, 0, 0], [-1, 0, 0, 0], [1, 1, 0, 0]])
-    out = synthetic.from_elements(tmp_path / "out", {("train", "a.weight"): lc}, window=5)
+    out = planting.from_elements(tmp_path / "out", {("train", "a.weight"): lc}, window=5)
     rows = oscillation(lcray.open(out)).to_pylist()
     (row,) = (r for r in rows if r["layer"] == "a.weight" and r["window"] == "run")
     assert row["n_pairs"] == 4 + 1 + 1 + 1

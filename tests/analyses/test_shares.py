@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import planting
 import pytest
-import synthetic
 
 import lcray
 from lcray.analyses.habits import habits
@@ -15,10 +15,10 @@ from lcray.analyses.shares import shares
 def output(path: Path, counts: np.ndarray, window: int) -> lcray.Results:
     """Layers a, b with these counts [T, 2, 3], one split."""
     sizes = {name: int(counts[0, i].sum()) for i, name in enumerate("ab")}
-    plan = synthetic.make_plan(sizes, len(counts), window, ("train",), ("layers",))
+    plan = planting.make_plan(sizes, len(counts), window, ("train",), ("layers",))
     lc = np.zeros((1, len(counts), 2))
-    columns = synthetic.layer_columns(plan, counts[None], lc)
-    return lcray.open(synthetic.write(path, plan, {"layers": columns}))
+    columns = planting.layer_columns(plan, counts[None], lc)
+    return lcray.open(planting.write_tables(path, plan, {"layers": columns}))
 
 
 def planted() -> np.ndarray:
@@ -73,12 +73,12 @@ def test_errors_of_shares(found: pd.DataFrame) -> None:
 
 def test_intervals_that_are_not_ok_count_nothing(tmp_path: Path) -> None:
     counts = planted()
-    plan = synthetic.make_plan({"a": 10, "b": 4}, 40, 10, ("train",), ("layers",))
+    plan = planting.make_plan({"a": 10, "b": 4}, 40, 10, ("train",), ("layers",))
     lc = np.zeros((1, 40, 2))
     lc[0, 3] = np.nan
     counts[3] = 0
-    columns = synthetic.layer_columns(plan, counts[None], lc)
-    found = shares(lcray.open(synthetic.write(tmp_path / "out", plan, {"layers": columns})))
+    columns = planting.layer_columns(plan, counts[None], lc)
+    found = shares(lcray.open(planting.write_tables(tmp_path / "out", plan, {"layers": columns})))
     frame = found.to_pandas()
     assert pick(frame, "run", "a", "run")["n_intervals"] == 39
     assert "3:4" not in set(frame["window"])
@@ -107,7 +107,7 @@ def test_the_error_of_a_share_is_that_of_dependent_iterations(tmp_path: Path) ->
 
 
 def parameters(path: Path, helping: np.ndarray, zero: np.ndarray, n: int) -> lcray.Results:
-    plan = synthetic.make_plan({"a": len(helping)}, n, n, ("train",), ("parameters",))
+    plan = planting.make_plan({"a": len(helping)}, n, n, ("train",), ("parameters",))
     columns = {
         "split": "train",
         "layer": "a",
@@ -118,7 +118,7 @@ def parameters(path: Path, helping: np.ndarray, zero: np.ndarray, n: int) -> lcr
         "n_flips": np.zeros(len(helping), np.int64),
         "displacement_flips": np.zeros(len(helping), np.int64),
     }
-    return lcray.open(synthetic.write(path, plan, {"parameters": columns}))
+    return lcray.open(planting.write_tables(path, plan, {"parameters": columns}))
 
 
 def test_habits_of_planted_parameters(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""All findings of a synthetic output of the size of MNIST-LeNet's: time and memory.
+"""All findings of a planted output of the size of MNIST-LeNet's: time and memory.
 
 The aim is 30 s and 1 GB for 1,000 intervals; each runs in a process of its own that has nothing
 else to do, and seconds count what importing takes.
@@ -41,7 +41,7 @@ def measure(bench: Bench) -> Iterator[Row]:
     case = f"findings lenet intervals={intervals}"
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
         out = Path(folder, "out")
-        make = [sys.executable, ROOT / "tests" / "synthetic.py", out, str(intervals)]
+        make = [sys.executable, ROOT / "tests" / "planting_large.py", out, str(intervals)]
         subprocess.run(make, check=True)
         command = [sys.executable, "-c", _CHILD, str(out)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

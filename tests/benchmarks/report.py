@@ -14,8 +14,8 @@ from pathlib import Path
 
 from .suite import ROOT, Bench, Row
 
-_MAKE = "import sys; sys.path.insert(0, sys.argv[1]); import synthetic, pathlib; "
-_MAKE += "synthetic.wide(pathlib.Path(sys.argv[2]), int(sys.argv[3]))"
+_MAKE = "import sys; sys.path.insert(0, sys.argv[1]); import planting_large, pathlib; "
+_MAKE += "planting_large.wide(pathlib.Path(sys.argv[2]), int(sys.argv[3]))"
 _REPORT = "import sys, lcray; lcray.report(sys.argv[1])"
 _LOOK = """
 import pathlib, sys

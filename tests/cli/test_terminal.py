@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import planting
 import pytest
 import scenes
-import synthetic
 
 import lcray
 from lcray.cli import app, terminal
@@ -29,7 +29,7 @@ SPLITS = ("train\x1b]0;title\x07", "val\nidation")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     lc = {(split, name): rng.normal(size=(6, 4)) for split in SPLITS for name in LOUD}
-    return synthetic.from_elements(tmp_path_factory.mktemp("terminal") / "out", lc, window=3)
+    return planting.from_elements(tmp_path_factory.mktemp("terminal") / "out", lc, window=3)
 
 
 class Screen(io.TextIOWrapper):

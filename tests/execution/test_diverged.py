@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import output_factory as factory
+import planting
 import pytest
 from rich.console import Console
 from safetensors import safe_open
@@ -48,7 +48,7 @@ WORLDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=WORLDS)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("diverged") / "out"
-    reduce(factory.write_output(out, factory.make_world(**WORLDS[request.param])))
+    reduce(planting.write_output(out, planting.make_world(**WORLDS[request.param])))
     return lcray.open(out)
 
 
@@ -105,8 +105,8 @@ def test_plots_draw_or_say_why_not(results: Results, name: str) -> None:
 
 
 def test_overfitting_says_that_nothing_could_be_judged(tmp_path: Path) -> None:
-    world = factory.make_world(**WORLDS["nothing in the first split"])
-    reduce(factory.write_output(tmp_path / "out", world))
+    world = planting.make_world(**WORLDS["nothing in the first split"])
+    reduce(planting.write_output(tmp_path / "out", world))
     found = overfitting(lcray.open(tmp_path / "out"))
     assert set(found["n_windows"].to_pylist()) == {0}
     assert set(found["onset"].to_pylist()) == {None}

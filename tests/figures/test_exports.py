@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import planting
 import pytest
-import synthetic
 from click.testing import CliRunner
 
 import lcray
@@ -26,7 +26,7 @@ from lcray.tables.reading.results import Results
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return lcray.open(synthetic.picture(tmp_path_factory.mktemp("exports") / "out"))
+    return lcray.open(planting.picture(tmp_path_factory.mktemp("exports") / "out"))
 
 
 def test_tensorboard_reads_scalars_and_histograms(results: Results, tmp_path: Path) -> None:

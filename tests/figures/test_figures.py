@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import planting
 import pytest
-import synthetic
 from scipy.stats import expon, lognorm, weibull_min
 
 import lcray
@@ -24,7 +24,7 @@ T = 10
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return lcray.open(synthetic.picture(tmp_path_factory.mktemp("figures") / "out"))
+    return lcray.open(planting.picture(tmp_path_factory.mktemp("figures") / "out"))
 
 
 def planted(results: Results) -> tuple[Any, Any]:
@@ -49,13 +49,13 @@ def test_the_loss_is_rebuilt_from_lc(results: Results) -> None:
 
 
 def test_after_an_interval_without_lc_sums_begin_from_the_measured_loss(tmp_path: Path) -> None:
-    plan = synthetic.make_plan({"w": 2}, 5, 5, ("train",), ("intervals",))
+    plan = planting.make_plan({"w": 2}, 5, 5, ("train",), ("intervals",))
     lc = np.array([[-1.0, -2.0, np.nan, -0.5, -0.25]])
     loss = np.array([10.0, 9.1, 7.2, 5.0, 4.4, 4.2])
-    columns = synthetic.interval_columns(plan, lc, np.zeros((1, 5)))
+    columns = planting.interval_columns(plan, lc, np.zeros((1, 5)))
     columns |= {"loss_start": loss[:-1], "loss_end": loss[1:]}
     columns["status"] = ["ok", "ok", "nonfinite_gradient", "ok", "ok"]
-    out = synthetic.write(tmp_path / "out", plan, {"intervals": columns})
+    out = planting.write_tables(tmp_path / "out", plan, {"intervals": columns})
     frame = figures.reconstruction(lcray.open(out)).to_pandas()
     assert frame["reconstructed"].tolist() == pytest.approx(
         [10.0, 9.0, 7.0, np.nan, 4.5, 4.25], nan_ok=True
@@ -90,7 +90,7 @@ def test_a_matrix_adds_neighbouring_intervals_up(
 def test_the_report_shows_the_same_sums(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     lc = {(split, "w"): rng.normal(size=(2001, 2)) for split in ("train", "val")}
-    found = lcray.open(synthetic.from_elements(tmp_path / "out", lc, window=2001))
+    found = lcray.open(planting.from_elements(tmp_path / "out", lc, window=2001))
     source = read_source(found)
     assert source.each == 3 and len(source.starts) == 667
     matrix = figures.layer_matrix(found, columns=1000)
@@ -103,11 +103,11 @@ def test_the_report_shows_the_same_sums(tmp_path: Path) -> None:
 
 
 def test_a_column_without_lc_is_null(tmp_path: Path) -> None:
-    plan = synthetic.make_plan({"w": 2}, 4, 4, ("train",), ("layers",))
+    plan = planting.make_plan({"w": 2}, 4, 4, ("train",), ("layers",))
     lc = np.array([[[np.nan], [np.nan], [np.nan], [-1.0]]])
     counts = np.zeros((1, 4, 1, 3), np.int64)
-    out = synthetic.write(
-        tmp_path / "out", plan, {"layers": synthetic.layer_columns(plan, counts, lc)}
+    out = planting.write_tables(
+        tmp_path / "out", plan, {"layers": planting.layer_columns(plan, counts, lc)}
     )
     found = figures.layer_matrix(lcray.open(out), columns=2).column("lc").to_pylist()
     assert found == [None, -1.0]
@@ -202,9 +202,9 @@ def test_densities_are_shares_by_width_and_fits_those_of_the_finding(
 
 
 def test_what_lacks_says_what_would_give_it(tmp_path: Path) -> None:
-    plan = synthetic.make_plan({"w": 2}, 2, 2, ("train",), ("intervals",))
-    columns = synthetic.interval_columns(plan, np.zeros((1, 2)), np.zeros((1, 2)))
-    bare = lcray.open(synthetic.write(tmp_path / "out", plan, {"intervals": columns}))
+    plan = planting.make_plan({"w": 2}, 2, 2, ("train",), ("intervals",))
+    columns = planting.interval_columns(plan, np.zeros((1, 2)), np.zeros((1, 2)))
+    bare = lcray.open(planting.write_tables(tmp_path / "out", plan, {"intervals": columns}))
     for compute, why in (
         (figures.layer_matrix, "'layers'"),
         (figures.densities, "'histograms'"),

@@ -9,9 +9,8 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import output_factory as factory
+import planting
 import pytest
-import synthetic
 from matplotlib import pyplot
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -27,7 +26,7 @@ LAYERS = ["b.weight", "a.weight"]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return lcray.open(synthetic.picture(tmp_path_factory.mktemp("plots") / "out"))
+    return lcray.open(planting.picture(tmp_path_factory.mktemp("plots") / "out"))
 
 
 @pytest.fixture(autouse=True)
@@ -230,9 +229,9 @@ def test_vectors_are_written_with_text_as_text(results: Results, tmp_path: Path,
 
 
 def test_without_a_table_a_figure_says_what_would_give_it(tmp_path: Path) -> None:
-    plan = synthetic.make_plan({"w": 2}, 2, 2, ("train",), ("intervals",))
-    columns = synthetic.interval_columns(plan, np.zeros((1, 2)), np.zeros((1, 2)))
-    bare = lcray.open(synthetic.write(tmp_path / "out", plan, {"intervals": columns}))
+    plan = planting.make_plan({"w": 2}, 2, 2, ("train",), ("intervals",))
+    columns = planting.interval_columns(plan, np.zeros((1, 2)), np.zeros((1, 2)))
+    bare = lcray.open(planting.write_tables(tmp_path / "out", plan, {"intervals": columns}))
     for name in plots.__all__:
         if name in ("style", "loss"):
             continue
@@ -287,7 +286,7 @@ def test_dollars_in_names_begin_no_formula(tmp_path: Path) -> None:
         for split in ("train", r"va$\l{$")
         for layer in (r"a$\frac{$", "b$$")
     }
-    found = lcray.open(synthetic.from_elements(tmp_path / "out", lc, window=10))
+    found = lcray.open(planting.from_elements(tmp_path / "out", lc, window=10))
     for draw in (plots.layer_totals, plots.memorising, plots.trajectories, plots.coincidences):
         ax = axes()
         draw(found, ax, **({} if draw is plots.memorising else {"split": r"va$\l{$"}))
@@ -299,7 +298,7 @@ def test_where_nothing_has_lc_there_is_a_word(tmp_path: Path) -> None:
     bad = {
         (split, step): "nonfinite_loss" for split in ("val", "train") for step in range(0, 12, 2)
     }
-    factory.write_output(tmp_path / "out", factory.make_world(bad=bad))
+    planting.write_output(tmp_path / "out", planting.make_world(bad=bad))
     lcray.reduce(tmp_path / "out")
     found = lcray.open(tmp_path / "out")
     for draw in (plots.layer_totals, plots.memorising, lambda r: plots.unit_map(r, "b.weight")):
@@ -311,7 +310,7 @@ def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
     names = ("a\n\x1b[31mb", "c\td\u202e", "e\x00" + "x" * 60)
     rng = np.random.default_rng(0)
     lc = {(split, name): rng.normal(size=(30, 4)) for split in ("train", "v\x07") for name in names}
-    found = lcray.open(synthetic.from_elements(tmp_path / "out", lc, window=10))
+    found = lcray.open(planting.from_elements(tmp_path / "out", lc, window=10))
     for draw in (plots.layer_totals, plots.memorising, plots.trajectories, plots.coincidences):
         ax = axes()
         draw(found, ax, **({} if draw is plots.memorising else {"split": "v\x07"}))

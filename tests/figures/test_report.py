@@ -11,11 +11,11 @@ from typing import Any
 
 import browsing
 import numpy as np
-import output_factory as factory
 import pandas as pd
+import planting
+import planting_large
 import pytest
 import scenes
-import synthetic
 from browsing import Sight
 from click.testing import CliRunner
 from matplotlib.figure import Figure
@@ -85,7 +85,7 @@ def hostile_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in HOSTILE
     }
     path = tmp_path_factory.mktemp("hostile") / "<out> & 'x'"
-    return synthetic.from_elements(path, lc, window=10)
+    return planting.from_elements(path, lc, window=10)
 
 
 @pytest.mark.slow
@@ -391,7 +391,7 @@ def test_what_cannot_be_reported_is_one_line(out: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptionError, match=r"layers\.parquet"):
         lcray.report(torn)
     assert not (torn / "report.html").exists()
-    half = factory.write_output(tmp_path / "half", factory.make_world())
+    half = planting.write_output(tmp_path / "half", planting.make_world())
     with pytest.raises(OutputError, match="no tables yet"):
         lcray.report(half)
 
@@ -446,7 +446,7 @@ def test_runs_side_by_side(browser: Any, out: Path, plain_out: Path, tmp_path: P
 def test_a_thousand_intervals_of_sixty_layers_keep_to_the_size(
     browser: Any, tmp_path: Path
 ) -> None:
-    out = synthetic.wide(tmp_path / "out", units=2)
+    out = planting_large.wide(tmp_path / "out", units=2)
     path = lcray.report(out)
     assert path.stat().st_size < 15e6
     sight = browsing.look(browser, path)
@@ -464,7 +464,7 @@ def test_a_thousand_intervals_of_sixty_layers_keep_to_the_size(
 def test_a_long_run_is_added_up_and_says_so(browser: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     lc = {("train", name): rng.normal(-1e-4, 1e-3, (2500, 2)) for name in ("a", "b")}
-    out = synthetic.from_elements(tmp_path / "out", lc, window=250)
+    out = planting.from_elements(tmp_path / "out", lc, window=250)
     sight = browsing.look(browser, lcray.report(out))
     sight.show("heat-map")
     assert "adds up 3 of them" in sight.page.locator("#heat-map").inner_text()

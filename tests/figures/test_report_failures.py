@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import output_factory as factory
+import planting
 import pytest
-import synthetic
 from click.testing import CliRunner
 
 import lcray
@@ -27,10 +26,10 @@ GAP = 0.125  # of every interval but the third, whose gradient is not finite: it
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    plan = synthetic.make_plan({"a.weight": 4, "b.weight": 2}, 4, 2, ("train",))
+    plan = planting.make_plan({"a.weight": 4, "b.weight": 2}, 4, 2, ("train",))
     gap = np.array([[GAP, GAP, np.nan, GAP]])
     lc = np.diff(LOSS) + gap
-    intervals = synthetic.interval_columns(plan, lc, gap)
+    intervals = planting.interval_columns(plan, lc, gap)
     intervals |= {
         "loss_start": LOSS[:-1],
         "loss_end": LOSS[1:],
@@ -38,10 +37,10 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Source:
         "status": np.array(["ok", "ok", "nonfinite_gradient", "ok"], object),
     }
     shares = lc[..., None] * np.array([0.75, 0.25])
-    layers = synthetic.layer_columns(plan, np.ones((1, 4, 2, 3), np.int64), shares)
+    layers = planting.layer_columns(plan, np.ones((1, 4, 2, 3), np.int64), shares)
     out = tmp_path_factory.mktemp("broken") / "out"
     return read_source(
-        lcray.open(synthetic.write(out, plan, {"intervals": intervals, "layers": layers}))
+        lcray.open(planting.write_tables(out, plan, {"intervals": intervals, "layers": layers}))
     )
 
 
@@ -88,7 +87,7 @@ def values(store: Store, reference: dict) -> np.ndarray:
 def test_where_nothing_has_lc_the_page_says_so(splits: tuple[str, ...], tmp_path: Path) -> None:
     bad = {(split, step): "nonfinite_loss" for split in splits for step in range(0, 12, 2)}
     out = tmp_path / "out"
-    factory.write_output(out, factory.make_world(bad=bad))  # its first split is val
+    planting.write_output(out, planting.make_world(bad=bad))  # its first split is val
     lcray.reduce(out)
     text = lcray.report(out).read_text()
     assert "intervals have no LC" in text
@@ -98,7 +97,7 @@ def test_where_nothing_has_lc_the_page_says_so(splits: tuple[str, ...], tmp_path
 
 def test_runs_of_other_layers_do_not_agree_on_signs(tmp_path: Path) -> None:
     one, other = (
-        synthetic.from_elements(tmp_path / name, {("train", name): -np.ones((2, 3))}, window=1)
+        planting.from_elements(tmp_path / name, {("train", name): -np.ones((2, 3))}, window=1)
         for name in ("a", "b")
     )
     page = compared([lcray.open(one), lcray.open(other)], tmp_path / "page.html").decode()
@@ -106,8 +105,8 @@ def test_runs_of_other_layers_do_not_agree_on_signs(tmp_path: Path) -> None:
 
 
 def test_no_page_and_no_answer_takes_the_place_of_an_outputs_own_files(tmp_path: Path) -> None:
-    out = synthetic.from_elements(tmp_path / "out", {("train", "w"): -np.ones((2, 3))}, window=1)
-    other = synthetic.from_elements(tmp_path / "b", {("train", "w"): -np.ones((2, 3))}, window=1)
+    out = planting.from_elements(tmp_path / "out", {("train", "w"): -np.ones((2, 3))}, window=1)
+    other = planting.from_elements(tmp_path / "b", {("train", "w"): -np.ones((2, 3))}, window=1)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     (tmp_path / "link").symlink_to(out)
     for name in ("out/analysis.json", "link/tables/layers.parquet", "out/shards/new/x.html"):
@@ -126,7 +125,7 @@ def test_no_page_and_no_answer_takes_the_place_of_an_outputs_own_files(tmp_path:
 
 def test_runs_are_compared_on_the_same_split(tmp_path: Path) -> None:
     one, other = (
-        synthetic.from_elements(tmp_path / name, {(name, "w"): -np.ones((2, 3))}, window=1)
+        planting.from_elements(tmp_path / name, {(name, "w"): -np.ones((2, 3))}, window=1)
         for name in ("train", "val")
     )
     with pytest.raises(UsageError, match=r"first splits differ \(train, val\)"):

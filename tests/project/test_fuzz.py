@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import output_factory as factory
+import planting
 import pytest
 import torch
 from benchmarks.peaks import forget_peak, peak_bytes
@@ -49,7 +49,7 @@ from lcray.tables.verifying.verify import verify
 pytestmark = pytest.mark.slow
 
 PEAK = 400 << 20  # bytes of memory that all inputs of a target may add
-WORLD = factory.make_world(spans=((0, 2, 4), (4, 6)))
+WORLD = planting.make_world(spans=((0, 2, 4), (4, 6)))
 TENSORS = {
     "fc.weight": torch.arange(6.0).view(2, 3),
     "fc.bias": torch.zeros(2, dtype=torch.float16),
@@ -80,7 +80,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (sharded / "model-00001-of-00001.safetensors").write_bytes(FILE)
     (sharded / "model.safetensors.index.json").write_text(json.dumps(INDEX))
     out = home / "out"
-    factory.write_output(out, WORLD)
+    planting.write_output(out, WORLD)
     data = read_json(out / "analysis.json")
     data |= {"run": "run", "task": "m:t", "fingerprint": {"a": 1}, "versions": {"b": "2"}}
     (out / "analysis.json").write_bytes(encode_json(data | {"notes": ["a note"]}))
@@ -389,7 +389,7 @@ def test_tables_whose_checksum_is_right(home: Path, data: st.DataObject, table: 
 
 
 @inputs(0.003)
-@given(st.data(), st.sampled_from(factory.ALL))
+@given(st.data(), st.sampled_from(planting.ALL))
 def test_shards_whose_checksum_is_right(home: Path, data: st.DataObject, table: str) -> None:
     folder = home / "out" / "shards" / WORLD.plan.spans[0].name
     path = folder / f"{table}-a0.parquet"

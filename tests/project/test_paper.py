@@ -11,9 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import planting
 import pytest
 import scenes
-import synthetic
 import torch
 
 PAPER = Path(__file__).resolve().parents[2] / "examples" / "paper"
@@ -88,7 +88,7 @@ def planted(folder: Path, lc: np.ndarray, error: float | None = None) -> None:
     """An analyzed run whose layer `fc3.weight` has this LC [T, n]; `fc1.weight` has none."""
     layers = {"fc1.weight": np.zeros_like(lc), "fc3.weight": lc}
     values = {("train", name): part for name, part in layers.items()}
-    synthetic.from_elements(folder / "out", values, window=len(lc), error=error)
+    planting.from_elements(folder / "out", values, window=len(lc), error=error)
 
 
 def test_pairs_are_of_the_same_seed(paper: SimpleNamespace, tmp_path: Path) -> None:

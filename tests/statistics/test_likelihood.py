@@ -3,8 +3,8 @@ from __future__ import annotations
 import mpmath
 import numpy as np
 import pytest
+from planting import bin_of
 from scipy import optimize, stats
-from synthetic import bin_of
 
 from lcray.statistics.families import FAMILIES, Family
 from lcray.statistics.histograms import bin_edges

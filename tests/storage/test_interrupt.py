@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import planting
 import psutil
 import pytest
 import scenes
-import synthetic
 
 import lcray
 from lcray.cli.app import app
@@ -35,7 +35,7 @@ ENDLESS = {
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic.picture(tmp_path_factory.mktemp("interrupting") / "out")
+    return planting.picture(tmp_path_factory.mktemp("interrupting") / "out")
 
 
 def default_signals() -> None:

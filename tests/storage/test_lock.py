@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import object_server
-import output_factory as factory
+import planting
 import psutil
 import pytest
 import scenes
@@ -118,7 +118,7 @@ def test_who_comes_second_is_refused_until_the_first_is_dead(
 
 
 def test_reducing_what_another_process_writes_is_refused(tmp_path: Path) -> None:
-    out = factory.write_output(tmp_path / "out", factory.make_world())
+    out = planting.write_output(tmp_path / "out", planting.make_world())
     with holder(out) as process:
         with pytest.raises(OutputError) as caught:
             lcray.reduce(out)
@@ -368,7 +368,7 @@ def test_a_lock_file_cannot_break_the_line_of_the_message(tmp_path: Path) -> Non
 
 
 def test_no_span_is_committed_that_was_begun_before_a_takeover(out: Place) -> None:
-    span = factory.make_world().plan.spans[0]
+    span = planting.make_world().plan.spans[0]
     with locked(out):
         old = ShardWriter(out, span, "old")
         old.write("layers", TABLES["layers"].schema.empty_table())

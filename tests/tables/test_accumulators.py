@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from twin import sign
 
 from lcray.allocation.path import Point, Segment
 from lcray.statistics.histograms import LayerHistograms, SignedHistograms
@@ -83,10 +84,6 @@ def make_intervals(n: int, dtype: torch.dtype, bad: Iterable[int] = ()) -> list[
         )
         for t in range(n)
     ]
-
-
-def sign(value: float) -> int:
-    return (value > 0) - (value < 0)
 
 
 def flips(values: list[float | None]) -> int:

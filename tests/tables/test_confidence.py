@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import output_factory as factory
 import pandas as pd
+import planting
 import pyarrow.parquet as pq
 import pytest
 import scenes
@@ -330,14 +330,14 @@ class TestTables:
 
     def test_intervals_that_are_not_ok_count_nothing(self, tmp_path: Path) -> None:
         """On planted tables: shares ¼, ⅜, ⅜ of 2, 3 and 3 samples, of 20."""
-        world = factory.make_world(bad={("train", 4): "nonfinite_gradient"})
-        factory.write_analysis(tmp_path, world)
+        world = planting.make_world(bad={("train", 4): "nonfinite_gradient"})
+        planting.write_analysis(tmp_path, world.plan)
         for span in world.plan.spans:
-            rows = factory.intervals(world, factory.span_range(world, span))
+            rows = planting.rows(world, "intervals", planting.span_range(world, span))
             for row in rows:
                 if row["status"] != "ok":
                     row["loss_change"] = 100.0
-            factory.write_span(tmp_path, world, span, rows={"intervals": rows})
+            planting.write_span(tmp_path, world, span, rows={"intervals": rows})
         reduce(tmp_path)
         found = lcray.open(tmp_path).confidence().set_index(["split", "quantity", "layer"])
         for split in ("val", "train"):
@@ -349,10 +349,10 @@ class TestTables:
             row = found.loc[(split, "lc", "a.bias")]
             assert row["estimate"] == pytest.approx(lc, rel=1e-12)
             parts = np.zeros(3)
-            for line in factory.replicate_layers(world, range(6)):
+            for line in planting.rows(world, "replicate_layers", range(6)):
                 if (line["split"], line["layer"]) == (split, "a.bias"):
                     parts[line["replicate"]] += line["lc"]
-            spread = (np.array(factory.DRAWN) ** 2 * (parts - lc) ** 2).sum()
+            spread = (np.array(planting.DRAWN) ** 2 * (parts - lc) ** 2).sum()
             error = math.sqrt((1 - 8 / 20) * spread / (1 - (4 + 9 + 9) / 64))
             assert row["se"] == pytest.approx(error, rel=1e-9)
 

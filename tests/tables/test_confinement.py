@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import output_factory as factory
+import planting
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +26,7 @@ from lcray.tables.reading.results import open_output
 from lcray.tables.reducing.reduce import reduce
 from lcray.tables.verifying.verify import verify
 
-WORLD = factory.make_world(spans=((0, 2, 4),))
+WORLD = planting.make_world(spans=((0, 2, 4),))
 
 CLAIMS = """
 import resource, sys
@@ -93,7 +93,7 @@ def test_an_index_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("rule", ["simpson*1000000000", "gauss*" + "9" * 5000])
 def test_an_output_that_names_a_rule_of_a_billion_panels(tmp_path: Path, rule: str) -> None:
-    out = factory.write_output(tmp_path / "out", WORLD)
+    out = planting.write_output(tmp_path / "out", WORLD)
     data = read_json(out / "analysis.json")
     data["plan"]["settings"]["rule"] = rule
     (out / "analysis.json").write_bytes(encode_json(data))
@@ -103,7 +103,7 @@ def test_an_output_that_names_a_rule_of_a_billion_panels(tmp_path: Path, rule: s
 
 def test_row_groups_are_no_larger_than_are_ever_written(tmp_path: Path) -> None:
     """Memory is reserved for as many rows as a group claims, and zeros take no room in a file."""
-    out = factory.write_output(tmp_path / "out", WORLD)
+    out = planting.write_output(tmp_path / "out", WORLD)
     reduce(out)
     path = out / "tables" / "units.parquet"
     rows = pq.read_table(path)
@@ -120,7 +120,7 @@ def test_row_groups_are_no_larger_than_are_ever_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("linked", ["shards", "shards/{span}", "shards/{span}/layers-a0.parquet"])
 def test_shards_that_are_links_to_elsewhere(tmp_path: Path, linked: str) -> None:
-    out = factory.write_output(tmp_path / "out", WORLD)
+    out = planting.write_output(tmp_path / "out", WORLD)
     place = out / linked.format(span=WORLD.plan.spans[0].name)
     place.rename(tmp_path / "elsewhere")
     os.symlink(tmp_path / "elsewhere", place)
@@ -130,7 +130,7 @@ def test_shards_that_are_links_to_elsewhere(tmp_path: Path, linked: str) -> None
 
 
 def test_an_output_may_itself_be_a_link(tmp_path: Path) -> None:
-    factory.write_output(tmp_path / "elsewhere", WORLD)
+    planting.write_output(tmp_path / "elsewhere", WORLD)
     os.symlink(tmp_path / "elsewhere", tmp_path / "out")
     reduce(tmp_path / "out")
     assert len(open_output(tmp_path / "out").layers()) and verify(tmp_path / "out").ok
@@ -167,7 +167,7 @@ def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "run" / "step-1.safetensors")
     with pytest.raises(CheckpointError, match="not a regular file"):
         open_series(tmp_path / "run", minimum=1).read(1)
-    out = factory.write_output(tmp_path / "out", WORLD)
+    out = planting.write_output(tmp_path / "out", WORLD)
     path = out / "shards" / WORLD.plan.spans[0].name / "layers-a0.parquet"
     path.unlink()
     os.mkfifo(path)

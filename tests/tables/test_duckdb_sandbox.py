@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
-import output_factory as factory
 import pandas as pd
+import planting
 import pytest
 import scenes
 
@@ -24,7 +24,7 @@ from lcray.tables.reading.results import open_output
 from lcray.tables.reducing.reduce import reduce
 from lcray.tables.verifying.verify import verify
 
-WORLD = factory.make_world(spans=((0, 2, 4),))
+WORLD = planting.make_world(spans=((0, 2, 4),))
 SECRET = "the contents of a file that is no table"
 global_frame = pd.DataFrame({"a": [1]})  # no table for a replacement scan
 
@@ -33,7 +33,7 @@ global_frame = pd.DataFrame({"a": [1]})  # no table for a replacement scan
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`out`, and beside it what must stay out of reach: a file, a Parquet file, a database."""
     home = tmp_path_factory.mktemp("sandbox")
-    reduce(factory.write_output(home / "out", WORLD))
+    reduce(planting.write_output(home / "out", WORLD))
     outside = home / "out" / "tables-of-others"  # begins as the folder that is allowed
     outside.mkdir()
     for folder in (home, outside):
@@ -237,7 +237,7 @@ def test_the_tables_themselves_are_read(home: Path) -> None:
 
 @pytest.mark.parametrize("linked", ["tables/layers.parquet", "tables", "analysis.json"])
 def test_a_table_that_is_a_link_to_elsewhere(tmp_path: Path, linked: str) -> None:
-    out = factory.write_output(tmp_path / "out", WORLD)
+    out = planting.write_output(tmp_path / "out", WORLD)
     reduce(out)
     (out / linked).rename(tmp_path / "elsewhere")
     os.symlink(tmp_path / "elsewhere", out / linked)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import planting
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import synthetic
 from click.testing import CliRunner, Result
 
 import lcray
@@ -31,7 +31,7 @@ true AS yes, sum(n_helping) AS total, NULL::BIGINT AS no FROM layers"""
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic.picture(tmp_path_factory.mktemp("answers") / "out")
+    return planting.picture(tmp_path_factory.mktemp("answers") / "out")
 
 
 def ask(*args: Any) -> Result:
@@ -60,7 +60,7 @@ def test_csv_has_no_formulas_and_numbers_keep_their_sign(tmp_path: Path) -> None
     names = ("=cmd|' /C calc'!A0", "+1", "-1+2", "@SUM(1)", "\t=1", "\r=1", "fine=1", "'=1")
     shown = ("'=cmd|' /C calc'!A0", "'+1", "'-1+2", "'@SUM(1)", "'\t=1", "'\r=1", "fine=1", "'=1")
     lc = {("-split", name): np.full((2, 1), -0.25) for name in names}
-    out = synthetic.from_elements(tmp_path / "out", lc, window=2)
+    out = planting.from_elements(tmp_path / "out", lc, window=2)
     sql = """SELECT split, layer, lc, -1 AS n, '-inf'::DOUBLE AS i, -1.5::DECIMAL(4, 2) AS d
     FROM layers WHERE start_step = 0"""
     text = ask(out, sql, "--format", "csv").stdout_bytes.decode()

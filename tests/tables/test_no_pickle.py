@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import output_factory as factory
+import planting
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,7 +23,7 @@ from lcray.tables.reading.results import open_output
 from lcray.tables.reducing.reduce import reduce
 from lcray.tables.verifying.verify import verify
 
-WORLD = factory.make_world(spans=((0, 2, 4),))
+WORLD = planting.make_world(spans=((0, 2, 4),))
 
 
 class Payload:
@@ -100,7 +100,7 @@ def hostile_schema(payload: bytes, table: pa.Table) -> pa.Table:
 
 @pytest.mark.parametrize("kind", ["extension", "object column"])
 def test_a_table_with_python_objects(tmp_path: Path, mark: Path, payload: bytes, kind: str) -> None:
-    out = factory.write_output(tmp_path / "out", WORLD)
+    out = planting.write_output(tmp_path / "out", WORLD)
     reduce(out)
     path = out / "tables" / "layers.parquet"
     table = pq.read_table(path)
@@ -123,7 +123,7 @@ def test_a_table_with_python_objects(tmp_path: Path, mark: Path, payload: bytes,
 
 
 def test_a_shard_with_python_objects(tmp_path: Path, mark: Path, payload: bytes) -> None:
-    out = factory.write_output(tmp_path / "out", WORLD)
+    out = planting.write_output(tmp_path / "out", WORLD)
     folder = out / "shards" / WORLD.plan.spans[0].name
     path = folder / "layers-a0.parquet"
     table = hostile_schema(payload, pq.read_table(path))
@@ -144,7 +144,7 @@ def _reseal(out: Path, path: Path, rows: int) -> None:
 
 
 def test_an_array_of_objects_in_the_place_of_json(tmp_path: Path, mark: Path) -> None:
-    out = factory.write_output(tmp_path / "out", WORLD)
+    out = planting.write_output(tmp_path / "out", WORLD)
     reduce(out)
     array = np.empty(1, object)
     array[0] = Payload(mark)

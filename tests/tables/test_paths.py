@@ -14,9 +14,9 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pandas as pd
+import planting
 import pytest
 import scenes
-import synthetic
 from click.testing import CliRunner
 
 import lcray
@@ -95,7 +95,7 @@ def test_compare(tmp_path: Path) -> None:
     for seed in (0, 1):
         rng = np.random.default_rng(seed)
         lc = {(split, "w"): rng.normal(size=(6, 3)) for split in ("train", "val")}
-        outs.append(synthetic.from_elements(tmp_path / f"seed-{seed}", lc, window=3))
+        outs.append(planting.from_elements(tmp_path / f"seed-{seed}", lc, window=3))
     moved = [put(out, tmp_path / "split=train" / "layer=w" / out.name) for out in outs]
     assert lcray.compare(*moved).equals(lcray.compare(*outs))
 

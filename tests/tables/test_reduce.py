@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import output_factory as factory
+import planting
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,14 +17,14 @@ from lcray.tables.reducing import merge
 from lcray.tables.reducing.reduce import name_intervals, reduce, repack
 from lcray.tables.schema import TABLES
 
-REDUCED = [t for t in factory.ALL if t != "borders"]
+REDUCED = [t for t in planting.ALL if t != "borders"]
 
 
 def read(out: Path, table: str) -> pa.Table:
     return pq.ParquetFile(out / "tables" / f"{table}.parquet").read()
 
 
-def assert_same(actual: pa.Table, expected: factory.Rows, table: str) -> None:
+def assert_same(actual: pa.Table, expected: planting.Rows, table: str) -> None:
     """Same rows in the same order; floats to 1e-12, everything else exactly."""
     schema = TABLES[table].schema
     assert actual.schema.equals(schema)
@@ -57,12 +57,12 @@ def test_tables_are_those_of_one_span(
     tmp_path: Path, name: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merge.Source, "__init__", _with_block(block))
-    world = factory.make_world(**WORLDS[name])
-    out = factory.write_output(tmp_path / "out", world)
+    world = planting.make_world(**WORLDS[name])
+    out = planting.write_output(tmp_path / "out", world)
     result = reduce(out)
     assert result.missing == ()
     for table in REDUCED:
-        expected = factory.whole(world, table)
+        expected = planting.rows(world, table)
         assert_same(read(out, table), expected, table)
         assert result.rows[table] == len(expected)
 
@@ -78,9 +78,9 @@ def _with_block(block: int):
 
 
 def test_reduction_is_the_same_byte_for_byte(tmp_path: Path) -> None:
-    world = factory.make_world()
+    world = planting.make_world()
     outs = [
-        factory.write_output(tmp_path / f"out{attempt}", world, attempt=attempt)
+        planting.write_output(tmp_path / f"out{attempt}", world, attempt=attempt)
         for attempt in ("a0", "other")
     ]
     reduce(outs[0])
@@ -92,11 +92,11 @@ def test_reduction_is_the_same_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_fits_are_of_the_histograms_by_window_and_run(tmp_path: Path) -> None:
-    world = factory.make_world()
-    out = factory.write_output(tmp_path / "out", world)
+    world = planting.make_world()
+    out = planting.write_output(tmp_path / "out", world)
     reduce(out)
     rows = read(out, "fits").to_pylist()
-    histograms = factory.whole(world, "histograms")
+    histograms = planting.rows(world, "histograms")
     expected = []
     for split in world.plan.splits:
         for window in (-1, 0, 4, 8):
@@ -139,29 +139,29 @@ def test_fits_are_of_the_histograms_by_window_and_run(tmp_path: Path) -> None:
 
 
 def test_fits_of_layers_without_elements_are_empty(tmp_path: Path) -> None:
-    scalar = (factory.LAYERS[3],)  # one element: too few for any fit in a window of one interval
-    world = factory.make_world(spans=((0, 2),), layers=scalar)
-    out = factory.write_output(tmp_path / "out", world)
+    scalar = (planting.LAYERS[3],)  # one element: too few for any fit in a window of one interval
+    world = planting.make_world(spans=((0, 2),), layers=scalar)
+    out = planting.write_output(tmp_path / "out", world)
     assert reduce(out).rows["fits"] == 0
     assert read(out, "fits").schema.equals(TABLES["fits"].schema)
 
 
 def test_only_the_tables_of_the_plan(tmp_path: Path) -> None:
-    world = factory.make_world(tables=("intervals", "layers", "borders"))
-    out = factory.write_output(tmp_path / "out", world)
+    world = planting.make_world(tables=("intervals", "layers", "borders"))
+    out = planting.write_output(tmp_path / "out", world)
     assert set(reduce(out).rows) == {"intervals", "layers"}
-    assert_same(read(out, "layers"), factory.whole(world, "layers"), "layers")
+    assert_same(read(out, "layers"), planting.rows(world, "layers"), "layers")
 
 
 def test_missing_intervals_are_named_or_allowed(tmp_path: Path) -> None:
-    world = factory.make_world(spans=((0, 2, 4), (4, 6), (6, 8), (8, 10), (10, 12)))
+    world = planting.make_world(spans=((0, 2, 4), (4, 6), (6, 8), (8, 10), (10, 12)))
     out = tmp_path / "out"
-    factory.write_analysis(out, world)
+    planting.write_analysis(out, world.plan)
     with pytest.raises(IncompleteError, match=r"6 of 6 intervals are missing: steps 0-12;"):
         reduce(out, allow_missing=True)
     present = [0, 3, 4]
     for i in present:
-        factory.write_span(out, world, world.plan.spans[i])
+        planting.write_span(out, world, world.plan.spans[i])
     with pytest.raises(IncompleteError, match=r"2 of 6 intervals are missing: steps 4-8; "):
         reduce(out)
     assert not (out / "tables").exists()
@@ -170,11 +170,11 @@ def test_missing_intervals_are_named_or_allowed(tmp_path: Path) -> None:
     # What is there, with no flips across the gap: the two stretches, each as one span.
     ranges = (range(0, 2), range(4, 6))
     for table in ("intervals", "layers", "units", "groups"):
-        rows = [row for r in ranges for row in factory.DERIVE[table](world, r)]
+        rows = [row for r in ranges for row in planting.rows(world, table, r)]
         order = [split.name for split in world.plan.splits]
         rows.sort(key=lambda row: (order.index(row["split"]), row["start_step"]))
         assert_same(read(out, table), rows, table)
-    parts = [factory.parameters(world, r) for r in ranges]
+    parts = [planting.rows(world, "parameters", r) for r in ranges]
     keys = ("split", "layer", "index")
     total = [
         {key: a[key] if key in keys else a[key] + b[key] for key in a}
@@ -184,15 +184,15 @@ def test_missing_intervals_are_named_or_allowed(tmp_path: Path) -> None:
 
 
 def test_a_step_that_two_spans_trace_appears_once(tmp_path: Path) -> None:
-    world = factory.make_world()
+    world = planting.make_world()
     out = tmp_path / "out"
-    factory.write_analysis(out, world)
+    planting.write_analysis(out, world.plan)
     for span in world.plan.spans:
-        ts = factory.span_range(world, span)
-        rows = factory.traces(world, ts)
+        ts = planting.span_range(world, span)
+        rows = planting.rows(world, "traces", ts)
         at_end = [
             row | {"lc": None}
-            for row in factory.whole(world, "traces")
+            for row in planting.rows(world, "traces")
             if row["step"] == span.last and row not in rows
         ]
         order = [layer.name for layer in world.plan.layers]
@@ -200,9 +200,9 @@ def test_a_step_that_two_spans_trace_appears_once(tmp_path: Path) -> None:
             rows + at_end,
             key=lambda r: (r["split"] != "val", order.index(r["layer"]), r["index"], r["step"]),
         )
-        factory.write_span(out, world, span, rows={"traces": rows})
+        planting.write_span(out, world, span, rows={"traces": rows})
     reduce(out)
-    assert_same(read(out, "traces"), factory.whole(world, "traces"), "traces")
+    assert_same(read(out, "traces"), planting.rows(world, "traces"), "traces")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_rows_are_packed_into_full_row_groups() -> None:
 
 
 def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
-    out = factory.write_output(tmp_path / "out", factory.make_world())
+    out = planting.write_output(tmp_path / "out", planting.make_world())
     reduce(out)
     before = {path.name: path.read_bytes() for path in (out / "tables").iterdir()}
     (shard,) = out.glob("shards/00000006-00000008/units-*.parquet")
@@ -238,7 +238,7 @@ def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
 
 
 def test_full_disk_keeps_the_tables(tmp_path: Path) -> None:
-    out = factory.write_output(tmp_path / "out", factory.make_world())
+    out = planting.write_output(tmp_path / "out", planting.make_world())
     reduce(out)
     before = {path.name: path.read_bytes() for path in (out / "tables").iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -252,7 +252,7 @@ def test_full_disk_keeps_the_tables(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_reduction_left_is_removed(tmp_path: Path) -> None:
-    out = factory.write_output(tmp_path / "out", factory.make_world())
+    out = planting.write_output(tmp_path / "out", planting.make_world())
     (out / "tables").mkdir()
     (out / "tables" / "layers-123.tmp").write_bytes(b"half")
     reduce(out)
@@ -266,24 +266,24 @@ def test_no_output_is_one_line(tmp_path: Path) -> None:
 
 def _tampered(tmp_path: Path, table: str, change) -> Path:
     """An output whose middle span was written by a faulty worker."""
-    world = factory.make_world()
+    world = planting.make_world()
     out = tmp_path / "out"
-    factory.write_analysis(out, world)
+    planting.write_analysis(out, world.plan)
     for i, span in enumerate(world.plan.spans):
-        rows = factory.DERIVE[table](world, factory.span_range(world, span))
+        rows = planting.rows(world, table, planting.span_range(world, span))
         if i == 1:
             rows = change(rows)
-        factory.write_span(out, world, span, rows={table: rows})
+        planting.write_span(out, world, span, rows={table: rows})
     return out
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
 def test_borders_of_some_spans_only(tmp_path: Path, missing: int) -> None:
-    world = factory.make_world(tables=tuple(t for t in factory.ALL if t != "parameters"))
+    world = planting.make_world(tables=tuple(t for t in planting.ALL if t != "parameters"))
     out = tmp_path / "out"
-    factory.write_analysis(out, world)
+    planting.write_analysis(out, world.plan)
     for i, span in enumerate(world.plan.spans):
-        factory.write_span(out, world, span, rows={"borders": []} if i == missing else None)
+        planting.write_span(out, world, span, rows={"borders": []} if i == missing else None)
     name = world.plan.spans[missing].name
     with pytest.raises(CorruptionError, match=f"span {name} has no borders"):
         reduce(out)
@@ -310,45 +310,45 @@ def test_shards_that_do_not_fit(tmp_path: Path, table: str, change, message: str
 
 
 def test_layers_without_borders_keep_their_flips(tmp_path: Path) -> None:
-    tables = tuple(t for t in factory.ALL if t not in ("parameters", "borders"))
-    world = factory.make_world(tables=tables)
-    out = factory.write_output(tmp_path / "out", world)
+    tables = tuple(t for t in planting.ALL if t not in ("parameters", "borders"))
+    world = planting.make_world(tables=tables)
+    out = planting.write_output(tmp_path / "out", world)
     reduce(out)
     rows = [
         row
         for split in range(2)
         for span in world.plan.spans
-        for row in factory.layers(world, factory.span_range(world, span))
+        for row in planting.rows(world, "layers", planting.span_range(world, span))
         if row["split"] == world.plan.splits[split].name
     ]
     assert_same(read(out, "layers"), rows, "layers")
 
 
 def test_a_loss_that_is_not_finite_in_the_plan(tmp_path: Path) -> None:
-    world = factory.make_world(spans=((0, 2),))
+    world = planting.make_world(spans=((0, 2),))
     splits = tuple(replace(split, first_loss=None) for split in world.plan.splits)
     world.plan = replace(world.plan, splits=splits)
-    assert reduce(factory.write_output(tmp_path, world)).rows["intervals"] == 2
+    assert reduce(planting.write_output(tmp_path, world)).rows["intervals"] == 2
 
 
 def test_a_plan_without_the_tables_of_elements(tmp_path: Path) -> None:
-    world = factory.make_world(tables=("intervals", "layers", "parameters", "elements", "traces"))
+    world = planting.make_world(tables=("intervals", "layers", "parameters", "elements", "traces"))
     out = tmp_path / "out"
-    factory.write_analysis(out, world)
+    planting.write_analysis(out, world.plan)
     for span in world.plan.spans:  # an empty selection of layers: the tables have no rows
         nothing = {"parameters": [], "elements": [], "traces": []}
-        factory.write_span(out, world, span, rows=nothing)
+        planting.write_span(out, world, span, rows=nothing)
     rows = reduce(out).rows
     assert (rows["parameters"], rows["elements"], rows["traces"]) == (0, 0, 0)
     assert read(out, "parameters").schema.equals(TABLES["parameters"].schema)
 
 
 def test_spans_that_read_different_checkpoints_are_not_merged(tmp_path: Path) -> None:
-    world = factory.make_world()
-    factory.write_analysis(tmp_path, world)
+    world = planting.make_world()
+    planting.write_analysis(tmp_path, world.plan)
     for span in world.plan.spans:
         digests = {8: "f" * 64} if span.last == 8 else {}
-        factory.write_span(tmp_path, world, span, digests=digests)
+        planting.write_span(tmp_path, world, span, digests=digests)
     for allow_missing in (False, True):
         with pytest.raises(CorruptionError) as caught:
             reduce(tmp_path, allow_missing=allow_missing)
@@ -364,16 +364,16 @@ def test_spans_must_have_the_same_loss_where_they_meet(
     tmp_path: Path, factor: float, refused: bool
 ) -> None:
     """Workers with other models would put two losses of a step into one table."""
-    world = factory.make_world()
+    world = planting.make_world()
     out = tmp_path / "out"
-    factory.write_analysis(out, world)
+    planting.write_analysis(out, world.plan)
     for number, span in enumerate(world.plan.spans):
-        rows = factory.intervals(world, factory.span_range(world, span))
+        rows = planting.rows(world, "intervals", planting.span_range(world, span))
         if number == 1:
             for row in rows:
                 if row["start_step"] == span.first:
                     row["loss_start"] *= factor
-        factory.write_span(out, world, span, rows={"intervals": rows})
+        planting.write_span(out, world, span, rows={"intervals": rows})
     if refused:
         with pytest.raises(CorruptionError, match=f"at step {world.plan.spans[1].first} in the"):
             reduce(out)

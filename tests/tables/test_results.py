@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 import duckdb
-import output_factory as factory
 import pandas as pd
+import planting
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -21,14 +21,14 @@ from lcray.tables.schema import TABLES as SCHEMAS
 from lcray.tables.verifying.verify import verify
 from lcray.tasks.layer import Layer
 
-WORLD = factory.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
-TABLES = [t for t in factory.ALL if t != "borders"]
+WORLD = planting.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
+TABLES = [t for t in planting.ALL if t != "borders"]
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("results") / "o'ut"  # a quote must not end an SQL string
-    factory.write_output(path, WORLD)
+    planting.write_output(path, WORLD)
     reduce(path)
     return path
 
@@ -58,7 +58,7 @@ def approximately(row: dict[str, object], names: list[str]) -> dict[str, object]
 def test_every_table_is_a_frame(results: Results, name: str) -> None:
     frame = getattr(results, name)()
     assert results.table(name).equals(frame)
-    expected = factory.whole(WORLD, name)
+    expected = planting.rows(WORLD, name)
     rows = plain(frame)
     assert len(rows) == len(expected) > 0
     for row, want in zip(rows, expected, strict=True):
@@ -109,7 +109,7 @@ def test_missing_integers_stay_integers(results: Results) -> None:
 @pytest.mark.parametrize("name", ["intervals", "elements", "histograms", "traces"])
 def test_steps_narrow(results: Results, name: str, steps: str, keep) -> None:
     column = {"histograms": "window", "traces": "step"}.get(name, "start_step")
-    expected = [row[column] for row in factory.whole(WORLD, name) if keep(row[column])]
+    expected = [row[column] for row in planting.rows(WORLD, name) if keep(row[column])]
     assert results.table(name, steps=steps)[column].tolist() == expected
 
 
@@ -152,7 +152,7 @@ def test_arrow_reads_columns_and_filters(results: Results) -> None:
     table = results.arrow("layers", columns=["layer", "lc"], filters=condition, layers="b*")
     expected = [
         (row["layer"], row["lc"])
-        for row in factory.whole(WORLD, "layers")
+        for row in planting.rows(WORLD, "layers")
         if row["layer"][0] == "b" and row["start_step"] == 2 and row["lc"] < 0
     ]
     assert table.column_names == ["layer", "lc"]
@@ -168,7 +168,7 @@ def test_sql_sees_the_tables(results: Results) -> None:
         "GROUP BY layer ORDER BY layer"
     )
     expected: dict[str, int] = {}
-    for row in factory.whole(WORLD, "layers"):
+    for row in planting.rows(WORLD, "layers"):
         if row["split"] == "val":
             expected[row["layer"]] = expected.get(row["layer"], 0) + row["n_helping"]
     assert dict(zip(frame["layer"], frame["n"], strict=True)) == expected
@@ -228,16 +228,16 @@ def test_every_column_that_is_a_word_of_sql_is_known() -> None:
 def test_not_reduced_or_no_output(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no such file"):
         open_output(tmp_path)
-    factory.write_analysis(tmp_path, WORLD)
+    planting.write_analysis(tmp_path, WORLD.plan)
     with pytest.raises(OutputError, match=f"has no tables yet.*or lcray reduce {tmp_path}"):
         open_output(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["elements", "units", "groups", "traces", "intervals"])
 def test_a_table_that_was_not_asked_for(tmp_path: Path, name: str) -> None:
-    tables = tuple(t for t in factory.ALL if t != name)
-    world = factory.make_world(tables=tables, spans=((0, 2),))
-    reduce(factory.write_output(tmp_path, world))
+    tables = tuple(t for t in planting.ALL if t != name)
+    world = planting.make_world(tables=tables, spans=((0, 2),))
+    reduce(planting.write_output(tmp_path, world))
     results = open_output(tmp_path)
     option = {"elements": "--elements", "units": "--units", "traces": "--parameters"}
     with pytest.raises(UsageError, match=rf"no table '{name}'.*{option.get(name, '')}"):
@@ -245,7 +245,7 @@ def test_a_table_that_was_not_asked_for(tmp_path: Path, name: str) -> None:
 
 
 def test_a_table_file_that_is_gone_or_torn(tmp_path: Path) -> None:
-    reduce(factory.write_output(tmp_path, factory.make_world(spans=((0, 2),))))
+    reduce(planting.write_output(tmp_path, planting.make_world(spans=((0, 2),))))
     results = open_output(tmp_path)
     path = tmp_path / "tables" / "layers.parquet"
     path.write_bytes(path.read_bytes()[:100])
@@ -275,7 +275,7 @@ def test_a_table_file_that_is_gone_or_torn(tmp_path: Path) -> None:
 def test_a_manifest_is_read_strictly(
     tmp_path: Path, change: dict[str, object], error: type[Exception], message: str
 ) -> None:
-    reduce(factory.write_output(tmp_path, factory.make_world(spans=((0, 2),))))
+    reduce(planting.write_output(tmp_path, planting.make_world(spans=((0, 2),))))
     path = tmp_path / "tables" / "manifest.json"
     path.write_bytes(encode_json(seal(read_sealed(path) | change)))
     with pytest.raises(error, match=message):
@@ -284,11 +284,11 @@ def test_a_manifest_is_read_strictly(
 
 @pytest.mark.parametrize(("name", "near"), [("g[1]", "g1"), ("o*", "oo"), ("o?", "oo")])
 def test_a_path_is_no_pattern(tmp_path: Path, name: str, near: str) -> None:
-    mine, other = factory.make_world(seed=1), factory.make_world(seed=2)
+    mine, other = planting.make_world(seed=1), planting.make_world(seed=2)
     for folder, world in ((name, mine), (near, other)):
-        reduce(factory.write_output(tmp_path / folder, world))
+        reduce(planting.write_output(tmp_path / folder, world))
     found = open_output(tmp_path / name).sql("SELECT lc FROM layers")["lc"].tolist()
-    expected = [row["lc"] for row in factory.whole(mine, "layers")]
+    expected = [row["lc"] for row in planting.rows(mine, "layers")]
     assert found == pytest.approx(expected, rel=1e-12, abs=1e-15)
     assert verify(tmp_path / name).problems == ()
 
@@ -310,8 +310,8 @@ def test_names_that_recur_are_numbered(results: Results) -> None:
 def test_sql_on_a_table_that_was_not_written_names_the_option(
     tmp_path: Path, name: str, option: str
 ) -> None:
-    tables = tuple(t for t in factory.ALL if t != name)
-    reduce(factory.write_output(tmp_path, factory.make_world(tables=tables, spans=((0, 2),))))
+    tables = tuple(t for t in planting.ALL if t != name)
+    reduce(planting.write_output(tmp_path, planting.make_world(tables=tables, spans=((0, 2),))))
     results = open_output(tmp_path)
     with pytest.raises(UsageError, match=f"^SQL: there is no table '{name}'.*{option}"):
         results.sql(f"SELECT * FROM {name}")
@@ -324,8 +324,8 @@ def test_a_layer_with_a_bracket_is_found_by_its_name(tmp_path: Path) -> None:
         Layer("a[0].w", "a[0]", "parameter", (2,), 0, True),
         Layer("a0.w", "a0", "parameter", (2,), 0, True),
     )
-    world = factory.make_world(layers=layers, spans=((0, 2),))
-    reduce(factory.write_output(tmp_path, world))
+    world = planting.make_world(layers=layers, spans=((0, 2),))
+    reduce(planting.write_output(tmp_path, world))
     results = open_output(tmp_path)
     assert set(results.layers(layers="a[0].w")["layer"]) == {"a[0].w", "a0.w"}
     assert set(results.layers(layers="a[[]0].w")["layer"]) == {"a[0].w"}

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import output_factory as factory
+import planting
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import synthetic
 
 import lcray
 from lcray.errors import CorruptionError, OutputError
@@ -23,13 +22,13 @@ from lcray.tables.reading.soundness import LONGEST_NAME, Soundness
 from lcray.tables.reducing.reduce import reduce
 from lcray.tables.schema import TABLES
 
-WORLD = factory.make_world(bad={("val", 6): "nonfinite_loss"})
+WORLD = planting.make_world(bad={("val", 6): "nonfinite_loss"})
 HUGE = 1 << 62
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = factory.write_output(tmp_path_factory.mktemp("soundness") / "out", WORLD)
+    out = planting.write_output(tmp_path_factory.mktemp("soundness") / "out", WORLD)
     reduce(out)
     return out
 
@@ -166,7 +165,7 @@ def test_a_footer_that_lies_about_sizes(out: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_plan_has_no_name_of_that_size_either(tmp_path: Path) -> None:
     lc = {("train", "x" * (LONGEST_NAME + 1)): np.ones((2, 1))}
-    out = synthetic.from_elements(tmp_path / "out", lc, window=2)
+    out = planting.from_elements(tmp_path / "out", lc, window=2)
     with pytest.raises(CorruptionError, match="a layer of 65,537 bytes; a name may have 65,536"):
         lcray.open(out).layers()
 

@@ -20,7 +20,7 @@ import scenes
 import torch
 from strategies import ConvNet, State, classify, labels, random_states
 from torch import Tensor, nn
-from twin import Interval, Twin
+from twin import Interval, Twin, sign
 
 import lcray
 from lcray.allocation.interval import IntervalLC
@@ -166,10 +166,6 @@ def output(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param == "poisoned":
         return analyze(tmp_path, poison=2)
     return analyze(tmp_path, rule=request.param)
-
-
-def sign(value: float) -> int:
-    return (value > 0) - (value < 0)
 
 
 def flat(tensor: Tensor) -> list[float]:

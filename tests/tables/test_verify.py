@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import output_factory as factory
+import planting
 import pyarrow.parquet as pq
 import pytest
 
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sound") / "o'ut"
-    factory.write_output(out, factory.make_world())
+    planting.write_output(out, planting.make_world())
     reduce(out)
     return out
 
@@ -50,8 +50,8 @@ def copied(source: Path, target: Path) -> Path:
     ],
 )
 def test_a_sound_output_has_no_problems(tmp_path: Path, world: dict[str, Any]) -> None:
-    made = factory.make_world(**world)
-    out = factory.write_output(tmp_path, made)
+    made = planting.make_world(**world)
+    out = planting.write_output(tmp_path, made)
     reduce(out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     result = verify(out)
@@ -67,10 +67,10 @@ def test_a_sound_output_has_no_problems(tmp_path: Path, world: dict[str, Any]) -
 
 
 def test_an_output_that_is_not_reduced_yet(tmp_path: Path) -> None:
-    world = factory.make_world()
-    factory.write_analysis(tmp_path, world)
-    factory.write_span(tmp_path, world, world.plan.spans[0])
-    factory.write_span(tmp_path, world, world.plan.spans[2])
+    world = planting.make_world()
+    planting.write_analysis(tmp_path, world.plan)
+    planting.write_span(tmp_path, world, world.plan.spans[0])
+    planting.write_span(tmp_path, world, world.plan.spans[2])
     (shard,) = tmp_path.glob("shards/00000008-00000012/layers-*.parquet")
     shard.write_bytes(b"")
     result = verify(tmp_path)
@@ -89,14 +89,14 @@ def test_no_output(tmp_path: Path) -> None:
 
 
 def test_incomplete_tables_are_sound_but_for_what_is_missing(tmp_path: Path) -> None:
-    world = factory.make_world()
-    factory.write_analysis(tmp_path, world)
-    factory.write_span(tmp_path, world, world.plan.spans[0])
-    factory.write_span(tmp_path, world, world.plan.spans[2])
+    world = planting.make_world()
+    planting.write_analysis(tmp_path, world.plan)
+    planting.write_span(tmp_path, world, world.plan.spans[0])
+    planting.write_span(tmp_path, world, world.plan.spans[2])
     reduce(tmp_path, allow_missing=True)
     (problem,) = verify(tmp_path).problems
     assert "steps 6-8" in problem
-    factory.write_span(tmp_path, world, world.plan.spans[1])
+    planting.write_span(tmp_path, world, world.plan.spans[1])
     (problem,) = verify(tmp_path).problems
     assert "tables hold other spans than are committed (00000006-00000008)" in problem
 
@@ -150,11 +150,11 @@ def test_a_plan_that_changed_is_found(sound: Path, tmp_path: Path) -> None:
 
 
 def test_spans_that_read_different_checkpoints(tmp_path: Path) -> None:
-    world = factory.make_world()
-    factory.write_analysis(tmp_path, world)
+    world = planting.make_world()
+    planting.write_analysis(tmp_path, world.plan)
     for span in world.plan.spans:
         digests = {8: "f" * 64} if span.last == 8 else {}
-        factory.write_span(tmp_path, world, span, digests=digests)
+        planting.write_span(tmp_path, world, span, digests=digests)
     with pytest.raises(CorruptionError, match="different checkpoints of step 8"):
         reduce(tmp_path)
     problem = verify(tmp_path).problems[0]
@@ -177,7 +177,7 @@ def rewrite(out: Path, table: str, change: Callable[[list[Row]], list[Row]]) -> 
     rows = change(pq.ParquetFile(path).read().to_pylist())
     file = TableFile(path.with_name(uuid.uuid4().hex), TABLES[table])
     for start in range(0, len(rows), 50):  # several row groups: order is checked across them
-        file.write(factory.as_table(table, rows[start : start + 50]))
+        file.write(planting.as_table(table, rows[start : start + 50]))
     entry = file.finish()
     file.path.replace(path)
     manifest = out / "tables" / "manifest.json"
@@ -439,7 +439,7 @@ def test_what_is_broken_is_reported(sound: Path, tmp_path: Path, name: str) -> N
 
 
 def test_every_invariant_is_among_the_broken() -> None:
-    plan = factory.make_world().plan
+    plan = planting.make_world().plan
     every = [*coverage.coverage(plan), *sums.invariants(plan)]
     assert {check.name for check in every} == {check for _, _, check in BROKEN.values()}
 
@@ -488,10 +488,10 @@ def test_many_violations_are_cut_short(sound: Path, tmp_path: Path) -> None:
 
 
 def test_groups_of_other_passes_agree_less_closely(tmp_path: Path) -> None:
-    world = factory.make_world()
+    world = planting.make_world()
     mixed = tuple(replace(split, sorted_by_group=False) for split in world.plan.splits)
     world.plan = replace(world.plan, splits=mixed)
-    out = factory.write_output(tmp_path, world)
+    out = planting.write_output(tmp_path, world)
     reduce(out)
     rewrite(out, "groups", at(2, lc=lambda lc: lc * (1 + 1e-11)))
     assert verify(out).ok

@@ -9,10 +9,9 @@ from typing import Any
 
 import duckdb
 import numpy as np
-import output_factory as factory
 import pandas as pd
+import planting
 import pytest
-import synthetic
 
 import lcray
 from lcray.errors import CorruptionError, UsageError
@@ -21,12 +20,12 @@ from lcray.tables.reading.views import VIEWS, write_views
 from lcray.tables.reducing.reduce import reduce
 from lcray.tables.schema import TABLES
 
-WORLD = factory.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
+WORLD = planting.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = factory.write_output(tmp_path_factory.mktemp("views") / "it's [an] out", WORLD)
+    path = planting.write_output(tmp_path_factory.mktemp("views") / "it's [an] out", WORLD)
     reduce(path)
     return path
 
@@ -66,7 +65,7 @@ def test_no_view_is_called_as_a_table() -> None:
 
 
 def test_views_hold_the_sums_of_the_tables(tmp_path: Path) -> None:
-    results = lcray.open(synthetic.picture(tmp_path / "out"))
+    results = lcray.open(planting.picture(tmp_path / "out"))
     layers, intervals = results.layers(), results.intervals()
     totals = results.sql("SELECT * FROM layer_totals").set_index(["split", "layer"])
     expected = layers.groupby(["split", "layer"], observed=True)["lc"].sum()
@@ -128,7 +127,7 @@ def test_views_are_read_from_anywhere_and_after_a_move(
 
 @pytest.mark.slow
 def test_views_are_written_anew_and_verify_has_nothing_against_them(tmp_path: Path) -> None:
-    path = factory.write_output(tmp_path / "out", WORLD)
+    path = planting.write_output(tmp_path / "out", WORLD)
     reduce(path)
     first = (path / "views.sql").read_text()
     (path / "views.sql").write_text("stale")
@@ -147,16 +146,16 @@ def test_views_are_written_anew_and_verify_has_nothing_against_them(tmp_path: Pa
 
 
 def test_names_of_splits_are_no_sql(tmp_path: Path) -> None:
-    plan = synthetic.make_plan({"w": 2}, 2, 2, ("it's; --", "val"), ("layers",))
-    columns = synthetic.layer_columns(plan, np.ones((2, 2, 1, 3), np.int64), np.ones((2, 2, 1)))
-    results = lcray.open(synthetic.write(tmp_path / "out", plan, {"layers": columns}))
+    plan = planting.make_plan({"w": 2}, 2, 2, ("it's; --", "val"), ("layers",))
+    columns = planting.layer_columns(plan, np.ones((2, 2, 1, 3), np.int64), np.ones((2, 2, 1)))
+    results = lcray.open(planting.write_tables(tmp_path / "out", plan, {"layers": columns}))
     assert results.sql("SELECT other FROM train_vs_rest")["other"].tolist() == ["val"]
 
 
 def test_a_view_without_its_table_says_what_would_give_it(tmp_path: Path) -> None:
-    plan = synthetic.make_plan({"w": 2}, 2, 2, ("train",), ("layers",))
-    columns = synthetic.layer_columns(plan, np.ones((1, 2, 1, 3), np.int64), np.ones((1, 2, 1)))
-    out = synthetic.write(tmp_path / "out", plan, {"layers": columns})
+    plan = planting.make_plan({"w": 2}, 2, 2, ("train",), ("layers",))
+    columns = planting.layer_columns(plan, np.ones((1, 2, 1, 3), np.int64), np.ones((1, 2, 1)))
+    out = planting.write_tables(tmp_path / "out", plan, {"layers": columns})
     results = lcray.open(out)
     with pytest.raises(UsageError, match="view 'class_layers' needs the table 'groups': give the"):
         results.sql("SELECT * FROM class_layers")
