@@ -1,6 +1,6 @@
 """The demo: scikit-learn's handwritten digits, a LeNet-like network and SGD with momentum.
 
-`task` is what a user would write; `train_demo` is what a user's training loop looks like.
+`task` is what a user would write; `train_demo` is a user's training loop.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Batch = tuple[Tensor, Tensor]  # images [n, 1, 8, 8], normalised; classes [n]
 
 
 class DigitNet(nn.Module):
-    """Two 3x3 convolutions, each pooled to half the size, and two layers; 13,706 parameters."""
+    """Two 3x3 convolutions, each followed by pooling, and two linear layers; 13,706 parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,12 +84,12 @@ task = Task(model=DigitNet, splits=digits, loss=loss, groups=groups)
 
 
 def train_demo(run: Path, *, steps: int = 100, seed: int = 0) -> None:
-    """Train `task`'s network on mini-batches and record a checkpoint a step.
+    """Train `task`'s network on mini-batches and record one checkpoint per step.
 
     Args:
         run: the directory to write the checkpoints into.
-        steps: how many optimizer steps.
-        seed: of the initial weights and the mini-batches; torch's generator is left as it was.
+        steps: the number of optimizer steps.
+        seed: of the initial weights and the mini-batches; torch's generator is left unchanged.
 
     Raises:
         UsageError: if scikit-learn is not installed.
@@ -104,7 +104,7 @@ def train_demo(run: Path, *, steps: int = 100, seed: int = 0) -> None:
     rows = torch.empty(0, dtype=torch.long)
     with Recorder(model, run, task="lcray.digits:task") as recorder:
         for _ in range(steps):
-            if len(rows) < BATCH:  # a new epoch; what is left of the old one comes first
+            if len(rows) < BATCH:  # a new epoch; the rest of the old one comes first
                 rows = torch.cat((rows, torch.randperm(len(classes), generator=generator)))
             chosen, rows = rows[:BATCH], rows[BATCH:]
             optimizer.zero_grad()
@@ -118,7 +118,7 @@ def demo(
 ) -> Results:
     """Train, record and analyze: ``directory/run`` and ``directory/out``.
 
-    A run that is there already is analyzed as it is, and an analysis resumed.
+    A run that exists is analyzed as it is, and an unfinished analysis is resumed.
 
     Raises:
         UsageError: if scikit-learn is not installed.
@@ -135,6 +135,6 @@ def demo(
         directory / "out",
         resources=Resources(workers=workers),
         on_progress=on_progress,
-        batch_size=EVALUATION_BATCH,  # not probed for, so that everybody sees the same numbers
+        batch_size=EVALUATION_BATCH,  # not measured, so that everybody sees the same numbers
         memory_format="contiguous",
     )

@@ -1,4 +1,4 @@
-"""The errors that lcray raises: one line each, saying what is wrong, where, and what to do."""
+"""The errors that lcray raises: one line each, that says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _LONGEST = 2000  # characters of a message
 def one_line(text: str) -> str:
     """`text` on one line of bounded length, whatever a file or a name has put into it.
 
-    Line breaks, control characters (escape sequences of terminals among them) and what is not
-    Unicode are written as Python would escape them.
+    Line breaks, control characters (among them escape sequences of terminals) and characters that
+    are not Unicode are written as Python would escape them.
     """
     if len(text) > _LONGEST:
         text = text[: _LONGEST // 2] + " … " + text[-_LONGEST // 2 :]
@@ -23,7 +23,7 @@ def one_line(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """`text` as `one_line` has it, of any length."""
+    """`text` as `one_line` writes it, but of any length."""
     return text if text.isprintable() else "".join(map(_visible, text))
 
 
@@ -44,47 +44,47 @@ class UsageError(LcrayError):
 
 
 class CheckpointError(LcrayError):
-    """A run, or one of its checkpoints, that cannot be read or does not fit."""
+    """A run, or one of its checkpoints, cannot be read or does not match the others."""
 
 
 class RecorderError(LcrayError):
-    """A recorder that could not write a checkpoint; raised in the training loop."""
+    """A recorder could not write a checkpoint; raised in the training loop."""
 
 
 class TaskError(LcrayError):
-    """A task that cannot be loaded, or whose model, data or loss break the contract."""
+    """A task cannot be loaded, or its model, data or loss break the contract."""
 
 
 class DisagreementError(TaskError):
-    """A worker that computes other numbers than the one that planned; nothing can be computed."""
+    """A worker computes other numbers than the worker that planned; the analysis cannot go on."""
 
 
 class ClusterError(LcrayError):
-    """Ray, or a worker on it, that failed for another reason than the task or the files."""
+    """Ray, or a worker on it, failed for another reason than the task or the files."""
 
 
 class TeamError(ClusterError):
-    """A team of workers that has lost one of them; it must be replaced as a whole."""
+    """A team of workers has lost one of them; the team must be replaced as a whole."""
 
 
 class OutputError(LcrayError):
-    """An output directory that cannot be written, or holds something else."""
+    """An output directory cannot be written, or holds something else."""
 
 
 class InapplicableError(LcrayError):
-    """A finding that an output's tables cannot give; the message says why, and what would."""
+    """An output's tables cannot give a finding; the message says why, and what would help."""
 
 
 class IncompleteError(OutputError):
-    """An output with intervals missing; the message names them."""
+    """Intervals of an output are missing; the message names them."""
 
 
 class CorruptionError(OutputError):
-    """A committed file that is missing or differs from its checksum."""
+    """A committed file is missing or differs from its checksum."""
 
 
 def suggest(name: str, valid: Iterable[str], what: str, most: int = 12) -> str:
-    """One line for an unknown `name`: the nearest valid one if there is any, and the list.
+    """One line for an unknown `name`: the nearest valid name, if there is one, and a list.
 
     Args:
         name: what was asked for.

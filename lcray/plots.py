@@ -1,10 +1,10 @@
 """The figures of an output as Matplotlib axes, for papers and notebooks.
 
-Every function takes results (`lcray.open(OUT)`) and draws on `ax`, or on a new figure where that
-is None, and returns the axes; what has several panels takes and returns an array of them. Nothing
-is shown, and no setting of Matplotlib is changed: sizes and fonts are those in force, for which
-`style` is a context. An output without the tables that a figure needs raises InapplicableError,
-a split or layer that there is not UsageError.
+Every function takes results (`lcray.open(OUT)`), draws on the axes `ax`, and returns them. Where
+`ax` is None, it draws on a new figure. A figure with several panels takes and returns an array of
+axes. Nothing is shown, and no setting of Matplotlib is changed: the current sizes and fonts apply,
+and `style` is a context that changes them for a while. An output without the tables that a figure
+needs raises InapplicableError; an unknown split or layer raises UsageError.
 
 Blue helps (LC < 0), vermilion hurts (LC > 0), and hurting is hatched, dashed or marked besides.
 """

@@ -1,9 +1,9 @@
 """Files and objects behind one contract: a local path or a URI of any fsspec file system.
 
-A `Place` is a `pathlib.Path` or a `Remote`; both take ``/``, ``name``, ``parent`` and ``str``. What
-can be done with one is here, and raises an `OSError` of the fitting kind, whose `strerror` is one
-line without secrets. Nothing is renamed on an object store: an object is put whole, or created if
-absent.
+A `Place` is a `pathlib.Path` or a `Remote`; both take ``/``, ``name``, ``parent`` and ``str``. The
+functions here read, write, create and delete at a place. They raise an `OSError` of the fitting
+kind, whose `strerror` is one line without secrets. Nothing is renamed on an object store: an object
+is written whole, or created if absent.
 """
 
 from lcray.storage.cache import Cache, shared_cache

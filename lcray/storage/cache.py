@@ -1,4 +1,7 @@
-"""A local cache of whole objects: bounded, shared by the processes of a machine, least used out."""
+"""A bounded local cache of whole objects, shared by the processes of a machine.
+
+Where room is needed, the least recently used objects go first.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Cache:
-    """Objects by address, size and stamp; a file of the folder each.
+    """Objects found by address, size and stamp; one file of the folder per object.
 
     Args:
-        folder: made if absent, for this user alone.
-        limit: bytes that all files of the folder may take, those included that are on their way.
+        folder: created if absent, for this user alone.
+        limit: bytes that all files of the folder may take, including those being fetched.
 
     Raises:
-        OSError: if the folder cannot be made, or is another user's.
+        OSError: if the folder cannot be created, or belongs to another user.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -47,14 +50,14 @@ class Cache:
     def open(self, file: Remote, fetch: Callable[[FileIO], None]) -> FileIO | None:
         """The object as an open local file; None if there is no room.
 
-        The file stays readable while it is open, whatever is evicted.
+        The file stays readable while it is open, even if it is evicted.
 
         Args:
             file: the object, with size and stamp.
-            fetch: writes the object into a new file, where it is not here.
+            fetch: writes the object into a new file, if the cache does not have it.
 
         Raises:
-            OSError: if it cannot be fetched, or is no longer what was listed.
+            OSError: if it cannot be fetched, or has changed since it was listed.
         """
         assert file.size is not None
         if not file.stamp or file.size > self.limit:
@@ -96,7 +99,7 @@ class Cache:
             with suppress(OSError):
                 part.unlink()
             if isinstance(error, OSError) and error.errno in _FULL:
-                return None  # a full disk is no reason not to read
+                return None  # a full disk must not prevent reading
             raise
         return opened
 
@@ -106,7 +109,7 @@ class Cache:
             if not self._make_room(size):
                 return None
             opened = FileIO(part, "x+")
-            fcntl.flock(opened, fcntl.LOCK_EX)  # let go by the system, should this process die
+            fcntl.flock(opened, fcntl.LOCK_EX)  # the system releases it if this process dies
             os.truncate(opened.fileno(), size)
             return opened
 
@@ -136,7 +139,7 @@ class Cache:
 
 
 def _is_orphan(path: str) -> bool:
-    """Whether the process that was fetching this has died."""
+    """Whether the process that was fetching this file has died."""
     with suppress(OSError), open(path, "rb") as part:
         fcntl.flock(part, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return True
@@ -147,7 +150,7 @@ def shared_cache() -> Cache:
     """The cache that ``LCRAY_CACHE`` and ``LCRAY_CACHE_GIB`` name.
 
     Raises:
-        UsageError: if the size is no number.
+        UsageError: if the size is not a number.
         OSError: if its folder cannot be used.
     """
     default = Path(tempfile.gettempdir()) / f"lcray-cache-{os.getuid()}"

@@ -1,4 +1,4 @@
-"""Which storage a place is on."""
+"""The storage that holds a place."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lcray.storage.places import Place, Remote
 
 
 def storage_of(where: Place) -> Storage:
-    """The storage that `where` is on.
+    """The storage that holds `where`.
 
     Raises:
-        OutputError: if a package that it takes is missing; the message names the extra.
+        OutputError: if a package that it needs is missing; the message names the extra.
     """
     return object_storage(where) if isinstance(where, Remote) else LOCAL

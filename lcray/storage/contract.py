@@ -1,4 +1,4 @@
-"""What a storage can do."""
+"""The contract that every storage keeps."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Item:
     """One file of a listing.
 
     Attributes:
-        name: its path from the place that was listed, with ``/`` between parts.
+        name: its path relative to the folder that was listed, with ``/`` between parts.
         size: bytes.
-        stamp: changes with the contents; empty where the storage has nothing of the kind.
+        stamp: changes with the contents; empty where the storage has no such value.
     """
 
     name: str
@@ -25,11 +25,12 @@ class Item:
 class Storage(Protocol):
     """The contract. Every method raises an `OSError` with one line as its `strerror`.
 
-    `FileNotFoundError` where there is nothing, `PermissionError` where one may not; else plain.
+    It is `FileNotFoundError` where there is no such file, `PermissionError` where access is
+    denied, and a plain `OSError` otherwise.
     """
 
     def find(self, folder: Any) -> list[Item]:
-        """Every file below `folder`, by name; empty if there is none or no such folder."""
+        """Every file below `folder`, sorted by name; empty if there is none or no such folder."""
         ...
 
     def size(self, file: Any) -> int:
@@ -41,24 +42,24 @@ class Storage(Protocol):
         ...
 
     def read(self, file: Any, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes [start, stop) of a file, all of them or an error; None for its end."""
+        """Bytes [start, stop) of a file, all of them or an error; `stop` None means its end."""
         ...
 
     def write(self, file: Any, data: bytes) -> None:
-        """Puts a file, whole or not at all, in place of one that there may be."""
+        """Writes a file, whole or not at all; replaces a file of that name."""
         ...
 
     def create(self, file: Any, data: bytes) -> bool:
-        """Puts a file, whole or not at all, if there is none; whether it did.
+        """Writes a file, whole or not at all, if there is none; returns whether it did.
 
-        `data` must be no one else's, by an id in it: a request that was repeated finds its own.
+        `data` must contain an id of its own: a repeated request then recognises its own file.
         """
         ...
 
     def upload(self, source: int, file: Any) -> None:
-        """As `write`, from the start of an open local file, given by its descriptor."""
+        """Like `write`, from the start of an open local file, given by its descriptor."""
         ...
 
     def delete(self, files: Sequence[Any]) -> None:
-        """Removes files; those that are gone already are no error."""
+        """Removes files; a file that is already gone is not an error."""
         ...

@@ -17,7 +17,7 @@ from lcray.storage.streams import open_binary, reader_of
 
 @contextmanager
 def local_copies(folder: Place, names: Sequence[str]) -> Iterator[Path]:
-    """A local folder with the files `names` of `folder`: itself, or copies while the block lasts.
+    """A local folder with the files `names` of `folder`: itself, or copies for the block's time.
 
     Raises:
         OutputError: if the copies would take more than the cache may.

@@ -1,4 +1,4 @@
-"""What to do about a file that could not be written, by what the system says of it."""
+"""What to do about a file that could not be written, by the system's error."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _GONE = (errno.ENOENT, errno.ESTALE)
 
 
 def cure(error: OSError, path: object = None) -> str:
-    """A few words: an order, in the imperative.
+    """A few words that say what to do, in the imperative.
 
     Args:
-        error: what came of writing.
-        path: what was to be written, where the error does not say.
+        error: the error of the write.
+        path: the file that was to be written, if the error does not name it.
     """
     path = Path(error.filename) if isinstance(error.filename, str) else path
     if error.errno in _NO_ROOM:
@@ -33,11 +33,11 @@ def cure(error: OSError, path: object = None) -> str:
         return "move away what is in its place"
     if error.errno == errno.ELOOP:
         return "put a real file or folder in the place of the link"
-    return "see to the storage"
+    return "check the storage"
 
 
 def _no_files(path: object) -> bool:
-    """Whether a file system has room for contents but no inodes, which is the same error."""
+    """Whether a file system has free space but no free inodes, which gives the same error."""
     folder = path if isinstance(path, Path) else None
     while folder is not None and not folder.is_dir() and folder != folder.parent:
         folder = folder.parent

@@ -1,7 +1,7 @@
 """Files that are whole or absent, and JSON that carries its own checksum.
 
-Existence is not completeness: everything is written under a temporary or private name, synced,
-and only then given its name, and what names other files carries their checksums.
+Existence is not completeness: every file is written under a temporary or private name, synced, and
+only then gets its final name. A file that names other files carries their checksums.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ P = TypeVar("P", Path, Remote, Place)
 #: Version of plans, tables, shards and commits; readers refuse any other.
 FORMAT_VERSION = 2
 
-#: What an output keeps, by its name in there.
+#: What an output contains, by its name in the output's folder.
 OWN = (
     "analysis.json",
     "status.json",
@@ -33,7 +33,7 @@ OWN = (
     "findings",
     "traced",
 )
-_JSON_LIMIT = 1 << 28  # bytes; analysis.json holds one checksum a checkpoint
+_JSON_LIMIT = 1 << 28  # bytes; analysis.json holds one checksum per checkpoint
 
 
 _KEPT = "again: what is committed is kept"
@@ -56,7 +56,7 @@ def exists(path: Place) -> bool:
     """Whether there is such a file.
 
     Raises:
-        OutputError: if nobody can tell.
+        OutputError: if the storage gives no answer.
     """
     try:
         return storage_of(path).exists(path)
@@ -65,12 +65,12 @@ def exists(path: Place) -> bool:
 
 
 def confined(root: P, path: P) -> P:
-    """`path`, which is under `root` by its name, unless links lead it out of there.
+    """`path`, which is below `root` by its name, unless a link leads out of `root`.
 
     Raises:
-        CorruptionError: if they do.
+        CorruptionError: if a link leads out of `root`.
     """
-    if isinstance(path, Remote) or isinstance(root, Remote):  # no links there
+    if isinstance(path, Remote) or isinstance(root, Remote):  # object stores have no links
         return path
     if not _is_within(root, path):
         parts = path.relative_to(root).parts
@@ -88,9 +88,9 @@ def _is_within(root: Path, path: Path) -> bool:
 
 
 def check_links(out: Place) -> None:
-    """Refuse an output in which a link stands where lcray writes, and leads out of there.
+    """Refuse an output in which lcray would write through a link that leads out of the output.
 
-    What lies deeper is `confined` when it is written.
+    Files in deeper folders are `confined` when they are written.
 
     Raises:
         CorruptionError: naming the link.
@@ -100,10 +100,10 @@ def check_links(out: Place) -> None:
 
 
 def beside(out: Place, path: Place) -> Place:
-    """`path`, which somebody asked to write to, unless the output `out` keeps its own there.
+    """`path`, which the user asked to write to, unless the output `out` keeps its own files there.
 
     Raises:
-        UsageError: if it does.
+        UsageError: if `path` is part of the output.
         CorruptionError: if it is below `out` by its name and a link leads out of there.
     """
     check_way(out, path)
@@ -116,7 +116,7 @@ def beside(out: Place, path: Place) -> Place:
 
 
 def check_way(out: Place, path: Place) -> None:
-    """Refuse a `path` that is below `out` by its name, whichever name, but not by its links.
+    """Refuse a `path` that is below `out` by its name, but outside it once links are followed.
 
     Raises:
         CorruptionError: naming the link.
@@ -134,12 +134,12 @@ def _plain(path: Place) -> str:
 
 
 def encode_json(data: Mapping[str, Any]) -> bytes:
-    """The one way in which lcray writes JSON."""
+    """The text of `data`, in the one form in which lcray writes JSON."""
     return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def seal(data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` preceded by a checksum of its own text."""
+    """`data`, preceded by a checksum of its own text."""
     return {"checksum": hashlib.sha256(encode_json(data)).hexdigest(), **data}
 
 
@@ -147,9 +147,9 @@ def write_json_atomic(path: Place, data: Mapping[str, Any], *, exclusive: bool =
     """Writes a JSON object to `path`, whole or not at all.
 
     Args:
-        path: where to; its folder is created.
+        path: the file; its folder is created.
         data: the object.
-        exclusive: leave a file that exists as it is.
+        exclusive: leave an existing file as it is.
 
     Returns:
         whether it was written; False only if `exclusive` and the file exists.
@@ -179,8 +179,8 @@ def read_sealed(path: Place, size: int | None = None) -> dict[str, Any]:
     """The JSON object in `path`, without the checksum that `seal` put first.
 
     Args:
-        path: of the file.
-        size: its bytes, where a listing has said so already.
+        path: the file.
+        size: its bytes, if a listing has already given them.
 
     Raises:
         OutputError: if there is no such file or it cannot be read.
@@ -191,7 +191,7 @@ def read_sealed(path: Place, size: int | None = None) -> dict[str, Any]:
     checksum = data.pop("checksum", None)
     try:
         same = _sealed(checksum, text) and bool(_STRICT.encode(data).encode())
-    except (ValueError, RecursionError):  # NaN, half a surrogate pair, depth: never written so
+    except (ValueError, RecursionError):  # NaN, half a surrogate pair, depth: lcray writes none
         same = False
     if not same:
         raise CorruptionError(f"{path}: differs from its own checksum; {_REPAIR}")
@@ -202,7 +202,7 @@ _STRICT = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def _sealed(checksum: object, text: bytes) -> bool:
-    """Whether `text` is what `seal` gave, by its bytes: there are outputs of 100,000 commits."""
+    """Whether `text` is what `seal` gave, compared as bytes: fast for 100,000 commits."""
     first = f'{{\n "checksum": "{checksum}",\n'.encode()
     rest = hashlib.sha256(b"{\n" + text[len(first) :]).hexdigest()
     return text.startswith(first) and rest == checksum
@@ -212,7 +212,7 @@ _REPAIR = "restore it, or remove its folder and run the same command again"
 
 
 def _elsewhere(path: Place) -> str:
-    """What to do without `path`: an output just below its folder is what was meant."""
+    """What to do if `path` is missing: the user may have meant an output just below its folder."""
     if isinstance(path, Path) and path.parent.is_file():
         return "an output is a folder: give the --out of an analysis"
     near = sorted(path.parent.glob(f"*/{path.name}")) if isinstance(path, Path) else []

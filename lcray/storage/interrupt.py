@@ -1,4 +1,4 @@
-"""Work inside a library that no signal reaches: a thread does it, and is stopped when one comes."""
+"""Work inside a library that signals do not reach: a thread runs it, and a signal stops it."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _PATIENCE = 1.0  # seconds that stopped work may take to end
-_left: list[threading.Event] = []  # set once the work that was left behind has ended after all
+_left: list[threading.Event] = []  # set once work that was left behind ends
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C, or another signal that says so, while a library was at work."""
+    """Ctrl-C, or a signal of the same meaning, while a library was at work."""
 
 
 def interruptible(work: Callable[[], T], stop: Callable[[], object]) -> T:
-    """What `work` gives; a signal that raises here, such as Ctrl-C, calls `stop` first.
+    """The result of `work`; a signal that raises here, such as Ctrl-C, calls `stop` first.
 
-    Python handles signals in its main thread, between two steps of its own: a library that works
-    for hours in one call would hold them up for as long.
+    Python handles signals in its main thread, between two of its own instructions: a library that
+    works for hours in one call would delay them for hours.
 
     Args:
-        work: it runs in a thread of its own.
-        stop: makes it end soon. Where it does not, the thread is left behind; see `left_behind`.
+        work: runs in a thread of its own.
+        stop: ends it soon. If the thread does not end, it is left behind; see `left_behind`.
 
     Raises:
-        Stopped: for KeyboardInterrupt.
+        Stopped: in place of KeyboardInterrupt.
     """
     done: Future[T] = Future()
-    ended = threading.Event()  # a join that a signal breaks off takes the thread for ended
+    ended = threading.Event()  # a join that a signal breaks marks a thread as ended
 
     def run() -> None:
         try:
@@ -54,5 +54,5 @@ def interruptible(work: Callable[[], T], stop: Callable[[], object]) -> T:
 
 
 def left_behind() -> bool:
-    """Whether there is work that was stopped and goes on: what it uses cannot be closed."""
+    """Whether stopped work is still running: what it uses cannot be closed."""
     return not all(ended.is_set() for ended in _left)

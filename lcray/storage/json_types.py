@@ -1,4 +1,4 @@
-"""JSON values as frozen dataclasses, every value of exactly the type that its field declares."""
+"""JSON values as frozen dataclasses; every value has exactly the type that its field declares."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 _T = TypeVar("_T")
-#: Whole numbers end where those of Arrow and torch do.
+#: The largest whole number that Arrow and torch can hold.
 LIMIT = 2**63
-#: Axes of a tensor; the limit of NumPy, and of torch where it iterates over elements.
+#: The largest number of axes of a tensor: NumPy's limit, and torch's where it iterates elements.
 MAX_AXES = 64
 
 
 def build(kind: type[_T], data: object) -> _T:
     """The dataclass `kind` from a JSON object; fields with defaults may be left out.
 
-    Lists become tuples, objects dataclasses where a field is one, and whole numbers are accepted
-    for float fields. Nothing else is converted: a bool is no integer, a string no number.
+    Lists become tuples, and objects become dataclasses where a field is one. Whole numbers are
+    accepted for float fields. Nothing else is converted: a bool is not an integer, a string is
+    not a number.
 
     Raises:
-        TypeError: for a value of another type than its field's, an unknown or a missing field.
+        TypeError: for a value of the wrong type, an unknown field or a missing field.
         ValueError: for a number that is not finite, a whole number beyond 64 bits, or a string that
             is not Unicode.
     """
     if not isinstance(data, Mapping):
-        raise TypeError(f"no object where {kind.__name__} should be")
+        raise TypeError(f"not an object where {kind.__name__} should be")
     hints = _hints(kind)  # type: ignore[arg-type]  # classes are hashable
     for name in data:
         if name not in hints:
@@ -42,7 +43,7 @@ def _hints(kind: Hashable) -> dict[str, Any]:
 
 
 def value_of(hint: Any, value: object, where: str) -> Any:
-    """`value` if it is of the type `hint`; raises as `build`, naming it `where`."""
+    """`value` if it has the type `hint`; raises as `build` does, calling the value `where`."""
     options = get_args(hint)
     if NoneType in options:
         if value is None:
@@ -51,11 +52,11 @@ def value_of(hint: Any, value: object, where: str) -> Any:
         options = get_args(hint)
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise TypeError(f"{where} is no list")
+            raise TypeError(f"{where} is not a list")
         return tuple(value_of(options[0], item, where) for item in value)
     if get_origin(hint) is Mapping:
         if not isinstance(value, Mapping):
-            raise TypeError(f"{where} is no object")
+            raise TypeError(f"{where} is not an object")
         key, each = options
         return {value_of(key, k, where): value_of(each, v, where) for k, v in value.items()}
     if isinstance(hint, type) and is_dataclass(hint):

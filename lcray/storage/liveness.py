@@ -1,4 +1,4 @@
-"""Which machine this is, and whether a process of it lives, whatever its clock is set to."""
+"""Which machine this is, and whether one of its processes is alive, whatever the clock says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def exists(pid: int) -> bool:
-    """Whether this machine has a process, or a thread, of that number."""
+    """Whether this machine has a process or a thread of that number."""
     try:
         os.kill(max(pid, 1), 0)  # 0 and negative numbers would be groups
     except (ProcessLookupError, OverflowError):
@@ -23,21 +23,22 @@ def exists(pid: int) -> bool:
 def start_ticks(pid: int) -> int:
     """When a process started, in clock ticks since the boot: field 22 of its stat, proc(5).
 
-    No setting of a clock moves it, as it does the time of the boot, and so what psutil says.
+    Setting the clock does not change it. It does change the time of the boot, and so the start
+    time that psutil gives.
 
     Raises:
-        OSError: if the system does not tell.
+        OSError: if the system does not say.
     """
     if os.readlink("/proc/self") != str(os.getpid()):
         raise OSError(errno.ENOTSUP, "/proc is that of another set of processes")
     stat = Path(f"/proc/{pid}/stat").read_bytes()
-    return int(stat.rpartition(b")")[2].split()[19])  # the name before it may hold anything
+    return int(stat.rpartition(b")")[2].split()[19])  # the name before it may contain anything
 
 
 def machine() -> str:
-    """The same for two processes only if they see each other: the boot, and the set of processes.
+    """The same for two processes only if they see each other: boot id and set of processes.
 
-    Where the system does not tell, the machine's name and address.
+    Where the system does not say, it is the machine's name and address.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

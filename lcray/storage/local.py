@@ -1,4 +1,4 @@
-"""The local file system: temporary name, fsync, then the name, by link or rename."""
+"""The local file system: write a temporary file, fsync, then name it by link or rename."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from lcray.storage.contract import Item
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
-# The first four are what PostgreSQL passes over, too.
+#: PostgreSQL ignores the first four, too.
 _NO_SYNC = (
     *(errno.EINVAL, errno.EBADF, errno.EISDIR, errno.EACCES),
     *(errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.ENOTTY),

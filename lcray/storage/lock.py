@@ -1,12 +1,13 @@
 """The lock of an output: one driver at a time, on one machine or on several.
 
-``OUT/.locks/<number>.json`` says who holds the lock and carries a counter that the holder raises. A
+``OUT/.locks/<number>.json`` says who holds the lock, with a counter that the holder raises. A
 file is created only if absent, so each number has one holder, and the highest number has the lock.
-Whoever finds a holder watches the counter by their own monotonic clock, since clocks of machines
-need not agree: if it stands still for `STALE` seconds, the next number is free to be created, and
-of several who try one succeeds. The old holder sees the higher number at its next beat, stops, and
-cannot disturb the new one: it only ever writes the file of its own number. Holders that died on
-this machine are known to be dead, by a lock of the operating system or by their process.
+A process that finds a holder watches the counter by its own monotonic clock, since the clocks of
+machines need not agree. If the counter stands still for `STALE` seconds, the next number is free to
+be created, and of several processes that try it, one succeeds. The old holder sees the higher
+number at its next beat, stops, and cannot disturb the new one: it only ever writes the file of its
+own number. A holder that died on this machine is recognised as dead, by a lock of the operating
+system or by its process.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from lcray.storage.liveness import machine as _machine
 
 LOCK = ".locks"  # the name of the folder in an output
 BEAT = 5.0  # seconds between two beats
-STALE = 30.0  # seconds without a beat after which a holder is taken for dead
+STALE = 30.0  # seconds without a beat after which a holder counts as dead
 _LOCAL = "local"  # the file of the folder that the operating system locks
 _NAME = re.compile(r"(\d{8})\.json")
 
@@ -47,16 +48,16 @@ class Holder:
     """Who holds a lock.
 
     Attributes:
-        token: of this holding alone.
+        token: unique to this holding.
         host: the machine's name.
-        pid: of the process, where `machine` is this one's.
-        started: when the process did, in seconds of that machine's clock, which may be set.
-        machine: what tells machines apart, and the sets of processes on them.
+        pid: of the process, if `machine` is this machine.
+        started: when the process started, in seconds of that machine's clock, which may be set.
+        machine: identifies the machine, and the set of processes on it.
         since: when it got the lock, by its own clock.
         beat: the counter.
-        released: whether it has let go.
-        ticks: when the process started, in clock ticks since the machine did; -1 where nobody
-            said so, such as an older lcray.
+        released: whether it has released the lock.
+        ticks: when the process started, in clock ticks since the machine's boot; -1 if unknown,
+            as from an older lcray.
     """
 
     token: str
@@ -88,7 +89,8 @@ class Holder:
     def is_dead(self) -> bool:
         """Whether this is known to be a process of this machine that has ended.
 
-        Where its number may be another's by now and nobody can tell, its counter has to.
+        Where its number may now belong to another process and the system does not say, the
+        counter decides.
         """
         if self.machine != _machine():
             return False
@@ -97,7 +99,7 @@ class Holder:
         try:
             return self.ticks not in (-1, start_ticks(self.pid))
         except OSError:
-            if os.path.exists("/proc/self/stat"):  # that of others is hidden
+            if os.path.exists("/proc/self/stat"):  # /proc may hide other users' processes
                 return False
         with suppress(psutil.Error):
             return abs(psutil.Process(self.pid).create_time() - self.started) > 1
@@ -106,7 +108,7 @@ class Holder:
 
 @dataclass
 class Lock:
-    """A lock that is held.
+    """A lock that this process holds.
 
     Attributes:
         out: the output.
@@ -121,12 +123,12 @@ class Lock:
     _guard: threading.Lock = field(default_factory=threading.Lock)
 
     def check(self) -> None:
-        """Raise an OutputError if another has taken the lock."""
+        """Raise an OutputError if another process has taken the lock."""
         if self._lost:
             raise OutputError(f"{self.out}: {self._lost}; what is committed is kept")
 
     def holds(self) -> bool:
-        """Whether the lock is this one's still, by what is there now and not at the last beat.
+        """Whether this process still has the lock, read now and not remembered from the last beat.
 
         Raises:
             OutputError: if that cannot be read.
@@ -134,7 +136,7 @@ class Lock:
         return not self._lost and newest(self.out) == self.number
 
     def beat(self) -> None:
-        """Raise the counter, unless another has taken the lock."""
+        """Raise the counter, unless another process has taken the lock."""
         holders = _numbers(self.out)
         if not holders or max(holders) != self.number:
             self._lost = "the lock was lost to another lcray process, so this one has stopped"
@@ -175,19 +177,19 @@ class Lock:
 
 @contextmanager
 def locked(out: Place, *, every: float = BEAT, stale: float = STALE) -> Iterator[Lock]:
-    """Keep every other process that asks for it out of `out`, while the block lasts.
+    """Keep every other process that asks for the lock out of `out`, while the block lasts.
 
-    Where another one takes the lock meanwhile, since this one did not beat for long, the block is
-    interrupted as by Ctrl-C if it runs in the main thread.
+    If another process takes the lock meanwhile, because this one did not beat for long, the block
+    is interrupted as by Ctrl-C, if it runs in the main thread.
 
     Args:
         out: the output.
         every: seconds between two beats.
-        stale: seconds without a beat after which a holder is taken for dead.
+        stale: seconds without a beat after which a holder counts as dead.
 
     Raises:
         OutputError: if another process is at work there, the lock cannot be written, or is lost.
-        CorruptionError: if a link in there leads out of it.
+        CorruptionError: if a link in `out` leads out of it.
     """
     check_links(out)
     with ExitStack() as stack:
@@ -210,7 +212,7 @@ def locked(out: Place, *, every: float = BEAT, stale: float = STALE) -> Iterator
         finally:
             try:
                 lock._release(thread)
-            except KeyboardInterrupt:  # sent by the thread as the block came to its end, or meant
+            except KeyboardInterrupt:  # from the thread as the block ended, or from the user
                 lock._release(thread)
                 if not lock._lost:
                     raise
@@ -219,7 +221,7 @@ def locked(out: Place, *, every: float = BEAT, stale: float = STALE) -> Iterator
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGINT interrupts, also in a process that was started in the background of a script."""
+    """SIGINT interrupts, even in a process that a script started in the background."""
     before = signal.getsignal(signal.SIGINT)
     if before is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -231,7 +233,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def newest(out: Place) -> int:
-    """The number of the lock's present file; it changes when another driver takes over.
+    """The number of the lock's current file; it changes when another driver takes over.
 
     Raises:
         OutputError: if it cannot be read.
@@ -241,9 +243,9 @@ def newest(out: Place) -> int:
 
 
 def pulse(out: Place) -> tuple[int, int]:
-    """The number of the lock's present file and its counter: they change while a holder lives.
+    """The number of the lock's current file and its counter: they change while a holder lives.
 
-    Both are 0 where there is no lock, or none that can be read.
+    Both are 0 if there is no lock, or none that can be read.
     """
     with suppress(OSError, LcrayError):
         confined(out, out / LOCK)
@@ -254,9 +256,9 @@ def pulse(out: Place) -> tuple[int, int]:
 
 
 def driver_has_ended(out: Place) -> bool:
-    """Whether the last driver of `out` is known to be at work no more; False where nobody can tell.
+    """Whether the last driver of `out` is known to have ended; False if this is not known.
 
-    It has let go of the lock, or was a process of this machine that has ended.
+    It has released the lock, or was a process of this machine that has ended.
     """
     with suppress(OSError, LcrayError):
         confined(out, out / LOCK)
@@ -267,7 +269,7 @@ def driver_has_ended(out: Place) -> bool:
 
 
 def _acquire(out: Place, stale: float, alone: bool) -> Lock:
-    """The lock, once there is no holder or none that lives.
+    """The lock, once there is no holder or no living one.
 
     `alone`: no other process of this machine can be at work there.
     """
@@ -280,19 +282,19 @@ def _acquire(out: Place, stale: float, alone: bool) -> Lock:
             raise _refusal(out, holder)
         mine = _file(out, last + 1)
         if not storage.create(mine, me.encode()):
-            continue  # another was faster: who is it?
+            continue  # another process was faster: find out who it is
         if isinstance(out, Remote) and storage.create(mine, me.encode() + b" "):
             storage.delete([mine])
             raise OutputError(
-                f"{out}: this storage overwrites files that are to be created only if absent, "
-                "which keeps two analyses apart; use another for the output"
+                f"{out}: this storage overwrites files that must be created only if absent, so it "
+                "cannot keep two analyses apart; use another storage for the output"
             )
         storage.delete([_file(out, number) for number in numbers if number < last])
         return Lock(out, last + 1, me)
 
 
 def _is_free(out: Place, number: int, holder: Holder, stale: float, alone: bool) -> bool:
-    """Whether a holder has let go or died; takes up to `stale` seconds where nobody can tell."""
+    """Whether a holder has released the lock or died; waits up to `stale` seconds to find out."""
     if holder.released or holder.is_dead or (alone and holder.machine == _machine()):
         return True
     end = time.monotonic() + stale
@@ -316,15 +318,15 @@ def _refusal(out: Place, holder: Holder | None) -> OutputError:
 
 
 def _plainly(path: str, flags: int) -> int:
-    """Opens neither what a link leads to nor a pipe, on which it would wait."""
+    """Does not follow a link, and does not wait on a pipe."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 @contextmanager
 def _flocked(out: Path) -> Iterator[bool]:
-    """The lock of the operating system, which lets go when the process ends, however it ends.
+    """The operating system's lock, which is released when the process ends, however it ends.
 
-    Gives whether it is held; some file systems have none, and there the counter decides alone.
+    Yields whether it is held. Some file systems have no such lock: there, the counter decides.
     """
     path = confined(out, out / LOCK / _LOCAL)
     with writing(path):
@@ -353,7 +355,7 @@ def _storage_write(out: Place, number: int, holder: Holder) -> None:
 
 
 def _overwrite(out: Place, number: int, holder: Holder) -> None:
-    """Writes into the file that there is: a full disk has no room for another one."""
+    """Writes into the existing file: a full disk has no room for another one."""
     path, text = _file(out, number), holder.encode()
     if isinstance(path, Path):
         with open(path, "r+b", buffering=0, opener=_plainly) as file:
@@ -367,7 +369,7 @@ def _numbers(out: Place) -> list[int]:
 
 
 def _read(out: Place, number: int) -> Holder | None:
-    """The holder of a number; None if its file is gone. A damaged one names nobody."""
+    """The holder of a number; None if its file is gone. A damaged file names no holder."""
     try:
         text = storage_of(out).read(_file(out, number), 0, None)
     except FileNotFoundError:
@@ -380,7 +382,7 @@ def _read(out: Place, number: int) -> Holder | None:
 
 
 def _holder(data: object) -> Holder:
-    """What a file says; what a later lcray may say in addition is left out."""
+    """The holder in a file's JSON; unknown fields, of a later lcray, are ignored."""
     known = {each.name for each in fields(Holder)}
     if isinstance(data, dict):
         data = {name: value for name, value in data.items() if name in known}
@@ -388,5 +390,5 @@ def _holder(data: object) -> Holder:
 
 
 def _word(text: str) -> str:
-    """What may stand in a message of one line."""
+    """The text in a form that fits into a message of one line."""
     return "".join(c for c in text[:80] if c.isprintable())

@@ -1,4 +1,4 @@
-"""Whole numbers and ranges of steps, as people and file names write them."""
+"""Whole numbers and ranges of steps, as users and file names write them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lcray.storage.json_types import LIMIT
 
 _DIGITS = re.compile(r"[0-9]+")
 _RANGE = re.compile(r"\s*([0-9]*)\s*:\s*([0-9]*)\s*")
-_MOST = len(str(LIMIT))  # digits; Python takes long to convert many, and refuses very many
+_MOST = len(str(LIMIT))  # digits; Python converts long numbers slowly, and refuses very long ones
 
 
 def whole_number(text: str) -> int | None:
-    """The number in the digits 0 to 9 that `text` is; None for anything else.
+    """The number that `text` writes in the digits 0 to 9; None for any other text.
 
-    Numbers from 2^63 on, which no table holds, are 2^63, however many digits they have.
+    Numbers from 2^63 on, which no table can hold, become 2^63, however many digits they have.
     """
     if not _DIGITS.fullmatch(text):
         return None
@@ -24,10 +24,10 @@ def whole_number(text: str) -> int | None:
 
 
 def step_range(text: str) -> tuple[int | None, int | None] | None:
-    """The two steps of ``a:b``, None for one that is left out; None where `text` is no range.
+    """The two steps of ``a:b``, None for a step that is left out; None if `text` is not a range.
 
     Raises:
-        UsageError: for a step from 2^63 on, where steps end.
+        UsageError: for a step from 2^63 on, which no table can hold.
     """
     match = _RANGE.fullmatch(text)
     if match is None:
@@ -40,5 +40,5 @@ def step_range(text: str) -> tuple[int | None, int | None] | None:
 
 
 def brief(text: str) -> str:
-    """`text` in quotes, cut where it is long."""
+    """`text` in quotes, shortened where it is long."""
     return repr(text if len(text) <= 40 else text[:37] + "…")

@@ -1,4 +1,4 @@
-"""Object stores and any other file system that fsspec knows, with retries around every call."""
+"""Object stores and every other file system that fsspec knows, with retries around every call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lcray.storage.contract import Item
 from lcray.storage.places import Remote
 from lcray.storage.retries import Changed, code_of, persistently
 
-_BUFFER = 64 << 20  # bytes; what is larger goes up in parts, straight from its file
+_BUFFER = 64 << 20  # bytes; larger files are uploaded in parts, straight from disk
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
 _STAMPS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "checksum")
@@ -27,7 +27,7 @@ class ObjectStorage:
     """The contract on an fsspec file system.
 
     Args:
-        system: the file system; without a cache of listings, and without retries of its own.
+        system: the file system, without a cache of listings and without retries of its own.
     """
 
     def __init__(self, system: Any) -> None:
@@ -77,7 +77,7 @@ class ObjectStorage:
         return True
 
     def read(self, file: Remote, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes [start, stop) of an object; a body that was cut off is asked for again."""
+        """Bytes [start, stop) of an object; an answer that was cut off is requested again."""
         if stop is None:
             stop = self.size(file)
         if start == stop:
@@ -90,18 +90,18 @@ class ObjectStorage:
         if len(data) != stop - start:
             if self.size(file) < stop:
                 raise Changed(errno.ESTALE, "it changed while it was read")
-            raise OSError(errno.EIO, f"{len(data)} bytes came, of {stop - start}")
+            raise OSError(errno.EIO, f"{len(data)} bytes arrived, of {stop - start}")
         return data
 
     def write(self, file: Remote, data: bytes) -> None:
-        """Puts an object."""
+        """Writes an object."""
         persistently(lambda: self._system.pipe_file(self._path(file), data))
 
     def create(self, file: Remote, data: bytes) -> bool:
-        """Puts an object if there is none: decided by the store, in one request.
+        """Writes an object if there is none; the store decides, in one request.
 
-        Where an answer is lost, the HTTP client may repeat the request unseen, and so do we: an
-        object that turns out to hold `data` is the one that was just put.
+        If an answer is lost, the HTTP client may repeat the request unseen, and so does lcray: an
+        object that turns out to hold `data` is the one that was just written.
         """
 
         def put() -> bool:
@@ -120,7 +120,7 @@ class ObjectStorage:
         return data
 
     def upload(self, source: int, file: Remote) -> None:
-        """Puts the contents of an open file; in parts where it is large."""
+        """Writes the contents of an open file; in parts if it is large."""
         size = os.fstat(source).st_size
         if size <= _BUFFER:
             self.write(file, os.pread(source, size, 0))
@@ -153,10 +153,10 @@ class ObjectStorage:
 
 
 def object_storage(file: Remote) -> ObjectStorage:
-    """The storage that `file` is on.
+    """The storage that holds `file`.
 
     Raises:
-        OutputError: if the package that it takes is missing, or nobody knows such URIs.
+        OutputError: if a package that it needs is missing, or no file system knows such URIs.
     """
     top = file.path.partition("/")[0]
     return _storage(file.protocol, top, os.getpid())
@@ -164,7 +164,7 @@ def object_storage(file: Remote) -> ObjectStorage:
 
 @lru_cache(maxsize=32)
 def _storage(protocol: str, top: str, pid: int) -> ObjectStorage:
-    """By process, since the connections and threads of a forked one's parent are not its own."""
+    """One per process: after a fork, the connections and threads of the parent do not work."""
     import fsspec
 
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
@@ -177,7 +177,7 @@ def _storage(protocol: str, top: str, pid: int) -> ObjectStorage:
         raise OutputError(f"{protocol}://{top}: {_missing(protocol)}") from error
     except ValueError as error:
         raise OutputError(
-            f"{protocol}://{top}: no storage of this kind is known; use a local path, s3://, "
+            f"{protocol}://{top}: unknown kind of storage; use a local path, s3://, "
             "gs://, az:// or another protocol of fsspec"
         ) from error
     if protocol in _EXTRAS:
@@ -195,7 +195,7 @@ def _missing(protocol: str) -> str:
 
 
 def _stamp(info: dict[str, Any]) -> str:
-    """What changes when the object does, as listings and single answers both have it."""
+    """A value that changes when the object does; listings and single answers both have it."""
     for key in (*_STAMPS, *_TIMES):
         value = info.get(key)
         if value is not None:

@@ -1,4 +1,4 @@
-"""Where something is: a local path, or an address on a file system that fsspec knows."""
+"""Places: local paths, and addresses on a file system that fsspec knows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Remote:
 
     Args:
         protocol: as in the URI, without ``://``.
-        path: what follows, without a slash at the end.
-        size: bytes, where a listing has said so.
-        stamp: what changes with the contents (etag, time of modification), where known.
+        path: the rest of the URI, without a slash at the end.
+        size: bytes, if a listing has given them.
+        stamp: a value that changes with the contents (etag, modification time), if known.
     """
 
     __slots__ = ("path", "protocol", "size", "stamp")
@@ -47,10 +47,10 @@ class Remote:
         return str(self) < str(other)
 
     def __truediv__(self, name: str | os.PathLike[str]) -> Remote:
-        """What lies below; a name that would lead elsewhere is a ValueError."""
+        """A place below this one; a name that would lead elsewhere is a ValueError."""
         parts = os.fspath(name).split("/")
         if any(part in ("", ".", "..") for part in parts):
-            raise ValueError(f"{os.fspath(name)!r} is no name below {self}")
+            raise ValueError(f"{os.fspath(name)!r} is not a name below {self}")
         return Remote(self.protocol, "/".join([self.path, *parts]))
 
     @property
@@ -65,16 +65,16 @@ class Remote:
 
     @property
     def parent(self) -> Remote:
-        """What it lies in; the top is its own parent, as of any path."""
+        """The folder that it is in; the top is its own parent, as for any path."""
         above = self.path.rpartition("/")[0]
         return Remote(self.protocol, above) if above else self
 
     def with_name(self, name: str) -> Remote:
-        """Its sibling of that name."""
+        """The place of that name in the same folder."""
         return self.parent / name
 
     def with_suffix(self, suffix: str) -> Remote:
-        """Itself with another extension."""
+        """The same place with another extension."""
         return self.with_name(str(PurePosixPath(self.name).with_suffix(suffix)))
 
     def resolve(self) -> Remote:
@@ -87,11 +87,11 @@ PlaceLike = str | os.PathLike[str] | Remote
 
 
 def place(where: PlaceLike) -> Place:
-    """The place that a path or URI names; a URI without a scheme is a local path.
+    """The place that a path or URI names; text without a scheme is a local path.
 
     Raises:
-        UsageError: for a URI that carries a password or a query, which would end up in records
-            and messages, or that leads nowhere.
+        UsageError: for a URI that leads nowhere, or that carries a password or a query, which
+            would appear in records and messages.
     """
     if isinstance(where, Remote):
         return where
@@ -107,7 +107,7 @@ def place(where: PlaceLike) -> Place:
         raise UsageError(f"{shown}: chained addresses are not supported; give the plain URI")
     if shown != f"{protocol}://{rest}":
         raise UsageError(
-            f"{shown}: passwords and queries do not belong into addresses, which are recorded; "
+            f"{shown}: addresses are recorded and must not contain passwords or queries; "
             "give credentials in the environment"
         )
     path = rest.strip("/")
@@ -117,9 +117,9 @@ def place(where: PlaceLike) -> Place:
 
 
 def _without_secrets(rest: str) -> str:
-    """What follows the scheme, without query, fragment and ``user:password@``."""
+    """The text after the scheme, without query, fragment and ``user:password@``."""
     rest = re.split(r"[?#]", rest, maxsplit=1)[0]
     user, at, host = rest.rpartition("@")
-    # abfs://container@account is an address; a colon before the @ is a password, which may hold
-    # slashes (those of AWS do).
+    # abfs://container@account is an address; a colon before the @ means a password, which may
+    # contain slashes (AWS secrets do).
     return host if at and ":" in user else rest

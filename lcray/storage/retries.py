@@ -1,4 +1,4 @@
-"""Patience with a storage across a network: bounded retries, and errors in one line."""
+"""Retries for a storage across a network: bounded, with errors in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lcray.errors import UsageError
 
 T = TypeVar("T")
 
-PATIENCE = 90.0  # seconds; LCRAY_STORAGE_PATIENCE says otherwise
+PATIENCE = 90.0  # seconds, unless LCRAY_STORAGE_PATIENCE is set
 _FIRST, _LONGEST = 0.2, 8.0  # seconds between two tries
 _FINAL = (
     FileNotFoundError,
@@ -29,7 +29,7 @@ _FINAL = (
 )
 _FINAL_NUMBERS = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOSPC)
 _NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError"})
-#: What S3 says of a body that did not arrive whole, though the request was fine.
+#: S3's messages for a body that did not arrive whole, although the request was valid.
 _AGAIN = ("IncompleteBody", "BadDigest", "RequestTimeout", "XAmzContentSHA256Mismatch")
 _SECRET_NAME = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL|SAS|CONNECTION_STRING", re.I)
 _LEAST_SECRET = 6  # characters; shorter values would blank out words
@@ -40,10 +40,10 @@ class Changed(OSError):
 
 
 def patience() -> float:
-    """How long an operation is repeated before it has failed, in seconds.
+    """How long an operation is repeated before it counts as failed, in seconds.
 
     Raises:
-        UsageError: if ``LCRAY_STORAGE_PATIENCE`` is no number.
+        UsageError: if ``LCRAY_STORAGE_PATIENCE`` is not a number.
     """
     return positive_setting("LCRAY_STORAGE_PATIENCE", PATIENCE)
 
@@ -52,7 +52,7 @@ def positive_setting(name: str, default: float) -> float:
     """A number from the environment.
 
     Raises:
-        UsageError: if it is none, or negative.
+        UsageError: if it is not a number, or negative.
     """
     text = os.environ.get(name, "")
     try:
@@ -67,13 +67,13 @@ def positive_setting(name: str, default: float) -> float:
 def persistently(what: Callable[[], T]) -> T:
     """The result of `what`, tried again while the storage is busy or cannot be reached.
 
-    Waits double from 0.2 s to 8 s, each by a random factor, so that many workers spread out.
+    Waits double from 0.2 s to 8 s, each with a random factor, so that many workers spread out.
 
     Args:
         what: the operation; repeating it must do no harm.
 
     Raises:
-        OSError: of the fitting kind, in one line; at once, or when patience has run out.
+        OSError: of the fitting kind, in one line; at once for a final error, else after `patience`.
     """
     end = time.monotonic() + patience()
     wait = _FIRST
@@ -89,7 +89,7 @@ def persistently(what: Callable[[], T]) -> T:
 
 
 def code_of(error: BaseException) -> str:
-    """The code that S3 gave an error, or nothing."""
+    """The code that S3 gave an error, or an empty string."""
     for found in (error, error.__cause__):
         response: Any = getattr(found, "response", None)
         if isinstance(response, dict):
@@ -138,7 +138,7 @@ _PLAIN: dict[type[OSError], int] = {
 def without_secrets(text: str) -> str:
     """`text` in at most 200 characters, without queries, passwords and values of secret variables.
 
-    A variable of the environment is secret if its name says so: KEY, SECRET, TOKEN, …
+    An environment variable is secret if its name says so: KEY, SECRET, TOKEN, …
     """
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= _LEAST_SECRET:

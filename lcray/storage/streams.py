@@ -1,4 +1,4 @@
-"""Reading an object as a file: whole and in order from the cache, or piece by piece."""
+"""Objects opened as files: whole and in order through the cache, or piece by piece."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PIECE = 16 << 20  # bytes of an object that one request asks for
 
 
 class ObjectReader(io.RawIOBase):
-    """An object as a raw file; one piece of it is in memory.
+    """An object as a raw file that keeps one piece of it in memory.
 
     Args:
-        storage: that the object is on.
+        storage: the storage that holds the object.
         file: the object, with size and stamp.
-        piece: bytes that one request asks for; `PIECE` if None.
+        piece: bytes per request; `PIECE` if None.
     """
 
     def __init__(self, storage: ObjectStorage, file: Remote, piece: int | None = None) -> None:
@@ -34,11 +34,11 @@ class ObjectReader(io.RawIOBase):
         self._held = b""
 
     def readable(self) -> bool:
-        """That it is."""
+        """True."""
         return True
 
     def seekable(self) -> bool:
-        """That it is."""
+        """True."""
         return True
 
     def tell(self) -> int:
@@ -46,13 +46,13 @@ class ObjectReader(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a position, as of any file."""
+        """Go to a position, as in any file."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence]
         self._at = max(0, base + offset)
         return self._at
 
     def readinto(self, memory: object) -> int:
-        """Some of the bytes that follow."""
+        """Fill `memory` with some of the bytes that follow; returns how many."""
         view = memoryview(memory).cast("B")  # type: ignore[arg-type]
         offset = self._at - self._start
         if not 0 <= offset < len(self._held):
@@ -71,21 +71,21 @@ def reader_of(file: Remote, piece: int | None = None) -> ObjectReader:
     """The object as a raw file, straight from its storage.
 
     Raises:
-        OSError: if there is none.
+        OSError: if there is no such object.
     """
     storage = object_storage(file)
     return ObjectReader(storage, file if file.size is not None else storage.stamped(file), piece)
 
 
 def open_binary(where: Place, buffer: int) -> BufferedReader:
-    """A file to be read once from front to back; that of an object comes through the cache.
+    """A file to be read once from front to back; an object comes through the cache.
 
     Args:
         where: the file.
-        buffer: bytes that are read ahead, of a local file.
+        buffer: bytes to read ahead, for a local file.
 
     Raises:
-        OSError: if it cannot be read, or is not what it was when it was listed.
+        OSError: if it cannot be read, or has changed since it was listed.
     """
     if not isinstance(where, Remote):
         return BufferedReader(FileIO(where), buffer)
@@ -96,28 +96,28 @@ def open_binary(where: Place, buffer: int) -> BufferedReader:
 
 
 def current(file: Remote) -> Remote:
-    """`file` with the size and stamp that it has now: one request.
+    """`file` with its current size and stamp: one request.
 
     Raises:
-        OSError: if there is none.
+        OSError: if there is no such object.
     """
     return object_storage(file).stamped(file)
 
 
 def open_seekable(where: Place) -> BinaryIO:
-    """A file to be read here and there; that of an object comes through the cache."""
+    """A file for random access; an object comes through the cache."""
     return open_binary(where, 1 << 16)
 
 
 def open_uncached(where: Place) -> BinaryIO:
-    """A file to be read here and there, little of it, as it is in its storage."""
+    """A file for a few small reads at random positions, straight from its storage."""
     if isinstance(where, Remote):
         return BufferedReader(reader_of(where, 1 << 20), 1 << 16)
     return open(where, "rb")
 
 
 def sha256_of(where: Place) -> str:
-    """The checksum of a file as it is in its storage, in hexadecimal digits.
+    """The SHA-256 checksum of a file as its storage has it, in hexadecimal digits.
 
     Raises:
         OSError: if it cannot be read.
@@ -133,7 +133,7 @@ def sha256_of(where: Place) -> str:
 
 
 def _fetch(storage: ObjectStorage, file: Remote, target: FileIO) -> None:
-    """All of an object into a file; `Changed` if it is no longer what its listing said."""
+    """Copies a whole object into a file; raises `Changed` if it differs from its listing."""
     reader, piece = ObjectReader(storage, file), memoryview(bytearray(1 << 20))
     while taken := reader.readinto(piece):
         rest = piece[:taken]

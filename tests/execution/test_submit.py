@@ -171,7 +171,7 @@ def test_run_and_output_stay_where_they_are(server: Server, tmp_path: Path) -> N
         ({"out": "out"}, "out 'out': is relative"),
         (
             {"out": "s3://key:secret@bucket/out"},
-            "s3://bucket/out: passwords and queries do not belong",
+            "s3://bucket/out: addresses are recorded and must not contain",
         ),
         ({"rule": "simson"}, "unknown rule 'simson': did you mean 'simpson'"),
         ({"reul": "simpson"}, "unknown option 'reul': did you mean 'rule'"),

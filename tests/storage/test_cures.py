@@ -32,8 +32,8 @@ from lcray.storage.files import write_json_atomic, writing
         ("ENOTDIR", "move away the file that is where its folder should be"),
         ("ELOOP", "put a real file or folder in the place of the link"),
         ("EEXIST", "move away what is in its place"),
-        ("EIO", "see to the storage"),
-        ("EINVAL", "see to the storage"),
+        ("EIO", "check the storage"),
+        ("EINVAL", "check the storage"),
     ],
 )
 def test_every_failure_has_its_own_cure(code: str, words: str) -> None:

@@ -71,5 +71,5 @@ def test_what_is_refused(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("data", [None, [], "a", 3])
 def test_what_is_no_object(data: object) -> None:
-    with pytest.raises(TypeError, match="no object where Outer should be"):
+    with pytest.raises(TypeError, match="not an object where Outer should be"):
         build(Outer, data)

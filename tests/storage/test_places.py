@@ -56,7 +56,7 @@ def test_a_remote_behaves_as_a_path() -> None:
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../b", ".", "", "a//b", "a/."])
 def test_nothing_leads_out_of_a_remote_folder(name: str) -> None:
-    with pytest.raises(ValueError, match="no name below"):
+    with pytest.raises(ValueError, match="not a name below"):
         place("s3://bucket/out") / name
 
 
@@ -118,7 +118,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_unknown_protocol_is_said_to_be() -> None:
-    with pytest.raises(OutputError, match="no storage of this kind"):
+    with pytest.raises(OutputError, match="unknown kind of storage"):
         storage_of(place("nonsense://a/b"))
 
 
