@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Name -> module, imported on first use: what reads tables needs no torch.
+# Name -> module, imported on first use: reading tables needs no torch.
 _PUBLIC = {
     "Audit": "audit",
     "Checkpoint": "series",

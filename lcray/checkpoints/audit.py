@@ -1,4 +1,4 @@
-"""What is wrong with a run, before anything is computed from it: one pass, two states in memory."""
+"""Faults of a run, found before an analysis: one pass, with two states in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lcray.errors import CheckpointError, one_line, suggest
 from lcray.storage import Place, PlaceLike
 
 OUTLIER_Z = 6.0
-OUTLIER_SPREAD = 0.15  # floor of the spread of log norms: below x 2.5 nothing is an outlier
+OUTLIER_SPREAD = 0.15  # floor of the spread of log norms: a factor below 2.5 is never an outlier
 OUTLIER_NEIGHBOURS = 5  # on each side
 HIDDEN_SHARE = 0.1  # of the element updates of a low-precision tensor
 IRREGULAR_SHARE = 0.2  # more gaps than this share of the intervals are reported as one
@@ -60,18 +60,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """What `inspect` saw.
+    """What `inspect` found.
 
     Attributes:
         root: the run.
-        steps: every step, readable or not.
+        steps: every step, whether readable or not.
         n_readable: checkpoints that could be read.
-        n_tensors: tensors of the first readable checkpoint.
+        n_tensors: number of tensors in the first readable checkpoint.
         n_elements: elements of its floating-point tensors.
         nbytes: bytes read.
-        dtypes: dtype name to number of tensors of the first readable checkpoint.
+        dtypes: dtype name to number of tensors, in the first readable checkpoint.
         frozen: floating-point tensors that never changed.
-        findings: ordered by step; those about the whole run last.
+        findings: ordered by step; findings about the whole run come last.
     """
 
     root: Place
@@ -91,21 +91,21 @@ class Audit:
 
 
 def inspect(run: PlaceLike, steps: str | None = None, layers: str | None = None) -> Audit:
-    """Read every checkpoint of a run once and report what an analysis would stumble over.
+    """Read every checkpoint of a run once and report what would disturb an analysis.
 
-    Checkpoints that cannot be read are findings, and the rest goes on. Outliers are intervals
-    whose update norm per step differs from its neighbours' by a robust z above 6 in the logarithm
-    (median and 1.4826 times the median absolute deviation of up to five intervals on each side,
-    the deviation taken as at least 0.15).
+    A checkpoint that cannot be read is a finding, and the others are still read. Outliers are
+    intervals whose update norm per step differs from its neighbours' by a robust z above 6 in the
+    logarithm (median and 1.4826 times the median absolute deviation of up to five intervals on each
+    side; the deviation is taken as at least 0.15).
 
     Args:
-        run: a directory of checkpoints, or the URI of one.
+        run: a directory of checkpoints, or its URI.
         steps: ``"a:b"``, as in `open_series`.
-        layers: a pattern such as ``"conv*"``: only tensors whose names match.
+        layers: a pattern such as ``"conv*"``: only tensors with a matching name are read.
 
     Raises:
-        CheckpointError: no such run, no checkpoints in it, or no tensor that matches.
-        UsageError: `steps` that is no range.
+        CheckpointError: no such run, no checkpoints in it, or no matching tensor.
+        UsageError: `steps` is not a range.
     """
     series = open_series(run, steps, minimum=1)
     pass_ = _Pass()
@@ -152,7 +152,7 @@ def _report(series: CheckpointSeries, pass_: _Pass, findings: list[Finding]) -> 
 
 @dataclass
 class _Track:
-    """One floating-point tensor over the run: what moved, and element updates without change."""
+    """One floating-point tensor over the run: whether it moved, and its element updates of zero."""
 
     dtype: torch.dtype
     intervals: int = 0
@@ -163,7 +163,7 @@ class _Track:
 
 @dataclass
 class _Pass:
-    """What accumulates while the checkpoints go by."""
+    """Sums and findings collected while the checkpoints are read in order."""
 
     findings: list[Finding] = field(default_factory=list)
     norms: list[tuple[int, int, float]] = field(default_factory=list)
@@ -254,9 +254,9 @@ class _Pass:
 def _squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     total = 0.0
     chunks = zip(a.reshape(-1).split(_CHUNK), b.reshape(-1).split(_CHUNK), strict=True)
-    for before, after in chunks:  # in pieces, so that no float64 copy of a large tensor is made
+    for before, after in chunks:  # in pieces, to avoid a float64 copy of a large tensor
         difference = after.double() - before.double()
-        # inf - inf at elements that stay infinite (masks) is no movement
+        # inf - inf, at elements that stay infinite (masks), is not a movement
         total += float(difference.nan_to_num_(0.0, 0.0, 0.0).square_().sum())
     return total
 
@@ -280,7 +280,7 @@ def _start(series: CheckpointSeries) -> Iterator[Finding]:
 def _gaps(series: CheckpointSeries) -> Iterator[Finding]:
     intervals = [(a, b, b - a) for a, b in pairwise(series.steps)]
     if not intervals:
-        yield Finding("warning", "gap", None, None, "one checkpoint; an analysis takes at least 2")
+        yield Finding("warning", "gap", None, None, "one checkpoint; an analysis needs at least 2")
     if len(intervals) < 2:
         return
     usual, _ = Counter(width for _, _, width in intervals).most_common(1)[0]
@@ -310,7 +310,7 @@ def _outliers(norms: Sequence[tuple[int, int, float]]) -> Iterator[Finding]:
         z = (logs[i] - middle) / max(spread, OUTLIER_SPREAD)
         if abs(z) > OUTLIER_Z:
             message = (
-                f"steps {a} to {b}: update norm {norm:.3g} a step is "
+                f"steps {a} to {b}: update norm {norm:.3g} per step is "
                 f"{math.exp(logs[i] - middle):.3g} times that of its neighbours (robust z {z:.1f})"
             )
             yield Finding("warning", "outlier", b, None, message)
@@ -324,8 +324,8 @@ def _hidden(pass_: _Pass) -> Iterator[Finding]:
         if share > HIDDEN_SHARE:
             dtype = str(track.dtype).removeprefix("torch.")
             message = (
-                f"{name} is stored in {dtype}, and {share:.0%} of its element updates are no "
-                "movement: small updates round away; record in float32"
+                f"{name} is stored in {dtype}, and {share:.0%} of its element updates are zero: "
+                "small updates round away; record in float32"
             )
             yield Finding("warning", "low_precision", None, name, message)
 

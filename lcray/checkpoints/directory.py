@@ -1,4 +1,4 @@
-"""A directory that one recorder writes: locked, and every file appears whole or not at all."""
+"""A locked directory that one recorder writes; every file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TEMPORARY = ".tmp"
 
 
 class LockedDirectory:
-    """Holds the lock of a directory until `close`, and writes files into it atomically."""
+    """Holds the lock of a directory until `close`, and writes its files atomically."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -33,7 +33,7 @@ class LockedDirectory:
                 f"{path}: another recorder is writing here; close it, or record on one process "
                 "only (rank 0)"
             ) from error
-        except OSError:  # a file system without locks; the file protocol does not depend on them
+        except OSError:  # no locks on this file system; the file protocol works without
             pass
         for left in path.glob(f".*{_TEMPORARY}"):  # of a killed recorder: never a whole checkpoint
             with contextlib.suppress(OSError):
@@ -41,14 +41,14 @@ class LockedDirectory:
 
     @property
     def is_forked(self) -> bool:
-        """Whether this is the copy in a forked process: the lock belongs to the original."""
+        """Whether this is the copy in a forked process; the lock belongs to the original."""
         return os.getpid() != self._pid
 
     def write(self, name: str, chunks: Sequence[bytes | memoryview]) -> None:
         """Write `name` from `chunks`: temporary name, fsync, rename, fsync of the directory.
 
         Raises:
-            OSError: it could not be written; nothing of it is left.
+            OSError: it could not be written; no part of it remains.
         """
         target = self.path / name
         temporary = self.path / f".{name}{_TEMPORARY}"
@@ -68,13 +68,13 @@ class LockedDirectory:
         sync_folder(self._fd)
 
     def remove(self, paths: Sequence[Path]) -> None:
-        """Remove files, the last first, so that a crash leaves a prefix."""
+        """Remove files, the last first, so that a crash leaves the first ones."""
         for path in reversed(paths):
             path.unlink()
         sync_folder(self._fd)
 
     def close(self) -> None:
-        """Give the lock back; further calls do nothing."""
+        """Release the lock; further calls do nothing."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 # Explicitly: a forked data loader may still hold a copy of the descriptor.

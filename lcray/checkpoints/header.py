@@ -20,8 +20,8 @@ import torch
 from lcray.storage.json_types import MAX_AXES
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
-METADATA = "__metadata__"  # the key that is no tensor
-CANONICAL_KEY = "lcray_names"  # in the metadata: the names are already without wrapper prefixes
+METADATA = "__metadata__"  # the only key that is not a tensor
+CANONICAL_KEY = "lcray_names"  # in the metadata if names have no wrapper prefixes
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -97,7 +97,7 @@ def parse(text: bytes, data_size: int) -> Header:
     if not isinstance(raw, dict):
         raise ValueError("the header is not a JSON object")
     metadata = raw.pop(METADATA, None)
-    metadata = {} if metadata is None else metadata  # as the reference implementation has it
+    metadata = {} if metadata is None else metadata  # as in the reference implementation
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__ is not an object of strings")
     entries = {name: _entry(name, value) for name, value in raw.items()}
@@ -106,7 +106,7 @@ def parse(text: bytes, data_size: int) -> Header:
 
 
 def build(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a file: length and JSON, padded so that the data starts on 8 bytes."""
+    """The first bytes of a file: length and JSON, padded so that the data starts at 8 bytes."""
     raw: dict[str, Any] = {METADATA: dict(metadata)}
     for name, entry in entries.items():
         raw[name] = {
@@ -120,12 +120,12 @@ def build(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
 
 
 def is_unicode(name: str) -> bool:
-    """Whether a name has no half of a surrogate pair, which no file can hold."""
+    """Whether a name is free of half surrogate pairs, which no file can hold."""
     return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def can_name(name: str) -> bool:
-    """Whether a tensor in a file can be called so."""
+    """Whether a tensor in a file can have this name."""
     return name != METADATA and is_unicode(name)
 
 
@@ -141,8 +141,8 @@ def _whole(value: object) -> bool:
 
 
 def _overflows(shape: list[int]) -> bool:
-    """Whether strides of such a shape do not fit into 64 bits, even if an axis of 0 empties it."""
-    # Few axes, and none that is large itself: the product of a million is a huge number.
+    """Whether strides of such a shape exceed 64 bits, even if an axis of 0 makes it empty."""
+    # Few axes, and none that is large itself: the product of a million axes is a huge number.
     return len(shape) > MAX_AXES or max(shape, default=0) >= 2**63 or _volume(shape) >= 2**63
 
 

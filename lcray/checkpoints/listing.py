@@ -1,4 +1,4 @@
-"""What lies in the folders of a run: asked folder by folder locally, listed once elsewhere."""
+"""The entries of a run's folders: listed folder by folder locally, all at once on object stores."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ class Folders(ABC):
 
     @abstractmethod
     def entries(self, folder: Place) -> list[tuple[str, bool]]:
-        """What may be checkpoints in a folder, by name, and whether each is a folder.
+        """The names in a folder that may be checkpoints, and whether each is a folder.
 
         Raises:
-            CheckpointError: no such folder, or one that cannot be listed.
+            CheckpointError: no such folder, or it cannot be listed.
         """
 
     @abstractmethod
     def file(self, folder: Place, name: str) -> Place:
-        """A file, with what the listing said about it."""
+        """A file, with the size and stamp that the listing gave."""
 
     @abstractmethod
     def described(self, file: Place) -> tuple[int, str]:
-        """Bytes and stamp of a file; 0 and none where they are unknown: reading it says why."""
+        """Bytes and stamp of a file; 0 and empty if unknown: reading the file then says why."""
 
 
 def open_folders(root: Place) -> Folders:
     """The folders of the run at `root`.
 
     Raises:
-        CheckpointError: no such run, or one that cannot be listed.
+        CheckpointError: no such run, or it cannot be listed.
     """
     return _Listed(root) if isinstance(root, Remote) else _Scanned(root)
 

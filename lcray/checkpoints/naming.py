@@ -1,6 +1,6 @@
-"""What file and tensor names mean: the step in a path, and tensor names without wrappers.
+"""The meaning of file and tensor names: the step in a path, and tensor names without wrappers.
 
-Pure functions on strings; nothing here touches the file system.
+Pure functions on strings; none of them touches the file system.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from lcray.storage.numerals import whole_number
 
 _INTEGER = re.compile(r"([0-9]+)")
 _SHARD = re.compile(r"-\d+-of-\d+$")
-# Where a name holds several integers, the one after such a word is the step; words of the first
-# line win over those of the second ("epoch=3-step=500" is step 500).
+# Where a name holds several integers, the integer after such a word is the step; words of the first
+# line win over words of the second ("epoch=3-step=500" is step 500).
 _STEP_WORDS = (
     re.compile(r"(?:step|steps|iter|iteration|iterations|update|updates)[-_.=]*([0-9]+)", re.I),
     re.compile(r"(?:checkpoint|ckpt|epoch)[-_.=]*([0-9]+)", re.I),
 )
-# What makes digits another number than they say: a sign, a fraction, an exponent, thousands.
+# Signs that digits are part of another number: a sign, a fraction, an exponent, thousands.
 _SIGNED = re.compile(r"(?:(?:^|[\W_])-|[+\u2212]|[0-9][.,]|[0-9][eE][+-]?)$")
 _CONTINUED = re.compile(r"[.,][0-9]|[eE][+-]?[0-9]|[kKmM](?![A-Za-z0-9])")
 _NOT_A_MODEL = re.compile(
@@ -46,7 +46,7 @@ def is_ignored(name: str) -> bool:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file name may hold a whole model: no shard, no optimizer state, not temporary."""
+    """Whether a file name may hold a whole model: not a shard, optimizer state or temporary."""
     if is_ignored(name) or not name.endswith((SAFETENSORS, INDEX)):
         return False
     base = stem(name)
@@ -54,7 +54,7 @@ def is_weights(name: str) -> bool:
 
 
 def is_pickled_weights(name: str) -> bool:
-    """Whether a file name may hold a model that torch.save wrote: no optimizer state, no shard."""
+    """Whether a file name may hold a model of torch.save: not optimizer state, not a shard."""
     base, suffix = os.path.splitext(name)
     if is_ignored(name) or suffix not in PICKLED:
         return False
@@ -69,10 +69,10 @@ def is_shard_of(name: str, index_name: str) -> bool:
 
 
 def parse_step(name: str) -> int | None:
-    """The step in one component of a path, or None where it holds no integer.
+    """The step in one component of a path, or None if it holds no integer.
 
-    One integer in the digits 0 to 9 is the step. Of several, the one after ``step``, ``iter`` or
-    ``update`` is; failing those, the one after ``checkpoint``, ``ckpt`` or ``epoch``.
+    A single integer in the digits 0 to 9 is the step. Of several integers, it is the one after
+    ``step``, ``iter`` or ``update``, or else the one after ``checkpoint``, ``ckpt`` or ``epoch``.
 
     Raises:
         CheckpointError: several integers and no rule that chooses one, or digits that are part of
@@ -102,7 +102,7 @@ def _step(name: str, base: str, found: re.Match[str]) -> int:
     before, after = base[:start], base[stop:]
     if _SIGNED.search(before) or _CONTINUED.match(after):
         raise _no_step(name, "has a sign, a fraction, an exponent or a letter for thousands")
-    if before[-1:].isdigit() or after[:1].isdigit():  # beside it, of another script
+    if before[-1:].isdigit() or after[:1].isdigit():  # neighbouring digits of another script
         raise _no_step(name, "is not written in the digits 0 to 9")
     step = whole_number(found[1])
     assert step is not None
@@ -113,25 +113,25 @@ def _step(name: str, base: str, found: re.Match[str]) -> int:
 
 def _no_step(name: str, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{name}: its number {why}; a step is a whole number: rename it, or move it away"
+        f"{name}: its number {why}; a step must be a whole number: rename it, or move it away"
     )
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether `name` is `pattern`, or matches it as a shell's file name would (``conv*``)."""
+    """Whether `name` is `pattern`, or matches it as in a shell (``conv*``)."""
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def canonical_names(keys: Iterable[str]) -> dict[str, str]:
-    """Tensor names without what wrappers add: ``{key: canonical}``, in the order of `keys`.
+    """Tensor names without the prefixes that wrappers add: ``{key: canonical}``, in `keys`' order.
 
-    ``_orig_mod`` (torch.compile) goes wherever it stands in the dotted path. A leading ``module``
-    (data parallel wrappers) goes only when **all** keys have it, so a submodule that is called
-    ``module`` survives; this repeats, so that a wrapped and a bare model agree. Applying it twice
-    changes nothing.
+    ``_orig_mod`` (torch.compile) is removed at any place in the dotted path. A leading ``module``
+    (data parallel wrappers) is removed only when **all** keys have it, so a submodule that is named
+    ``module`` survives. This is repeated, so that a wrapped and a bare model get the same names.
+    Applying it twice changes nothing.
 
     Raises:
-        CheckpointError: two keys that become one name.
+        CheckpointError: two keys become the same name.
     """
     names = {key: ".".join(part for part in key.split(".") if part != "_orig_mod") for key in keys}
     while names and all(name.startswith("module.") for name in names.values()):

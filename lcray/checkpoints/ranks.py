@@ -1,7 +1,7 @@
-"""Models on several processes: which of them records, and gathering what they share out.
+"""Models on several processes: which process records, and gathering the parts of a model.
 
 Copies of a model (DDP) are the same on every process, so rank 0 records and nothing is exchanged.
-Of a sharded model (FSDP) every process holds a part, so that all of them have to take part.
+Of a sharded model (FSDP), every process holds a part, so all processes must take part.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
 def rank() -> int:
-    """The rank of this process; 0 where there is no process group."""
+    """The rank of this process; 0 if there is no process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `model` is under FSDP: wrapped by it, or with parameters that are DTensors.
+    """Whether `model` is under FSDP: wrapped by it, or with DTensors as parameters.
 
     Raises:
-        RecorderError: it is wrapped in a way that hides the parameters.
+        RecorderError: the wrapper hides the parameters.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return False
@@ -45,7 +45,7 @@ def is_sharded(model: nn.Module) -> bool:
 class Gathered:
     """The tensors of a sharded model, whole and on the CPU of rank 0.
 
-    Every method that gathers is a collective: all processes have to call it at the same step.
+    Every method that gathers is a collective: all processes must call it at the same step.
     """
 
     def __init__(self, model: nn.Module):
@@ -55,10 +55,10 @@ class Gathered:
         self._parameters = {_plain(name): tensor for name, tensor in named.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that the state dict holds, by name, on rank 0. Collective."""
+        """Everything in the state dict, by name, on rank 0. Collective."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        # From the CPU to the CPU nothing is copied, and FSDP would hand out memory that it frees.
+        # CPU to CPU would copy nothing, and FSDP would return memory that it frees later.
         away = any(tensor.device.type != "cpu" for tensor in self._parameters.values())
         options = StateDictOptions(full_state_dict=True, cpu_offload=away)
         state = get_model_state_dict(self._model, options=options)
@@ -75,24 +75,24 @@ class Gathered:
         return found
 
     def contents(self) -> Contents:
-        """What there is to store, on rank 0. Collective."""
+        """The contents to store, on rank 0. Collective."""
         tensors = self.tensors()
         parameters = frozenset(name for name in tensors if name in self._parameters)
         return Contents(tensors, parameters, frozenset(tensors))
 
 
 def agree_on_step(model: nn.Module, step: int | None) -> int:
-    """The step of rank 0, on every rank of a sharded model; `step` is its, None if it failed.
+    """Rank 0's step, on every rank of a sharded model; `step` is rank 0's, None if it failed.
 
     Raises:
-        RecorderError: rank 0 could not begin (on the other ranks).
+        RecorderError: rank 0 could not begin (raised on the other ranks).
     """
     device = next(model.parameters()).device
     shared = torch.tensor([-1 if step is None else step], device=device)
     dist.broadcast(shared, src=0)
     agreed = int(shared.item())
     if agreed < 0 and rank():
-        raise RecorderError("the recorder could not begin on rank 0; see its error")
+        raise RecorderError("the recorder could not begin on rank 0; see the error there")
     return agreed
 
 

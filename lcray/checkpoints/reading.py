@@ -1,8 +1,8 @@
-"""Reading one checkpoint: a single sequential pass over its files, into memory used once.
+"""Reading one checkpoint: a single sequential pass over its files, straight into its tensors.
 
-Nothing is ever unpickled or memory mapped, and nothing is read twice: the same access pattern is
-right for local disks and for storage across a network. The bytes of a tensor go from the file to
-where they stay; what has to be converted or rearranged on the way passes through a small buffer.
+Nothing is ever unpickled or memory mapped, and nothing is read twice: this access pattern suits
+both local disks and storage across a network. The bytes of a tensor go from the file to their final
+memory; bytes that must be converted or rearranged pass through a small buffer.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lcray.checkpoints import header, naming
 from lcray.errors import CheckpointError
 from lcray.storage import ObjectReader, Place, Remote, current, open_binary
 
-if sys.byteorder != "little":  # the format is, and its bytes become numbers as they stand
+if sys.byteorder != "little":  # the format is, and its bytes are used as numbers unchanged
     raise ImportError("lcray reads checkpoints on little-endian machines only")
 
 CHUNK = 1 << 20  # bytes read at a time: still in the cache when they are hashed and converted
-_READ_AHEAD = 1 << 16  # bytes; spares small tensors a system call each
+_READ_AHEAD = 1 << 16  # bytes; saves one system call per small tensor
 _CHANGED = "it changed while it was read"
 
 
@@ -36,8 +36,8 @@ _CHANGED = "it changed while it was read"
 class Checkpoint:
     """One checkpoint: its step, its file (or the index followed by its shards), and their size.
 
-    `nbytes` is what the directory listing said; `State.nbytes` is what was read. `stamp` changes
-    when a file does: its size, and its time of modification or etag; empty where nobody said.
+    `nbytes` is the size in the directory listing; `State.nbytes` is the number of bytes read.
+    `stamp` changes when a file does: its size, and its modification time or etag; empty if unknown.
     """
 
     step: int
@@ -51,13 +51,13 @@ class State:
     """The tensors of one checkpoint.
 
     Attributes:
-        step: the step it was taken at.
+        step: of the checkpoint.
         tensors: canonical name to CPU tensor in writable memory: the destination that the caller
             gave, or else a new tensor in the stored dtype.
         dtypes: canonical name to the dtype in the file.
         sha256: hexadecimal digest of the bytes of the files, in the order read.
         nbytes: bytes read.
-        stamp: that of the files as they were when reading them began; see `Checkpoint`.
+        stamp: the stamp of the files when reading began; see `Checkpoint`.
     """
 
     step: int
@@ -69,18 +69,18 @@ class State:
 
 
 def read_checkpoint(checkpoint: Checkpoint, into: Mapping[str, Tensor] | None = None) -> State:
-    """Read one checkpoint: its file, or its index and the shards that this names.
+    """Read one checkpoint: its file, or its index and the shards that the index names.
 
     Args:
-        checkpoint: which one.
+        checkpoint: the checkpoint.
         into: destinations by canonical name: CPU tensors of any strides, no two of which overlap.
             A stored tensor goes into its destination if the shapes are equal and its dtype can be
-            cast to that of the destination (`torch.can_cast`: no complex to real, no float to
-            integer); it is converted as `Tensor.copy_` would. All others come as new tensors.
+            cast to the destination's (`torch.can_cast`: not complex to real, not float to
+            integer); it is converted as `Tensor.copy_` would. All others become new tensors.
 
     Raises:
-        CheckpointError: a file that is missing, torn or malformed, or that changes in length while
-            it is read. Destinations may then hold anything.
+        CheckpointError: a file is missing, torn or malformed, or changes in length while it is
+            read. The content of the destinations is then undefined.
     """
     first, reading = checkpoint.files[0], _Reading(into or {})
     try:
@@ -100,10 +100,10 @@ def read_checkpoint(checkpoint: Checkpoint, into: Mapping[str, Tensor] | None = 
 
 
 def sha256_of_checkpoint(checkpoint: Checkpoint) -> str:
-    """What `State.sha256` would be, without its tensors in memory where it is a single file.
+    """The value of `State.sha256`; a single file is hashed without loading its tensors.
 
     Raises:
-        CheckpointError: as `read_checkpoint`, but for what the file holds.
+        CheckpointError: as `read_checkpoint`, except for faults in the content of a single file.
     """
     if len(checkpoint.files) > 1:
         return read_checkpoint(checkpoint).sha256
@@ -116,14 +116,14 @@ def sha256_of_checkpoint(checkpoint: Checkpoint) -> str:
 
 
 def joined(stamps: Sequence[str]) -> str:
-    """The stamp of a checkpoint, from those of its files in their order; empty if one is."""
+    """The stamp of a checkpoint, from its files' stamps in order; empty if one of them is empty."""
     if len(stamps) == 1 or not all(stamps):
         return stamps[0] if len(stamps) == 1 else ""
     return hashlib.sha256(",".join(stamps).encode()).hexdigest()[:32]
 
 
 def stamp_of(file: Place, status: os.stat_result | None = None) -> str:
-    """The stamp of a file, by its listing or its `status`; empty where that says too little."""
+    """The stamp of a file, from its listing or its `status`; empty if they say too little."""
     if isinstance(file, Remote):
         return f"{file.size}-{file.stamp}" if file.size is not None and file.stamp else ""
     return "" if status is None else f"{status.st_size}-{status.st_mtime_ns}"
@@ -137,7 +137,7 @@ def _unreadable(checkpoint: Checkpoint, why: str) -> CheckpointError:
 
 
 class _Reading:
-    """One pass over the files of a checkpoint, and what it has found so far."""
+    """One pass over the files of a checkpoint, and its results so far."""
 
     def __init__(self, into: Mapping[str, Tensor]) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -188,13 +188,13 @@ class _Reading:
 
     @contextmanager
     def _opened(self, path: Place) -> Iterator[BufferedReader]:
-        """A file, whose stamp is kept as it is before it is read; an object must keep it."""
+        """Opens a file and keeps its stamp from before it is read; an object must not change it."""
         with _open(path) as file:
             remote = isinstance(path, Remote)
             self.stamps.append(stamp_of(path, None if remote else os.fstat(file.fileno())))
             yield file
             if isinstance(path, Remote) and isinstance(file.raw, ObjectReader):
-                known = stamp_of(path)  # of what comes through the cache, that has looked already
+                known = stamp_of(path)  # for an object, the cache has already checked it
                 if known and known != stamp_of(current(path)):
                     raise ValueError(_CHANGED)
 
@@ -212,7 +212,7 @@ class _Reading:
     def _tensors(
         self, file: BufferedReader, entries: Mapping[str, header.Entry], names: Mapping[str, str]
     ) -> None:
-        """The data part, in the order of the file; the tensors are kept in that of the header."""
+        """The data part, in the order of the file; the tensors keep the order of the header."""
         for key, entry in entries.items():
             self.tensors[names[key]] = self._target(names[key], entry)
             self.dtypes[names[key]] = entry.dtype
@@ -231,7 +231,7 @@ class _Reading:
             return given
         try:
             return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-        except RuntimeError as error:  # the header's shapes are possible, so this is the allocator
+        except RuntimeError as error:  # the header's shapes are valid, so the allocator failed
             raise MemoryError from error
 
     def _fill(self, file: BufferedReader, target: Tensor, stored: torch.dtype) -> None:
@@ -246,7 +246,7 @@ class _Reading:
                 piece.copy_(passing.view(stored).view(piece.shape))
 
     def _take(self, file: BufferedReader, memory: Tensor) -> None:
-        """The next bytes of the file into contiguous memory."""
+        """Reads the next bytes of the file into contiguous memory."""
         flat = memory.as_strided((memory.numel(),), (1,))  # one element may have any stride
         view = flat.view(torch.uint8).numpy().data
         if file.readinto(view) != len(view):
@@ -264,10 +264,10 @@ class _Reading:
 
 
 def pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
-    """Views of at most `limit` elements that follow each other row by row through `tensor`.
+    """Views of at most `limit` elements that cover `tensor` row by row, in order.
 
-    They are one-dimensional where `tensor` is contiguous; else whole rows along the first axis
-    where those are short enough, and pieces of single rows where they are not.
+    They are one-dimensional if `tensor` is contiguous. Otherwise they are whole rows along the
+    first axis if rows are short enough, and pieces of single rows if they are not.
     """
     if tensor.numel() <= limit:
         yield tensor

@@ -1,4 +1,4 @@
-"""The training side: one safetensors file a step, written beside the training loop."""
+"""The training side: one safetensors file per step, written while training goes on."""
 
 from __future__ import annotations
 
@@ -26,48 +26,47 @@ class Recorder:
         ...
             optimizer.step(); recorder.step()
 
-    The state before the first update is written at construction; each `step` copies the state of
-    that moment and a background thread writes it. Files appear whole or not at all (temporary
-    name, fsync, rename). Queued files are written when the interpreter exits, even without
-    `close`; a process that is killed loses at most what is queued.
+    The state before the first update is written at construction. Each `step` copies the current
+    state, and a background thread writes it. Files appear whole or not at all (temporary name,
+    fsync, rename). Queued files are written when the interpreter exits, even without `close`; a
+    process that is killed loses at most the queued files.
 
-    Stored are the parameters (a tied one once) and persistent buffers, in their own dtypes and
-    under names without the prefixes of wrappers; `run.json` describes them.
+    A checkpoint holds the parameters (a tied one once) and persistent buffers, in their own dtypes
+    and under names without the prefixes of wrappers; `run.json` describes them.
 
-    **What a step is.** One call of `step`, or with `optimizer=` one `optimizer.step()`: with
-    gradient accumulation that counts updates, not batches. Under a `torch.amp.GradScaler`, call
-    `step` once an iteration: a skipped update is then a step without movement. The hook alone does
+    **What a step is.** One call of `step`, or with `optimizer=` one `optimizer.step()`. With
+    gradient accumulation, this counts updates, not batches. Under a `torch.amp.GradScaler`, call
+    `step` once per iteration: a skipped update is then a step without movement. The hook alone does
     not see an update that the scaler skipped (the scaler does not call the optimizer, unless it is
-    a fused one). Calling `step` after ``scaler.step(optimizer)`` as well settles this: it counts
-    the iteration where the hook has not, and does nothing where it has. So never call `step` once
-    a micro-batch: those between two updates would be taken for skipped updates. Where no scaler
-    skips, leave counting to the hook alone.
+    a fused one). To count skipped updates, also call `step` after ``scaler.step(optimizer)``: it
+    counts the iteration if the hook has not, and does nothing if the hook has. So never call `step`
+    once per micro-batch: the micro-batches between two updates would count as skipped updates. If
+    no scaler skips, leave counting to the hook alone.
 
     **Resuming** appends. Without `start`, the model must hold the last checkpoint's values, bit
-    for bit, and the next step follows it. With ``start=N``: where a checkpoint of N exists the
-    model must hold its values; where none does, its state is written as step N. Checkpoints later
-    than N are an error, unless ``overwrite=True``, which removes them first.
+    for bit, and the next step follows it. With ``start=N``: if a checkpoint of step N exists, the
+    model must hold its values; if none does, the model's state is written as step N. Checkpoints
+    later than N are an error, unless ``overwrite=True``, which removes them first.
 
-    **On several processes** (a torch.distributed process group) make it on each of them: rank 0
-    writes, the others only count, without `start` from the last step that they see in the
-    directory. Of a sharded model (FSDP) rank 0 writes the whole, which all processes gather: they
-    must all make the recorder, and call `step` and `close`.
+    **On several processes** (a torch.distributed process group), make the recorder on each of
+    them: rank 0 writes, and the others only count, without `start` from the last step that they
+    see in the directory. For a sharded model (FSDP), all processes gather it and rank 0 writes the
+    whole: all processes must make the recorder, and call `step` and `close`.
 
     Args:
-        model: the model in training; wrappers (data parallel, sharded, compiled) are welcome.
-        directory: where the run goes; made if missing. One recorder at a time.
-        optimizer: record after each of its steps, by hook.
+        model: the model in training; wrappers (data parallel, sharded, compiled) are allowed.
+        directory: where the run goes; created if missing. One recorder at a time.
+        optimizer: record after each of its steps, by a hook.
         every: write every k-th step.
         queue_mib: bound on the memory for queued snapshots in MiB (at least one is held); `step`
-            waits where the disk is slower than training.
+            waits if the disk is slower than training.
         trainable_only: leave out parameters that do not require gradients now (adapters on a
-            fixed base).
-        task: the reference of the task, ``package.module:attribute``, kept in `run.json`.
+        task: the reference of the task, ``package.module:attribute``, stored in `run.json`.
+        metadata: any JSON value, stored in `run.json`.
         metadata: anything JSON can hold, kept in `run.json`.
-        start: the step that training begins or resumes from.
         overwrite: remove the checkpoints later than `start`.
-        every_rank: write on every rank, each into a directory of its own, since each trains a
-            model of its own.
+        every_rank: write on every rank, each into a directory of its own; for ranks that each train
+            a model of their own.
 
     Raises:
         RecorderError: the directory cannot be written, is in use, or holds another model or other
@@ -102,7 +101,7 @@ class Recorder:
         self._hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None
 
     def _begin(self, directory: str | os.PathLike[str], settings: Settings, writes: bool) -> int:
-        """Open the session where this rank writes: the step that training begins from."""
+        """Open the session, if this rank writes; returns the step that training begins from."""
         if self._gathered is None:
             if not writes:
                 return expected_start(directory, settings.start)
@@ -119,15 +118,15 @@ class Recorder:
 
     @property
     def last_step(self) -> int:
-        """The step that was counted last (its file may still be queued)."""
+        """The last step that was counted (its file may still be queued)."""
         return self._step
 
     def step(self) -> None:
-        """Count one step and, every k-th, queue the model's state of this moment.
+        """Count one step and, every k-th time, queue the model's current state.
 
-        With `optimizer=` it does nothing for an update that the hook has counted, and is a step
-        without movement where there was none: call it where a gradient scaler may skip updates,
-        once after each ``scaler.step(optimizer)``, and else not at all.
+        With `optimizer=`, it does nothing for an update that the hook has counted, and counts a
+        step without movement if there was no update. Call it only if a gradient scaler may skip
+        updates, once after each ``scaler.step(optimizer)``.
 
         Raises:
             RecorderError: an earlier checkpoint could not be written (then every call raises), the
@@ -139,9 +138,9 @@ class Recorder:
         self._check()
 
     def record_last(self) -> None:
-        """Record the step that was counted last, now, if `every` left it out.
+        """Record the last counted step now, if `every` left it out.
 
-        For loops that change the model before `close`, such as back to the best one.
+        For loops that change the model before `close`, such as restoring the best weights.
 
         Raises:
             RecorderError: as for `step`.
@@ -151,13 +150,13 @@ class Recorder:
             self._record()
 
     def close(self, *, complete: bool = True) -> None:
-        """Record the last step if `every` left it out, write what is queued, and end the run.
+        """Record the last step if `every` left it out, write the queue, and end the run.
 
         Further calls do nothing, and neither does the copy in a forked process.
 
         Args:
-            complete: False leaves the last step out if `every` did: the model is no longer, or
-                not yet, in its state.
+            complete: False leaves the last step out if `every` did: use it when the model is not
+                in the state of that step.
 
         Raises:
             RecorderError: a checkpoint could not be written.
@@ -215,7 +214,7 @@ class Recorder:
 
     def _record(self) -> None:
         if self._gathered is not None:
-            tensors = self._gathered.tensors()  # on every rank, also where nothing is written
+            tensors = self._gathered.tensors()  # on every rank, even on ranks that write nothing
         elif self._session is not None:
             tensors = tensors_of(self._model)
         if self._session is not None:

@@ -1,4 +1,4 @@
-"""A run that is being written: where it begins, and what a session of recording adds to it."""
+"""Writing a run: the step where a session begins, and the checkpoints that it adds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def file_name(step: int) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a recorder is told; checked."""
+    """The settings of a recorder, checked."""
 
     every: int
     queue_mib: float
@@ -41,7 +41,7 @@ class Settings:
 
     @property
     def kept(self) -> dict[str, Any]:
-        """What `run.json` says of them."""
+        """The settings that `run.json` records."""
         return {
             "every": self.every,
             "trainable_only": self.trainable_only,
@@ -53,8 +53,8 @@ class Settings:
 class Session:
     """Writes the checkpoints of one recorder into a run, from its first state to its end.
 
-    The state at the start is written, or found to be there, at construction. Where the session is
-    dropped or the interpreter exits, what is queued is still written.
+    The state at the start is written at construction, unless it exists. If the session is dropped
+    or the interpreter exits, queued checkpoints are still written.
 
     Args:
         directory: of the run.
@@ -86,11 +86,11 @@ class Session:
 
     @property
     def is_open(self) -> bool:
-        """Whether it can be closed here: not twice, nor by the copy in a forked process."""
+        """Whether it can be closed here: only once, and not by the copy in a forked process."""
         return self._finalizer.alive and not self._directory.is_forked
 
     def check(self) -> None:
-        """Raise what went wrong in the background.
+        """Raise the error of the background thread, if there is one.
 
         Raises:
             RecorderError: a checkpoint could not be written, or the session is closed.
@@ -110,7 +110,7 @@ class Session:
         self.writer.submit(step, slot)
 
     def close(self, step: int) -> None:
-        """Write what is queued, and that the run ended at `step`.
+        """Write what is queued, and note that the run ended at `step`.
 
         Raises:
             RecorderError: a checkpoint could not be written.
@@ -124,7 +124,7 @@ class Session:
             self._directory.close()
 
     def abandon(self) -> None:
-        """Write what is queued and give the directory back, without an end."""
+        """Write what is queued and release the directory, without an end."""
         self._finalizer()
 
 
@@ -165,7 +165,7 @@ def check_settings(
     """The settings of a recorder.
 
     Raises:
-        UsageError: one that is out of range.
+        UsageError: a setting is out of range.
     """
     if every < 1:
         raise UsageError(f"every={every}: record every k-th step with k at least 1")
@@ -187,7 +187,7 @@ def check_settings(
 
 @dataclass(frozen=True)
 class _Start:
-    """Where a session begins: at `step`, which exists as `same` or is to be written."""
+    """Where a session begins: at `step`, whose checkpoint is `same` or is still to be written."""
 
     step: int
     same: Checkpoint | None
@@ -202,7 +202,7 @@ def _choose_start(root: Path, start: int | None, overwrite: bool) -> _Start:
     later = tuple(checkpoint for checkpoint in existing if checkpoint.step > step)
     if later and not overwrite:
         raise RecorderError(
-            f"{root}: holds checkpoints later than start={step}, up to step {later[-1].step}; pass "
+            f"{root}: has checkpoints later than start={step}, up to step {later[-1].step}; pass "
             "overwrite=True to remove them, or use a new directory"
         )
     for checkpoint in later:
@@ -215,9 +215,9 @@ def _choose_start(root: Path, start: int | None, overwrite: bool) -> _Start:
 
 
 def expected_start(directory: str | os.PathLike[str], start: int | None) -> int:
-    """The step that a session begins from, for a process that writes nothing and only counts.
+    """The step that a session begins from, for a process that only counts and writes nothing.
 
-    What is wrong there is for the one that writes to say.
+    Faults there are reported by the process that writes.
     """
     where = place(directory)
     if start is None and not isinstance(where, Remote) and where.is_dir():
@@ -242,7 +242,7 @@ def _begin(
     first: Slot,
     settings: Settings,
 ) -> tuple[int, dict[str, Any]]:
-    """Check what is there, then write `run.json` and the first checkpoint: its step and content."""
+    """Check the directory, then write `run.json` and the first checkpoint: its step and content."""
     root = directory.path
     try:
         previous = runfile.load(root)

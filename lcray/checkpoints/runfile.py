@@ -1,4 +1,4 @@
-"""`run.json`: what a recorder says about a run."""
+"""`run.json`: the recorder's description of a run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LIMIT = 1 << 28  # bytes
 
 
 def load(root: Path) -> dict[str, Any] | None:
-    """The content of a run's `run.json`, or None where there is none.
+    """The content of a run's `run.json`, or None if there is none.
 
     Raises:
-        RecorderError: a file that is no `run.json` of this version.
+        RecorderError: the file is not a `run.json` of this version.
     """
     path = root / NAME
     try:
@@ -56,7 +56,7 @@ def _read(path: Path) -> bytes:
 def describe(
     layout: Layout, settings: Mapping[str, Any], start: int, previous: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The content for a session that begins at `start`, after those of `previous`."""
+    """The content for a session that begins at `start`, after the sessions of `previous`."""
     session = {"start": start, "every": settings["every"], "versions": _versions()}
     return {
         "format_version": FORMAT_VERSION,
@@ -78,10 +78,10 @@ def describe(
 
 
 def check_same_layers(root: Path, content: Mapping[str, Any], layout: Layout) -> None:
-    """Refuse to append another model to a run.
+    """Refuse to append a different model to a run.
 
     Raises:
-        RecorderError: names the first tensor whose name, shape or dtype differs.
+        RecorderError: naming the first tensor whose name, shape or dtype differs.
     """
     try:
         old = {x["name"]: (list(x["shape"]), str(x["dtype"])) for x in content["layers"]}

@@ -25,7 +25,7 @@ from lcray.errors import CheckpointError, UsageError
 from lcray.storage import Place, PlaceLike, place
 from lcray.storage.numerals import step_range
 
-# Within one checkpoint folder, in the order in which `from_pretrained` looks for them.
+# Within one checkpoint folder, in the order in which `from_pretrained` tries them.
 _MODEL_FILES = (
     "model" + naming.SAFETENSORS,
     "model" + naming.INDEX,
@@ -37,7 +37,7 @@ _MODEL_FILES = (
 class CheckpointSeries:
     """The checkpoints of one run, sorted by step as a number (9000 before 10000).
 
-    `begins` is the first step that the run has, also where the checkpoints are narrowed to others.
+    `begins` is the first step of the run, even if only later checkpoints are chosen.
     """
 
     root: Place
@@ -46,12 +46,12 @@ class CheckpointSeries:
 
     @property
     def late_start(self) -> str | None:
-        """What to say where step 0 is missing; None where it is there, or was not asked for."""
+        """A message if step 0 is missing; None if it is there or was not asked for."""
         if self.begins == 0 or self.begins != self.checkpoints[0].step:
             return None
         return (
             f"the run begins at step {self.begins}: step 0 is missing, so the initial weights and "
-            "the change from them, often the largest of all, are not part of it"
+            "the first change of them, often the largest, are not part of it"
         )
 
     @cached_property
@@ -64,7 +64,7 @@ class CheckpointSeries:
         return {checkpoint.step: checkpoint for checkpoint in self.checkpoints}
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """The checkpoint of `step`; raises CheckpointError where there is none."""
+        """The checkpoint of `step`; raises CheckpointError if there is none."""
         found = self._by_step.get(step)
         if found is None:
             raise CheckpointError(
@@ -77,12 +77,12 @@ class CheckpointSeries:
         """Read the checkpoint of `step` as a whole, in one pass.
 
         Args:
-            step: which one.
+            step: of the checkpoint.
             into: memory to read into, by canonical name; see `read_checkpoint`.
 
         Raises:
             CheckpointError: no such step, or a file that is missing, torn or malformed, or that
-                changes in length while it is read; what `into` holds is then undefined.
+                changes in length while it is read; the content of `into` is then undefined.
         """
         return read_checkpoint(self.checkpoint(step), into)
 
@@ -94,14 +94,14 @@ def open_series(run: PlaceLike, steps: str | None = None, *, minimum: int = 2) -
     ``checkpoint-500/model.safetensors`` (single, sharded or an adapter).
 
     Args:
-        run: a directory, or the URI of one.
+        run: a directory, or its URI.
         steps: ``"a:b"`` keeps the checkpoints with a <= step <= b; either side may be empty.
-        minimum: how many checkpoints there must be.
+        minimum: the least number of checkpoints.
 
     Raises:
         CheckpointError: missing or empty run, too few checkpoints, only pickled files, or two
             checkpoints of one step.
-        UsageError: `steps` that is no range.
+        UsageError: `steps` is not a range.
     """
     keep = _parse_range(steps)
     folders = open_folders(place(run))
@@ -120,7 +120,7 @@ def open_series(run: PlaceLike, steps: str | None = None, *, minimum: int = 2) -
 
 
 def list_checkpoints(root: Place) -> tuple[Checkpoint, ...]:
-    """Every checkpoint in a directory, by step; empty where there is none.
+    """Every checkpoint in a directory, by step; empty if there is none.
 
     Raises:
         CheckpointError: no such directory, or two checkpoints of one step.
@@ -161,7 +161,7 @@ def _parse_range(steps: str | None) -> Callable[[int], bool]:
         return lambda step: True
     found = step_range(steps)
     if found is None:
-        raise UsageError(f"steps {steps!r}: write a:b, two steps of which either may be left out")
+        raise UsageError(f"steps {steps!r}: write a:b; either step may be left out")
     low, high = found[0] or 0, found[1]
     return lambda step: low <= step and (high is None or step <= high)
 
@@ -171,7 +171,7 @@ def _flat(folders: Folders, folder: Place, name: str, names: Sequence[str]) -> t
 
 
 def _in_folder(folders: Folders, folder: Place) -> tuple[Place, ...]:
-    """The model in a checkpoint folder, or nothing (folders of logs are no checkpoints)."""
+    """The model in a checkpoint folder, or nothing (a folder of logs is not a checkpoint)."""
     if not any(character.isdigit() for character in folder.name):
         return ()
     if folder.name.endswith(naming.SAFETENSORS):
@@ -192,7 +192,7 @@ def _in_folder(folders: Folders, folder: Place) -> tuple[Place, ...]:
 def _with_shards(
     folders: Folders, folder: Place, name: str, names: Sequence[str]
 ) -> tuple[Place, ...]:
-    """A file, and the shards that belong to it if it is an index; `names` are sorted."""
+    """A file, with its shards if it is an index; `names` are sorted."""
     if not name.endswith(naming.INDEX):
         return (folders.file(folder, name),)
     base = naming.stem(name) + "-"

@@ -1,8 +1,8 @@
-"""What of a model a recorder stores, where in the file each tensor goes, and taking a snapshot.
+"""Snapshots of a model: the tensors to store, their place in the file, and copying them.
 
-Names, shapes and dtypes of a run never change, so the head of its files is built once and a
-snapshot is one copy of each tensor to its place in a flat buffer: the writer then has nothing to
-serialise, and a buffer that is used again costs no page faults.
+Names, shapes and dtypes of a run never change, so the head of its files is built once. A snapshot
+copies each tensor to its place in a flat buffer: the writer then has nothing to serialise, and a
+buffer that is used again causes no page faults.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lcray.checkpoints import header, naming
 from lcray.checkpoints.series import CANONICAL_KEY
 from lcray.errors import RecorderError
 
-EXTRA = "_extra_state"  # what torch calls them
+EXTRA = "_extra_state"  # torch's name for extra states
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything goes.
+    """The place of every tensor in the files of a run.
 
     Attributes:
         keys: stored name to the model's own name, in the model's order.
         aliases: canonical name of a tied tensor to the name it is stored under.
-        tied: the same with the model's own names.
+        tied: the same with the names in the model.
         seen: every tensor name of the model, stored or not.
-        layers: one description a stored tensor.
+        layers: one description per stored tensor.
         entries: stored name to type, shape and byte range.
         head: the first bytes of every file.
         nbytes: size of the data that follows `head`.
@@ -60,12 +60,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Contents:
-    """What there is to store at a moment.
+    """The tensors of a model at one moment.
 
     Attributes:
         tensors: every tensor by its own name; a tied one is the same object under each name.
-        parameters: the names of the parameters; all others are buffers, or extra states.
-        persistent: canonical names of what a state dict holds.
+        parameters: the names of the parameters; all others are buffers or extra states.
+        persistent: canonical names in the state dict.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -88,10 +88,10 @@ class Slot:
 
 
 def contents_of(model: nn.Module) -> Contents:
-    """The tensors of a model, wrapped or not, as they stand in it.
+    """The tensors of a model, wrapped or not, without copies.
 
     Raises:
-        RecorderError: one that could never be loaded.
+        RecorderError: a tensor could be stored, but never loaded again.
     """
     persistent = frozenset(naming.canonical_names(model.state_dict(keep_vars=True)).values())
     tensors = tensors_of(model)
@@ -105,15 +105,15 @@ def contents_of(model: nn.Module) -> Contents:
 def layout_of(contents: Contents, *, trainable_only: bool = False) -> Layout:
     """Plan the files of a model's run.
 
-    Stored are parameters, persistent buffers and extra states that are tensors, a tied tensor once,
-    under the first of its names.
+    The files store parameters, persistent buffers and extra states that are tensors. A tied tensor
+    is stored once, under the first of its names.
 
     Args:
-        contents: what the model holds.
+        contents: the tensors of the model.
         trainable_only: leave out the parameters that do not require gradients.
 
     Raises:
-        RecorderError: nothing to store, or a tensor that a file cannot hold.
+        RecorderError: there is nothing to store, or a tensor that a file cannot hold.
     """
     tensors, parameters = contents.tensors, contents.parameters
     names = naming.canonical_names(tensors)
@@ -152,10 +152,10 @@ def on_accelerator(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def snapshot(layout: Layout, tensors: Mapping[str, torch.Tensor], slot: Slot) -> None:
-    """Copy the model's tensors into `slot`: a consistent state of this moment.
+    """Copy the model's tensors into `slot`: a consistent state of one moment.
 
     Raises:
-        RecorderError: the tensors are no longer those that `layout` was made for.
+        RecorderError: the tensors no longer match `layout`.
     """
     _check_unchanged(layout, tensors)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def snapshot(layout: Layout, tensors: Mapping[str, torch.Tensor], slot: Slot) ->
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the elements lie in main memory as they will in the file."""
+    """Whether the elements are in main memory, in the same order as in the file."""
     bits = tensor.is_conj() or tensor.is_neg()
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not bits
 
@@ -197,9 +197,9 @@ def has_setter(module: nn.Module) -> bool:
 
 
 def extra_states(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules with a state of their own making (`torch.nn.Module.get_extra_state`).
+    """Modules with a state of their own (`torch.nn.Module.get_extra_state`).
 
-    By the name of that state in a state dict.
+    The key is the name of that state in a state dict.
     """
     own = nn.Module.get_extra_state
     return {

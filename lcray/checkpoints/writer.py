@@ -1,4 +1,4 @@
-"""The background thread of a recorder: bounded buffers, and a failure that is never lost."""
+"""The background thread of a recorder: bounded buffers, and no failure is ever lost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BackgroundWriter:
     """Writes snapshots in order on one thread.
 
     At most `limit` slots exist; `acquire` waits while all of them are queued. After the first
-    failure nothing more is written, and `acquire`, `check` and `close` raise for ever.
+    failure nothing more is written, and `acquire`, `check` and `close` always raise it.
     """
 
     def __init__(self, write: Callable[[int, Slot], None], make: Callable[[], Slot], limit: int):
@@ -32,7 +32,7 @@ class BackgroundWriter:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what the thread failed with, if it did.
+        """Raise the thread's failure, if it has failed.
 
         Raises:
             RecorderError: a checkpoint could not be written, or the thread is gone.
@@ -53,16 +53,16 @@ class BackgroundWriter:
             )
 
     def acquire(self) -> Slot:
-        """A slot to fill; waits for the writer where all are in use."""
+        """A slot to fill; waits for the writer if all are in use."""
         with self._changed:
             while True:
                 self.check()
                 if self._free:
-                    return self._free.pop()  # the last used: its pages are warm
+                    return self._free.pop()  # the last one used: its pages are in memory
                 if self._made < self._limit:
                     self._made += 1
                     break
-                self._changed.wait(1.0)  # wakes now and then to see whether the thread lives
+                self._changed.wait(1.0)  # wakes regularly to check that the thread is alive
         try:
             return self._make()
         except BaseException:
@@ -71,7 +71,7 @@ class BackgroundWriter:
             raise
 
     def release(self, slot: Slot) -> None:
-        """Hand back a slot that is not submitted."""
+        """Give back a slot that was not submitted."""
         with self._changed:
             self._free.append(slot)
             self._changed.notify_all()
@@ -106,12 +106,12 @@ class BackgroundWriter:
             try:
                 if self._failure is None:
                     self._write(step, slot)
-            except BaseException as error:  # whatever it is, the training thread must hear of it
+            except BaseException as error:  # the training thread must be told, whatever it is
                 self._failure = (step, error)
             self.release(slot)
 
 
 def _yield_to_training() -> None:
-    """Give this thread the lowest priority: writing can wait, training for a core cannot."""
+    """Give this thread the lowest priority: writing can wait, training must not wait for a core."""
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

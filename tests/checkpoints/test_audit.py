@@ -71,7 +71,7 @@ def test_one_checkpoint_is_too_few(tmp_path):
     clean(tmp_path, steps=[7])
     (found,) = (f for f in inspect(tmp_path).findings if f.kind == "gap")
     assert found.severity == "warning"
-    assert found.message == "one checkpoint; an analysis takes at least 2"
+    assert found.message == "one checkpoint; an analysis needs at least 2"
 
 
 def test_one_gap_and_many(tmp_path):
@@ -219,8 +219,8 @@ def test_a_run_without_step_0_says_so_unless_it_was_left_out_on_purpose(tmp_path
         (found,) = inspect(tmp_path, steps).findings
         assert (found.severity, found.kind, found.step) == ("warning", "start", 1)
         assert found.message == (
-            "the run begins at step 1: step 0 is missing, so the initial weights and the change "
-            "from them, often the largest of all, are not part of it"
+            "the run begins at step 1: step 0 is missing, so the initial weights and the first "
+            "change of them, often the largest, are not part of it"
         )
     assert inspect(tmp_path, "2:").findings == ()
     save_file({"a": torch.ones(1) * 9}, tmp_path / "step-0.safetensors")

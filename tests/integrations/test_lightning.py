@@ -190,7 +190,7 @@ def test_resuming_appends(tmp_path: Path) -> None:
     series = open_series(tmp_path / "run")
     assert series.steps == tuple(range(9))
     assert equal(series.read(8).tensors, weights)
-    with pytest.raises(RecorderError, match="holds checkpoints later than start=0"):
+    with pytest.raises(RecorderError, match="has checkpoints later than start=0"):
         train(lib, tmp_path, lib.Callback(tmp_path / "run"))
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints of other formats, made into a run: the verb `convert`."""
+"""The verb `convert`: checkpoints of other formats become a run."""

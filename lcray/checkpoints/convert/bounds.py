@@ -1,7 +1,8 @@
-"""What a file may take: memory and disk follow from the bytes that are in it.
+"""Limits on the memory and disk that a file may take, in proportion to its own bytes.
 
-torch's restricted reader runs no code, but a small file can ask it for much: compressed entries,
-views that repeat one number (strides of 0) or overlap, bytes that are made and not read.
+torch's restricted reader runs no code, but a small file can make it allocate much memory: by
+compressed entries, by views that repeat one number (strides of 0) or overlap, and by bytes that are
+created from a count instead of read.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from torch import Tensor
 
 from lcray.errors import CheckpointError
 
-_REPEATS = 4  # times the file: views of fused, sliced and transposed weights share their memory
-_FREE = 1 << 20  # bytes that views may repeat in any case, such as those of small masks
+_REPEATS = 4  # times the file: views of fused, sliced and transposed weights share memory
+_FREE = 1 << 20  # bytes that views may repeat in any file, such as small masks
 _TAIL = 98  # bytes at the end of a ZIP file: two ends of its index (one for large files), a pointer
-_MADE = b"\nbytearray\n"  # how a pickle names what makes any number of bytes from a number
+_MADE = b"\nbytearray\n"  # a pickle's name for the function that makes n bytes from n
 
 
 def check_file(path: Path, *, trust: bool) -> str | None:
-    """Check a file of torch.save before it is read; what is wrong with a damaged archive, if it is.
+    """Check a file of torch.save before it is read; returns the fault of a damaged archive, if any.
 
     Raises:
         CheckpointError: if its entries take more than the file, or (without `trust`) its pickle
-            makes bytes that are not there.
+            creates bytes that are not in the file.
         OSError: if it cannot be read.
     """
     with path.open("rb") as file:
@@ -58,9 +59,9 @@ def check_file(path: Path, *, trust: bool) -> str | None:
 
 
 def _ends_as_usual(path: Path) -> bool:
-    """Whether a ZIP file ends with its index, and nothing after that: then all readers find one.
+    """Whether a ZIP file ends with its index and nothing else: then all readers find the same.
 
-    Otherwise torch might read other entries than those that were looked at here.
+    Otherwise torch might read other entries than the entries that were checked here.
     """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -87,19 +88,19 @@ def _holds(path: Path, words: bytes) -> bool:
 def _makes_bytes(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path}: holds a bytearray, which may take more memory than the file; save its tensors "
-        "alone, or pass --trust-pickle (trust_pickle=True) if you trust who made it"
+        "alone, or pass --trust-pickle (trust_pickle=True) if you trust its author"
     )
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Check that tensors do not take much more than the file that they come from.
+    """Check that tensors do not take much more memory than the file that they come from.
 
     Args:
         path: the file.
-        tensors: by name; those that are stored once are one object.
+        tensors: by name; a tensor that is stored once is one object, whatever its number of names.
 
     Raises:
-        CheckpointError: if they do.
+        CheckpointError: if they take more.
     """
     distinct = {id(value): value for value in tensors.values()}.values()
     plain = [value for value in distinct if value.layout == torch.strided]
@@ -107,6 +108,6 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     size = path.stat().st_size
     if taken > _REPEATS * size + _FREE:
         raise CheckpointError(
-            f"{path}: its tensors take {taken:,} bytes, the file has {size:,}, so that they repeat "
+            f"{path}: its tensors take {taken:,} bytes, the file has {size:,}, so they repeat "
             "the same numbers; save copies: {name: value.clone() for name, value in …}"
         )

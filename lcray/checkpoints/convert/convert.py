@@ -29,12 +29,12 @@ _MARK = "converted_from"  # in the metadata of run.json
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
-        steps: of the run's checkpoints that come from the source, ascending.
-        written: how many of them were written now; the others had been before.
-        layers: names of the tensors, in their order; tied ones once.
+        steps: the run's checkpoints that come from the source, ascending.
+        written: how many of them were written now; the others existed already.
+        layers: names of the tensors, in the model's order; a tied tensor once.
     """
 
     steps: tuple[int, ...]
@@ -51,33 +51,34 @@ def convert(
     trust_pickle: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
-    """Turn saved checkpoints into a run: one safetensors file a step, and `run.json`.
+    """Turn saved checkpoints into a run: one safetensors file per step, and `run.json`.
 
     Sources are files of `torch.save` (``.pt``, ``.pth``, ``.bin``; Lightning's ``.ckpt``),
     directories that `torch.distributed.checkpoint` wrote, and directories of either. The step is
     the file's own ``global_step`` (or ``step``, ``iteration``), else the integer in its name. Every
-    file appears whole or not at all; the same command goes on where it stopped; nothing is
-    overwritten.
+    file appears whole or not at all. After an interruption, the same command goes on where it
+    stopped. Nothing is overwritten.
 
-    Without `trust_pickle` nothing is unpickled but tensors, numbers and containers, by torch's
-    restricted reader. What needs more is refused: unpickling can run any code in the file.
+    Without `trust_pickle`, torch's restricted reader unpickles tensors, numbers and containers
+    only. A file that needs more is refused, since unpickling can run any code in the file.
 
     Args:
         source: a checkpoint, or a directory of them.
-        run: the directory of the run, made if missing.
-        strip_prefix: keep only the tensors whose names begin so, such as ``"model."``, and take it
-            off. Prefixes that wrappers add (``module.``, ``_orig_mod.``) go in any case.
+        run: the directory of the run, created if missing.
+        strip_prefix: keep only the tensors whose names begin with it, such as ``"model."``, and
+            remove it from their names. Prefixes that wrappers add (``module.``, ``_orig_mod.``) are
+            always removed.
         key: the entry of each file that holds the model. By default ``state_dict``,
             ``model_state_dict``, ``model`` or ``module``, or else the file itself.
-        trust_pickle: unpickle what cannot be read otherwise, and run what is in it. Distributed
-            checkpoints need it: their index is a pickle.
-        progress: is told how many sources are done, and of how many.
+        trust_pickle: unpickle files that cannot be read otherwise, which runs the code in them.
+            Distributed checkpoints need it: their index is a pickle.
+        progress: called with the number of sources done and the number of all sources.
 
     Raises:
-        CheckpointError: nothing to convert, a source that cannot be read, needs trust or does not
-            fit the others, or two of them of one step that differ.
+        CheckpointError: there is nothing to convert; a source cannot be read, needs trust or does
+            not fit the others; or two sources of the same step differ.
         RecorderError: the run cannot be written, holds something else, or is in use.
-        UsageError: the run is an address, or lies where the source is.
+        UsageError: the run is a URI, or is the source itself.
     """
     root, target = Path(source), place(run)
     if isinstance(target, Remote):
@@ -101,7 +102,7 @@ def convert(
 
 
 class _Writing:
-    """A run that checkpoints are added to."""
+    """A run to which checkpoints are added."""
 
     def __init__(self, run: Path, source: Path, first: Saved, path: Path) -> None:
         self._layout = _layout(first.tensors, path)
@@ -118,23 +119,21 @@ class _Writing:
             raise
 
     def _check(self, source: Path) -> dict[str, Any]:
-        """What `run.json` is to say, where the directory may be added to."""
+        """The content of `run.json`, if checkpoints may be added to the directory."""
         run, settings = self._directory.path, _settings(source)
         previous = runfile.load(run)
         if previous is None and any(run.iterdir()):
-            raise RecorderError(f"{run}: is not empty; name a new directory for the run")
+            raise RecorderError(f"{run}: not empty; name a new directory for the run")
         if previous is not None:
             metadata = previous.get("metadata")
             if not isinstance(metadata, Mapping) or metadata.get(_MARK) != str(source.resolve()):
-                raise RecorderError(
-                    f"{run}: holds a run that is not of this source; name a new directory"
-                )
+                raise RecorderError(f"{run}: holds a run from another source; name a new directory")
             runfile.check_same_layers(run, previous, self._layout)
             self._had_ended = previous.get("ended") is True
         return runfile.describe(self._layout, settings, 0, None)
 
     def add(self, saved: Saved, path: Path) -> None:
-        """Write one checkpoint, unless it is there."""
+        """Write one checkpoint, unless it exists."""
         layout = _layout(saved.tensors, path)
         if _signature(layout) != _signature(self._layout):
             raise CheckpointError(
@@ -157,18 +156,18 @@ class _Writing:
         self._seen[saved.step] = path
 
     def _begin(self) -> None:
-        """Say in `run.json`, before the first new checkpoint, that there will be more."""
+        """Note in `run.json`, before the first new checkpoint, that more will come."""
         if not self._begun:
             self._directory.write(runfile.NAME, [runfile.encode(self._content)])
             self._begun = True
 
     def end(self) -> Conversion:
-        """Say in `run.json` that all of it is there."""
+        """Note in `run.json` that the run is complete."""
         self._say_ended()
         return Conversion(tuple(sorted(self._seen)), self._written, tuple(self._layout.keys))
 
     def _say_ended(self) -> None:
-        held = sorted(self._known)  # also those whose sources are gone by now
+        held = sorted(self._known)  # also steps whose sources have been removed since
         every = min((after - before for before, after in pairwise(held)), default=1)
         self._content["sessions"][0] |= {"start": held[0], "every": every}
         ended = {**self._content, "every": every, "ended": True, "last_step": held[-1]}
@@ -176,10 +175,10 @@ class _Writing:
         self._begun = False
 
     def close(self) -> None:
-        """Give the lock back; a run that had ended has not lost its end to a source that failed."""
+        """Release the lock; a source that failed does not make a complete run incomplete."""
         try:
             if self._begun and self._had_ended:
-                with suppress(OSError):  # what went wrong before is what is told
+                with suppress(OSError):  # the earlier error is the one to report
                     self._say_ended()
         finally:
             self._directory.close()
@@ -191,7 +190,7 @@ def _settings(source: Path) -> dict[str, Any]:
 
 
 def _layout(tensors: Mapping[str, Tensor], path: Path) -> Layout:
-    """Names say which tensors are buffers: those of BatchNorm; a file does not."""
+    """The layout; buffers are recognised by BatchNorm's names, since a file does not mark them."""
     buffers = {name for name in tensors if name.rpartition(".")[2] in _BUFFERS}
     everything = frozenset(tensors)
     try:
@@ -209,7 +208,7 @@ def _difference(new: Layout, old: Layout) -> str:
     known = {layer.name: layer for layer in old.layers}
     for layer in new.layers:
         if known.get(layer.name) != layer:
-            return f"tensor {layer.name!r} is not as in the first checkpoint"
+            return f"tensor {layer.name!r} differs from the first checkpoint"
     missing = known.keys() - {layer.name for layer in new.layers}
     return f"tensor {min(missing)!r} is missing" if missing else "other tensors are tied"
 

@@ -1,8 +1,8 @@
-"""Reading what other programs saved. The only module that calls torch.load.
+"""Reading checkpoints of other programs. The only module that calls torch.load.
 
-A file of torch.save is a pickle, and the index of a distributed checkpoint is one, too: unpickling
-can run any code that its author put in. torch reads plain tensors, numbers and containers without
-running anything (``weights_only=True``), and that is all that happens without trust.
+A file of torch.save is a pickle, and so is the index of a distributed checkpoint: unpickling can
+run any code that its author put in. torch reads plain tensors, numbers and containers without
+running anything (``weights_only=True``), and without trust lcray reads nothing else.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from lcray.errors import CheckpointError, one_line, suggest
 _MODELS = ("state_dict", "model_state_dict", "model", "module")
 _STEPS = ("global_step", "step", "iteration")
 _TRUST = (
-    "unpickling it can run any code that its author put in: if you made it, or trust who did, pass "
+    "unpickling it can run any code that its author put in: if you trust its author, pass "
     "--trust-pickle (trust_pickle=True)"
 )
 
 
 @dataclass(frozen=True)
 class Saved:
-    """One checkpoint that was read: its tensors by canonical name, and its step."""
+    """One checkpoint in memory: its tensors by canonical name, and its step."""
 
     tensors: dict[str, Tensor]
     step: int
@@ -42,10 +42,10 @@ def read_source(source: Source, *, key: str | None, prefix: str, trust: bool) ->
     """Read one checkpoint.
 
     Args:
-        source: which one.
-        key: the entry of the file that holds the model; None takes the file itself or a usual one.
-        prefix: keeps the tensors under it, and takes it off their names.
-        trust: unpickle what cannot be read otherwise.
+        source: the checkpoint.
+        key: the entry of the file that holds the model; None takes a usual one or the file itself.
+        prefix: keep only the tensors whose names begin with it, and remove it from their names.
+        trust: unpickle files that cannot be read otherwise.
 
     Raises:
         CheckpointError: it cannot be read, needs trust, or holds no model or no step.
@@ -60,11 +60,11 @@ def read_source(source: Source, *, key: str | None, prefix: str, trust: bool) ->
         step = source.named_step
     if step is None:
         raise CheckpointError(
-            f"{source.path}: neither its content nor its name holds a step; rename it, as to "
+            f"{source.path}: neither its content nor its name holds a step; rename it, e.g. to "
             f"step-10{source.path.suffix}"
         )
     if not 0 <= step < 2**63:
-        raise CheckpointError(f"{source.path}: says that it is step {step}; steps are 0 to 2**63")
+        raise CheckpointError(f"{source.path}: claims to be step {step}; steps are 0 to 2**63")
     names = naming.canonical_names(kept)
     for name in names.values():
         if not header.can_name(name):
@@ -88,12 +88,12 @@ def _file(source: Source, key: str | None, trust: bool) -> tuple[Mapping[str, An
 
 
 def _step_in(content: Mapping[str, Any], model: Mapping[str, Any]) -> int | None:
-    """The step that a file names beside its model; a tensor among those of the model is not it."""
+    """The step that a file names beside its model; a tensor of the model is not a step."""
     for name in _STEPS:
         value = content.get(name)
         if content is not model and isinstance(value, Tensor) and _is_integer(value):
             value = value.item()
-        if type(value) is int:  # no bool
+        if type(value) is int:  # not a bool
             return value
     return None
 
@@ -124,7 +124,7 @@ def _load(source: Source, trust: bool) -> Any:
 
 
 def _check(source: Source, trust: bool) -> None:
-    """Refuse what torch.load would hand to other readers, or would take too much for."""
+    """Refuse a file that torch.load would give to another reader, or that needs too much memory."""
     _refuse_other_formats(source.path)
     try:
         damage = check_file(source.path, trust=trust)
@@ -135,16 +135,16 @@ def _check(source: Source, trust: bool) -> None:
 
 
 def _refuse_other_formats(path: Path) -> None:
-    """Refuse what torch.load would hand to other readers, trusted or not."""
+    """Refuse a file that torch.load would give to another reader, with or without trust."""
     if _is_torchscript(path):
         raise CheckpointError(
-            f"{path}: is a TorchScript archive, a program that is not run here: if you trust it, "
+            f"{path}: is a TorchScript archive, a program that is not run: if you trust it, "
             "save what torch.jit.load(FILE).state_dict() gives, with torch.save"
         )
     if _is_tar(path):
         raise CheckpointError(
-            f"{path}: is a tar file, as the first versions of torch wrote, and not unpickled here: "
-            "if you trust it, save what torch.load(FILE, weights_only=False) gives, with torch.save"
+            f"{path}: is a tar file of an early version of torch, and is not unpickled here: if "
+            "you trust it, save what torch.load(FILE, weights_only=False) gives, with torch.save"
         )
 
 
@@ -152,15 +152,15 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except Exception:  # whatever is wrong with it, torch.load tells
+    except Exception:  # torch.load reports the fault
         return False
 
 
 def _is_tar(path: Path) -> bool:
     try:
         with tarfile.open(path, "r:") as archive:
-            return archive.next() is not None  # zeros alone are an empty archive, too
-    except Exception:  # likewise
+            return archive.next() is not None  # zeros alone also count as an empty archive
+    except Exception:  # as above
         return False
 
 
@@ -213,7 +213,7 @@ def _distributed(source: Source, trust: bool) -> tuple[dict[str, Tensor], int | 
 
 
 def _tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, where those that share all of their memory are one object."""
+    """The same tensors, where tensors that share all of their memory are one object."""
     first: dict[tuple[Any, ...], Tensor] = {}
     for name, value in tensors.items():
         if value.layout == torch.strided and value.numel():

@@ -1,4 +1,4 @@
-"""What there is to convert in a place: files of torch.save, and distributed checkpoints."""
+"""Finding what can be converted: files of torch.save, and distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Source:
 
     @property
     def named_step(self) -> int | None:
-        """The step in the name, or in that of the folder for `checkpoint-500/pytorch_model.bin`."""
+        """The step in the name; for `checkpoint-500/pytorch_model.bin`, in the folder's name."""
         name = self.path.name
         if name in naming.MODEL_PICKLES:
             name = self.path.parent.name
@@ -28,10 +28,10 @@ class Source:
 
 
 def find_sources(root: Path) -> tuple[Source, ...]:
-    """The checkpoints at `root`: itself, or those in the directory.
+    """The checkpoints at `root`: itself, or the checkpoints in that directory.
 
     Raises:
-        CheckpointError: nothing there, or nothing that can be converted.
+        CheckpointError: nothing is there, or nothing that can be converted.
     """
     if not root.exists():
         raise CheckpointError(f"{root}: not found; give a checkpoint or a directory of them")

@@ -348,11 +348,11 @@ def test_a_run_has_not_ended_while_checkpoints_are_added(
 
 def test_runs_of_others_are_left_alone(saved: Path, tmp_path: Path) -> None:
     lcray.Recorder(net(0), tmp_path / "recorded").close()
-    with pytest.raises(RecorderError, match="holds a run that is not of this source"):
+    with pytest.raises(RecorderError, match="holds a run from another source"):
         lcray.convert(saved, tmp_path / "recorded")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
-    with pytest.raises(RecorderError, match="is not empty"):
+    with pytest.raises(RecorderError, match=": not empty"):
         lcray.convert(saved, tmp_path / "full")
     with pytest.raises(UsageError, match="is the source itself"):
         lcray.convert(saved, saved)
@@ -379,7 +379,7 @@ def test_the_same_step_twice(saved: Path, tmp_path: Path) -> None:
         ({"w": torch.eye(2).to_sparse()}, "step-1.pt", r"step-1\.pt: .*safetensors cannot hold"),
         ({"w": torch.ones(1), "__metadata__": torch.ones(1)}, "step-1.pt", "called '__metadata__'"),
         ({"w\udcff": torch.ones(1)}, "step-1.pt", "save it under another name"),
-        ({"model": {"w": torch.ones(1)}, "step": -5}, "step-1.pt", "says that it is step -5"),
+        ({"model": {"w": torch.ones(1)}, "step": -5}, "step-1.pt", "claims to be step -5"),
         ({"model": {"w": torch.ones(1)}, "step": 2**63}, "step-1.pt", "steps are 0 to 2"),
         ({"state_dict": {"epoch": 3}}, "step-1.pt", "no tensors under ''"),
     ],
@@ -420,7 +420,7 @@ def test_damaged_files(damage: str, saved: Path, tmp_path: Path) -> None:
 def test_models_of_different_form(saved: Path, tmp_path: Path) -> None:
     torch.save({**tied(9), "0.bias": torch.ones(4)}, saved / "net-9.pt")
     with pytest.raises(
-        CheckpointError, match=r"net-9\.pt: tensor '0\.bias' is not as in the first"
+        CheckpointError, match=r"net-9\.pt: tensor '0\.bias' differs from the first"
     ):
         lcray.convert(saved, tmp_path / "run")
     torch.save({"0.weight": torch.ones(3, 3)}, saved / "net-9.pt")
