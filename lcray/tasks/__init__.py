@@ -1,1 +1,1 @@
-"""What is analyzed: the task of a user, its model as one flat vector, its data in batches."""
+"""The subject of an analysis: a user's task, its model as one flat vector, its data in batches."""

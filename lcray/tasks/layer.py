@@ -1,10 +1,10 @@
 """A layer: one named tensor of a model, as plans and tables describe it.
 
-A *layer* is one named tensor (``conv1.weight``), its *module* the owner, a *unit* the elements of
-one output: a slice along the output axis. Where a transposed convolution has groups, its weight
-[in, out/groups, …] has outputs of every group along one axis: unit group·(out/groups) + j is slice
-j of the rows of that group's inputs. Tied parameters are one layer, under the first name that the
-model gives them.
+A *layer* is one named tensor (``conv1.weight``), its *module* is its owner, and a *unit* is the
+elements of one output: a slice along the output axis. If a transposed convolution has groups, its
+weight [in, out/groups, …] has outputs of every group along one axis: unit group·(out/groups) + j is
+slice j of the rows of that group's inputs. Tied parameters are one layer, under the first name that
+the model gives them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Layer:
         unit_axis: the axis whose slices are the units, None for a scalar.
         trainable: whether it requires gradients; buffers count as not trainable.
         aliases: further names of the same tensor (tied parameters).
-        unit_groups: blocks of the first axis whose slices along `unit_axis` are units of their own.
+        unit_groups: number of blocks of the first axis; each block's slices are separate units.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Layer:
         return 1 if self.unit_axis is None else self.shape[self.unit_axis] * self.unit_groups
 
     def to_dict(self) -> dict[str, Any]:
-        """The layer as JSON-ready values; without groups of units as before there were any."""
+        """The layer as JSON-ready values; `unit_groups` is left out if 1, as in older files."""
         data = asdict(self)
         if self.unit_groups == 1:
             del data["unit_groups"]
@@ -59,5 +59,5 @@ class Layer:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Layer:
-        """The layer that `to_dict` described; raises as `lcray.storage.json_types.build`."""
+        """The layer that `to_dict` described; raises like `lcray.storage.json_types.build`."""
         return build(cls, data)

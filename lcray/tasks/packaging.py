@@ -1,7 +1,7 @@
-"""The code of a task on its way to a cluster: the task's module or package, and what it imports.
+"""Packaging a task's code for a cluster: the task's module or package, and what it imports.
 
-Only what lies in the task's own folder travels; what is installed has to be installed there too.
-Checkpoints, outputs, hidden files and virtual environments never travel, however they got there.
+Only files in the task's own folder are packaged; installed packages must be installed there, too.
+Checkpoints, outputs, hidden files and virtual environments are never packaged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from lcray.errors import TaskError, UsageError
 from lcray.tasks.task import locate
 
-MAX_BYTES = 64 * 2**20  # Ray's job server takes less than 100 MiB; code is a thousandth of that
+MAX_BYTES = 64 * 2**20  # Ray's job server takes less than 100 MiB; code is much smaller
 CHECKPOINTS = ("*.safetensors", "*.safetensors.index.json", "*.pt", "*.pth", "*.ckpt")
 LEFT_OUT = (*CHECKPOINTS, "*.parquet", "*.pyc", "__pycache__", ".*")
 
@@ -32,8 +32,8 @@ class Package:
     """A task's code.
 
     Attributes:
-        reference: of the task from inside the package.
-        files: where each file of the package is on this machine, by its path in the package.
+        reference: of the task, as seen from inside the package.
+        files: path on this machine of each file, by its path in the package.
     """
 
     reference: str
@@ -41,7 +41,7 @@ class Package:
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
+        """Bytes in total."""
         return sum(path.stat().st_size for path in self.files.values())
 
     @property
@@ -64,14 +64,14 @@ def pack(task: str, *, include: Sequence[str] = (), never: Sequence[str] = ()) -
     """Find the code of a task, without running it.
 
     Args:
-        task: ``package.module:attribute``, looked for as Python would from the current folder, or
-            ``path/file.py:attribute``.
+        task: ``package.module:attribute``, searched for like a Python import from the current
+            folder, or ``path/file.py:attribute``.
         include: files and folders of the task's folder (or of the current one) to add, such as
             data that the code reads, or modules that it imports by a computed name.
-        never: files and folders (the run and the output) to leave out in any case.
+        never: files and folders (the run and the output) that are always left out.
 
     Raises:
-        UsageError: if something to include is not there, or in neither folder.
+        UsageError: if a path in `include` is missing, or is in neither folder.
         TaskError: if the task's module is not found, or the package is too large.
     """
     reference = locate(task).reference
@@ -84,7 +84,7 @@ def pack(task: str, *, include: Sequence[str] = (), never: Sequence[str] = ()) -
         reference = f"{Path(name).name}:{attribute}"
     else:
         root, first = _find_module(name)
-    # A task may lie in the folder of its run: then that folder's checkpoints are left out by name.
+    # A task may be in the folder of its run: then checkpoints are left out by their names.
     barred = [os.path.realpath(each) for each in never]
     walk = _Walk(tuple(Path(each) for each in barred if not _holds(each, first)))
     files = _with_imports(root, first, walk) if first else {}
@@ -100,7 +100,7 @@ def _holds(folder: str, path: Path | None) -> bool:
 
 
 def _find_module(name: str) -> tuple[Path, Path | None]:
-    """The folder that a module is imported from and its file or package there; None: installed."""
+    """The folder that a module is imported from, and its file or package; None if installed."""
     top = name.partition(".")[0]
     where = _place(PathFinder.find_spec(top, [str(Path.cwd()), *sys.path]) or _hooked(top))
     if where is None:
@@ -117,7 +117,7 @@ def _find_module(name: str) -> tuple[Path, Path | None]:
 
 
 def _hooked(name: str) -> ModuleSpec | None:
-    """The place of a module that was installed in editable mode, through a hook of its own."""
+    """The place of a module installed in editable mode, which is found through an import hook."""
     try:
         return importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -134,14 +134,14 @@ def _place(spec: ModuleSpec | None) -> Path | None:
 
 
 def _is_installed(path: Path) -> bool:
-    """Whether a package manager put it there; a virtual environment may be in the same folder."""
+    """Whether a package manager put it there; a virtual environment may be in the task's folder."""
     if {"site-packages", "dist-packages"} & set(path.parts):
         return True
     return path.is_relative_to(Path(sysconfig.get_path("stdlib")).resolve())
 
 
 def _with_imports(root: Path, first: Path, walk: _Walk) -> dict[str, Path]:
-    """`first`, and every module and package in `root` that it imports, directly or not."""
+    """`first`, and every module and package in `root` that it imports, directly or indirectly."""
     files: dict[str, Path] = {}
     todo, seen = [first], {first}
     while todo:
@@ -158,13 +158,13 @@ def _with_imports(root: Path, first: Path, walk: _Walk) -> dict[str, Path]:
 
 
 def _imported(path: Path) -> Iterator[str]:
-    """The first part of every absolute import in a file, those inside of functions as well."""
+    """The first part of every absolute import in a file, also of imports inside functions."""
     if path.suffix != ".py":
         return
     try:
-        with warnings.catch_warnings(action="ignore"):  # about the user's code, not for now
+        with warnings.catch_warnings(action="ignore"):  # the user's code warns when it runs
             tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # a template, say; what is imported fails where it is run
+    except (SyntaxError, ValueError):  # e.g. a template; broken code fails when it runs
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -175,23 +175,23 @@ def _imported(path: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Walk:
-    """Lists files, without what never travels.
+    """Lists files, and leaves out files that are never packaged.
 
     Attributes:
-        never: real paths to leave out with all that is in them.
+        never: real paths to leave out with everything in them.
     """
 
     never: tuple[Path, ...]
 
     def files(self, path: Path, root: Path) -> dict[str, Path]:
-        """The files at `path`, which may be one itself, by their path from `root`."""
+        """The files at `path`, which may be a file itself, by their path from `root`."""
         if path.is_file():
             if self._is_barred(path):
                 return {}
             return {path.relative_to(root).as_posix(): path}
         found: dict[str, Path] = {}
         seen: set[str] = set()
-        # Links are followed, as Python's imports do: a link to a folder above would not end.
+        # Links are followed, as by Python's imports: a link to a folder above would never end.
         for folder, folders, names in os.walk(path, followlinks=True):
             here = Path(folder)
             if os.path.realpath(here) in seen or self._is_barred(here) or _is_no_code(here, names):
@@ -239,14 +239,14 @@ def _included(path: Path, root: Path, walk: _Walk) -> dict[str, Path]:
 
 
 def _check_size(package: Package) -> None:
-    """Refuse what is no code by its size; Ray's own refusal names no file."""
+    """Refuse a package that is too large to be code; Ray's own refusal names no file."""
     if package.size <= MAX_BYTES:
         return
     sizes = {name: path.stat().st_size for name, path in package.files.items()}
     largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
     shown = ", ".join(f"{name} ({sizes[name] / 2**20:.0f} MiB)" for name in largest)
     raise TaskError(
-        f"task code: {package.size / 2**20:.0f} MiB in {len(sizes)} files, may have "
-        f"{MAX_BYTES // 2**20}; the largest: {shown}; put data where every node reads them, "
-        "outside of the task's package"
+        f"task code: {package.size / 2**20:.0f} MiB in {len(sizes)} files, but at most "
+        f"{MAX_BYTES // 2**20} MiB are allowed; the largest: {shown}; put data where every node "
+        "reads them, outside of the task's package"
     )

@@ -1,6 +1,6 @@
 """The user's side: a `Task` says what cannot be guessed, once, in a module of the user's own.
 
-Legend: B samples a batch, n items a batch (a sample or a token), C classes.
+Legend: B samples per batch, n items per batch (an item is a sample or a token), C classes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Data = Dataset[Any] | tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Task:
-    """What is analyzed: a model, data, and a loss per item.
+    """The subject of an analysis: a model, data, and a loss per item.
 
     Attributes:
         model: builds the model, without arguments; the architecture only, since the weights come
@@ -45,13 +45,13 @@ class Task:
         collate: makes a batch of a list of samples, for data sets; torch's default otherwise.
         sample_targets: ``sample_targets(output, batch, generator)`` gives `batch` with targets
             drawn from the model's own distribution, by `generator` (on the device of `output`,
-            what the model returned for the batch); for the true Fisher information, where losses
-            must be -log p of their target, up to a constant.
+            which is the model's result for the batch). It is for the true Fisher information,
+            where losses must be -log p of their target, up to a constant.
         batch_loss: whether batches are part of the loss: the losses of a batch depend on each
             other, as in InfoNCE. Batches are then a seeded permutation of the split, of the size
-            that the settings say (256 by default), never tuned and never sorted by group; a sample
-            of the split and Fisher information do not exist. Without it, a loss whose items depend
-            on the others of their batch is refused.
+            in the settings (256 by default), never tuned and never sorted by group. Samples of the
+            split and Fisher information do not exist then. If it is False, a loss whose items
+            depend on other items of their batch is refused.
 
     Example:
         >>> import torch, torch.nn.functional as F
@@ -76,19 +76,19 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Where a task comes from, in a form that a worker on another machine can load.
+    """The origin of a task, in a form that a worker on another machine can load.
 
     Attributes:
         reference: ``package.module:attribute`` or ``path/file.py:attribute``; for an object that
-            was passed as it is, a description.
-        task: the object itself, where it cannot be imported (a notebook's).
+            was passed directly, a description.
+        task: the object itself, if it cannot be imported (as in a notebook).
     """
 
     reference: str
     task: Task | None = None
 
     def load(self) -> Task:
-        """The task, imported where necessary.
+        """The task, imported if necessary.
 
         Raises:
             TaskError: if it cannot be imported or is not a task.
@@ -99,7 +99,7 @@ class TaskSource:
 
 
 def locate(task: str | Task) -> TaskSource:
-    """Where workers find `task`; the path of a file is made absolute.
+    """The source from which workers load `task`; the path of a file is made absolute.
 
     Raises:
         UsageError: if `task` is neither a reference nor a `Task`.
@@ -123,7 +123,7 @@ def load_task(reference: str) -> Task:
     The attribute is a `Task`, or a function without required arguments that returns one.
 
     Raises:
-        UsageError: if the reference has another form.
+        UsageError: if the reference does not have one of these forms.
         TaskError: if it cannot be imported, or is not a task.
     """
     name, _, attribute = _split(reference)
@@ -169,7 +169,7 @@ def _import_file(path: Path) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise TaskError(f"task file {path}: not found")
-    # Another module may have the file's name: one that is installed, or a task's elsewhere.
+    # An installed module, or a task in another folder, may have the file's name.
     name = path.stem
     if name in sys.modules and not _is_from(sys.modules[name], path):
         name = f"_lcray_task_{name}_{zlib.crc32(str(path).encode()):08x}"
@@ -225,11 +225,11 @@ def required_arguments(function: Callable[..., Any], given: int = 0) -> list[str
 
 
 def source_hash(task: Task, model: nn.Module) -> str:
-    """SHA-256 of the source of the modules that the task's parts and the model's are defined in.
+    """SHA-256 of the source of the modules that define the parts of the task and of the model.
 
     Modules that a package manager installed count by name only: their versions are recorded
-    elsewhere. Where there is no source (a session typed by hand) the parts' code stands for it.
-    Of a `functools.partial` that builds the model or is the loss, plain arguments count as well.
+    elsewhere. If there is no source (in an interactive session), the parts' bytecode is used. For a
+    `functools.partial` that builds the model or is the loss, plain arguments count as well.
     """
     # The order of a set differs from process to process, and two classes may have one name.
     kinds = sorted(
@@ -315,7 +315,7 @@ def split_data(task: Task, names: Sequence[str] | None = None) -> dict[str, Data
     """The data of the splits called `names` (all of them by default), in the task's order.
 
     Raises:
-        TaskError: if the data cannot be loaded, or a split is empty or of another kind.
+        TaskError: if the data cannot be loaded, or a split is empty or of an unsupported kind.
         UsageError: for an unknown name.
     """
     try:
@@ -368,13 +368,13 @@ def _check_split(name: str, data: Any) -> None:
 
 
 def _is_table(data: Any) -> bool:
-    """Whether it is one of pandas, polars or Arrow: its rows do not come by their numbers."""
+    """Whether it is a table of pandas, polars or Arrow: rows are not indexed by their numbers."""
     arrow = type(data).__module__.partition(".")[0] == "pyarrow"
     return arrow or (hasattr(data, "to_numpy") and not isinstance(data, Dataset))
 
 
 def _check_part(where: str, part: Any) -> None:
-    """Refuse what a tensor could not be made of, or only of other values than are meant."""
+    """Refuse data that cannot become a tensor, or would become one with wrong values."""
     kind = type(part).__name__
     if hasattr(part, "to_numpy"):  # rows by label, not by position
         raise TaskError(f"{where}: is a {kind}; pass .to_numpy()")

@@ -114,7 +114,7 @@ TASKS = [
     ("newcomers:one_split_bare", "must map names to data, as in {'train': "),
     (
         "newcomers:other_shapes",
-        r"'0.weight' has shape \[5, 4\], the task's model \[6, 4\]; does the",
+        r"'0.weight' has shape \[5, 4\], but \[6, 4\] in the task's model; does the",
     ),
     ("newcomers:other_names", "'0.weight' is not in the task's model .*; does the task build the"),
     ("newcomers:model_with_argument", r"task model: needs arguments \(size\)"),

@@ -162,8 +162,9 @@ def test_too_large_names_what_is(tree: Tree) -> None:
     limit = MAX_BYTES // 2**20
     with pytest.raises(
         TaskError,
-        match=rf"^task code: {limit + 2} MiB in 4 files, may have {limit}; the largest: "
-        rf"mine/images.npz \({limit - 1} MiB\), mine/labels.npz \(3 MiB\), .*put data where",
+        match=rf"^task code: {limit + 2} MiB in 4 files, but at most {limit} MiB are allowed; the "
+        rf"largest: mine/images.npz \({limit - 1} MiB\), mine/labels.npz \(3 MiB\), "
+        r".*put data where",
     ):
         pack("mine:task")
     os.truncate(root / "mine" / "labels.npz", 2**20 - 1)

@@ -1,7 +1,7 @@
-"""The batches of a split: resident on the device, or streamed to it one evaluation after another.
+"""The batches of a split: resident on the device, or streamed to it for each evaluation.
 
-Both give the same batches, bit for bit. A stream reads ahead in a thread of its own, so that
-reading, collating and pinning hide behind the gradients.
+Both give the same batches, bit for bit. A stream reads ahead in a thread of its own, so reading,
+collating and pinning run while gradients are computed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lcray.tasks.data.pytree import count_bytes, map_tensors
 
-AHEAD = 2  # batches that a stream may read before they are asked for
+AHEAD = 2  # batches that a stream may read in advance
 
 THREAD = "lcray-batches"
 
@@ -25,17 +25,17 @@ class Batches:
     """The batches of a split, in order; they can be iterated any number of times.
 
     Attributes:
-        resident: whether they are on the device already, all or those from `first` on.
-        nbytes: bytes of these batches once placed; from the sizes of those seen where not resident.
+        resident: whether they are on the device already, all of them or the kept ones from `first`.
+        nbytes: bytes of these batches once placed; estimated from sizes seen if not resident.
 
     Args:
-        n: how many there are.
+        n: the number of batches.
         read: gives a batch by its number, as the task makes it; it may be called in a thread.
         place: moves a tensor to the device and dtype of the computation.
-        device: where `place` moves tensors.
+        device: the device that `place` moves tensors to.
         placed: the batches, placed; None to stream them.
         nbytes: bytes of these batches once placed.
-        first: the number of the first of `placed`, where only some of the batches are kept.
+        first: the number of the first batch in `placed`, if only some of the batches are kept.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Batches:
         return self._n
 
     def __getitem__(self, index: int) -> Any:
-        """One batch, placed; read anew where they are streamed.
+        """One batch, placed; read again if batches are streamed.
 
         Raises:
             IndexError: if there is no such batch.
@@ -80,7 +80,7 @@ class Batches:
         return self.only(range(self._n))
 
     def single(self, number: int) -> Batches:
-        """One of them alone, resident.
+        """One batch alone, resident.
 
         Raises:
             TaskError: if it cannot be read.
@@ -110,11 +110,11 @@ class Batches:
                 if (number := next(later, None)) is not None:
                     ahead.append(pool.submit(self._fetch, number))
                 yield batch
-        finally:  # also where the loop is left early
+        finally:  # also if the loop ends early
             pool.shutdown(cancel_futures=True)
 
     def _enter_thread(self) -> None:
-        if self._device.type == "cuda":  # else pinning would start a context on the first device
+        if self._device.type == "cuda":  # otherwise pinning would start a context on device 0
             torch.cuda.set_device(self._device)
 
     def _fetch(self, number: int) -> Any:

@@ -1,6 +1,6 @@
-"""Group labels of a split: those of a batch, and what all of them tell.
+"""Group labels of a split: the labels of a batch, and a survey of all of them.
 
-Legend: n items a batch.
+Legend: n items per batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_GROUPS = 10_000
 
 
 class Survey:
-    """What the labels of all chunks tell: those that occur, and those of samples of one group.
+    """Results over the labels of all chunks: the labels that occur, and the label of each sample.
 
     Attributes:
         known: the labels that occur, ascending.
@@ -45,12 +45,12 @@ class Survey:
             self._found = None
 
     def labels(self) -> np.ndarray[Any, Any] | None:
-        """The group of each sample where all items of a sample share theirs, else None."""
+        """The group of each sample, if all items of a sample share one, else None."""
         return np.concatenate(self._found) if self._found else None
 
 
 def confirmed(name: str, task: Task, samples: Samples, labels: np.ndarray[Any, Any]) -> bool:
-    """Whether batches of one sample confirm that items come sample by sample."""
+    """Whether batches of one sample confirm that the items of a sample follow each other."""
     n = len(labels)
     for i in {*range(min(n, FEW)), n - 1}:
         own = labels_of(name, task, samples.batch(range(i, i + 1), f"task split {name!r}"))
@@ -90,13 +90,13 @@ def distinct(labels: Sequence[Tensor]) -> np.ndarray[Any, Any]:
 
 
 def numbers_of(labels: Tensor, groups: tuple[int, ...]) -> Tensor:
-    """Positions of `labels` in `groups`; its length for negative ones."""
+    """Positions of `labels` in `groups`; the number of groups for negative labels."""
     places = torch.searchsorted(torch.tensor(groups, dtype=torch.int64), labels)
     return torch.where(labels >= 0, places, len(groups))
 
 
 def groups_of(name: str, known: np.ndarray[Any, Any]) -> tuple[int, ...]:
-    """The groups among the labels that occur; negative ones are none.
+    """The groups among the labels that occur; negative labels are not groups.
 
     Raises:
         TaskError: if there are too many.

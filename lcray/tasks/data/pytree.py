@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 24  # bytes that are copied at a time where a tensor is not contiguous
+_BLOCK = 1 << 24  # bytes that are copied at a time if a tensor is not contiguous
 
 
 def map_tensors(
@@ -20,7 +20,7 @@ def map_tensors(
     value: Any,
     other: Callable[[Any], Any] = lambda leaf: leaf,
 ) -> Any:
-    """`value` with `function` applied to its tensors, and `other` to what holds no tensors."""
+    """`value` with `function` applied to its tensors, and `other` to leaves without tensors."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
@@ -30,7 +30,7 @@ def map_tensors(
         found = copy.copy(value)
         for field in dataclasses.fields(value):
             part = map_tensors(function, getattr(value, field.name), other)
-            object.__setattr__(found, field.name, part)  # frozen ones as well
+            object.__setattr__(found, field.name, part)  # works for frozen dataclasses, too
         return found
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_tensors(function, part, other) for part in value))
@@ -40,11 +40,11 @@ def map_tensors(
 
 
 def _like(value: Mapping[Any, Any], mapped: dict[Any, Any]) -> Mapping[Any, Any]:
-    """`mapped` as a mapping of the kind of `value`, where that can hold it (a `UserDict`, say)."""
+    """`mapped` as a mapping of the kind of `value`, if that kind can hold it (e.g. `UserDict`)."""
     if not isinstance(value, MutableMapping):
         return mapped
     found = copy.copy(value)
-    for key, part in mapped.items():  # some know no update()
+    for key, part in mapped.items():  # some kinds have no update()
         found[key] = part
     return found
 
@@ -69,7 +69,7 @@ class Digest:
     """SHA-256 of nested values, unambiguous: parts carry their kind, dtype, shape and length.
 
     Attributes:
-        opaque: how many parts were of a kind whose content cannot be read; only their kind counts.
+        opaque: number of parts whose content cannot be read; only their kind counts.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Digest:
         self.opaque = 0
 
     def hexdigest(self) -> str:
-        """Of everything added so far."""
+        """The digest of everything added so far."""
         return self._sha256.hexdigest()
 
     def add(self, value: Any) -> None:
@@ -97,7 +97,7 @@ class Digest:
             text = repr(value).encode()
             self._header("plain", len(text))
             self._sha256.update(text)
-        elif hasattr(value, "__array_interface__"):  # pictures
+        elif hasattr(value, "__array_interface__"):  # images
             self._add_array(np.asarray(value))
         else:
             self.opaque += 1

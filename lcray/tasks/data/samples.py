@@ -1,4 +1,4 @@
-"""The samples of a split, read by their numbers, whatever holds them."""
+"""The samples of a split, read by their numbers, from tensors or from a data set."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lcray.errors import TaskError, brief
 from lcray.tasks.data.pytree import Digest, count_bytes
 from lcray.tasks.task import Data, Task
 
-#: Numbers of samples; a range where they follow each other.
+#: Numbers of samples; a range if they are consecutive.
 Index = range | np.ndarray[Any, Any]
 
-_HELD = 1 << 26  # bytes of samples that a scan holds at a time, beside the first few
+_HELD = 1 << 26  # bytes of samples that a scan holds at a time, apart from the first few
 
-FEW = 16  # samples that are tried in a batch of another size than the rest
+FEW = 16  # samples that are read again in a batch of another size
 
 
 def cut_block(block: Index, size: int) -> Iterator[Index]:
@@ -35,7 +35,7 @@ def cut_block(block: Index, size: int) -> Iterator[Index]:
 
 
 def as_range(index: Index) -> Index:
-    """`index` as a range where its numbers follow each other."""
+    """`index` as a range if its numbers are consecutive."""
     if isinstance(index, range) or (np.diff(index) != 1).any():
         return index
     return range(int(index[0]), int(index[-1]) + 1)
@@ -52,8 +52,8 @@ class Samples(Protocol):
     def scan(self, digest: Digest, chunk: int) -> Iterator[tuple[int, Callable[[], Any]]]:
         """Read every sample once, in order, and add it to `digest`.
 
-        Gives how many samples were read, at most `chunk` at a time, and a function that makes a
-        batch of them.
+        Yields the number of samples that were read, at most `chunk` at a time, and a function that
+        makes a batch of them.
         """
 
 
@@ -67,13 +67,13 @@ def open_samples(name: str, data: Data, task: Task, numbers: NDArray[Any] | None
         numbers: the samples to take, ascending, [n]; no others are read. None takes all.
 
     Raises:
-        TaskError: if a tuple holds something else than tensors.
+        TaskError: if a tuple contains anything but tensors.
     """
     if isinstance(data, tuple):
         make = getattr(data, "_make", tuple)  # a named tuple stays one
         return TensorSamples(_rows(_as_tensors(name, data), numbers), make)
     if type(data) is TensorDataset and task.collate is None:
-        # What its samples make when collated.
+        # The type of its samples when they are collated.
         return TensorSamples(_rows(data.tensors, numbers), list)
     return CollatedSamples(name, data, task.collate or default_collate, numbers)
 
@@ -85,7 +85,7 @@ def _rows(tensors: Sequence[Tensor], numbers: NDArray[Any] | None) -> Sequence[T
 
 
 class TensorSamples:
-    """Tensors that share their first axis; batches are copies, which a loss may write into."""
+    """Tensors that share their first axis; batches are copies, so a loss may write into them."""
 
     def __init__(
         self, tensors: Sequence[Tensor], make: Callable[[Iterator[Tensor]], Sequence[Tensor]]
@@ -103,7 +103,7 @@ class TensorSamples:
         return self._make(tensor[torch.from_numpy(index)] for tensor in self._tensors)
 
     def scan(self, digest: Digest, chunk: int) -> Iterator[tuple[int, Callable[[], Any]]]:
-        """Add the tensors whole."""
+        """Add the whole tensors."""
         digest.add(self._tensors)
         for index in _chunks(len(self), chunk):
             yield len(index), partial(self.batch, index, "")
@@ -133,10 +133,10 @@ class CollatedSamples:
         return self._make([self._read(int(i), where) for i in index], index, where)
 
     def scan(self, digest: Digest, chunk: int) -> Iterator[tuple[int, Callable[[], Any]]]:
-        """Add the samples one by one, as they are before they are collated.
+        """Add the samples one by one, before they are collated.
 
-        The first few count as collated as well: a collate function may be what turns names of
-        files, or words, into numbers.
+        The first few are also added as collated, since a collate function may read files by their
+        names, or turn words into numbers.
 
         Raises:
             TaskError: if samples cannot be read or made into a batch, or differ when read twice.
@@ -155,8 +155,8 @@ class CollatedSamples:
     def _add(self, digest: Digest, number: int, row: Any, where: str) -> None:
         known = digest.opaque
         digest.add(row)
-        if digest.opaque > known:  # an object of the user's own: only its batch can be read
-            # Of a sample read anew: collating may change it.
+        if digest.opaque > known:  # the user's own type: only its batch can be read
+            # The sample is read again, since collating may change it.
             digest.add(self.batch(range(number, number + 1), where))
 
     def _check_repeatable(self, index: range, where: str) -> None:
@@ -186,7 +186,7 @@ class CollatedSamples:
 def _as_tensors(name: str, data: tuple[Any, ...]) -> list[Tensor]:
     try:
         with warnings.catch_warnings():
-            # Files mapped into memory may be read-only; so are batches.
+            # Memory-mapped files may be read-only, and so may batches.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return [torch.as_tensor(part) for part in data]
     except Exception as error:

@@ -1,11 +1,11 @@
-"""Seeded samples of a split, drawn once for a whole analysis, and their random replicate groups.
+"""Seeded samples of a split, drawn once for a whole analysis, and divided into replicates.
 
 Legend: N samples in the data set, n of them drawn, R replicates.
 
-A simple random sample without replacement, so that its mean is an unbiased estimate of that of
-the data set. It is divided at random into R replicates of equal size, to within one. Each of them
-is such a sample itself, so how far their results lie apart says how far the estimate may be off,
-for sums over any window as well.
+A simple random sample without replacement is taken, so its mean is an unbiased estimate of the mean
+of the data set. It is divided at random into R replicates of equal size, up to one sample. Each
+replicate is such a sample itself, so the spread of the replicates' results says how accurate the
+estimate is. This also holds for sums over any window.
 
 Source: random groups, in Wolter, *Introduction to Variance Estimation* (2007), chapter 2.
 """
@@ -20,18 +20,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: Replicates of a sample that has so many samples, at least; 19 degrees of freedom.
+#: Replicates of a sample with at least as many samples; 19 degrees of freedom.
 MOST_REPLICATES = 20
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The samples of a split that were drawn.
+    """The drawn samples of a split.
 
     Attributes:
         population: samples in the data set, N.
-        numbers: those that were drawn, ascending, [n] int64.
-        replicates: the replicate of each, from 0, [n] int64.
+        numbers: the drawn samples, ascending, [n] int64.
+        replicates: the replicate of each drawn sample, from 0, [n] int64.
         n_replicates: R.
     """
 
@@ -41,7 +41,7 @@ class Draw:
     n_replicates: int
 
     def parts(self, places: Sequence[int] | NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Each replicate that has samples among those at `places` of `numbers`, and which."""
+        """Each replicate with samples at the `places` of `numbers`, and these samples' places."""
         among = np.asarray(places)
         for replicate in range(self.n_replicates):
             own = among[self.replicates[among] == replicate]
@@ -50,12 +50,12 @@ class Draw:
 
 
 def draw(name: str, population: int, samples: int | None, seed: int) -> Draw | None:
-    """`samples` of the split called `name`; None where all of them are to be taken.
+    """`samples` samples of the split called `name`; None if all of them are to be taken.
 
     Args:
-        name: of the split; splits of one size and seed have draws that know nothing of each other.
+        name: of the split; draws of splits with the same size and seed are independent.
         population: samples in the data set.
-        samples: to draw; None for all.
+        samples: the number to draw; None for all.
         seed: of the draw.
     """
     if samples is None or samples >= population:

@@ -1,9 +1,9 @@
 """The data of a split, cut into batches that the plan fixes.
 
 Every sample is in exactly one batch, and the sizes of the batches of a block differ by at most
-one. A block is the whole split in its natural order; or, where groups cost nothing, the samples
-of one group; or, where batches are part of the loss, a seeded permutation of the split. Of a sample
-of the split, a block is what one replicate has of that.
+one. A block is the whole split in its natural order; or, if groups need no extra passes, the
+samples of one group; or, if batches are part of the loss, a seeded permutation of the split. If
+samples were drawn from the split, a block holds the samples of one replicate only.
 
 A split is read and hashed once, when it is opened; it can then be cut to any batch size.
 """
@@ -32,7 +32,7 @@ CHUNK = 256  # samples that are read at a time when a split is opened
 
 Place = Callable[[Tensor], Tensor]
 
-#: Of a split without groups.
+#: The labels of a split without groups.
 _UNDIVIDED: dict[str, Any] = dict.fromkeys(("labels", "numbers", "present", "groups"), ()) | {
     "sorted_by_group": False
 }
@@ -46,18 +46,18 @@ class SplitData:
         name: of the split.
         n_samples: samples that are evaluated.
         batches: on the device, or streamed to it; floats in the compute dtype. They are copies, so
-            that a loss that writes into its batch does not reach the user's data.
-        batch_sizes: samples a batch.
+            a loss that writes into its batch does not change the user's data.
+        batch_sizes: number of samples per batch.
         labels: the group label per item of each batch, [n], on the host; empty without groups.
         numbers: the same as positions in `groups`, [n], on the device; ``len(groups)`` stands for
             items of no group, whose label is negative.
-        present: the numbers that occur in each batch, ascending.
+        present: the group numbers that occur in each batch, ascending.
         groups: the labels that occur, ascending.
         sorted_by_group: whether each batch holds one group.
-        sha256: of the samples in their natural order, however they are cut.
+        sha256: of the samples in their natural order, independent of the batches.
         drawn_from: samples in the data set, if some were drawn from it.
-        replicates: the replicate of each batch; empty unless some were drawn.
-        n_replicates: how many there are; 0 unless some were drawn.
+        replicates: the replicate of each batch; empty unless samples were drawn.
+        n_replicates: the number of replicates; 0 unless samples were drawn.
     """
 
     name: str
@@ -97,7 +97,7 @@ class SplitSource:
         groups: the group labels that occur, ascending.
         sorted_by_group: whether batches will hold one group each.
         sha256: of the samples in their natural order.
-        draw: the samples that were drawn from the data set; None where all are evaluated.
+        draw: the samples that were drawn from the data set; None if all are evaluated.
     """
 
     name: str
@@ -110,7 +110,7 @@ class SplitSource:
     _samples: Samples = field(repr=False)
     _blocks: tuple[Index, ...] = field(repr=False)
     _constants: tuple[int, ...] | None = field(repr=False)  # the label of each block's items
-    _replicates: tuple[int, ...] = field(repr=False)  # of each block, where samples were drawn
+    _replicates: tuple[int, ...] = field(repr=False)  # of each block, if samples were drawn
 
     def cut(
         self,
@@ -122,19 +122,19 @@ class SplitSource:
     ) -> SplitData:
         """Cut the split into batches, without hashing it again.
 
-        Labels per item are always kept. They are found now, for which every batch is read, unless
-        the samples are sorted by group and have one item each.
+        Labels per item are always kept. This reads every batch, unless the samples are sorted by
+        group and have one item each.
 
         Args:
-            batch_size: the most samples a batch holds.
+            batch_size: the largest number of samples per batch.
             place: moves a tensor to the device and dtype of the computation.
-            resident_bytes: the most bytes that the placed batches may take together. Where they
-                take more, they are streamed; None keeps them whatever they take.
-            keep: gives the numbers of the batches that are wanted, of so many; the others have no
-                labels then, and are not kept. None keeps all.
+            resident_bytes: the most bytes that the placed batches may take together. If they
+                would take more, they are streamed. None keeps them, whatever their size.
+            keep: gives the numbers of the wanted batches, from the number of all batches; the
+                others then have no labels and are not kept. None keeps all.
 
         Raises:
-            TaskError: if samples cannot be made into batches or have labels that cannot be used.
+            TaskError: if samples cannot be made into batches, or their labels cannot be used.
         """
         cuts = self._cuts(batch_size)
         kept = range(len(cuts)) if keep is None else keep(len(cuts))
@@ -172,11 +172,11 @@ class SplitSource:
 
     @property
     def blocks(self) -> tuple[Index, ...]:
-        """The numbers of the samples in the order they are cut in; no batch has two blocks'."""
+        """The numbers of the samples in the order of cutting; no batch spans two blocks."""
         return self._blocks
 
     def gather(self, cuts: Sequence[Index], *, place: Place) -> SplitData:
-        """Samples by their numbers, a batch of each of `cuts`, resident and without groups.
+        """Samples by their numbers, one batch per entry of `cuts`, resident and without groups.
 
         Raises:
             TaskError: if samples cannot be made into batches.
@@ -184,9 +184,9 @@ class SplitSource:
         return self._without_groups(list(cuts), place)
 
     def excerpt(self, batch_size: int, count: int, *, place: Place) -> SplitData:
-        """The largest `count` batches of a cut, resident and without groups, to try a size on.
+        """The `count` largest batches of a cut, resident and without groups, to try a batch size.
 
-        Only these are read.
+        Only their samples are read.
 
         Raises:
             TaskError: if samples cannot be made into batches.
@@ -195,7 +195,7 @@ class SplitSource:
         return self._without_groups(cuts, place)
 
     def pick(self, count: int, seed: int, batch_size: int, *, place: Place) -> SplitData:
-        """`count` samples drawn without replacement, all if there are fewer; as `excerpt`."""
+        """`count` samples drawn without replacement, all if there are fewer; like `excerpt`."""
         rng = np.random.default_rng([seed, zlib.crc32(self.name.encode())])
         chosen = np.sort(rng.permutation(self.n_samples)[:count])
         return self._without_groups(list(cut_block(chosen, batch_size)), place)
@@ -248,7 +248,7 @@ class SplitSource:
         most: int | None,
         labels: list[Tensor] | None,
     ) -> tuple[list[Any] | None, int]:
-        """The `kept` batches, placed, or None where they do not fit, and the bytes of all of them.
+        """The `kept` batches, placed, or None if they do not fit, and the bytes of all batches.
 
         Adds the labels of each to `labels`, if wanted.
         """
@@ -287,27 +287,27 @@ def open_split(
         name: of the split.
         data: its samples.
         task: for its collate function and its groups.
-        fixed_seed: the seed of the permutation where batches are part of the loss, else None.
+        fixed_seed: the seed of the permutation if batches are part of the loss, else None.
         chunk: samples that are read at a time.
-        samples: the most to take, drawn at random; the others are never read. None takes all.
+        samples: the number to draw at random; the others are never read. None takes all.
         sample_seed: seed of the draw.
 
     Raises:
         TaskError: if samples cannot be read or made into batches, differ when read twice, or have
             group labels that cannot be used.
-        UsageError: if samples would be drawn where batches are part of the loss.
+        UsageError: if samples are to be drawn although batches are part of the loss.
     """
     population = len(data[0] if isinstance(data, tuple) else data)  # type: ignore[arg-type]
     drawn = draw(name, population, samples, sample_seed)
     if drawn is not None and task.batch_loss:
         raise UsageError(
             f"samples {samples}: the task declares that batches are part of the loss "
-            f"(batch_loss=True), so there is no loss of a sample; take all of split {name!r}"
+            f"(batch_loss=True), so a single sample has no loss; take all of split {name!r}"
         )
     if drawn is not None and fixed_seed is not None:
         raise UsageError(
-            f"samples {samples}: BatchNorm takes the statistics of a batch, so a loss is one of "
-            f"batches, not of samples; use --batch-norm running, or all of split {name!r}"
+            f"samples {samples}: BatchNorm uses the statistics of a batch, so the loss depends on "
+            f"batches, not samples; use --batch-norm running, or all of split {name!r}"
         )
     taken = open_samples(name, data, task, None if drawn is None else drawn.numbers)
     n = len(taken)
@@ -350,7 +350,7 @@ def open_split(
 def _divided(
     drawn: Draw, blocks: tuple[Index, ...], constants: tuple[int, ...] | None
 ) -> tuple[tuple[Index, ...], tuple[int, ...], tuple[int, ...] | None]:
-    """Blocks of one replicate each; the replicate, and the constant label, of every one."""
+    """Blocks of one replicate each, with the replicate and the constant label of each block."""
     parts = [(b, *part) for b, block in enumerate(blocks) for part in drawn.parts(block)]
     return (
         tuple(as_range(part) for _, _, part in parts),

@@ -1,13 +1,13 @@
-"""BatchNorm made a function of the weights alone, in one of two stated ways.
+"""BatchNorm as a function of the weights alone, in one of two modes.
 
 ``running``: the statistics stored with the checkpoint, evaluated from the formula
 
     y = (x − mean) / sqrt(var + eps) · weight + bias
 
-since torch's own kernel refuses gradients for mean and var, which move along the path as well.
-``batch``: the statistics of the evaluation batch, as [LCA] does. Running statistics are never
-updated in either. Models stay in evaluation mode, so that dropout is off. InstanceNorm never looks
-at other samples: it keeps to its running statistics, where it has them, in both modes.
+since torch's own kernel has no gradients for mean and var, which also move along the path.
+``batch``: the statistics of the evaluation batch, as in [LCA]. Neither mode updates running
+statistics. Models stay in evaluation mode, so dropout is off. InstanceNorm never depends on other
+samples: in both modes it uses its running statistics, if it has them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Normalization(TorchFunctionMode):
     """While active, `torch.nn.functional.batch_norm` and `instance_norm` follow `mode`.
 
     Attributes:
-        used: whether either was called yet.
+        used: whether either function has been called yet.
 
     Args:
         mode: ``running`` or ``batch``.
-        fixed_batches: whether batches are a part of the plan, so that their statistics may count.
-        formula: whether running statistics are always taken by the formula; otherwise only those
-            that require gradients, and torch's own kernel takes the others.
+        fixed_batches: whether batches are part of the plan, so that their statistics may be used.
+        formula: whether running statistics always use the formula; otherwise only statistics that
+            require gradients use it, and torch's own kernel takes the others.
     """
 
     def __init__(self, mode: str, *, fixed_batches: bool, formula: bool = True) -> None:
@@ -51,7 +51,7 @@ class Normalization(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Replace the two normalizations; leave everything else as it is."""
+        """Replace the two normalizations; leave every other function as it is."""
         kwargs = kwargs or {}
         if func is F.batch_norm:
             self.used = True
@@ -119,7 +119,7 @@ def _normalize(
 def depends_on_batches(model: nn.Module, mode: str) -> bool:
     """Whether the loss of an item depends on the batch it is in, so that batches must be fixed.
 
-    So it is under batch statistics, and always for BatchNorm layers that keep no running ones.
+    This is so with batch statistics, and always for BatchNorm layers without running statistics.
     """
     return mode == "batch" or any(
         isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules()
@@ -127,11 +127,11 @@ def depends_on_batches(model: nn.Module, mode: str) -> bool:
 
 
 def may_normalize(model: nn.Module) -> bool:
-    """Whether the model may take running statistics that move along the path.
+    """Whether the model may use running statistics that move along the path.
 
-    Such are those of torch's BatchNorm and InstanceNorm, and pairs of saved float buffers of one
-    axis, which a module may hand to the functional forms itself. The answer depends on the model
-    alone, not on which of its modules have been called so far: they may be gated.
+    These are the statistics of torch's BatchNorm and InstanceNorm, and pairs of saved float buffers
+    of one axis, which a module may pass to the functional forms itself. The answer depends on the
+    model alone, not on which of its modules have been called so far, since they may be gated.
     """
     return any(
         isinstance(module, _NormBase) or _holds_statistics(module) for module in model.modules()

@@ -1,11 +1,11 @@
-"""Convolutions whose channels do not fill a vector register, in the backward pass on the CPU.
+"""Faster convolutions on the CPU: padding channels in the backward pass.
 
 Legend: N images, C channels in, O channels out, H and W height and width, kernels h by w.
 
-oneDNN's kernels take channels in steps of 16. In ``channels_last``, the gradient with respect to an
-input of, say, 20 channels takes half as long again as that of 32: the remainder is done slowly. So
-it is computed with weights of 0 for the channels that are missing, whose gradients are dropped.
-The numbers that remain are sums of the same products.
+oneDNN's kernels process channels in steps of 16. In ``channels_last``, the gradient of an input
+with 20 channels takes 1.5 times as long as with 32, since the remainder is slow. So it is computed
+with weights of 0 for the missing channels, and the gradients of these channels are dropped. The
+remaining numbers are sums of the same products.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _STEP = 16  # channels
-_WORTH = 1.7  # times the channels: with more padding, that costs more than it saves
+_WORTH = 1.7  # times the channels: more padding than this costs more than it saves
 
 Pair = Sequence[int]
 Geometry = tuple[list[int], list[int], list[int]]
 
 
 class PaddedConvolutions(TorchFunctionMode):
-    """While active, `torch.nn.functional.conv2d` pads its input's gradient where that pays.
+    """While active, `torch.nn.functional.conv2d` pads its input's gradient if that is faster.
 
     Attributes:
-        used: whether it did; where it never does, the mode may be left out.
+        used: whether it has padded; if it never does, the mode may be left out.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class PaddedConvolutions(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Replace `conv2d`; leave everything else as it is."""
+        """Replace `conv2d`; leave every other function as it is."""
         if func is not F.conv2d:
             return func(*args, **(kwargs or {}))
         return self._conv2d(*args, **(kwargs or {}))
@@ -59,7 +59,7 @@ class PaddedConvolutions(TorchFunctionMode):
         groups: int = 1,
     ) -> Tensor:
         if groups != 1 or isinstance(padding, str) or not _pays(input, weight):
-            plain: Any = F.conv2d  # its overloads take a padding or a word, not either
+            plain: Any = F.conv2d  # each overload takes a padding or a word, none takes both
             output: Tensor = plain(input, weight, bias, stride, padding, dilation, groups)
             return output
         self.used = True
@@ -113,7 +113,7 @@ class _Padded(torch.autograd.Function):
             more = -channels % _STEP
             padded = F.pad(weight, (0, 0, 0, 0, 0, more))
             padded = padded.contiguous(memory_format=torch.channels_last)
-            # Only the shape of the input counts for its gradient.
+            # The input's gradient depends only on the input's shape.
             sizes = (n, channels + more, *size)
             shape = torch.empty(sizes, dtype=input.dtype, memory_format=torch.channels_last)
             found = passed(shape, padded, None, [True, False, False])[0][:, :channels]

@@ -1,13 +1,14 @@
 """Models whose backward pass gives the derivative of the loss.
 
-Training may want something else. Hooks change gradients on their way, or step as soon as one is
-there. Embeddings leave out the row of padding, or divide gradients by how often a row is in the
-batch; with ``max_norm`` the forward pass writes shorter rows into the weight. LC needs the
-derivative, and a loss that writes nothing. So hooks go, and embeddings compute
+Training may want something else than the derivative. Hooks change gradients during the backward
+pass, or update weights as soon as a gradient exists. Embeddings leave out the row of padding, or
+divide gradients by how often a row is in the batch; with ``max_norm``, the forward pass writes
+shorter rows into the weight. LC needs the derivative, and a loss that writes nothing. So hooks are
+removed, and embeddings compute
 
     e(i) = W_i · min(1, max_norm / ‖W_i‖)
 
-which has the same values as torch's, at any W, and is a function of W.
+which has the same values as torch's embedding, at any W, and is a function of W.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _EPSILON = 1e-7  # what torch adds to the norms that it divides by
 
 
 def use_derivatives(model: nn.Module) -> None:
-    """Make the backward pass of the model the derivative; its losses stay as they are.
+    """Make the backward pass of the model the derivative; its losses do not change.
 
-    Left alone are embeddings with ``max_norm`` that have a forward pass of their own, or whose
-    weight has another use: that sees rows shortened or not as the batch has it.
+    Embeddings with ``max_norm`` are not changed if they have their own forward pass, or if their
+    weight is used elsewhere: there, rows are shortened or not, depending on the batch.
     """
     _drop_hooks(model)
     uses: dict[int, int] = {}
@@ -50,7 +51,7 @@ def use_derivatives(model: nn.Module) -> None:
 
 
 def _drop_hooks(model: nn.Module) -> None:
-    """Take off what was registered to change gradients, or to act on them."""
+    """Remove the hooks that were registered to change gradients, or to act on them."""
     for tensor in (*model.parameters(), *model.buffers()):
         for hooks in (tensor._backward_hooks, tensor._post_accumulate_grad_hooks):
             if hooks:
@@ -65,7 +66,7 @@ def _is_torchs(module: nn.Embedding) -> bool:
 
 
 class _PaddingCounts(TorchFunctionMode):
-    """While active, the row of padding has a gradient like another."""
+    """While active, the row of padding has a gradient like any other row."""
 
     def __torch_function__(
         self,

@@ -1,9 +1,9 @@
-"""A model whose float tensors live in one flat vector, and whose gradients are handed on.
+"""A model whose float tensors live in one flat vector, and whose gradients come layer by layer.
 
 Legend: P the number of elements of all layers, parameters and float buffers alike.
 
-There is no vector of the gradient: a backward pass hands over that of each layer as soon as it is
-complete, and it is let go. So the one that is in memory is that of the layer at hand.
+The gradient is never stored as a whole: a backward pass passes each layer's gradient to a receiver
+as soon as it is complete, and then drops it. So only one layer's gradient is in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lcray.tasks.model.layers import describe_layers, extra_owners
 from lcray.tasks.model.layout import BLOCK, Layout
 from lcray.tasks.model.vectors import zeros
 
-#: Takes the number of a layer and its gradient [n], in the order in memory; not to be kept.
+#: Takes the number of a layer and its gradient [n], in memory order; it must not keep the gradient.
 Receiver = Callable[[int, Tensor], None]
 
 
@@ -35,24 +35,24 @@ class FlatModel:
         layers: its layers; layer l occupies ``slices[l]`` of every flat vector.
         layout: the order of the elements in memory.
         theta: the current point, [P], in the compute dtype; the model's tensors are views of it.
-        receiver: what backward passes hand gradients to; None while there must be none.
+        receiver: receives the gradients of backward passes; None while no pass is allowed.
 
     Args:
         model: the model; its tensors are replaced.
         device: where it computes.
         dtype: of the forward and backward pass.
-        partial: whether checkpoints may lack tensors, which then keep the values of `model`.
+        partial: whether checkpoints may lack tensors; these then keep the values of `model`.
 
     Raises:
-        TaskError: if it has nothing to allocate to.
+        TaskError: if no parameter requires a gradient, or a layer cannot be used.
     """
 
     def __init__(
         self, model: nn.Module, device: torch.device, dtype: torch.dtype, *, partial: bool = False
     ) -> None:
-        describe_layers(model)  # refuses what the conversion would hide
+        describe_layers(model)  # refuses tensors that the conversion would hide
         use_derivatives(model)
-        # One by one: Module.to copies a shared buffer for each name, and makes complex ones real.
+        # One by one: Module.to copies a shared buffer per name, and makes complex tensors real.
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.to(device=device, dtype=_compute_dtype(tensor, dtype))
         self.model = _in_evaluation_mode(model)
@@ -77,7 +77,7 @@ class FlatModel:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """Where each layer is in every flat vector."""
+        """The place of each layer in every flat vector."""
         return self.layout.slices
 
     def trained(self) -> dict[int, Tensor]:
@@ -86,7 +86,7 @@ class FlatModel:
 
     @property
     def block(self) -> int:
-        """Elements of a block of a size that suits the device."""
+        """Number of elements per block that suits the device."""
         return BLOCK if self.theta.device.type == "cpu" else BLOCK << 6
 
     def blocks(self) -> Iterator[slice]:
@@ -94,7 +94,7 @@ class FlatModel:
         return self.layout.blocks(self.block)
 
     def set_memory_format(self, memory_format: str) -> None:
-        """Put the elements into another order, those of the current point included.
+        """Change the order of the elements, also of the current point.
 
         Args:
             memory_format: ``contiguous`` or ``channels_last``.
@@ -118,7 +118,7 @@ class FlatModel:
         tensor = self._tensors[layer.name]
         tensor.grad = None
         if layer.kind == "buffer":
-            tensor.requires_grad_(False)  # until it is to move again
+            tensor.requires_grad_(False)  # until it moves again
         tensor.data = self.layout.shaped(self.theta, number)
         self._written[number] = tensor._version
         if layer.trainable:
@@ -130,14 +130,14 @@ class FlatModel:
             self._hooked.add(number)
 
     def hand_on(self, number: int, tensor: Tensor) -> None:
-        """Give the gradient of a layer's tensor to the receiver, and drop it.
+        """Pass the gradient of a layer's tensor to the receiver, and drop it.
 
         Raises:
             TaskError: if there is no receiver.
         """
         where = self.slices[number].start * self.theta.element_size()
         if tensor.data_ptr() != self.theta.data_ptr() + where:
-            return  # the model is another one's by now
+            return  # the model belongs to another FlatModel by now
         gradient, tensor.grad = tensor.grad, None
         if self.receiver is None:
             raise TaskError(
@@ -162,7 +162,7 @@ class FlatModel:
                     self._hook(number, buffer)
 
     def forget_gradients(self) -> None:
-        """Drop what a backward pass that failed may have left with the tensors."""
+        """Drop gradients that a failed backward pass may have left with the tensors."""
         for layer in self.layers:
             self._tensors[layer.name].grad = None
 
@@ -171,7 +171,7 @@ class FlatModel:
         return zeros(len(self.theta), self.theta.dtype, self.theta.device)
 
     def new_point(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Memory for a checkpoint: a vector [P] on the CPU, and its part of each layer, by name."""
+        """Memory for a checkpoint: a vector [P] on the CPU, and each layer's part, by name."""
         vector = zeros(len(self.theta), self.theta.dtype)
         if self.theta.device.type == "cuda":
             vector = vector.pin_memory()
@@ -194,15 +194,15 @@ class FlatModel:
 
         Args:
             tensors: the stored tensors by canonical name.
-            step: the checkpoint's, for messages.
+            step: of the checkpoint, for messages.
             vector: from `new_point`; tensors that are parts of it are in place already.
-            dtypes: what each tensor was stored as, where that is not its own.
+            dtypes: the stored dtype of each tensor, if it differs from the tensor's own.
 
         Returns:
             The point [P] in the compute dtype, on the CPU, and the tensors that do not move.
 
         Raises:
-            CheckpointError: for a tensor that is missing, unknown, or of another shape or kind.
+            CheckpointError: for a tensor that is missing, unknown, or of the wrong shape or kind.
         """
         known = set(self._tensors)
         unknown = [name for name in tensors if name not in known]
@@ -227,9 +227,9 @@ class FlatModel:
             raise _missing(min(missing), step)
         for name, value in constants.items():
             if name in self._extra:
-                continue  # of any shape: its module knows
+                continue  # its module knows which shapes are valid
             _check_shape(name, value, tuple(self._constants[name].shape), step)
-        return vector, {**self._initial, **constants}  # all, so that no earlier point shows through
+        return vector, {**self._initial, **constants}  # all, to replace those of an earlier point
 
     def set_constants(self, constants: Mapping[str, Tensor]) -> None:
         """Set the tensors that do not move, such as counters, to a checkpoint's values."""
@@ -243,7 +243,7 @@ class FlatModel:
         self._versions = {name: tensor._version for name, tensor in self._constants.items()}
 
     def _set_extra(self, name: str, value: Tensor) -> None:
-        try:  # a copy, which the module may keep and change
+        try:  # a copy, since the module may keep and change it
             self._extra[name].set_extra_state(value.to(self._constants[name].device, copy=True))
         except Exception as error:
             raise TaskError(f"model {name!r}: cannot be set ({brief(error)})") from error
@@ -251,7 +251,7 @@ class FlatModel:
     def restore_constants(self) -> None:
         """Undo what a forward pass has written into tensors that do not move, such as counters.
 
-        So every batch finds them as the checkpoint has them.
+        So these tensors have the checkpoint's values for every batch.
         """
         for name, tensor in self._constants.items():
             if name in self._extra:
@@ -266,11 +266,11 @@ class FlatModel:
                 self._versions[name] = tensor._version
 
     def check_tied(self) -> None:
-        """Check that the model's tensors still are views of the flat vector that nobody wrote to.
+        """Check that the model's tensors are still views of the flat vector.
 
         Raises:
-            TaskError: if the loss has replaced one, so that it would no longer follow the path, has
-                written into one, or has frozen or unfrozen a parameter.
+            TaskError: if the loss has replaced a tensor, so that it would no longer follow the
+                path, has written into one, or has frozen or unfrozen a parameter.
         """
         start, size = self.theta.data_ptr(), self.theta.element_size()
         for number, (layer, where) in enumerate(zip(self.layers, self.slices, strict=True)):
@@ -290,7 +290,7 @@ class FlatModel:
                 )
 
     def check_unwritten(self, vector: Tensor) -> None:
-        """Check that the model still is at the point that was set, bit for bit.
+        """Check that the model is still at the point that was set, bit for bit.
 
         Args:
             vector: the point, [P] in the compute dtype.
@@ -321,7 +321,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def _in_evaluation_mode(model: nn.Module) -> nn.Module:
     try:
         model.eval()
-    except Exception as error:  # a module that torch.export made
+    except Exception as error:  # a module from torch.export
         raise TaskError(f"model: cannot be set to evaluation mode: {brief(error)}") from error
     return model
 
@@ -334,7 +334,7 @@ def _missing(name: str, step: int) -> CheckpointError:
 
 
 def _arrived(owner: ref[FlatModel], number: int, tensor: Tensor) -> None:
-    # A weak reference: the model may live on, and should not keep vectors of its size.
+    # A weak reference: the model may live longer and must not keep vectors of its size.
     flat = owner()
     if flat is not None:
         flat.hand_on(number, tensor)
@@ -347,7 +347,7 @@ def _compute_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
-    """Where modules keep a tensor, by its id: the module's dictionary and the key in that."""
+    """Where modules keep a tensor, by its id: the module's dictionary and the key in it."""
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -366,7 +366,7 @@ def _stored(
         _check_shape(name, stored, layer.shape, step)
         dtype = dtypes.get(name, stored.dtype)
         if not dtype.is_floating_point:
-            raise CheckpointError(f"{where} is stored as {dtype}, the model's is a float")
+            raise CheckpointError(f"{where} is stored as {dtype}, but the model's is a float")
         if name != names[0] and not _same_values(stored.to(tensors[names[0]]), tensors[names[0]]):
             raise CheckpointError(
                 f"{where} differs from {names[0]!r}, which the task's model ties to it; does the "
@@ -382,6 +382,6 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
 def _check_shape(name: str, stored: Tensor, shape: tuple[int, ...], step: int) -> None:
     if tuple(stored.shape) != shape:
         raise CheckpointError(
-            f"checkpoint at step {step}: tensor {name!r} has shape {list(stored.shape)}, the "
-            f"task's model {list(shape)}; does the task build the model of this run?"
+            f"checkpoint at step {step}: tensor {name!r} has shape {list(stored.shape)}, but "
+            f"{list(shape)} in the task's model; does the task build the model of this run?"
         )

@@ -1,6 +1,6 @@
 """The layers of a model: its named tensors, each described once, in the model's order.
 
-See `lcray.tasks.layer` for the words.
+See `lcray.tasks.layer` for the terms.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def describe_layers(model: nn.Module) -> tuple[tuple[Layer, ...], dict[str, Tens
     """The layers of `model`, in its order: parameters first, then the float buffers it saves.
 
     Returns:
-        The layers, and the tensor behind each name. Integer tensors do not move and are no layers,
-        and neither are extra states (`torch.nn.Module.get_extra_state`).
+        The layers, and the tensor behind each name. Integer tensors do not move and are not
+        layers; extra states (`torch.nn.Module.get_extra_state`) are not layers either.
 
     Raises:
-        TaskError: for TorchScript, parameters without a shape (lazy modules), without values (meta
-            tensors, inference mode) or of complex numbers.
+        TaskError: for TorchScript, and for parameters that have no shape yet (lazy modules), have
+            no values (meta tensors, inference mode), or are complex.
     """
     _check_modules(model)
     tensors = _state_tensors(model)
@@ -66,14 +66,14 @@ def _state_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def extra_owners(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose extra states are tensors, by the canonical names of those.
+    """The modules whose extra states are tensors, by the canonical names of these states.
 
     Raises:
-        TaskError: for one that nothing can be loaded into.
+        TaskError: for an extra state that nothing can be loaded into.
     """
     names, found = canonical_names(_state_tensors(model)), {}
     for key, module in extra_states(model).items():
-        if key not in names:  # no tensor: no file holds it
+        if key not in names:  # not a tensor, so no file holds it
             continue
         if not has_setter(module):
             raise TaskError(f"model {names[key]!r}: {NO_SETTER}")
@@ -90,24 +90,24 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _units(owner: nn.Module, tensor: Tensor) -> tuple[int | None, int]:
-    """The axis of the units, and the groups that they are in."""
+    """The axis of the units, and the number of groups of units."""
     if tensor.dim() < 2:
         return (0 if tensor.dim() else None), 1
     kinds = {kind.__name__ for kind in type(owner).__mro__}
     if "_ConvTransposeNd" in kinds:
         groups = int(getattr(owner, "groups", 1))
-        whole = tensor.shape[0] == owner.in_channels  # unlike a factor of a decomposition, say
+        whole = tensor.shape[0] == owner.in_channels  # false for a low-rank factor, e.g.
         whole = whole and tensor.shape[1] * groups == owner.out_channels
         return 1, groups if whole else 1
-    return (1 if "Conv1D" in kinds else 0), 1  # Conv1D: of transformers
+    return (1 if "Conv1D" in kinds else 0), 1  # Conv1D is from transformers
 
 
 def _check_modules(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TaskError(
-                f"model: has a TorchScript module ({module.original_name}), which nothing can be "
-                "changed in; build the Python module that it was made from in model()"
+                f"model: has a TorchScript module ({module.original_name}), which cannot be "
+                "changed; build the original Python module in model()"
             )
 
 
@@ -118,10 +118,10 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise TaskError(f"model layer {name!r}: is a meta tensor, without values; build it on cpu")
     if tensor.is_inference():
         raise TaskError(
-            f"model layer {name!r}: was made in inference mode; build the model outside of it"
+            f"model layer {name!r}: was made in inference mode; build the model outside it"
         )
     if tensor.is_complex():
         raise TaskError(
-            f"model layer {name!r}: complex numbers are not supported; keep real "
-            "ones, and use torch.view_as_complex in the forward pass"
+            f"model layer {name!r}: complex numbers are not supported; keep real numbers, and use "
+            "torch.view_as_complex in the forward pass"
         )

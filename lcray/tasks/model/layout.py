@@ -1,10 +1,10 @@
-"""Where the elements of each layer are in the flat vectors, and in which order.
+"""The place of each layer in the flat vectors, and the order of its elements.
 
 Legend: P elements of all layers.
 
-Layers follow each other in the model's order. Within a layer, elements are in the order that the
-model computes on: row by row, or, with ``channels_last``, with the channels of convolution weights
-innermost. Tables name elements by their row-by-row index whatever the order in memory.
+Layers follow each other in the model's order. Within a layer, elements have the order that the
+model computes in: row by row, or, with ``channels_last``, with the channels of convolution weights
+innermost. Tables name elements by their row-by-row index, whatever the order in memory.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Layout:
     Attributes:
         layers: the layers, in the model's order.
         memory_format: ``contiguous`` or ``channels_last``.
-        slices: one slice a layer.
+        slices: one slice per layer.
         size: P.
 
     Args:
         layers: the layers.
-        memory_format: of weights with one or more axes beside those of the channels.
+        memory_format: of weights with at least one axis beside their channel axes.
     """
 
     def __init__(self, layers: Sequence[Layer], memory_format: str = "contiguous") -> None:
@@ -61,9 +61,9 @@ class Layout:
         return part.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
     def in_order(self, tensor: Tensor, number: int) -> Tensor:
-        """The elements of a tensor of a layer's shape in the order in memory, [n].
+        """The elements of a tensor of a layer's shape, in memory order, [n].
 
-        A view where the tensor is laid out like that.
+        A view if the tensor already has that order.
         """
         return (tensor.movedim(1, -1) if self.channels_last(number) else tensor).reshape(-1)
 
@@ -78,7 +78,7 @@ class Layout:
         return part[start - first * width : stop - first * width]
 
     def places(self, number: int, index: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Where in a flat vector the elements of one layer with these row-by-row indices are."""
+        """Positions in a flat vector of the elements of one layer with these row-by-row indices."""
         first = self.slices[number].start
         if not self.channels_last(number):
             return index + first

@@ -1,4 +1,4 @@
-"""How much memory a process can still get."""
+"""How much more memory a process can get."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 _MOUNT = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 
-#: Files of a control group, version 2 and 1: limit, use, and the key of the page cache in
-#: ``memory.stat`` that the kernel gives up before it refuses memory.
+#: Files of a control group, version 2 and 1: limit, use, and the key in ``memory.stat`` of the page
+#: cache that the kernel frees before it refuses memory.
 _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
@@ -23,8 +23,8 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_
 def available_bytes(device: torch.device | None) -> int:
     """Memory of `device` that this process can still get, in bytes; None is the machine's own.
 
-    On CUDA what is free and what torch holds without using it; elsewhere the smaller of what the
-    machine has left and what the process's control groups leave.
+    On CUDA it is the free memory and the memory that torch holds unused. Elsewhere it is the
+    smaller of the machine's available memory and the room in the process's control groups.
     """
     if device is not None and device.type == "cuda":
         import torch
@@ -37,13 +37,13 @@ def available_bytes(device: torch.device | None) -> int:
 
 
 def cgroup_room(membership: Path = _MEMBERSHIP, mount: Path = _MOUNT) -> int | None:
-    """Bytes that the control groups of the process leave it; None where none has a limit.
+    """Bytes that the process's control groups still allow; None if none of them has a limit.
 
-    A limit holds for a group and all below it, so the least room on the way up counts. A container
-    may see its own group as the mount itself, under a path that only the host knows.
+    A limit holds for a group and all groups below it, so the least room on the way up counts. A
+    container may see its own group as the mount itself, under a path that only the host knows.
 
     Args:
-        membership: lists the groups of the process, a line ``number:controllers:path`` each.
+        membership: lists the groups of the process, one line ``number:controllers:path`` each.
         mount: where control groups are mounted.
     """
     try:
@@ -74,7 +74,7 @@ def _rooms(mount: Path, path: str, files: tuple[str, str, str]) -> Iterator[int]
 def _number(file: Path) -> int | None:
     try:
         return int(file.read_text())
-    except (OSError, ValueError):  # no such group here, or no limit: "max"
+    except (OSError, ValueError):  # no such group here, or its limit is "max"
         return None
 
 

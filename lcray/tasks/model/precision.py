@@ -1,8 +1,8 @@
-"""float32 means float32: no TF32 or bfloat16 inside of products, on GPUs and on CPUs.
+"""Exact float32: no TF32 or bfloat16 inside of products, on GPUs and on CPUs.
 
-A matrix product or convolution of float32 may be allowed to round its factors to 10 (TF32) or 7
-(bfloat16) bits of mantissa, fewer than a difference of losses can afford. What allows that is
-global to the process, and a task's module may switch it on.
+torch may be allowed to round the factors of a float32 matrix product or convolution to 10 (TF32) or
+7 (bfloat16) bits of mantissa, which is too few for a difference of losses. The switches that allow
+it are global to the process, and a task's module may turn them on.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _BACKENDS = (
     "mkldnn.conv",
     "mkldnn.rnn",
 )
-_LAST = 2.0**-12  # of 1 + this, TF32 and bfloat16 keep the 1 alone
+_LAST = 2.0**-12  # TF32 and bfloat16 round 1 + this to 1
 _SIZE = 128  # large enough for the kernels that models use
 
 
 def exact_float32() -> None:
-    """Have products of float32 computed in float32 by this process, whatever was allowed before."""
-    # The older switches first: torch refuses to read them where they disagree with the newer ones.
+    """Make this process compute float32 products in float32, whatever was allowed before."""
+    # The older switches first: torch refuses to read them if they disagree with the newer ones.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -60,7 +60,7 @@ def precision_kept() -> Iterator[None]:
 
 
 def _older(name: str) -> Any:
-    """What an older switch says; None where torch does not tell, as the newer ones disagree."""
+    """The value of an older switch; None if torch refuses, since the newer ones disagree."""
     try:
         return _backend(name).allow_tf32 if name else torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -68,7 +68,7 @@ def _older(name: str) -> Any:
 
 
 def _backends() -> list[Any]:
-    """What has the newer switch; nothing before torch 2.9."""
+    """The backends with the newer switch; none before torch 2.9."""
     found = map(_backend, _BACKENDS)
     return [backend for backend in found if hasattr(backend, "fp32_precision")]
 
@@ -81,7 +81,7 @@ def _backend(name: str) -> Any:
 
 
 def check_float32(device: torch.device) -> None:
-    """Check that products of float32 keep what float32 holds.
+    """Check that products of float32 keep all bits of float32.
 
     Args:
         device: where to compute.

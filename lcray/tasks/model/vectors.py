@@ -1,8 +1,8 @@
-"""Vectors with an element for each of the model's, whose memory is theirs alone.
+"""Vectors with one element per element of the model, in memory that the system gets back.
 
-Such a vector is as large as the model, and a worker has a good dozen. From the heap, blocks that
-were let go would serve smaller requests in the meantime, and the process would grow by half. So on
-the CPU each has a mapping of its own, which goes back to the system with the vector.
+Such a vector is as large as the model, and a worker has more than twelve. On the heap, freed blocks
+would serve smaller requests in the meantime, and the process would grow by half. So on the CPU each
+vector has a memory mapping of its own, which is returned to the system with the vector.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import torch
 from torch import Tensor
 
-_LEAST = 1 << 20  # bytes: below, the heap serves as well
+_LEAST = 1 << 20  # bytes: the heap is good enough for smaller vectors
 
 
 def zeros(size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -29,7 +29,7 @@ def zeros(size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
 
 
 def release() -> None:
-    """Give free memory of the heap back to the system, where that is glibc's."""
+    """Return free memory of the heap to the system, if the C library is glibc."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
