@@ -1,4 +1,4 @@
-"""The loss changes of one split, interval after interval.
+"""Loss change allocation of one split, interval by interval.
 
 The loss and gradient at an endpoint are computed once and serve both intervals that meet there.
 """
@@ -29,7 +29,7 @@ from lcray.tasks.data.split import SplitData
 
 __all__ = ["OK", "Accuracy", "IntervalLC", "Scratch", "SplitAllocator"]
 
-_ROUNDING = 1e-9  # of Σ w, by which machines may differ
+_ROUNDING = 1e-9  # of Σ w: the difference allowed between machines
 
 Following = Callable[[], Segment | None]
 
@@ -37,20 +37,20 @@ Following = Callable[[], Segment | None]
 class SplitAllocator:
     """Allocates the loss changes of one split.
 
-    A rule that may leave an interval to its embedded rule (`probe_every`) takes the whole one in
-    the first interval of every block. The embedded rule is trusted in the next interval if this one
-    had both and the layers' sums of the two agreed, or was left to it already.
+    A rule that may use its embedded rule alone (`probe_every`) uses all its nodes in the first
+    interval of every block. In the next interval, the embedded rule is trusted if it was used alone
+    in this one, or if both were computed here and their sums by layer agreed.
 
     Args:
         engine: evaluates gradients.
         split: the batches.
         rule: the quadrature rule.
         accuracy: the tolerance and the cap of the refinement.
-        expected: items and Σ w that every evaluation must have; None for what the first one has.
+        expected: items and Σ w that every evaluation must have; None takes them from the first.
         scratch: vectors to share with other splits; None makes new ones.
 
     Raises:
-        UsageError: if a rule that cannot be refined is to be.
+        UsageError: if a rule that cannot be refined is to be refined.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SplitAllocator:
         self._rule, self._accuracy, self._adapts = rule, accuracy, refines or rule.probe_every > 0
         self._engine, self._flat, self._split = engine, engine.flat, split
         self._expected = expected
-        self._marks: tuple[int, ...] | None = None  # of the weights at the first point
+        self._marks: tuple[int, ...] | None = None  # hashes of the weights at the first point
         self._scratch = scratch or Scratch(engine)
         self._left: Node | None = None
         self._left_gradient = engine.flat.new_vector()
@@ -80,8 +80,8 @@ class SplitAllocator:
 
         Args:
             segment: the interval.
-            following: gives the interval after it, if that comes next. It is asked for as late as
-                possible, so that it can be read meanwhile.
+            following: gives the interval after it, if there is one. It is called as late as
+                possible, so that the next checkpoint can be read meanwhile.
 
         Raises:
             TaskError: if the task's loss fails or breaks the contract.
@@ -90,7 +90,7 @@ class SplitAllocator:
         trusted, self._trusted = self._trusted and not probing, False
         self._seen += 1
         if not segment.is_finite:
-            # No loss at all: whether one end was evaluated before depends on where spans begin.
+            # Report no loss: whether one end was evaluated before depends on where spans begin.
             self._left = None
             steps = segment.start.step, segment.end.step
             return IntervalLC(
@@ -104,7 +104,7 @@ class SplitAllocator:
         if found.status == OK:
             self._trusted = interval.agrees or found.rule == self._rule.embedded_name
         self._left = interval.right
-        # The gradients change places; what `found` refers to stays until the next evaluation.
+        # The gradients swap buffers; `found` stays valid until the next evaluation.
         self._left_gradient, self._scratch.right = self._scratch.right, self._left_gradient
         return found
 
@@ -130,7 +130,7 @@ class SplitAllocator:
         )
 
     def _forget_unmoved_buffers(self, segment: Segment, left: Node) -> None:
-        """Drop gradients of buffers that only the interval before moved.
+        """Drop gradients of buffers that moved only in the previous interval.
 
         So a result depends on its interval alone, whether or not its left end was shared.
         """
@@ -144,7 +144,7 @@ class SplitAllocator:
                 left.gradient[where] = 0.0
 
     def _endpoint(self, segment: Segment, s: float, out: Tensor, following: Segment | None) -> Node:
-        """Loss at an end of the path, and the gradient where this rule or its next use needs it."""
+        """Loss at an end of the path, and its gradient if this or the next interval needs it."""
         rule = self._rule
         wanted = rule.has_left if s == 0.0 else rule.has_right
         wanted |= rule.has_left and following is not None
@@ -164,7 +164,7 @@ class SplitAllocator:
         following: Segment | None,
         factor: float | None,
     ) -> Evaluation:
-        """Loss at θ(s); the gradient into the shared total, or `factor` times it added there."""
+        """Loss at θ(s). The gradient goes into the shared total; `factor` times it if given."""
         site = Site(segment, s, following)
         directions = site.enter(self._flat)
         out = self._scratch.total if gradient else None
@@ -174,10 +174,10 @@ class SplitAllocator:
         return found
 
     def _check_items(self, found: Evaluation, segment: Segment) -> None:
-        """Refuse items or weights that are others than at the points before.
+        """Refuse items or weights that differ from earlier points.
 
-        Within a worker each weight must be the same, bit for bit. The plan has their sum alone,
-        and another machine may have rounded that.
+        Within a worker, each weight must be the same, bit for bit. The plan only has their sum,
+        which another machine may have rounded differently.
         """
         n_items, weight = self._expected = self._expected or (found.n_items, found.total_weight)
         where = f"task loss on split {self._split.name!r}"
@@ -194,5 +194,5 @@ class SplitAllocator:
             raise TaskError(
                 f"{where}: weights of items change between steps {segment.start.step} and "
                 f"{segment.end.step}; weights must come from the data alone, not from the model; "
-                "multiply the losses by what depends on it"
+                "multiply the losses by factors that depend on it"
             )

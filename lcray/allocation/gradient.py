@@ -1,12 +1,12 @@
 """The full-batch loss and gradient at a point: the hot loop.
 
-Legend: P elements, L layers, G groups, R replicates of a sample, D directions, n items a batch.
+Legend: P elements, L layers, G groups, R replicates of a sample, D directions, n items per batch.
 
     L(θ) = Σ w ℓ(θ) / Σ w,        g(θ) = ∂L/∂θ
 
-over every item of a split exactly once. The passes run in the compute dtype; sums over batches are
-in float64, in the order of the batches and of the parts that the plan cuts them into, so that a
-result is a function of the point alone.
+over every item of a split exactly once. The passes run in the compute dtype. Sums over batches are
+in float64, in the order of the batches and of the parts that the plan defines, so a result is a
+function of the point alone.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class GradientEngine:
     """Evaluates loss and gradient of any split at the model's current point.
 
     Attributes:
-        partial_sums: parts that the batches of a split are summed in.
-        colleagues: workers that take some of them; None where there are none.
+        partial_sums: number of parts in which the batches of a split are summed.
+        colleagues: workers that compute some of the parts; None if there are none.
         on_items: called with the number of each batch of a split that is evaluated here, the losses
             [n] of its items and their weights; None for nobody.
         fixed_batches: whether batches are part of the loss, so that the plan fixes them.
@@ -77,16 +77,16 @@ class GradientEngine:
         share: float | None = None,
         site: Site | None = None,
     ) -> Evaluation:
-        """Loss, and gradient where asked for, of `split` at the current point.
+        """Loss of `split` at the current point, and its gradient if asked for.
 
         Args:
             split: the batches.
             out: where the gradient goes, [P] float64; None evaluates the loss alone.
-            directions: paths along which to take the directional derivatives of groups and
-                replicates.
-            share: add this times Σ w ∂ℓ/∂θ to `out`, instead of replacing what is there by the
-                gradient of the mean.
-            site: where the model is, for colleagues to go there as well; None does all of it here.
+            directions: paths along which the directional derivatives of groups and replicates are
+                taken.
+            share: add this times Σ w ∂ℓ/∂θ to `out`, instead of writing the gradient of the mean.
+            site: where the model is, so that colleagues can go there as well; None computes all
+                parts here.
 
         Raises:
             TaskError: if the task's loss fails or breaks the contract.
@@ -126,7 +126,7 @@ class GradientEngine:
         directions: Sequence[Segment],
         share: float,
     ) -> PartSums:
-        """Add the sum over a part to `out`; a part that is not the whole has a sum of its own."""
+        """Add the sum over a part to `out`; a part of several is first summed by itself."""
         if whole or out is None:
             return self.sum_part(split, batches, out, directions, share)
         self._part = self.new_vector() if self._part is None else self._part.zero_()
@@ -146,10 +146,10 @@ class GradientEngine:
 
         Args:
             split: the batches.
-            batches: the numbers of those to sum over, in order.
-            out: what `share` times Σ w ∂ℓ/∂θ is added to, [P] float64; None for the loss alone.
-            directions: paths along which to take the directional derivatives of groups and
-                replicates.
+            batches: the numbers of the batches to sum over, in order.
+            out: `share` times Σ w ∂ℓ/∂θ is added to it, [P] float64; None for the loss alone.
+            directions: paths along which the directional derivatives of groups and replicates are
+                taken.
             share: the factor.
 
         Raises:
@@ -172,7 +172,7 @@ class GradientEngine:
 
     @contextmanager
     def _functions(self) -> Iterator[None]:
-        """Our own versions of some functions, by rules without history: workers compute alike."""
+        """Use lcray's versions of some functions, by fixed rules: all workers compute alike."""
         with ExitStack() as stack:
             if self._normalizes:
                 stack.enter_context(self._normalization)
@@ -181,13 +181,13 @@ class GradientEngine:
             yield
 
     def check_statistics(self, split: SplitData) -> None:
-        """Check that the loss takes no batch statistics that the model does not tell of.
+        """Check that the loss uses no batch statistics that the model's modules do not show.
 
-        By one batch, apart from what counts: a model that is watched may leave out fast paths,
-        whose bits differ.
+        One extra batch is used for this: a watched model may leave out fast paths, and its bits may
+        differ.
 
         Raises:
-            TaskError: if it does, as by ``F.batch_norm(training=True)``.
+            TaskError: if it does, e.g. by ``F.batch_norm(training=True)``.
         """
         if self._normalizes:
             return
@@ -197,7 +197,7 @@ class GradientEngine:
                 self._loss(self.flat.model, map_tensors(Tensor.clone, batch))
         except TaskError:
             raise
-        except Exception:  # the loss may need gradients; if it is wrong, evaluating it tells
+        except Exception:  # the loss may need gradients; real faults show in the evaluation
             return
 
     def _add_gradients(
@@ -217,7 +217,7 @@ class GradientEngine:
     def evaluate_sample(self, split: SplitData, out: Tensor) -> float:
         """The mean loss of some samples; its gradient goes into `out`, [P] float64.
 
-        NaN where the samples have no weight, which is no reason to refuse a split that has.
+        NaN if the samples have no weight: the split as a whole may still have some.
 
         Raises:
             TaskError: if the task's loss fails or breaks the contract.
@@ -244,14 +244,14 @@ class GradientEngine:
         return found
 
     def _result(self, batch: Any) -> Any:
-        """What the task's loss gives."""
+        """The result of the task's loss."""
         self.flat.restore_constants()
         try:
             return self._loss(self.flat.model, batch)
         except RuntimeError as error:
             if self._normalizes or "running_" not in str(error):
                 raise
-        # Its own statistics are parameters, say: torch gives those no gradient.
+        # E.g. statistics that are parameters: torch computes no gradient for them.
         with self._normalization:
             return self._loss(self.flat.model, batch)
 
@@ -276,7 +276,7 @@ class GradientEngine:
         _check_losses(where, losses, split.batch_sizes[index])
         if weights is not None:
             _check_weights(where, losses, weights)
-            # At least float32: 16 bits would round the weights themselves.
+            # At least float32: 16 bits would round the weights.
             weights = weights.detach().to(torch.promote_types(losses.dtype, torch.float32))
         if split.labels and len(split.labels[index]) != len(losses):
             raise TaskError(
@@ -287,18 +287,18 @@ class GradientEngine:
 
 
 def _backward(total: Tensor, *, keep: bool) -> None:
-    """Run the backward pass of `total`, [], with our versions of functions active.
+    """Run the backward pass of `total`, [], with lcray's versions of functions active.
 
-    Layers under `torch.utils.checkpoint` are computed again in it, and must come to the same. From
-    a tensor, torch would run it without them.
+    It recomputes layers under `torch.utils.checkpoint`, which must give the same values. Called on
+    a tensor, torch would run the pass without these versions.
     """
     root: Any = torch.autograd.graph.get_gradient_edge(total) if _FROM_EDGES else total
     torch.autograd.backward((root,), (torch.ones_like(total),), retain_graph=keep)
 
 
 def layer_dots(flat: FlatModel, gradient: Tensor, segment: Segment) -> Tensor:
-    """Σ g·Δ over each layer, [L] float64, a block at a time; `gradient` is [P]."""
-    # Into one tensor: small ones that stay would keep the heap from using the blocks' room again.
+    """Σ g·Δ over each layer, [L] float64, one block at a time; `gradient` is [P]."""
+    # Into one tensor: small tensors that stay would keep the heap from reusing the blocks' memory.
     sums = torch.zeros(len(flat.layers), dtype=torch.float64, device=gradient.device)
     size = next(flat.blocks()).stop
     for block, pieces in flat.layout.pieces(size):
@@ -343,5 +343,5 @@ def _check_weights(where: str, losses: Tensor, weights: Any) -> None:
     if weights.requires_grad:
         raise TaskError(
             f"{where}: weights have a gradient, so they depend on the model; weights must come "
-            "from the data alone; multiply the losses by what depends on the model"
+            "from the data alone; multiply the losses by factors that depend on the model"
         )

@@ -1,14 +1,14 @@
-"""One interval to loss change allocation: LC_i = Δ_i · ∫₀¹ g_i(θ(s)) ds, by quadrature.
+"""Loss change allocation of one interval: LC_i = Δ_i · ∫₀¹ g_i(θ(s)) ds, by quadrature.
 
 Legend: P elements, L layers, G groups, R replicates of a sample, K nodes, n panels.
 
-Refinement halves uniformly. With T_n the trapezoid and M_n the midpoint sum on n panels,
+Refinement halves all panels. With T_n the trapezoid and M_n the midpoint sum on n panels,
 T_2n = (T_n + M_n)/2 and Simpson on n panels is S_n = (T_n + 2 M_n)/3, so two running sums hold
 every gradient. LC is never rescaled to close: the gap is a measurement.
 
-Memory: gradients are summed in one float64 vector. What must outlive that, which is the gradients
-at both ends and M_1 or T_n, rests in the compute dtype, a vector each. So an interval takes 20
-bytes an element in float32, whatever the rule and however far it is refined.
+Memory: gradients are summed in one float64 vector. The vectors that must outlive it, which are the
+gradients at both ends and M_1 or T_n, are kept in the compute dtype, one vector each. So an
+interval takes 20 bytes per element in float32, whatever the rule and the refinement.
 
 Source: [LCA] Lan, Liu, Zhou, Yosinski, NeurIPS 2019 (arXiv 1909.01440), eq. 1 and section 3.
 """
@@ -33,17 +33,17 @@ NONFINITE_CHECKPOINT = "nonfinite_checkpoint"
 NONFINITE_LOSS = "nonfinite_loss"
 NONFINITE_GRADIENT = "nonfinite_gradient"
 
-_LAYERS = 10  # times the bound of the gap: how far the layers' sums may be from the coarser rule's
+_LAYERS = 10  # times the bound of the gap: allowed distance of layer sums to the coarser rule's
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """When an interval has converged, and how far to refine it.
+    """When an interval counts as converged, and how far to refine it.
 
     Attributes:
-        rtol: of |loss change|.
+        rtol: relative to |loss change|.
         atol: in units of the loss.
-        max_panels: the cap of the halving; 1 does not refine.
+        max_panels: the largest number of panels; 1 does not refine.
     """
 
     rtol: float = 1e-3
@@ -52,7 +52,7 @@ class Accuracy:
 
     @classmethod
     def of(cls, settings: Settings, first_loss: float | None) -> Accuracy:
-        """What `settings` ask for; atol is 1e-6 of the first loss, 1e-12 in float64."""
+        """The accuracy in `settings`; atol is 1e-6 of the first loss, 1e-12 in float64."""
         atol = (1e-6 if settings.dtype == "float32" else 1e-12) * abs(first_loss or 0.0)
         refines = settings.refine or get_rule(settings.rule).probe_every > 0
         return cls(settings.rtol, atol, settings.max_panels if refines else 1)
@@ -70,18 +70,18 @@ class IntervalLC:
         start_step: of the interval.
         end_step: of the interval.
         status: ``ok``, or why there is no LC.
-        loss_start: mean loss at the start; NaN where it was not evaluated.
+        loss_start: mean loss at the start; NaN if it was not evaluated.
         loss_end: mean loss at the end.
         rule: the name of the rule that was used.
-        lc: LC by element, [P] float64; None unless the status is ok. Like `start_gradient`, valid
-            until the next interval of any split that shares the scratch vectors.
+        lc: LC by element, [P] float64; None unless the status is ok. Like `start_gradient`, it is
+            valid until the next interval of any split that shares the scratch vectors.
         layer_error: |Σ_i (rule_i − embedded_i)| by layer, [L]; None without an embedded rule.
-        first_order: Δ·g(0) by layer, [L]; None where the rule has no node at 0.
-        start_gradient: g(0), [P] in the compute dtype; None likewise.
+        first_order: Δ·g(0) by layer, [L]; None if the rule has no node at 0.
+        start_gradient: g(0), [P] in the compute dtype; None if the rule has no node at 0.
         group_lc: LC of each group's own mean loss, then of each replicate's, by layer, [G + R, L];
             None without groups and replicates.
-        panels: of the rule in the end.
-        n_gradients: without the left endpoint that is shared.
+        panels: the final number of panels.
+        n_gradients: number of gradients, without the shared left endpoint.
         converged: whether the tolerance was met.
         replicate_losses: the mean loss of each replicate at the start and at the end, [2, R].
     """
@@ -109,10 +109,10 @@ class Node:
 
     Attributes:
         loss: the mean loss.
-        gradient: [P] in the compute dtype; None where no rule needs it.
-        incoming: dots of groups and replicates along the interval that ends here, [G + R, L]; None
-            without any.
-        outgoing: along the one that starts here.
+        gradient: [P] in the compute dtype; None if no rule needs it.
+        incoming: dot products of groups and replicates with the interval that ends here,
+            [G + R, L]; None without groups and replicates.
+        outgoing: the same with the interval that starts here.
         replicate_losses: the mean loss of each replicate, [R].
     """
 
@@ -127,9 +127,9 @@ class Scratch:
     """The vectors [P] that the splits of a pass share.
 
     Attributes:
-        total: sums of gradients, float64; LC in the end.
-        middle: what the interior nodes come to, or T_n, in the compute dtype.
-        right: the gradient at the right end, likewise.
+        total: sums of gradients, float64; LC at the end.
+        middle: the sum over interior nodes, or T_n, in the compute dtype.
+        right: the gradient at the right end, in the compute dtype.
     """
 
     def __init__(self, engine: GradientEngine) -> None:
@@ -139,18 +139,18 @@ class Scratch:
 
 
 class Interval:
-    """The work on one interval of one split.
+    """The computation of one interval of one split.
 
     Args:
         rule: the quadrature rule.
         accuracy: the tolerance and the cap of the refinement.
-        engine: for its model.
-        scratch: where to work.
+        engine: of the model.
+        scratch: the vectors to work in.
         segment: the path.
         left: loss and gradient at its start.
         at_end: evaluates loss and gradient at its end.
-        inside: adds the gradient at θ(s), times a factor, to ``scratch.total``; gives its group
-            dots.
+        inside: adds the gradient at θ(s), times a factor, to ``scratch.total``; returns the dot
+            products of groups.
     """
 
     def __init__(
@@ -167,11 +167,11 @@ class Interval:
         self._rule, self._accuracy, self._flat = rule, accuracy, engine.flat
         self._scratch, self._segment, self._left = scratch, segment, left
         self._at_end, self._inside = at_end, inside
-        self.agrees = False  # whether the layers' sums are close to those of the embedded rule
+        self.agrees = False  # whether the layers' sums are close to the embedded rule's
 
     @cached_property
     def right(self) -> Node:
-        """Loss and gradient at the end; evaluated when it is wanted first."""
+        """Loss and gradient at the end; evaluated at first use."""
         return self._at_end()
 
     @cached_property
@@ -185,7 +185,7 @@ class Interval:
         return self._dots(self.right.gradient)
 
     def fixed(self) -> IntervalLC:
-        """The rule as it is. Its end comes last: the checkpoint after that may be on its way."""
+        """The rule without refinement. The end comes last: its checkpoint may still be loading."""
         rule, scratch = self._rule, self._scratch
         embedded = rule.embedded or (0.0,) * len(rule.weights)
         nodes = list(zip(rule.nodes, rule.weights, embedded, strict=True))
@@ -221,7 +221,7 @@ class Interval:
         """Simpson's rule, its panels halved until it has converged or the cap is reached.
 
         Args:
-            trusted: whether the embedded rule, the trapezoid, may stand alone if its gap allows.
+            trusted: whether the embedded rule, the trapezoid, may be used alone if its gap allows.
         """
         middle = None
         if not self._rule.probe_every:
@@ -246,7 +246,7 @@ class Interval:
         middle: Tensor,
         middle_groups: Tensor | None,
     ) -> IntervalLC:
-        """From T_1 and M_1 by layer on; ``scratch.middle`` holds M_1."""
+        """Refines from T_1 and M_1 by layer; ``scratch.middle`` holds M_1."""
         scratch, bound, panels = self._scratch, self._bound, 1
         (left, _, _), (right, _, _) = self._end(0.0), self._end(1.0)
         terms = [(left, 1 / 6), (right, 1 / 6), (scratch.middle, 2 / 3)]
@@ -272,7 +272,7 @@ class Interval:
         return self._result(terms, layers, error, groups, panels, 2 * panels, converged)
 
     def _midpoints(self, panels: int) -> tuple[Tensor, Tensor | None]:
-        """M_n by layer [L] and group [G, L]; the vector is in ``total``, M_1 in ``middle`` too."""
+        """M_n by layer [L] and group [G, L]; the vector is in ``total``, M_1 also in ``middle``."""
         scratch, groups = self._scratch, None
         scratch.total.zero_()
         for panel in range(panels):
@@ -284,7 +284,7 @@ class Interval:
         return self._dots(scratch.middle), groups
 
     def without(self, status: str) -> IntervalLC:
-        """No LC, and why."""
+        """A result without LC, and the reason."""
         steps = self._segment.start.step, self._segment.end.step
         return IntervalLC(*steps, status, self._left.loss, self.right.loss, self._rule.shown_name)
 
@@ -362,7 +362,7 @@ class Interval:
 
 
 def _plus(total: Tensor | None, weight: float, part: Tensor | None) -> Tensor | None:
-    """`total` + `weight`·`part`, where None is nothing."""
+    """`total` + `weight`·`part`, where None means zero."""
     if part is None:
         return total
     return weight * part if total is None else total + weight * part

@@ -2,9 +2,10 @@
 
 Legend: P elements, L layers, G groups, R replicates of a sample, D directions, k parts.
 
-The plan says how many parts the batches of a split are cut into. Each part has sums of its own, in
-the order of its batches, and the parts are added in their order, whoever computed them. So a result
-depends on their number alone, and losses not even on that: they are summed exactly.
+The plan says how many parts the batches of a split are cut into. Each part is summed by itself, in
+the order of its batches, and the parts are added in order, whichever worker computed them. So a
+result depends only on the number of parts. Losses do not even depend on it: they are summed
+exactly.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Seat:
     """A worker's place in a team.
 
     Attributes:
-        index: from 0, which is the lead's.
-        team: workers of the team.
+        index: from 0, which is the leader.
+        team: number of workers in the team.
     """
 
     index: int = 0
@@ -35,12 +36,12 @@ class Seat:
 
 
 def cut_parts(n_batches: int, partial_sums: int) -> tuple[range, ...]:
-    """The batches of each part: contiguous, none empty, sizes that differ by at most one."""
+    """The batches of each part: contiguous, none empty, with sizes that differ by at most one."""
     return _cut(n_batches, min(partial_sums, n_batches))
 
 
 def deal(n_parts: int, team: int) -> tuple[range, ...]:
-    """The parts that each worker of a team takes; the last ones may go empty-handed."""
+    """The parts that each worker of a team computes; the last workers may have none."""
     return _cut(n_parts, team)
 
 
@@ -52,21 +53,21 @@ def batches_of(seat: Seat, partial_sums: int, n_batches: int) -> range:
 
 
 def _cut(n: int, parts: int) -> tuple[range, ...]:
-    """The larger ones first."""
+    """Contiguous ranges of 0 to `n`; the larger ones come first."""
     sizes = [n // parts + (number < n % parts) for number in range(parts)]
     return tuple(range(a, b) for a, b in pairwise(accumulate(sizes, initial=0)))
 
 
 @dataclass(frozen=True)
 class PartSums:
-    """What the batches of a part come to, beside the gradient.
+    """The sums over the batches of a part, without the gradient.
 
     Attributes:
         losses: Σ wℓ of each batch.
         weights: Σ w of each batch.
         lowest: the lowest weight of each batch that has weights.
-        n_items: items.
-        masses: Σ w of each group and, last, of items of none, [G + 1]; None without groups.
+        n_items: number of items.
+        masses: Σ w of each group and, last, of items without group, [G + 1]; None without groups.
         dots: directional derivatives of Σ wℓ of each group, then of each replicate, by layer,
             [D, G + R, L].
         marks: a hash of the weights of each batch that has weights, item by item.
@@ -95,10 +96,10 @@ class Site:
     following: Segment | None = None
 
     def enter(self, flat: FlatModel) -> list[Segment]:
-        """Move the model there, and have gradients reach the buffers that move.
+        """Move the model there, and let gradients reach the buffers that move.
 
         Returns:
-            the directions of the derivatives of groups and replicates.
+            the directions for the derivatives of groups and replicates.
         """
         directions = [self.segment] + ([] if self.following is None else [self.following])
         moving = frozenset[int]().union(*(path.moving_buffers(flat) for path in directions))
@@ -109,13 +110,13 @@ class Site:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of colleagues.
+    """A request to the colleagues.
 
     Attributes:
         split: the name of the split.
-        site: where to evaluate it.
+        site: the point at which to evaluate it.
         share: the factor of Σ w ∂ℓ/∂θ.
-        gradient: whether the gradient is wanted, beside the loss.
+        gradient: whether the gradient is wanted in addition to the loss.
     """
 
     split: str
@@ -131,7 +132,7 @@ class Answer:
     Attributes:
         sums: its sums.
         gradient: gives the elements of a slice of the part's gradient, float64 on the device; None
-            where none was asked for.
+            if it was not asked for.
     """
 
     sums: PartSums
@@ -139,12 +140,12 @@ class Answer:
 
 
 class Colleagues(Protocol):
-    """The other workers of a team, as the engine of its lead sees them."""
+    """The other workers of a team, as seen by the engine of its leader."""
 
     def share_out(self, request: Request, n_parts: int) -> tuple[range, Iterator[Answer]]:
-        """Have the colleagues begin with their parts.
+        """Let the colleagues begin with their parts.
 
         Returns:
-            the parts that are left to the lead, the first ones; and the others in their order, each
-            waited for as it is asked for.
+            the parts that the leader computes, which are the first ones; and the other parts in
+            order, each waited for when it is requested.
         """

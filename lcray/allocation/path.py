@@ -2,8 +2,8 @@
 
 θ(s) = θ_a + s·Δ,  s in [0, 1],  Δ = θ_b − θ_a;   θ(1) is θ_b as it was stored.
 
-Δ is float64, twice the size of a checkpoint, and is wanted a few times an interval. It is computed
-a block at a time, in the cache, and kept only where that is small.
+Δ is float64, twice the size of a float32 checkpoint, and is needed a few times per interval. It is
+computed block by block, in the cache, and kept only if it is small.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lcray.tasks.model.flat import FlatModel
 
-_KEEP = 1 << 20  # elements: below, Δ is kept whole (8 MiB)
+_KEEP = 1 << 20  # elements: up to here, Δ is kept as a whole (8 MiB)
 _BLOCK = 1 << 16
 _ALL = slice(None)
 
@@ -27,8 +27,8 @@ class Point:
     """A checkpoint on the device.
 
     Attributes:
-        step: its step.
-        vector: the float tensors, [P] in the compute dtype, in the order in memory.
+        step: of the checkpoint.
+        vector: the float tensors, [P] in the compute dtype, in memory order.
         constants: the tensors that do not move.
     """
 
@@ -47,7 +47,7 @@ class Segment:
     def difference(self, where: slice = _ALL) -> Tensor:
         """Δ of the elements `where`, float64; exactly 0 where both ends are equal.
 
-        It is not the caller's to change.
+        The caller must not change it.
         """
         if len(self.start.vector) <= _KEEP:
             return self._kept[where]
@@ -64,7 +64,7 @@ class Segment:
 
     @cached_property
     def is_finite(self) -> bool:
-        """Whether the path is; a NaN in either checkpoint breaks it."""
+        """Whether the whole path is finite; a NaN in either checkpoint makes it not finite."""
         starts = range(0, len(self.start.vector), _BLOCK)
         return all(bool(self.difference(slice(a, a + _BLOCK)).isfinite().all()) for a in starts)
 

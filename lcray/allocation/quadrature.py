@@ -1,12 +1,12 @@
 """Quadrature rules on [0, 1], as data that checks itself.
 
 Legend: K nodes, n panels. A rule approximates ∫₀¹ f(s) ds by Σ_k w_k f(s_k). Its *embedded* rule
-uses the same nodes with other weights and a lower degree; the difference of the two costs no
-evaluation and indicates the error.
+uses the same nodes with other weights and has a lower degree. The difference of the two needs no
+further evaluation and indicates the error.
 
 Source: Davis & Rabinowitz, *Methods of Numerical Integration*, 2nd ed., ch. 2. Runge-Kutta of
 order 4 along a known straight path is Simpson's rule: the integrand does not depend on the
-solution, so that the two middle stages coincide.
+solution, so the two middle stages coincide.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from lcray.errors import UsageError, suggest
 from lcray.storage.numerals import brief, whole_number
 
-#: The most panels of a composite, and the cap of any refinement: beyond, memory and time explode.
+#: The most panels of a composite, and of any refinement: more would take too much memory and time.
 MAX_PANELS = 4096
 _TOLERANCE = 1e-14
 
@@ -28,17 +28,17 @@ class QuadratureRule:
     """A quadrature rule on [0, 1].
 
     Attributes:
-        name: what users call it; a composite is ``name*n``.
+        name: the name for users; a composite is ``name*n``.
         nodes: K increasing points of [0, 1].
         weights: K weights; they sum to 1.
-        degree: the highest degree of the polynomials that are integrated exactly.
+        degree: the highest degree of polynomials that the rule integrates exactly.
         embedded: K weights of a lower rule on the same nodes, or None.
-        panels: the number of equal panels the rule consists of.
+        panels: the number of equal panels that the rule consists of.
         refinable: whether uniform halving reuses every node (Simpson's family).
-        probe_every: where positive, the embedded rule may stand alone in an interval, as long as
-            its gap and a probe by the whole rule at every so many intervals allow.
-        embedded_name: what the embedded rule is called where it stands alone.
-        whole_name: what this rule is called then; its name otherwise.
+        probe_every: if positive, the embedded rule may be used alone in an interval, as long as its
+            gap allows it and so does a probe by the whole rule, once in this many intervals.
+        embedded_name: the name of the embedded rule when it is used alone.
+        whole_name: the name of this rule in such an analysis; empty means `name`.
 
     Raises:
         UsageError: if nodes and weights are not a rule of this degree.
@@ -73,12 +73,12 @@ class QuadratureRule:
 
     @property
     def shown_name(self) -> str:
-        """What intervals say that took the whole rule."""
+        """The rule's name in the tables, for intervals that used all nodes."""
         return self.whole_name or self.name
 
     @property
     def n_gradients(self) -> int:
-        """Gradients an interval, a left endpoint shared with the interval before not counted."""
+        """Gradients per interval, without the left endpoint shared with the previous interval."""
         return len(self.nodes) - (self.has_left and self.has_right)
 
     def integrate(self, values: Sequence[float]) -> float:
@@ -86,14 +86,14 @@ class QuadratureRule:
         return math.fsum(w * v for w, v in zip(self.weights, values, strict=True))
 
     def composite(self, panels: int) -> QuadratureRule:
-        """This rule on each of `panels` equal panels, nodes that meet being merged.
+        """This rule on each of `panels` equal panels, with shared nodes merged.
 
-        The embedded rule is this rule on half as many panels where those nodes are among the new
+        The embedded rule is this rule on half as many panels, if those nodes are among the new
         ones, else the composite of the embedded rule.
 
         Raises:
-            UsageError: if `panels` is below 1 or above `MAX_PANELS`, or the rule is a composite
-                already or chooses panels itself.
+            UsageError: if `panels` is below 1 or above `MAX_PANELS`, or if the rule is already a
+                composite or chooses panels itself.
         """
         if panels > MAX_PANELS:
             raise UsageError(f"rule {self.name!r}: at most {MAX_PANELS} panels, as {self.name}*64")
@@ -115,7 +115,7 @@ class QuadratureRule:
 def _check_nodes(rule: QuadratureRule) -> None:
     lengths = {len(rule.nodes), len(rule.weights), len(rule.embedded or rule.weights)}
     if len(lengths) != 1 or not rule.nodes:
-        raise UsageError(f"rule {rule.name!r}: needs one weight a node, got {sorted(lengths)}")
+        raise UsageError(f"rule {rule.name!r}: needs one weight per node, got {sorted(lengths)}")
     increasing = all(a < b for a, b in zip(rule.nodes, rule.nodes[1:], strict=False))
     if not increasing or rule.nodes[0] < 0 or rule.nodes[-1] > 1:
         raise UsageError(f"rule {rule.name!r}: nodes must increase within [0, 1]: {rule.nodes}")
@@ -163,12 +163,12 @@ GAUSS = QuadratureRule(
 
 #: The named rules. ``left`` is the first-order variant of [LCA]; ``simpson`` is RK4, the default.
 RULES = {r.name: r for r in (LEFT, MIDPOINT, TRAPEZOID, SIMPSON, GAUSS_LOBATTO, GAUSS)}
-#: Simpson's rule, or the trapezoid on the same endpoints where that is good enough, in blocks of
-#: eight intervals that a probe opens.
+#: Simpson's rule, or the trapezoid on the same endpoints if it is accurate enough, in blocks of
+#: eight intervals, each of which begins with a probe.
 AUTO = replace(
     SIMPSON, name="auto", probe_every=8, embedded_name=TRAPEZOID.name, whole_name=SIMPSON.name
 )
-#: Rules that choose for themselves, interval by interval.
+#: Rules that choose between two rules, interval by interval.
 ADAPTIVE = {AUTO.name: AUTO}
 _ALIASES = {"first-order": "left", "rk4": "simpson"}
 
@@ -176,11 +176,11 @@ _ALIASES = {"first-order": "left", "rk4": "simpson"}
 def get_rule(name: str) -> QuadratureRule:
     """The rule called `name`, with ``name*n`` for its composite on n panels.
 
-    ``auto`` is Simpson's rule with leave to use the trapezoid instead (see `probe_every`).
+    ``auto`` is Simpson's rule that may use the trapezoid instead (see `probe_every`).
 
     Raises:
-        UsageError: if there is no such rule (the message names the nearest one), or of a number of
-            panels that is none or above `MAX_PANELS`.
+        UsageError: if there is no such rule (the message names the nearest one), or if the number
+            of panels is not valid or is above `MAX_PANELS`.
     """
     base, star, panels = name.partition("*")
     base = _ALIASES.get(base, base)

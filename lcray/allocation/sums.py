@@ -1,6 +1,6 @@
-"""Sums over batches: losses, weights, gradients; of everything, each group and each replicate.
+"""Sums over batches of losses, weights and gradients: in total, by group and by replicate.
 
-Legend: P elements, L layers, G groups, R replicates of a sample, D directions, n items a batch.
+Legend: P elements, L layers, G groups, R replicates of a sample, D directions, n items per batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Evaluation:
     """The loss of a split at a point.
 
     Attributes:
-        loss: the mean loss; NaN or infinite where the model's is.
+        loss: the mean loss; NaN or infinite if the model's loss is.
         total_weight: Σ w.
         n_items: items.
         group_weights: Σ w of each group, [G].
@@ -36,7 +36,8 @@ class Evaluation:
             replicates, or without directions.
         replicate_weights: Σ w of each replicate, [R]; empty unless samples were drawn.
         replicate_losses: the mean loss of each, [R]; 0 where it has no weight.
-        first_weighted: number of the first batch that has weight.
+        replicate_losses: the mean loss of each replicate, [R]; 0 if it has no weight.
+        first_weighted: number of the first batch with weight.
         weight_marks: a hash of the weights of each batch that has weights, item by item.
     """
 
@@ -54,7 +55,7 @@ class Evaluation:
 class Sums:
     """Sums over the batches of one part, all float64.
 
-    What a batch gives stays on the device until the end: fetching it would make the device wait.
+    A batch's results stay on the device until the end: fetching them would make the device wait.
     """
 
     def __init__(
@@ -73,13 +74,13 @@ class Sums:
         self._dots = torch.zeros(shape, dtype=torch.float64, device=flat.theta.device)
         self._losses: list[Tensor] = []
         self._weights: list[Tensor] = []
-        self._lowest: list[Tensor] = []  # weights, where there are any
+        self._lowest: list[Tensor] = []  # of weights, if there are any
         self._marks: list[Tensor] = []
         self._group_weights: list[Tensor] = []
         self._n_items = 0
 
     def add_losses(self, index: int, losses: Tensor, weights: Tensor | None) -> None:
-        """Take the losses and weights of the items of a batch, [n]."""
+        """Add the losses and weights of the items of a batch, [n]."""
         exact = losses.detach().double()
         if weights is None:
             mass = torch.ones_like(exact)
@@ -96,14 +97,14 @@ class Sums:
             self._add_group_weights(self._split.numbers[index], mass)
 
     def _add_group_weights(self, numbers: Tensor, mass: Tensor) -> None:
-        # One place more, at the end, for items of no group: label < 0.
+        # One more place, at the end, for items without group: label < 0.
         found = torch.zeros(len(self._split.groups) + 1, dtype=torch.float64, device=mass.device)
         self._group_weights.append(found.index_add_(0, numbers, mass))
 
     def parts(self, index: int, weighted: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
-        """What to differentiate in turn: everything at once, or one group after another.
+        """The sums to differentiate in turn: the whole batch, or one group after another.
 
-        With the rows of the dots that each counts in: its group's, and its replicate's.
+        Each comes with the rows of dot products that it counts in: its group's and replicate's.
         """
         if not self._directions:
             return [((), weighted)]
@@ -118,13 +119,13 @@ class Sums:
         return [((k, *sample), weighted[numbers == k]) for k in present if k < none]
 
     def add_gradient(self, rows: tuple[int, ...], number: int, gradient: Tensor) -> None:
-        """Take a layer's gradient [n] of the part of a batch that counts in `rows`."""
+        """Add a layer's gradient [n] of the part of a batch that counts in `rows`."""
         if len(gradient) <= self._flat.block:
             self._targets[number].add_(gradient, alpha=self._share)
             if rows:
                 self._add_dots(rows, number, 0, gradient)
             return
-        # In blocks: whole, the float64 copy of a large layer would be one more vector.
+        # In blocks: a float64 copy of a whole large layer would be one more vector.
         for start in range(0, len(gradient), self._flat.block):
             piece = gradient[start : start + self._flat.block]
             self._targets[number][start : start + len(piece)].add_(piece, alpha=self._share)
@@ -140,7 +141,7 @@ class Sums:
                 dots[row, number] += found
 
     def result(self) -> PartSums:
-        """What all batches have come to."""
+        """The sums over all batches."""
         losses, weights, lowest, marks = (
             tuple(torch.stack(found).tolist()) if found else ()
             for found in (self._losses, self._weights, self._lowest, self._marks)
@@ -150,20 +151,20 @@ class Sums:
 
 
 def _mark(weights: Tensor) -> Tensor:
-    """A hash of weights [n] float64, each in its place; exact, in whatever order it is summed."""
+    """A hash of weights [n] float64, each with its place; exact in any order of summation."""
     bits = (weights + 0.0).view(torch.int64) * _ODD  # + 0: the zeros are equal
     return ((bits ^ (bits >> 32)) * _factors(len(bits), bits.device)).sum()
 
 
 @lru_cache(maxsize=4)
 def _factors(n: int, device: torch.device) -> Tensor:
-    """An odd number for each place, [n] int64: no change of a single weight goes unnoticed."""
+    """An odd number for each place, [n] int64, so that every change of a single weight shows."""
     places = torch.arange(1, n + 1, device=device) * _ODD
     return ((places ^ (places >> 29)) * _ODD) | 1
 
 
 def evaluation_of(split: SplitData, parts: Sequence[PartSums], n_directions: int) -> Evaluation:
-    """What the parts of a split come to, added in their order.
+    """The sums over the parts of a split, added in their order.
 
     Raises:
         TaskError: for weights or labels that break the contract.
@@ -205,16 +206,16 @@ def evaluation_of(split: SplitData, parts: Sequence[PartSums], n_directions: int
 
 
 def check_same(split: str, first: float, second: float, *, exact: bool) -> None:
-    """Check that a loss is a function of the weights: evaluated twice at a point, it is the same.
+    """Check that a loss is a function of the weights: two evaluations at a point are equal.
 
     Args:
         split: the name of the split, for messages.
-        first: its loss; one that is not finite tells nothing.
-        second: its loss, evaluated once more.
-        exact: whether to the last bit; otherwise to 1e-5.
+        first: its loss; a loss that is not finite is not compared.
+        second: its loss, evaluated a second time.
+        exact: whether to compare every bit; otherwise to 1e-5.
 
     Raises:
-        TaskError: if it is another one.
+        TaskError: if they differ.
     """
     same = first == second if exact else abs(first - second) <= 1e-5 * abs(first)
     if first == first and not same:
@@ -225,7 +226,7 @@ def check_same(split: str, first: float, second: float, *, exact: bool) -> None:
 
 
 def _by_replicate(split: SplitData, batches: Sequence[float]) -> tuple[float, ...]:
-    """Sums of what all batches gave, in their order, [R]."""
+    """Sums by replicate of the batches' values, in their order, [R]."""
     parts: list[list[float]] = [[] for _ in range(split.n_replicates)]
     if parts:
         for replicate, part in zip(split.replicates, batches, strict=True):

@@ -511,8 +511,8 @@ class TestWeights:
         assert found[0] == found[1]
         wanted = (
             r"^task loss on split 'train': weights of items change between steps 0 and 1; weights "
-            r"must come from the data alone, not from the model; multiply the losses by what "
-            r"depends on it$"
+            r"must come from the data alone, not from the model; multiply the losses by "
+            r"factors that depend on it$"
         )
         with pytest.raises(TaskError, match=wanted):
             bench.run(case.states)

@@ -377,7 +377,7 @@ class TestRefusals:
             return cross_entropy(model, batch)[batch[0][:, 0] > 0]
 
         task = Task(softmax_regression, {"train": data(9)}, loss)
-        with pytest.raises(TaskError, match=r"\d items of \d samples|losses are not those"):
+        with pytest.raises(TaskError, match=r"\d items of \d samples|losses differ from the batch"):
             meter(task, fisher_kind="empirical")
 
     def test_no_step_is_a_multiple(self) -> None:

@@ -208,13 +208,13 @@ def test_polynomials_of_any_coefficients(name: str, panels: int, coefficients: l
         ({"weights": (0.2, 0.6, 0.2)}, "degree 2"),
         ({"weights": (0.2, 0.5, 0.3)}, "degree 1"),
         ({"degree": 4}, "degree 4"),
-        ({"nodes": (0.0, 0.5)}, "one weight a node"),
-        ({"nodes": (), "weights": (), "embedded": None}, "one weight a node"),
+        ({"nodes": (0.0, 0.5)}, "one weight per node"),
+        ({"nodes": (), "weights": (), "embedded": None}, "one weight per node"),
         ({"nodes": (0.5, 0.0, 1.0)}, "increase"),
         ({"nodes": (0.0, 0.0, 1.0)}, "increase"),
         ({"nodes": (-0.5, 0.5, 1.5)}, "increase"),
         ({"embedded": (0.5, 0.0, 0.4)}, "degree 0"),
-        ({"embedded": (0.5, 0.5)}, "one weight a node"),
+        ({"embedded": (0.5, 0.5)}, "one weight per node"),
     ],
 )
 def test_what_is_no_rule_is_refused(change: dict[str, object], words: str) -> None:

@@ -1,21 +1,21 @@
 """Fisher information of every layer: the trace of its block, true and empirical.
 
-Legend: S samples, M layers that are trained, P parameters of a layer.
+Legend: S samples, M trained layers, P parameters of a layer.
 
     trace = Σ_s |G_s|² / Σ_s W_s,    G_s = Σ_i √w_i ∂ℓ_i/∂θ,    W_s = Σ_i w_i
 
-over the items i of each sample s: the mean over items of the squared norm of their score, where a
-sample has one item. Where it has several (tokens), it is the information of the whole sample for
-each unit of weight; under targets that the model draws, items of a sample do not correlate, so
-that this is the mean over items again. The *empirical* one takes the data's targets, the *true*
-one draws them from the model: E_x E_{y ~ p(y|x, θ)} |∂ log p(y|x, θ)/∂θ|² (Kunstner et al. 2019,
-arXiv 1905.12558, on the difference; Achille et al. 2017, arXiv 1711.08856, use its trace).
+over the items i of each sample s. If a sample has one item, this is the mean over items of the
+squared norm of their score. If a sample has several items (tokens), it is the information of the
+whole sample per unit of weight. Under targets that the model draws, the items of a sample do not
+correlate, so this is again the mean over items. The *empirical* trace takes the data's targets; the
+*true* trace draws them from the model: E_x E_{y ~ p(y|x, θ)} |∂ log p(y|x, θ)/∂θ|² (Kunstner et al.
+2019, arXiv 1905.12558, on the difference; Achille et al. 2017, arXiv 1711.08856, use its trace).
 
 Standard errors are those of a ratio of means over independent samples (Cochran 1977, section 2.11):
 
     se² = S/(S − 1) · Σ_s (|G_s|² − trace · W_s)² / (Σ_s W_s)²
 
-for the distribution that the samples are drawn from, also where a split was taken whole.
+for the distribution that the samples come from, even if all samples of a split are used.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ Floats = NDArray[np.float64]
 class _Sums:
     """The samples of one split at one step, true or empirical."""
 
-    squares: list[Floats] = field(default_factory=list)  # [B, M] a batch
-    weights: list[Floats] = field(default_factory=list)  # [B] a batch
+    squares: list[Floats] = field(default_factory=list)  # [B, M] per batch
+    weights: list[Floats] = field(default_factory=list)  # [B] per batch
     n_items: int = 0
 
     def add(self, scores: BatchScores) -> None:
@@ -65,16 +65,16 @@ def ratio_of_means(squares: Floats, weights: Floats) -> tuple[Floats, Floats]:
     """Σ squares / Σ weights, and its standard error.
 
     Args:
-        squares: of each sample and layer, [S, M].
-        weights: of each sample, [S].
+        squares: for each sample and layer, [S, M].
+        weights: for each sample, [S].
 
     Returns:
-        [M] and [M]; NaN where they cannot be had: no weight, or an error from a single sample.
+        [M] and [M]; NaN if undefined: without weight, or for the error from a single sample.
     """
     total, n = weights.sum(), len(weights)
     if not total > 0:
         return (np.full(squares.shape[1], math.nan),) * 2
-    with np.errstate(over="ignore", invalid="ignore"):  # what has diverged is not finite
+    with np.errstate(over="ignore", invalid="ignore"):  # a diverged run is not finite
         ratio = squares.sum(0) / total
         rest = ((squares - ratio * weights[:, None]) ** 2).sum(0)
         error = np.sqrt(rest * n / (n - 1)) / total if n > 1 else np.full_like(ratio, math.nan)
@@ -87,9 +87,9 @@ class Traces:
 
     Attributes:
         numbers: of the layers, [M].
-        n_items: items with weight among the samples.
+        n_items: number of items with weight.
         empirical: trace and standard error, [M] each.
-        true: likewise; None where it was not asked for.
+        true: the same for the true one; None if it was not asked for.
     """
 
     numbers: tuple[int, ...]
@@ -109,10 +109,10 @@ class FisherMeter:
     Args:
         flat: the model; its point is moved.
         engine: gives the checked losses of a batch.
-        task: with `sample_targets` unless the settings leave the true Fisher information out.
+        task: with `sample_targets`, unless the settings leave out the true Fisher information.
         settings: of the analysis.
-        splits: the samples of each split to take.
-        first: a point of the run, for layers that are frozen.
+        splits: the samples of each split to use.
+        first: a point of the run, which gives the values of frozen layers.
 
     Raises:
         TaskError: if the task does not allow it.
@@ -162,12 +162,12 @@ class FisherMeter:
     def rows(
         self, read: Callable[[int], Point], steps: list[int], alive: Callable[[], None]
     ) -> dict[str, dict[str, Any]]:
-        """Columns of `fisher` without the split, by split, for some steps.
+        """Columns of `fisher` for some steps, without the split; by split.
 
         Args:
             read: gives the checkpoint of a step.
             steps: in order, at least one.
-            alive: called now and then.
+            alive: called from time to time.
         """
         found: dict[str, list[Traces]] = {split.name: [] for split in self._splits}
         for step in steps:
@@ -203,11 +203,11 @@ class FisherMeter:
         if output is None:
             raise TaskError(
                 f"{where}: needs the model's output, but the loss does not call the model exactly "
-                "once; change the loss, or leave the true one out (--fisher-kind empirical)"
+                "once; change the loss, or leave the true trace out (--fisher-kind empirical)"
             )
         try:
             with torch.no_grad():
-                # A copy: the batch serves again at the next step.
+                # A copy: the batch is used again at the next step.
                 copy = map_tensors(torch.clone, batch)
                 return self._task.sample_targets(output, copy, generator)
         except Exception as error:
@@ -215,7 +215,7 @@ class FisherMeter:
 
 
 def check_task(task: Task, settings: Settings) -> None:
-    """Refuse a task that has no true Fisher information where that is asked for.
+    """Refuse a task without `sample_targets` if the true Fisher information is asked for.
 
     Raises:
         TaskError: saying what to do.

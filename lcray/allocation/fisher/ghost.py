@@ -1,4 +1,4 @@
-"""Where the tensors of layers are used, and what of it gives the gradient of each sample.
+"""Uses of a layer's tensors in a forward pass, and the gradient of each sample from them.
 
 Legend: B samples, G groups of channels, K positions, O outputs, I inputs; see
     `lcray.allocation.fisher.norms`.
@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from lcray.allocation.fisher.norms import Outer, Whole, square
 
-ROOM = 1 << 26  # bytes that the samples at hand may take beside inputs and gradients
+ROOM = 1 << 26  # bytes for the samples in work, apart from inputs and gradients
 
-#: Gives a part of a layer's gradient for some of the samples, from the gradient of the output.
+#: Gives part of a layer's gradient, for some of the samples, from the gradient of the output.
 Make = Callable[[Tensor, slice], Outer | Whole]
 
 
@@ -32,9 +32,9 @@ class Use:
     Attributes:
         number: of the layer.
         edge: position in `Watch.edges` of the gradient that `make` takes.
-        make: gives the gradient by sample; None where there is no closed form.
-        cost: bytes that it takes for a sample.
-        input: what its version must still be, since `make` refers to it.
+        make: gives the gradient of each sample; None if there is no closed form.
+        cost: bytes that it takes per sample.
+        input: the input that `make` refers to; its version must not change.
         version: of the input when it was used.
     """
 
@@ -47,10 +47,10 @@ class Use:
 
 
 class Watch(TorchFunctionMode):
-    """While active, notes where the tensors of layers are used by functions with a closed form.
+    """While active, records uses of layers' tensors by functions with a closed form.
 
-    Uses that it does not see (a product by hand, say) make the result wrong: compare it with the
-    gradient of a sample or two before relying on it.
+    Uses that it does not see (e.g. a product by hand) make the result wrong: compare it with the
+    gradient of a sample or two before you rely on it.
 
     Attributes:
         uses: by layer.
@@ -74,12 +74,12 @@ class Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call the function, and note what it used."""
+        """Call the function, and record the tensors that it used."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         reader = _READERS.get(func)
         if reader is not None and isinstance(out, Tensor) and out.requires_grad:
-            # Of the node, not the tensor: a later function may write into the tensor.
+            # The edge of the node, not the tensor: later functions may write into the tensor.
             edge = get_gradient_edge(out)
             found = list(reader(self._size, *args, **kwargs))
             for tensor, make, cost in found:
@@ -92,11 +92,11 @@ class Watch(TorchFunctionMode):
         return out
 
     def squares(self, number: int, gradients: Sequence[Tensor | None]) -> Tensor | None:
-        """|G|² of each sample's gradient G in a layer, [B] float64; None without a closed form.
+        """|G|² of each sample's gradient G of a layer, [B] float64; None without a closed form.
 
         Args:
             number: of the layer.
-            gradients: at `edges`.
+            gradients: the gradients at `edges`.
         """
         uses = self.uses.get(number, [])
         sound = all(use.make is not None and use.input._version == use.version for use in uses)
@@ -123,7 +123,7 @@ def _made(
 
 
 Found = Iterator[tuple[Tensor | None, Make | None, int]]
-_BYTES = 8  # of a number; Gram matrices are float64
+_BYTES = 8  # per number; Gram matrices are float64
 
 
 def _linear(size: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Found:
@@ -145,7 +145,7 @@ def _linear(size: int, input: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def _cost(positions: int, rows: int, columns: int, groups: int = 1) -> int:
-    """Bytes for a sample: copies of both factors, and what is made of them."""
+    """Bytes per sample: copies of both factors, and their products."""
     made = min(2 * positions * positions, rows * columns)
     return _BYTES * groups * (positions * (rows + columns) + made)
 
@@ -167,7 +167,7 @@ def _conv2d(
     kernel, seen = tuple(weight.shape[2:]), input.detach()
     strides, dilations = _pair(stride, len(kernel)), _pair(dilation, len(kernel))
     pads = _pads(padding, kernel, dilations)
-    if len(kernel) == 1:  # one row of an image
+    if len(kernel) == 1:  # a sequence is an image of one row
         seen, kernel = seen.unsqueeze(2), (1, *kernel)
         strides, dilations = (1, *strides), (1, *dilations)
 
@@ -191,7 +191,7 @@ def _pair(value: Any, n: int) -> tuple[int, ...]:
 
 
 def _pads(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """As `torch.nn.functional.pad` takes them: the last axis first."""
+    """Padding in the order of `torch.nn.functional.pad`: the last axis first."""
     if padding == "same":
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         both = [(total // 2, total - total // 2) for total in totals]

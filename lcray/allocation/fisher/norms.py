@@ -1,15 +1,15 @@
-"""Squared norms of per-sample gradients, from what a layer sees, without those gradients.
+"""Squared norms of per-sample gradients from a layer's inputs and outputs, without the gradients.
 
 Legend: B samples, G groups of channels, K positions (tokens, pixels), O outputs, I inputs.
 
-The gradient of one sample in a weight is a sum of outer products over the positions at which the
-weight was used: l_k the gradient of the output there, r_k the input. Its squared norm is
+The gradient of one sample for a weight is a sum of outer products over the positions at which the
+weight was used: l_k is the gradient of the output there, r_k the input. Its squared norm is
 
     |Σ_k l_k r_kᵀ|² = Σ_{k,k'} (l_k · l_k') (r_k · r_k')
 
 (Goodfellow 2015, arXiv 1510.01799, for K = 1; Li et al. 2021, arXiv 2110.05679, for sequences).
-Where many positions share a small weight, the sum itself is the cheaper one: it is then made for a
-few samples at a time (the choice of Bu et al. 2022, arXiv 2205.10683).
+If many positions share a small weight, computing the sum itself is cheaper: it is then computed for
+a few samples at a time (the choice of Bu et al. 2022, arXiv 2205.10683).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Outer:
-    """A gradient as outer products, Σ_k left_k right_kᵀ, of each sample and group.
+    """A gradient as outer products, Σ_k left_k right_kᵀ, for each sample and group.
 
     Attributes:
-        left: [B, G, K, O]; or [B, G, K] int64, numbers of the rows that are one, the rest zero.
+        left: [B, G, K, O]; or [B, G, K] int64, the index of the one row that is 1, all others 0.
         right: [B, G, K, I].
         shape: (G, O, I), the shape of a sample's gradient.
     """
@@ -38,13 +38,13 @@ class Outer:
 
 @dataclass(frozen=True)
 class Whole:
-    """A small gradient as it is, [B, n]: of a bias, or of the scale of a norm layer."""
+    """A small gradient, stored whole, [B, n]: of a bias, or of the scale of a norm layer."""
 
     gradient: Tensor
 
 
 def square(parts: Sequence[Outer | Whole]) -> Tensor | None:
-    """|Σ parts|² of each sample, [B] float64; None for parts that do not go together.
+    """|Σ parts|² of each sample, [B] float64; None if the parts cannot be combined.
 
     Args:
         parts: of one layer, at least one.
@@ -71,7 +71,7 @@ def square(parts: Sequence[Outer | Whole]) -> Tensor | None:
 
 
 def _summed(part: Outer) -> Tensor:
-    """[B, G, O, I]."""
+    """The summed outer products, [B, G, O, I]."""
     left = part.left
     if not left.is_floating_point():
         left = F.one_hot(left, part.shape[1]).to(part.right.dtype)
@@ -79,7 +79,7 @@ def _summed(part: Outer) -> Tensor:
 
 
 def _gram(parts: Sequence[Outer]) -> Tensor:
-    """In float64: the terms may cancel."""
+    """The squared norm from Gram matrices, in float64, since its terms may cancel."""
     total: Tensor | None = None
     for i, one in enumerate(parts):
         for j, other in enumerate(parts[: i + 1]):
@@ -91,7 +91,7 @@ def _gram(parts: Sequence[Outer]) -> Tensor:
 
 
 def _products(one: Outer, other: Outer) -> Tensor:
-    """l_k · l_k' for all positions of one and of the other, [B, G, K, K']."""
+    """l_k · l_k' for all positions k of one part and k' of the other, [B, G, K, K']."""
     a, b = one.left, other.left
     if a.is_floating_point() and b.is_floating_point():
         return a.double() @ b.double().transpose(-1, -2)

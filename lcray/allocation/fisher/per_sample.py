@@ -1,12 +1,12 @@
 """Squared norms of the scores of single samples, layer by layer.
 
-Legend: B samples a batch, n items, M layers that are trained.
+Legend: B samples per batch, n items, M trained layers.
 
-The score of a sample is G = Σ √w ∂ℓ/∂θ over its items. Layers whose use is known have it squared
-in closed form (`lcray.allocation.fisher.ghost`); the others through `torch.func`, several samples
-at a time, or, where a model cannot be vectorised, one sample after the other. Which way a layer
-goes is decided once, by comparing gradients of single samples at a point that is drawn by a fixed
-seed.
+The score of a sample is G = Σ √w ∂ℓ/∂θ over its items. For layers whose use is known, its square is
+computed in closed form (`lcray.allocation.fisher.ghost`). The others go through `torch.func`,
+several samples at a time, or, if a model cannot be vectorised, one sample after the other. Each
+layer's way is decided once, by comparing gradients of single samples at a point that a fixed seed
+draws.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from lcray.tasks.model.batch_norm import Normalization
 from lcray.tasks.model.flat import FlatModel
 
 Loss = Callable[[nn.Module, Any], Any]
-_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-7}  # of squared norms
+_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-7}  # relative, of squared norms
 _NOISE, _SEED = 0.1, 20190905
 
 
 @dataclass(frozen=True)
 class BatchScores:
-    """What a batch gives.
+    """The scores of a batch.
 
     Attributes:
-        squares: |G|² of each sample and layer, [B, M] float64 on the CPU.
+        squares: |G|² for each sample and layer, [B, M] float64 on the CPU.
         weights: Σ w of each sample's items, [B] float64 on the CPU.
         n_items: items whose weight is not zero.
-        output: what the model gave.
+        output: the model's output.
     """
 
     squares: Tensor
@@ -52,15 +52,15 @@ class SampleScores:
     """Computes the squared scores of the samples of a split.
 
     Attributes:
-        numbers: of the layers that are trained, [M].
-        closed: of those in closed form.
+        numbers: of the trained layers, [M].
+        closed: numbers of the layers in closed form.
         vectorised: whether the others go through `torch.func.vmap`.
 
     Args:
         flat: the model; its point is moved.
         engine: gives the checked losses of a batch.
         loss: of the task.
-        split: a batch of it decides the way each layer goes.
+        split: a batch of it decides each layer's way.
 
     Raises:
         TaskError: if batches cannot be cut into samples.
@@ -112,7 +112,7 @@ class SampleScores:
         if not len(losses) or len(losses) % size:
             raise TaskError(
                 f"task loss on split {split.name!r}, batch {index}: {len(losses)} items of {size} "
-                "samples; Fisher information takes as many items of each (weight 0 for padding)"
+                "samples; Fisher information needs equally many per sample (weight 0 for padding)"
             )
         gradients: tuple[Tensor | None, ...] = ()
         if watch.edges:
@@ -158,7 +158,7 @@ class SampleScores:
         for start in range(0, size, step):
             part = slice(start, start + step)
             pieces = (t[part] if c else t for t, c in zip(leaves, cut, strict=True))
-            with torch.no_grad():  # beyond the function's own gradient
+            with torch.no_grad():  # no gradient beyond the function's own
                 gradients = function(values, *pieces)
             for key, gradient in gradients.items():
                 squares = gradient.double().square()
@@ -166,12 +166,12 @@ class SampleScores:
         return {n: torch.cat(parts) for n, parts in found.items()}
 
     def _keys(self) -> dict[str, int]:
-        """The name that torch knows each trained tensor by, with the number of its layer."""
+        """The name in torch of each trained tensor, with the number of its layer."""
         named = self._flat.model.named_parameters(prefix="model")
         return {key: self._ids[id(t)] for key, t in named if id(t) in self._ids}
 
     def _decide(self, split: SplitData) -> None:
-        """Find what agrees with plain gradients of single samples, at a point of its own."""
+        """Find the ways that agree with gradients of single samples, at a point of its own."""
         self._perturb()
         with self._normalized(), torch.enable_grad():
             index, tried = self._with_weight(split)
@@ -186,11 +186,11 @@ class SampleScores:
             try:
                 found = self._vectorised(batch, size, others) if others else {}
                 self.vectorised = all(self._agree(s[tried], expected[n]) for n, s in found.items())
-            except Exception:  # whatever a model may do that cannot be vectorised
+            except Exception:  # a model may do anything that cannot be vectorised
                 self.vectorised = False
 
     def _with_weight(self, split: SplitData) -> tuple[int, list[int]]:
-        """The first batch with weight, and three of its samples that have some."""
+        """The first batch with weight, and three of its samples with weight."""
         for index, size in enumerate(split.batch_sizes):
             _, weights = self._engine.item_losses(split, index, split.batches[index])
             mass = torch.ones(size)
@@ -206,7 +206,7 @@ class SampleScores:
         return bool(((found - expected).abs() <= tolerance * expected.abs().max()).all())
 
     def _perturb(self) -> None:
-        """Move the trained layers off where gradients may vanish, as at an initial zero."""
+        """Move trained layers away from points with zero gradients, such as an initial zero."""
         generator = torch.Generator().manual_seed(_SEED)
         for number in self.numbers:
             part = self._flat.theta[self._flat.slices[number]]
@@ -227,7 +227,7 @@ class _Whole(nn.Module):
 
 
 def _total(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """Σ √w ℓ; what has no weight has no say, whatever its loss."""
+    """Σ √w ℓ; a loss without weight does not count, even if it is not finite."""
     if weights is None:
         return losses.sum()
     weights = weights.detach().to(losses.dtype)
@@ -256,7 +256,7 @@ def _tensors(batch: Any) -> list[Tensor]:
 
 
 def _sample(batch: Any, size: int, number: int) -> Any:
-    """The batch of one of its samples."""
+    """A batch of one of its samples."""
 
     def cut(tensor: Tensor) -> Tensor:
         return tensor[number : number + 1] if tensor.dim() and len(tensor) == size else tensor
@@ -267,7 +267,7 @@ def _sample(batch: Any, size: int, number: int) -> Any:
 def _check_samples(
     model: nn.Module, loss: Loss, batch: Any, size: int, tried: list[int], split: str
 ) -> None:
-    """Refuse batches that are no rows of samples: a loss must be that of its sample alone."""
+    """Refuse batches that are not rows of samples: a loss must depend on its sample alone."""
     where = f"task split {split!r}: Fisher information takes single samples of a batch"
     try:
         with torch.no_grad():
@@ -284,6 +284,6 @@ def _check_samples(
     )
     if not same:
         raise TaskError(
-            f"{where}, but their losses are not those in the batch; every tensor of a batch must "
+            f"{where}, but their losses differ from the batch's; every tensor of a batch must "
             "have the samples along its first axis, and no sample may depend on another"
         )
