@@ -1,4 +1,4 @@
-"""The `histograms` table as arrays, and the windows that can be made of its base windows.
+"""The `histograms` table as arrays, and the windows that can be merged from its base windows.
 
 Legend: W base windows, L layers, B bins, E = B + 1 edges.
 """
@@ -27,8 +27,8 @@ class Histograms:
     """The histograms of one split: C[window, layer, sign, bin], base windows in order.
 
     Attributes:
-        edges: log of the edges [E], the first -inf (values in the underflow bin).
-        windows: first steps of the base windows [W].
+        windows: first steps of the base windows, [W].
+        counts: [W, L, 2, B].
         counts: [W, L, 2, B].
     """
 
@@ -38,10 +38,10 @@ class Histograms:
 
 
 def aligned(results: Results, chosen: Windows) -> tuple[Windows, list[str]]:
-    """The windows that are unions of base windows, and a note about the others.
+    """The windows that are unions of base windows, and a note about the other windows.
 
     Raises:
-        InapplicableError: if there is none.
+        InapplicableError: if there is no such window.
     """
     starts = np.array(results.plan.steps[:-1])
     base = starts // results.plan.window
@@ -54,14 +54,14 @@ def aligned(results: Results, chosen: Windows) -> tuple[Windows, list[str]]:
     width = results.plan.window
     cure = f"choose multiples of {width}, or analyze with another --window into a new output"
     if not whole:
-        raise InapplicableError(f"windows cut the histograms' windows of {width} steps; {cure}")
+        raise InapplicableError(f"the windows cut histogram windows of {width} steps; {cure}")
     left_out = ", ".join(item.name for item in cut[:4]) + (", …" if len(cut) > 4 else "")
-    note = f"no fits of {left_out}: histograms are of windows of {width} steps; {cure}"
+    note = f"no fits of {left_out}: histograms have windows of {width} steps; {cure}"
     return Windows(tuple(whole)), [note] if cut else []
 
 
 def read_histograms(results: Results, split: str, names: Sequence[str]) -> Histograms | None:
-    """The histograms of a split by sign, exact zeros left out; None where there are none."""
+    """The histograms of a split by sign, without exact zeros; None if there are none."""
     rows = results.arrow(
         "histograms",
         columns=["window", "layer", "sign", "bin", "count"],
@@ -86,7 +86,7 @@ def read_histograms(results: Results, split: str, names: Sequence[str]) -> Histo
 
 
 def held(results: Results, item: Window, windows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which base windows [W], by their first steps, an aligned window is made of."""
+    """Which base windows, given by their first steps [W], are part of an aligned window."""
     starts = np.array(results.plan.steps[:-1])
     inside = {results.plan.window_of(int(start)) for start in starts[item.holds(starts)]}
     return np.isin(windows, sorted(inside))

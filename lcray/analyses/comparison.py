@@ -1,4 +1,4 @@
-"""Layers over repeated runs: do they help or hurt, and do two conditions differ?"""
+"""LC of layers over repeated runs: whether they help or hurt, and whether two conditions differ."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from lcray.tables.reading.results import Results, open_output
 
 Floats = NDArray[np.float64]
 
-#: Runs of a condition without which there is no p-value.
+#: The least number of runs per condition that gives a p-value.
 FEWEST_RUNS = 6
-#: What a row is of: the first outputs, those they are compared with, and the first minus these.
+#: Values of `condition`: the first outputs, the outputs they are compared with, first minus second.
 FIRST, SECOND, DIFFERENCE = "first", "second", "difference"
 _RESAMPLES = 9999
-_SAME = 1e-4  # so close are two analyses of one run, whatever their batches, and no two seeds
+_SAME = 1e-4  # relative: analyses of the same run are this close, of two seeds never
 _ADJUSTMENTS = ("bh", "by")
 
 _FORM = tidy.schema(
@@ -58,14 +58,14 @@ _FORM = tidy.schema(
 
 @dataclass(frozen=True)
 class Test:
-    """Mean, error and tests of a layer over runs.
+    """Mean, standard error and tests of a layer over runs.
 
     Attributes:
         lc: the mean, or the difference of two.
         se: its standard error; NaN below two runs.
-        low: of its confidence interval; NaN likewise.
-        high: likewise.
-        p_t: two-sided; NaN below `FEWEST_RUNS` runs, and where no run differs from another.
+        low: lower end of its confidence interval; NaN below two runs.
+        high: upper end; NaN below two runs.
+        p_t: two-sided; NaN below `FEWEST_RUNS` runs, and if all runs are equal.
         p_permutation: two-sided; NaN below `FEWEST_RUNS` runs.
     """
 
@@ -87,36 +87,37 @@ def compare(
     adjust: str = "bh",
     seed: int = 0,
 ) -> pa.Table:
-    """LC of every layer over the outputs of repeated runs (other seeds), and against a condition.
+    """LC of every layer over the outputs of repeated runs (other seeds), and between conditions.
 
-    One condition: the mean of the layer's LC over the runs, its standard error, and whether it
-    differs from 0, by Student's t and by flipping signs. Two conditions (a frozen layer or not, one
-    momentum or another): the difference of the means as well, by Welch's t and by exchanging runs
-    between the conditions; paired, by the t-test of the differences and by flipping their signs.
-    Permutations are all there are, or 9,999 of them. P-values are adjusted for the layers of a
-    split, window and condition (Benjamini & Hochberg 1995, or Yekutieli 2001). [LCA] (arXiv
-    1909.01440, section 4.2) repeats runs in this way.
+    With one condition, this is the mean of the layer's LC over the runs, its standard error, and
+    whether it differs from 0, by Student's t and by flipping signs. With two conditions (e.g. with
+    and without a frozen layer, or two values of momentum), this is also the difference of the
+    means, by Welch's t and by exchanging runs between the conditions. If runs are paired, the
+    t-test of the differences and flipping their signs are used. All permutations are used if there
+    are at most 9,999, else 9,999 of them. P-values are adjusted for the layers of a split, window
+    and condition (Benjamini & Hochberg 1995, or Yekutieli 2001). [LCA] (arXiv 1909.01440, section
+    4.2) repeats runs in this way.
 
     Fewer than six runs give no p-value: flipping the signs of five cannot go below 1/16. Intervals
-    without LC count 0, and a note names the outputs that have any.
+    without LC count as 0, and a note names the outputs that have any.
 
     Args:
         *outs: outputs of one condition.
-        against: outputs of the other one; empty for none.
-        paired: whether the outputs of both, in their order, share a seed.
-        window: as for `Windows.of`, by the first output; None for the run alone.
-        windows: as for `Windows.of`.
+        against: outputs of the other condition; empty for none.
+        paired: whether the outputs of both conditions share seeds, in their order.
+        window: as in `Windows.of`, for the first output; None for the whole run alone.
+        windows: as in `Windows.of`.
         level: of the confidence intervals.
         adjust: ``bh``, or ``by`` for any dependence between layers.
-        seed: of permutations that are drawn.
+        seed: of the permutations that are drawn.
 
     Returns:
-        One row for each split, window, layer (empty for all) and condition.
+        One row for each split, window, layer (empty for the network) and condition.
 
     Raises:
-        UsageError: for outputs that differ in splits, layers or steps, two of one run,
-            parameters that cannot be, or pairs that are none.
-        OutputError: if there is no output, or it has no tables.
+        UsageError: if the outputs differ in splits, layers or steps, if two are of the same run, or
+            if parameters or pairs are not valid.
+        OutputError: if a path is not an output, or has no tables.
     """
     if adjust not in _ADJUSTMENTS:
         raise UsageError(f"adjust {adjust!r}: must be one of {', '.join(_ADJUSTMENTS)}")
@@ -157,7 +158,7 @@ def _check(first: Sequence[Results], second: Sequence[Results], paired: bool) ->
     places = [str(results.path) for results in every]
     twice = [place for place in places if places.count(place) > 1]
     if twice:
-        raise UsageError(f"{twice[0]}: is given twice; every output counts as a run of its own")
+        raise UsageError(f"{twice[0]}: is given twice; every output counts as a separate run")
     if paired and len(first) != len(second):
         raise UsageError(
             f"paired: {len(first)} outputs against {len(second)}; give pairs, in the same order"
@@ -166,14 +167,14 @@ def _check(first: Sequence[Results], second: Sequence[Results], paired: bool) ->
 
 
 def _check_distinct(every: Sequence[Results], totals: Floats) -> None:
-    """Refuse two outputs of one run, which no two seeds resemble: LC alike in every layer."""
+    """Refuse two outputs of the same run: their LC is alike in every layer, unlike two seeds."""
     for j, second in enumerate(totals):
         for i, first in enumerate(totals[:j]):
             scale = _SAME * np.abs(first).max()
             if scale > 0 and np.allclose(first, second, rtol=_SAME, atol=scale):
                 raise UsageError(
-                    f"{every[j].path}: is of the same run as {every[i].path}, by the LC of its "
-                    "layers; every output counts as a run of its own"
+                    f"{every[j].path}: analyzes the same run as {every[i].path}, by the LC of its "
+                    "layers; every output counts as a separate run"
                 )
 
 
@@ -200,9 +201,9 @@ _SHARED: Mapping[str, Callable[[Results], Any]] = {
 
 
 def _totals(group: Sequence[Results], chosen: Windows, notes: list[str]) -> Floats:
-    """LC by run, split, window and layer, [R, S, W, 1 + L]; the first layer is all of them.
+    """LC by run, split, window and layer, [R, S, W, 1 + L]; layer 0 is the whole network.
 
-    Intervals without LC count 0; `notes` gets a line of each run and split that has any.
+    Intervals without LC count as 0; `notes` gets one line for each run and split that has any.
     """
     found = []
     for results in group:
@@ -210,7 +211,9 @@ def _totals(group: Sequence[Results], chosen: Windows, notes: list[str]) -> Floa
         for split, ok in zip(series.splits, series.ok, strict=True):
             without = results.plan.n_intervals - int(ok.sum())
             if without:
-                notes.append(f"{results.path}: {split}: {without} intervals have no LC and count 0")
+                notes.append(
+                    f"{results.path}: {split}: {without} intervals have no LC and count as 0"
+                )
         lc = np.where(series.ok[..., None], series["lc"], 0.0)
         lc = np.concatenate([lc.sum(axis=2, keepdims=True), lc], axis=2)
         found.append(np.stack([lc[:, w.holds(series.starts)].sum(axis=1) for w in chosen], axis=1))
@@ -288,7 +291,7 @@ def _rows(
     adjusted = {}
     for name in ("p_t", "p_permutation"):
         values = np.array([getattr(test, name) for test in tests])
-        values[0] = np.nan  # the network as a whole is no further layer
+        values[0] = np.nan  # the whole network is not one more layer to adjust for
         known = np.isfinite(values)
         adjusted[name] = np.full(len(tests), np.nan)
         if known.any():

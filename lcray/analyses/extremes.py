@@ -19,7 +19,7 @@ _FORM = tidy.schema(
     (
         tidy.SPLIT,
         tidy.text("direction", "helps or hurts"),
-        tidy.count("rank", "1 for the parameter that does so most"),
+        tidy.count("rank", "1 for the parameter with the largest effect"),
         tidy.LAYER,
         tidy.count("index", "position in the layer's tensor, flattened row by row"),
         tidy.number("lc", tidy.LOSS, "LC over the run"),
@@ -43,17 +43,18 @@ def extremes(
     seed: int = 0,
     top: int = 10,
 ) -> pa.Table:
-    """The `top` parameters with LC < 0 that helped most, and those with LC > 0 that hurt most.
+    """The `top` parameters that helped most (LC < 0), and the `top` that hurt most (LC > 0).
 
-    By their LC over the run; ties go by layer and index. ``lcray trace`` records their weights,
+    They are ranked by LC over the run, then by layer and index. ``lcray trace`` records their
+    weights, gradients and LC step by step.
     gradients and LC step by step.
 
     Args:
-        results: of the output; needs `parameters`.
-        window: of no effect.
-        windows: of no effect.
-        seed: of no effect.
-        top: how many of each, in the whole network.
+        results: the output; needs `parameters`.
+        window: not used.
+        windows: not used.
+        seed: not used.
+        top: number of parameters per direction, in the whole network.
 
     Returns:
         One row for each of them, by split and direction.

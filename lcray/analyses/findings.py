@@ -1,4 +1,4 @@
-"""The verb `findings`: computes what an output's tables allow, stores it, and returns it."""
+"""The verb `findings`: computes every finding that an output's tables allow, and stores it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ FOLDER = "findings"
 
 @dataclass(frozen=True)
 class Findings(Mapping[str, pa.Table]):
-    """The tables by the findings' names, in the order they are told.
+    """The tables by the findings' names, in the registry's order.
 
     Attributes:
-        path: the folder they are stored in.
+        path: the folder that holds their files.
         tables: by name.
-        titles: by name, a line each.
-        impossible: why others could not be had, by name, and what would give them.
+        titles: by name, one line each.
+        impossible: by name, why a finding could not be computed, and what would help.
     """
 
     path: Place
@@ -58,28 +58,29 @@ def findings(
     seed: int = 0,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Findings:
-    """Computes every finding that an output's tables allow, into ``OUT/findings/<name>.parquet``.
+    """Compute every finding that an output's tables allow, into ``OUT/findings/<name>.parquet``.
 
-    Each file is written whole or not at all, and holds seed, parameters and the checksums of the
-    tables that it was made from in its metadata; the same call on the same tables gives the same
+    Each file is written whole or not at all. Its metadata holds the seed, the parameters and the
+    checksums of the tables that it was made from. The same call on the same tables gives the same
     bytes. `lcray.analyses.registry` lists the findings, docs/findings.md explains them.
 
     Args:
         out: the output directory or its URI, with its tables.
-        window: width of the windows in steps; None for the analysis's own, or none beside
-            `windows`.
-        windows: ranges of steps by name, as in ``{"early": "0:100"}``. The run is always there.
-        only: names of the findings wanted; None for all.
+        window: width of the windows in steps; None for the output's own windows, or for none if
+            `windows` are given.
+        windows: ranges of steps by name, as in ``{"early": "0:100"}``. The whole run is always
+            included.
+        only: names of the findings to compute; None for all.
         seed: of every random draw.
-        on_progress: called with a finding's name before it is computed, how many are done, and how
-            many there will be.
+        on_progress: called before a finding is computed, with its name, the number of findings done
+            and the number of all.
 
     Returns:
-        The tables by name, and why others could not be had.
+        The tables by name, and the reasons why others could not be computed.
 
     Raises:
-        UsageError: for an unknown finding, windows that cannot be, or a seed below 0.
-        InapplicableError: if one of `only` cannot be had.
+        UsageError: for an unknown finding, invalid windows, or a seed below 0.
+        InapplicableError: if one of `only` cannot be computed.
         OutputError: if there are no tables, or a file cannot be written.
         CorruptionError: if a table is damaged.
     """
@@ -127,7 +128,7 @@ def _compute(
 def _store(
     folder: Place, finding: Finding, found: pa.Table, seed: int, used: Mapping[str, str]
 ) -> pa.Table:
-    """Writes a table, and returns it as it was written."""
+    """Writes a table, and returns it as it is in the file."""
     more = {"lcray.seed": str(seed), "lcray.tables": json.dumps(used)}
     found = found.replace_schema_metadata({**found.schema.metadata, **more})
     buffer = io.BytesIO()

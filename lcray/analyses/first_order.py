@@ -1,4 +1,4 @@
-"""First order against the rule that was used."""
+"""LC to first order, and LC by the rule that was used, compared with the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lcray.analyses.windows import Ranges, Window, Windows
 from lcray.statistics.bootstrap import RESAMPLED, Bootstrap
 from lcray.tables.reading.results import Results
 
-#: The `rule` of the rows for the gradient at the start of each step alone.
+#: The `rule` of rows that use the gradient at the start of each interval alone.
 FIRST_ORDER = "first order"
 
 _FORM = tidy.schema(
@@ -25,7 +25,7 @@ _FORM = tidy.schema(
         *tidy.WINDOW,
         tidy.text("rule", f"the analysis's quadrature rule, or {FIRST_ORDER!r}"),
         tidy.count("n_intervals", "intervals that are ok"),
-        tidy.number("gradients", "1", "full-batch gradients an interval (shared ones once)"),
+        tidy.number("gradients", "1", "full-batch gradients per interval (shared ones once)"),
         tidy.number("loss_change", tidy.LOSS, "measured"),
         tidy.number("lc", tidy.LOSS, "allocated"),
         tidy.number("gap", tidy.LOSS, "lc - loss_change"),
@@ -60,17 +60,17 @@ def first_order(
 ) -> pa.Table:
     """How far each rule's LC is from the measured change of the loss.
 
-    gap = Σ_i LC_i − ΔL for every interval; [LCA] (arXiv 1909.01440) finds the first order,
-    Σ_i g_i(θ_t)·Δ_i, far below ΔL, and Runge–Kutta within 0.3 % of it on all its networks. Both
-    are in `intervals`: nothing is computed anew. The gap of a window is measured, hence exact;
-    whether it has a sign by tendency (`bias`) is judged by its resampled interval, the spread that
-    it would have in other stretches of the same process. Rows for the first order are left out
-    where the rule has no node at 0.
+    gap = Σ_i LC_i − ΔL for every interval. [LCA] (arXiv 1909.01440) finds that the first order,
+    Σ_i g_i(θ_t)·Δ_i, is far below ΔL, and that Runge–Kutta is within 0.3 % of it on all its
+    networks. Both are in `intervals`, so no gradient is computed again. The gap of a window is
+    measured, hence exact. Whether it tends to one sign (`bias`) is judged by its resampled
+    interval: the spread that it would have in other stretches of the same process. Rows for the
+    first order are left out if the rule has no node at 0.
 
     Args:
-        results: of the output; needs `intervals`.
-        window: as for `Windows.of`.
-        windows: as for `Windows.of`.
+        results: the output; needs `intervals`.
+        window: as in `Windows.of`.
+        windows: as in `Windows.of`.
         seed: of the bootstrap.
         level: of the resampled intervals.
 
@@ -78,7 +78,7 @@ def first_order(
         One row for each split, window and rule; losses in the units of the loss.
 
     Raises:
-        UsageError: for windows that cannot be.
+        UsageError: for invalid windows.
     """
     chosen = Windows.of(results, window, windows)
     frame = results.intervals()

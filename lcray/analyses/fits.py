@@ -31,7 +31,7 @@ from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
 
-#: Values in `elements` up to which they are read; beyond, histograms stand for them.
+#: The most values in `elements` that are read; if there are more, histograms are used.
 EXACT = 500_000
 _CELLS = 1 << 22  # of the histograms that are fitted together
 _SIGNS = (-1, 1)
@@ -80,28 +80,28 @@ def fits(
 ) -> pa.Table:
     """Weibull, exponential, lognormal and generalized Gaussian fits of |LC|, by sign.
 
-    Maximum likelihood, location 0: of exact values where `elements` has no more than `exact`, else
-    of the bins, Π_b (F(u_b) − F(l_b))^c_b. [LCA] (arXiv 1909.01440, author response) finds that LC
-    follows a Weibull distribution closely, F = 1 − exp(−(x/λ)^k). Windows and the network are
-    merged histograms, never merged parameters. Values are **dependent**: `shape_se_blocks` is by
-    blocks of iterations (of base windows, where there are histograms; not below 8 of them), while
-    `shape_se` and `p_value` take values to be independent and are too small.
+    The fits are by maximum likelihood with location 0: of exact values if `elements` has at most
+    `exact` of them, else of the bins, Π_b (F(u_b) − F(l_b))^c_b. [LCA] (arXiv 1909.01440, author
+    response) finds that LC follows a Weibull distribution closely, F = 1 − exp(−(x/λ)^k). For
+    windows and the network, histograms are merged, never parameters. Values are **dependent**:
+    `shape_se_blocks` is by blocks of iterations (of base windows, with histograms; at least 8 of
+    them are needed), while `shape_se` and `p_value` assume independent values and are too small.
 
     Args:
-        results: of the output; needs `histograms`.
-        window: as for `Windows.of`; with histograms a multiple of the analysis's own.
-        windows: as for `Windows.of`, likewise.
+        results: the output; needs `histograms`.
+        window: as in `Windows.of`; with histograms, a multiple of the analysis's own.
+        windows: as in `Windows.of`; with histograms, unions of the analysis's own.
         seed: of the bootstraps.
         replicates: of the parametric bootstrap; 0 for no p-values.
         exact: the most values that are read one by one.
 
     Returns:
         One row for each split, window, layer (the network first, as ""), sign and distribution
-        that has a maximum.
+        whose likelihood has a maximum.
 
     Raises:
-        InapplicableError: if no window can be made of the histograms' base windows.
-        UsageError: for windows that cannot be.
+        InapplicableError: if no window is a union of the histograms' base windows.
+        UsageError: for invalid windows.
     """
     chosen = Windows.of(results, window, windows)
     rows: list[dict[str, Any]] = []
@@ -137,7 +137,7 @@ def fits(
 
 @dataclass(frozen=True)
 class _Drawing:
-    """What is random about one split."""
+    """The random draws for one split."""
 
     seed: int
     split: int
@@ -145,11 +145,11 @@ class _Drawing:
 
     @property
     def blocks(self) -> Bootstrap:
-        """The bootstrap over time."""
+        """The bootstrap over intervals."""
         return Bootstrap(self.seed)
 
     def distances(self, family: Family, edges: Floats, theta: Floats, n: int, row: int) -> Floats:
-        """Simulated distances of row `row`'s fit."""
+        """Simulated distances for the fit of row `row`."""
         rng = np.random.default_rng((self.seed, self.split, row, FAMILIES.index(family)))
         return simulated_distances(family, edges, theta, n, self.replicates, rng)
 
@@ -212,7 +212,7 @@ def _fit_rows(
 
 
 def _spread(scores: Floats, draws: Bootstrap) -> Floats | None:
-    """Sums of scores [W, K] in every resample, about their mean; None where there are too few."""
+    """Centred sums of scores [W, K] in every resample; None if there are too few of them."""
     finite = np.nan_to_num(scores)
     sums = draws.sums(finite, block_length(finite))
     return None if sums is None else sums - sums.mean(axis=0)
@@ -312,7 +312,7 @@ def _of_values(
 def _fit_values(
     family: Family, y: Floats, when: NDArray[np.int64], draws: Bootstrap
 ) -> dict[str, Any]:
-    """The fit to values with logarithms y [n], with errors by the iterations they are of [n]."""
+    """The fit to values with logarithms y [n]; errors are by their iterations [n]."""
     if len(y) < 3:
         return {}
     found = fit_samples(family, y)

@@ -1,4 +1,4 @@
-"""How often each parameter helps: the distribution over parameters."""
+"""How often each parameter helps, as a distribution over parameters."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ def habits(
 ) -> pa.Table:
     """The distribution, over parameters, of the share of iterations at which each helps.
 
-    Element i helps at a share p_i = n₋/(n₋ + n₊ + n₀) of the iterations, or n₋/(n₋ + n₊) without
-    zeros. [LCA] (arXiv 1909.01440) finds that each parameter helps about half of the time. If all
-    helped by chance with one probability p, the p_i would have variance p(1 − p)·E[1/m], with m
-    the iterations of an element.
+    Element i helps in a share p_i = n₋/(n₋ + n₊ + n₀) of the iterations, or n₋/(n₋ + n₊) without
+    zeros. [LCA] (arXiv 1909.01440) finds that each parameter helps about half of the time. If every
+    element helped by chance with the same probability p, the p_i would have variance
+    p(1 − p)·E[1/m], with m the number of iterations of an element.
 
     Args:
-        results: of the output; needs `parameters`.
+        results: the output; needs `parameters`.
         window: not used: `parameters` is over the run.
         windows: not used.
         seed: not used: nothing is drawn.
 
     Returns:
-        One row for each split, layer (the network first, as "") and denominator. Quantiles are the
-        least share that at least that part of the elements does not exceed.
+        One row for each split, layer (the network first, as "") and denominator. A quantile q is
+        the least share that is not exceeded by at least a part q of the elements.
 
     Raises:
         UsageError: if there is no table `parameters`.
@@ -102,7 +102,7 @@ def _rows(here: pd.DataFrame) -> Iterator[dict[str, Any]]:
 def _distribution(
     helping: NDArray[np.float64], times: NDArray[np.float64], number: NDArray[np.int64]
 ) -> dict[str, Any]:
-    """Of helping/times, each as often as `number` says."""
+    """The distribution of helping/times, each weighted by `number`."""
     order = np.argsort(helping / times, kind="stable")
     share, weight = (helping / times)[order], number[order]
     n = int(weight.sum())

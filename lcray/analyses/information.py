@@ -1,4 +1,4 @@
-"""Fisher information beside LC, layer by layer."""
+"""Fisher information and LC, layer by layer."""
 
 from __future__ import annotations
 
@@ -44,24 +44,25 @@ def fisher(
     windows: Ranges | None = None,
     seed: int = 0,
 ) -> pa.Table:
-    """What each layer did to the loss, beside how much the model's output depends on it.
+    """LC of each layer, next to how much the model's output depends on the layer.
 
-    The Fisher information (Achille et al. 2017, arXiv 1711.08856, take its trace for what a layer
-    has learned) has no sign, and changes with the scale of the weights where the function, and LC,
-    do not: [LCA]'s author response gives that as a reason to look at LC. Traces are means over the
-    steps of the window that have them; as the same samples are taken at every step, so are errors.
+    The trace of the Fisher information measures what a layer has learned in Achille et al. 2017
+    (arXiv 1711.08856). It has no sign, and it changes with the scale of the weights even if the
+    function, and LC, do not: [LCA]'s author response gives this as a reason to look at LC. Traces
+    are means over the steps of the window that have them. The same samples are taken at every step,
+    so the errors are means as well.
 
     Args:
-        results: of the output; needs `layers` and `fisher`.
-        window: as for `Windows.of`.
-        windows: as for `Windows.of`.
+        results: the output; needs `layers` and `fisher`.
+        window: as in `Windows.of`.
+        windows: as in `Windows.of`.
         seed: not used: nothing is drawn.
 
     Returns:
-        One row for each split, window with a step that has traces, and trained layer.
+        One row for each split, window that has a step with traces, and trained layer.
 
     Raises:
-        UsageError: for windows that cannot be.
+        UsageError: for invalid windows.
     """
     chosen = Windows.of(results, window, windows)
     layers, traces = results.layers(), results.fisher()

@@ -1,4 +1,4 @@
-"""Phase delay: by how many intervals a layer's motion follows its gradient."""
+"""Phase delay: the number of intervals by which a layer's motion follows its gradient."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FORM = tidy.schema(
         tidy.number("correlation", "1", "at that lag, the greatest there is"),
         tidy.number("correlation_low", "1", "lower end of its confidence interval"),
         tidy.number("correlation_high", "1", "upper end of its confidence interval"),
-        tidy.number("p_value", "1", "of so great a correlation at any lag, if there were none"),
+        tidy.number("p_value", "1", "of a correlation as large at any lag, if there were none"),
         tidy.number("correlation_0", "1", "without a lag"),
     ),
     "lag of a layer's displacement behind -gradient",
@@ -62,28 +62,28 @@ def lags(
 ) -> pa.Table:
     """The lag at which displacement and −gradient of a layer's parameters agree most.
 
-    c(τ) = ⟨Δ̃_n(t + τ) · −g̃_n(t)⟩ over the traced elements n and intervals t, with Δ the movement
-    in an interval and g the full-batch gradient at its start, both less their mean and divided by
-    their standard deviation (`lcray.statistics.cross_correlation`). The lag is where c is greatest.
-    Under momentum β a movement is −η Σ_j β^j g(t − j): it lags gradients that are correlated over
-    time, and by more where β is greater. [LCA] and its author response (arXiv 1909.01440) explain
-    last layers that hurt by such a delay.
+    c(τ) = ⟨Δ̃_n(t + τ) · −g̃_n(t)⟩ over the traced elements n and intervals t. Δ is the movement
+    in an interval and g the full-batch gradient at its start; both are centred and divided by
+    their standard deviation (`lcray.statistics.cross_correlation`). The lag is where c is largest.
+    Under momentum β, a movement is −η Σ_j β^j g(t − j): it lags behind gradients that are
+    correlated over time, and the larger β is, the longer the lag. [LCA] and its author response
+    (arXiv 1909.01440) explain last layers that hurt by such a delay.
 
     Args:
-        results: of the output; needs `traces`, and a rule with a node at 0.
-        window: as for `Windows.of`.
-        windows: as for `Windows.of`; those of too few intervals have no row.
+        results: the output; needs `traces`, and a rule with a node at 0.
+        window: as in `Windows.of`.
+        windows: as in `Windows.of`; windows with too few intervals have no row.
         seed: of the bootstrap.
         level: of the confidence intervals, by blocks of intervals.
-        max_lag: the largest lag looked at; None for 50, but at most a fifth of the window.
-        trend: what is taken from each signal first: ``constant``, ``linear`` or ``none``.
+        max_lag: the largest lag to try; None for 50, but at most a fifth of the window.
+        trend: the trend to remove from each signal first: ``constant``, ``linear`` or ``none``.
 
     Returns:
         One row for each split, layer and window.
 
     Raises:
         InapplicableError: if nothing was traced for long enough.
-        UsageError: for windows, a lag or a trend that cannot be.
+        UsageError: for invalid windows, or an invalid lag or trend.
     """
     chosen, draws = Windows.of(results, window, windows), Bootstrap(seed, level=level)
     rows: list[dict[str, Any]] = []
@@ -107,14 +107,14 @@ def lag_profiles(
     max_lag: int | None = None,
     trend: str = "constant",
 ) -> pa.Table:
-    """The correlation c(τ) of `lags` at every lag, over the whole run; see there.
+    """The correlation c(τ) of `lags` at every lag, over the whole run.
 
     Returns:
         One row for each split, layer and lag.
 
     Raises:
         InapplicableError: if nothing was traced for long enough.
-        UsageError: for a lag or a trend that cannot be.
+        UsageError: for an invalid lag or trend.
     """
     run, draws = Windows.whole(results.plan.steps).items[0], Bootstrap(seed, level=level)
     rows: list[dict[str, Any]] = []

@@ -1,8 +1,9 @@
-"""What each layer did to the loss, and how exactly that is known: layers that help, or hurt.
+"""The LC of each layer, and how exactly it is known: layers that help, or hurt.
 
-Two numbers go with a total, and they answer different questions. Its *bound* is what the quadrature
-may be off, so it says how exactly the total of this run is known. The *resampled* interval says how
-far the total would spread had the run's intervals come out as other stretches of the same process.
+Two intervals go with a total, and they answer different questions. Its *bound* is how far the
+quadrature may be off, so it says how exactly the total of this run is known. The *resampled*
+interval says how much the total would vary if the run's intervals were other stretches of the same
+process.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lcray.statistics.bootstrap import RESAMPLED, Bootstrap
 from lcray.tables.columns import SIGN, column
 from lcray.tables.reading.results import Results
 
-_LAYERS_FOR_RANKS = 5  # fewer say nothing about size
+_LAYERS_FOR_RANKS = 5  # a rank correlation with fewer says nothing
 _VERDICT = "+1: hurts, lc > lc_bound; -1: helps, lc < -lc_bound; 0: neither, or without a bound"
 
 _FORM = tidy.schema(
@@ -38,7 +39,7 @@ _FORM = tidy.schema(
         tidy.number("lc", tidy.LOSS, "loss change allocated to the layer"),
         tidy.number("lc_bound", tidy.LOSS, BOUND),
         column("hurts", SIGN, "1", _VERDICT),
-        tidy.number("share", "1", "of the network's LC; negative where it went the other way"),
+        tidy.number("share", "1", "of the network's LC; negative if the signs differ"),
         tidy.number("lc_per_element", tidy.LOSS, "lc / numel"),
         tidy.number("share_hurting", "1", "intervals at which the layer's LC is above 0"),
         *(tidy.number(name, tidy.LOSS, text) for name, text in RESAMPLED.items()),
@@ -55,33 +56,33 @@ def layer_totals(
     seed: int = 0,
     level: float = 0.95,
 ) -> pa.Table:
-    """Σ_t LC of each layer, whether it is above or below 0, and how that goes with its size.
+    """Σ_t LC of each layer, whether it is above or below 0, and how it depends on the layer's size.
 
     A layer hurts in total if LC summed over its elements and over time is above 0 ([LCA], arXiv
-    1909.01440, section 4.2: the first and last layer of ResNets, the last of others). That is what
-    happened in this run: it does not say what would have happened without the layer.
+    1909.01440, section 4.2: the first and last layer of ResNets, the last layer of other networks).
+    This is what happened in this run: it does not say what would have happened without the layer.
 
-    `lc_bound` is Σ_t lc_error, |rule − embedded rule| summed over the intervals (over the layers as
-    well for the whole network): an upper indication of the error of the total, which is 0 only
-    where both rules agree. `hurts` is ±1 where |LC| exceeds it. Where the rule has no embedded one
-    there is no bound: it is null, `hurts` is 0, and a note says so. `resampled_*` answer another
-    question: how far the total would spread had the run's intervals come out as other stretches of
-    the same process (blocks of the window's intervals, drawn anew). Other seeds are neither:
-    `lcray.compare`. A note gives Spearman's rank correlation of LC with the layers' size over the
-    run.
+    `lc_bound` is Σ_t lc_error, |rule − embedded rule| summed over the intervals (for the whole
+    network over the layers as well). It tends to overestimate the error of the total, and is 0 only
+    if both rules agree. `hurts` is ±1 if |LC| exceeds it. If the rule has no embedded rule, there
+    is no bound: it is null, `hurts` is 0, and a note says so. `resampled_*` answer another
+    question: how much the total would vary if the run's intervals were other stretches of the same
+    process (blocks of the window's intervals, drawn anew). Neither is about other seeds, which are
+    the subject of `lcray.compare`. A note gives Spearman's rank correlation of LC with the layers'
+    size over the run.
 
     Args:
-        results: of the output; needs `layers`.
-        window: as for `Windows.of`.
-        windows: as for `Windows.of`.
+        results: the output; needs `layers`.
+        window: as in `Windows.of`.
+        windows: as in `Windows.of`.
         seed: of the bootstrap.
         level: of the resampled intervals.
 
     Returns:
-        One row for each split, window and layer (empty for all).
+        One row for each split, window and layer (empty for the network).
 
     Raises:
-        UsageError: for windows that cannot be.
+        UsageError: for invalid windows.
     """
     chosen, draws = Windows.of(results, window, windows), Bootstrap(seed, level=level)
     series = layer_series(results, ["lc_error"], ("parameter", "buffer"))

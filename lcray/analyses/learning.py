@@ -1,4 +1,4 @@
-"""The series that learn: LC of layers, of groups, and of the layers of a group, over intervals.
+"""Series of LC over intervals: of layers, of groups, and of the layers for a group's loss.
 
 Legend: T intervals, L layers, G groups.
 """
@@ -17,21 +17,21 @@ from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
 
-#: What the series of a bundle are.
+#: The possible kinds of series in a bundle.
 LAYERS, GROUPS = "layer", "group"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Series that may learn together.
+    """Series of LC that are tested for learning at the same time.
 
     Attributes:
         split: the split.
-        kind: ``layer`` or ``group``: what the series are.
-        group: the group whose loss the layers' LC is of; None for the whole split's.
-        names: of the series: layers, or groups as text, [S].
+        kind: what the series are: ``layer`` or ``group``.
+        group: the group whose loss the layers' LC is for; None for the whole split's loss.
+        names: of the series, which are layers or groups as text, [S].
         starts: start steps, [T].
-        lc: [T, S]; NaN where there is none.
+        lc: [T, S]; NaN if there is none.
     """
 
     split: str
@@ -54,7 +54,7 @@ class Bundle:
 
 
 def bundles(results: Results, groups: bool = True) -> Iterator[Bundle]:
-    """Of each split: its layers; then, if it has `groups`, these, and the layers of each of them.
+    """For each split: its layers; then, if it has `groups`, the groups, and the layers of each.
 
     A group's series is LC of its own mean loss, summed over the layers. Buffers are left out.
     """

@@ -1,4 +1,4 @@
-"""Learning against memorising: LC on train beside LC on the other splits, and when they part."""
+"""Learning or memorising: LC on train compared with the other splits, and when they diverge."""
 
 from __future__ import annotations
 
@@ -76,28 +76,28 @@ def memorising(
     train: str | None = None,
     level: float = 0.95,
 ) -> pa.Table:
-    """LC on train beside LC on every other split, by layer and by interval, window and run.
+    """LC on train and on every other split, by layer and by interval, window and run.
 
-    [LCA] (arXiv 1909.01440, author response): with several splits on one path, what a layer learns
-    (LC < 0 on both) is told from what it memorises (LC < 0 on train alone); the difference is
-    LC_other − LC_train. Bounds and resampled intervals are as in `layer_totals`; the difference has
-    the sum of both bounds, and one draw of blocks serves both splits.
+    With several splits on one path, what a layer learns (LC < 0 on both) can be told from what it
+    memorises (LC < 0 on train alone); the difference is LC_other − LC_train ([LCA], arXiv
+    1909.01440, author response). Bounds and resampled intervals are as in `layer_totals`. The
+    difference has the sum of both bounds, and the same blocks are drawn for both splits.
 
     Args:
-        results: of the output; needs `layers` and two splits.
-        window: as for `Windows.of`.
-        windows: as for `Windows.of`.
+        results: the output; needs `layers` and two splits.
+        window: as in `Windows.of`.
+        windows: as in `Windows.of`.
         seed: of the bootstrap.
         train: the split that was trained on; None for ``train``, else the plan's first.
         level: of the resampled intervals.
 
     Returns:
-        One row for each other split, resolution, window (or interval) and layer, the network first
-        (layer "", buffers among it); resampled intervals not below 8 intervals.
+        One row for each other split, resolution, window (or interval) and layer. The network is
+        first (layer "", with buffers). Resampled intervals need at least 8 intervals.
 
     Raises:
-        InapplicableError: if there is one split only.
-        UsageError: for an unknown split, or windows that cannot be.
+        InapplicableError: if there is only one split.
+        UsageError: for an unknown split, or invalid windows.
     """
     series = layer_series(results, ["lc_error"], ("parameter", "buffer"))
     chosen = Windows.of(results, window, windows)
@@ -127,28 +127,29 @@ def overfitting(
 ) -> pa.Table:
     """When each layer starts to overfit.
 
-    The onset of a layer is the first of `patience` windows in a row (of a fixed width) in each of
-    which its cumulative LC on the other split rises (its LC there is above 0 by the whole resampled
-    interval) while that on train falls (below 0 likewise). This is a definition of this library:
-    a chance rise of one window, or a rise on both splits, is no overfitting. A tendency is asked
-    for, not what the window's sum is, so the resampled interval judges and not the bound.
+    The onset of a layer is the first of `patience` consecutive windows (of a fixed width), in each
+    of which its cumulative LC on the other split rises (its LC there is above 0 by the whole
+    resampled interval) while its cumulative LC on train falls (below 0 in the same way). This is a
+    definition of this library: a chance rise in one window, or a rise on both splits, is not
+    overfitting. The question is a tendency, not the sum of the window, so the resampled interval
+    decides and not the bound.
 
     Args:
-        results: of the output; needs `layers` and two splits.
+        results: the output; needs `layers` and two splits.
         window: width of the windows; None for the analysis's own. Windows with fewer than 8
-            intervals cannot be judged and break a row.
+            intervals cannot be judged, and they interrupt a sequence.
         windows: not used.
         seed: of the bootstrap.
-        train: as for `memorising`.
+        train: as in `memorising`.
         level: of the resampled intervals.
-        patience: windows in a row.
+        patience: number of consecutive windows.
 
     Returns:
         One row for each other split and layer, the network first (layer "").
 
     Raises:
-        InapplicableError: if there is one split only.
-        UsageError: as for `memorising`, or for a patience below 1.
+        InapplicableError: if there is only one split.
+        UsageError: as in `memorising`, or for a patience below 1.
     """
     if patience < 1:
         raise UsageError(f"patience {patience}: give a number of windows, at least 1")
@@ -187,7 +188,7 @@ def _pairs(
 ) -> Iterator[tuple[dict[str, str], Floats, NDArray[np.bool_]]]:
     """For each other split: names, `column` of train, other and difference [3, T, 1 + L], ok [T].
 
-    The network comes first; what is not ok is 0.
+    The network comes first; values that are not ok are 0.
     """
     if len(series.splits) < 2:
         raise InapplicableError(
@@ -216,7 +217,7 @@ def _window(
     item: Window,
     draws: Bootstrap,
 ) -> Iterator[dict[str, Any]]:
-    """The columns of one window, a row for each layer; none where it has no interval."""
+    """The columns of one window, one row per layer; empty if it has no interval."""
     here = ok & item.holds(series.starts)
     if not here.any():
         return
@@ -237,7 +238,7 @@ def _window(
 def _intervals(
     series: Series, names: dict[str, str], pair: Floats, error: Floats, ok: NDArray[np.bool_]
 ) -> dict[str, Any]:
-    """The columns of all intervals at once, layer after layer within each."""
+    """The columns of all intervals at once; within each interval, layer after layer."""
     until = np.cumsum(pair[:2], axis=1)[:, ok].reshape(2, -1)
     lc, bound = (values[:, ok].reshape(3, -1) for values in (pair, error))
     found = _columns(series, names, "interval", lc, bound, until)
@@ -255,7 +256,7 @@ def _intervals(
 def _columns(
     series: Series, names: dict[str, str], resolution: str, lc: Floats, bound: Floats, until: Floats
 ) -> dict[str, Any]:
-    """What rows have in common, going round the layers.
+    """The columns that all rows have, for all layers in turn.
 
     LC and its bounds are [3, rows], cumulative LC [2, rows].
     """
@@ -290,13 +291,13 @@ def _resampled(pair: Floats, draws: Bootstrap) -> tuple[Floats, Floats] | None:
 
 
 def _overfits(pair: Floats, draws: Bootstrap) -> NDArray[np.bool_] | None:
-    """Which layers [1 + L] fall on train and rise on the other split in one window."""
+    """The layers [1 + L] whose LC falls on train and rises on the other split in one window."""
     ends = _resampled(pair, draws)
     return None if ends is None else np.asarray((ends[1][0] < 0) & (ends[0][1] > 0))
 
 
 def _first_row(states: list[bool], patience: int) -> int | None:
-    """Where the first `patience` True in a row begin."""
+    """The index at which the first `patience` consecutive True begin."""
     for first in range(len(states) - patience + 1):
         if all(states[first : first + patience]):
             return first

@@ -1,4 +1,4 @@
-"""LC of the last layer against its momentum, over several outputs."""
+"""LC of layers against their momentum, over several outputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FORM = tidy.schema(
     (
         tidy.SPLIT,
         tidy.LAYER,
-        tidy.number("momentum", "1", "as it was given for the outputs"),
+        tidy.number("momentum", "1", "as given for the outputs"),
         tidy.count("n", "outputs with this momentum"),
         tidy.number("lc", tidy.LOSS, "mean over them of the layer's LC over the run"),
         tidy.number("lc_se", tidy.LOSS, "its standard error over the outputs; null of one"),
@@ -52,16 +52,16 @@ def against_momentum(
     level: float = 0.95,
     seed: int = 0,
 ) -> pa.Table:
-    """How the LC of a layer, and its lag, change with the momentum that it was trained with.
+    """How the LC of a layer, and its lag, change with the momentum of its training.
 
-    Momentum delays a layer's motion behind its gradient; the author response to [LCA]
-    (arXiv 1909.01440) changes that of the last layer alone, and finds that its LC changes with it.
-    Of a momentum with one output, LC has the bound of its quadrature alone (see `layer_totals`):
-    how runs differ by their seed takes several. A note gives Spearman's rank correlation of LC with
-    momentum over the outputs, with a p-value from six outputs on.
+    Momentum delays a layer's motion behind its gradient. The author response to [LCA]
+    (arXiv 1909.01440) changes the momentum of the last layer alone, and finds that its LC changes
+    with it. If a momentum has one output, its LC has only the bound of its quadrature (see
+    `layer_totals`): the variation between seeds needs several outputs. A note gives Spearman's rank
+    correlation of LC with momentum over the outputs, with a p-value for six outputs or more.
 
     Args:
-        outputs: the momentum of each output, and the output; several may have the same one.
+        outputs: pairs of a momentum and an output; several outputs may have the same momentum.
         layers: a pattern such as ``fc2.*``; None for the layers of the last module.
         level: of the confidence intervals.
         seed: of the bootstrap of lags.
@@ -71,7 +71,7 @@ def against_momentum(
 
     Raises:
         UsageError: without outputs, if they differ in splits, layers or steps, or no layer matches.
-        OutputError: if there is no output, or it has no tables.
+        OutputError: if a path is not an output, or has no tables.
     """
     pairs = sorted(((float(m), open_output(o)) for m, o in outputs), key=lambda pair: pair[0])
     if not pairs:
@@ -120,7 +120,7 @@ def _measured(results: Results, seed: int, level: float) -> dict[tuple[str, str]
             table = lags(results, windows=whole, seed=seed, level=level)
             rows = {(r["split"], r["layer"]): r for r in table.to_pylist() if r["window"] == RUN}
         except InapplicableError:
-            pass  # too short a run has LC all the same
+            pass  # a run that is too short for lags still has LC
     series = layer_series(results, ["lc_error"])
     found = {}
     for s, split in enumerate(series.splits):

@@ -1,4 +1,4 @@
-"""How often LC, movements and gradients change sign, and how much of the traffic is progress."""
+"""How often LC, movements and gradients change sign, and the share of net progress."""
 
 from __future__ import annotations
 
@@ -59,30 +59,31 @@ def oscillation(
 ) -> pa.Table:
     """Sign flips and net progress of LC, movements and gradients.
 
-    A flip: x_{t−1}·x_t < 0 for an element, x being its LC, its movement Δ or its gradient at the
-    start of the interval. The mean half-period is the number of pairs of neighbouring intervals
-    over that of flips. Net progress is Σ_i |Σ_t x_{i,t}| / Σ_i Σ_t |x_{i,t}|: 1 where every element
-    goes one way, of the order of 1/√T for T independent steps. [LCA] (arXiv 1909.01440, section
-    4.1) finds that most parameters oscillate between helping and hurting.
+    A flip of an element is x_{t−1}·x_t < 0, where x is its LC, its movement Δ or its gradient at
+    the start of the interval. The mean half-period is the number of pairs of neighbouring intervals
+    divided by the number of flips. Net progress is Σ_i |Σ_t x_{i,t}| / Σ_i Σ_t |x_{i,t}|: 1 if
+    every element goes one way, and of the order of 1/√T for T independent steps. [LCA] (arXiv
+    1909.01440, section 4.1) finds that most parameters oscillate between helping and hurting.
 
-    Three sources, none of which has everything. `layers`: LC of all elements in any window; a pair
-    counts min(n_{t−1}, n_t), where n is the elements with LC ≠ 0, so that rates are a little low
-    where elements come and go. `parameters`: all elements and quantities over the run; for
-    movements and gradients a pair counts the elements that moved at all. `traces`: a sample of
-    elements, every quantity in any window, pairs counted exactly. Errors resample blocks of
+    There are three sources, and none is complete. `layers` has LC of all elements in any window; a
+    pair counts min(n_{t−1}, n_t), where n is the number of elements with LC ≠ 0, so rates are a
+    little low if elements become zero and nonzero. `parameters` has all elements and quantities
+    over the run; for movements and gradients, a pair counts the elements that ever moved. `traces`
+    has a sample of elements, with every quantity in any window and exactly counted pairs. Errors
+    resample blocks of intervals.
     intervals.
 
-    Args:
-        results: of the output; needs `layers`, and uses `parameters` and `traces` if it has them.
-        window: as for `Windows.of`.
-        windows: as for `Windows.of`.
+        results: the output; needs `layers`, and uses `parameters` and `traces` if it has them.
+        window: as in `Windows.of`.
+        windows: as in `Windows.of`.
         seed: of the bootstrap.
         level: of the confidence intervals.
+        level: of the confidence intervals.
 
-    Returns:
+        One row for each split, layer (empty for the network), window, quantity and source.
         One row for each split, layer (empty for all), window, quantity and source.
 
-    Raises:
+        UsageError: for invalid windows.
         UsageError: for windows that cannot be.
     """
     chosen, draws = Windows.of(results, window, windows), Bootstrap(seed, level=level)
@@ -113,7 +114,7 @@ def _of_layers(results: Results, series: Series, chosen: Windows, draws: Bootstr
 
 
 def _pairs(series: Series) -> NDArray[np.float64]:
-    """Elements of each layer that could flip at each interval, [S, T, L]."""
+    """Number of elements of each layer that could flip at each interval, [S, T, L]."""
     live = np.nan_to_num(series["n_helping"] + series["n_hurting"])
     found = np.zeros_like(live)
     adjacent = series.starts[1:] == series.ends[:-1]

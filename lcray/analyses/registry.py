@@ -1,4 +1,4 @@
-"""The findings, in the order they are told."""
+"""The list of all findings, in the order in which summaries show them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from lcray.tables.reading.results import Results
 
 
 class Compute(Protocol):
-    """What every finding takes; most take further keywords.
+    """The arguments of every finding; most take further keywords.
 
-    `window` and `windows` are those of `Windows.of`; a finding about the run alone ignores them.
+    `window` and `windows` are as in `Windows.of`; a finding about the whole run ignores them.
     """
 
     def __call__(
@@ -54,10 +54,11 @@ class Finding:
 
     Attributes:
         name: of its file, ``OUT/findings/<name>.parquet``.
-        compute: from results to its table.
-        needs: the tables without which there is none.
-        shown: the columns that a summary shows; all where empty.
-        rows: column and value of the rows that it shows; a finding without windows has no `window`.
+        compute: makes its table from results.
+        needs: the tables that it cannot do without.
+        shown: the columns that a summary shows; all if empty.
+        rows: column and value of the rows that a summary shows; a finding without windows has no
+            `window`.
         brief: whether a summary shows it at all; long tables are for plots.
     """
 
@@ -70,7 +71,7 @@ class Finding:
 
     @property
     def title(self) -> str:
-        """A line for people."""
+        """One line for readers."""
         return TITLES[self.name]
 
 

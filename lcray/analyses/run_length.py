@@ -40,15 +40,15 @@ def run_lengths(
 ) -> pa.Table:
     """Lengths of runs of equal sign of LC, movements and gradients, over the whole run.
 
-    A run is a maximal stretch of intervals at which an element's value has one sign, not 0. Runs
-    between two flips are complete: their lengths are half-periods. With independent signs a share
+    A run is a maximal sequence of intervals in which an element's value has the same sign, not 0. A
+    run between two flips is complete: its length is a half-period. With independent signs, a share
     of 2^−n of them has length n.
 
     Args:
-        results: of the output; needs `traces`.
-        window: of no effect.
-        windows: of no effect.
-        seed: of no effect.
+        results: the output; needs `traces`.
+        window: not used.
+        windows: not used.
+        seed: not used.
 
     Returns:
         One row for each split, layer, quantity and length that occurs.

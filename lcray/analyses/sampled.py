@@ -1,4 +1,4 @@
-"""The seeded sample of `traces` as arrays, layer by layer.
+"""The seeded sample of elements in `traces` as arrays, layer by layer.
 
 Legend: T intervals, N elements.
 """
@@ -18,13 +18,13 @@ Floats = NDArray[np.float64]
 
 
 def literal(text: str) -> str:
-    """`text` as SQL takes it."""
+    """`text` as a literal in SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What is traced of a layer, on all intervals of the plan; NaN where nothing is known.
+    """The traced elements of a layer, on all intervals of the plan; NaN if a value is unknown.
 
     Attributes:
         split: the split.
@@ -43,18 +43,18 @@ class Sampled:
     gradient: Floats
 
     def quantities(self) -> dict[str, Floats]:
-        """The three by name."""
+        """LC, displacement and gradient by name."""
         return {"lc": self.lc, "displacement": self.displacement, "gradient": self.gradient}
 
 
 def sampled_layers(results: Results) -> Iterator[Sampled]:
     """Each split's layers in the plan's order, read one by one.
 
-    Elements that ``--trace`` names are left out, unless the sample has them too.
+    Elements that ``--trace`` names are left out, unless they are also in the sample.
 
     Raises:
         UsageError: if the output has no `traces`.
-        CorruptionError: if they cannot be read.
+        CorruptionError: if it cannot be read.
     """
     plan = results.plan
     chosen = trace_indices(plan, sample_only=True)

@@ -20,15 +20,15 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Series:
-    """Columns of `layers` as arrays; intervals in order, splits and layers in the plan's.
+    """Columns of `layers` as arrays; intervals in order, splits and layers in the plan's order.
 
     Attributes:
-        splits: names [S].
-        layers: names [L].
-        starts: start steps [T] of the intervals that there are.
-        ends: their end steps [T].
-        ok: [S, T], False where an interval has no LC in a split (not finite, or missing).
-        values: by column, float64 [S, T, L]; NaN where there is none.
+        splits: names, [S].
+        layers: names, [L].
+        starts: start steps of the intervals, [T].
+        ends: their end steps, [T].
+        ok: [S, T], False if an interval has no LC in a split (not finite, or missing).
+        values: by column, float64 [S, T, L]; NaN if there is none.
     """
 
     splits: tuple[str, ...]
@@ -48,9 +48,9 @@ def layer_series(
     """Reads columns of `layers`.
 
     Args:
-        results: of the output.
-        columns: of numbers.
-        kinds: of the layers, ``parameter`` or ``buffer``.
+        results: the output.
+        columns: numeric columns to read.
+        kinds: kinds of layers to read: ``parameter``, ``buffer``.
 
     Raises:
         UsageError: for a column that does not exist.
@@ -78,7 +78,7 @@ def layer_series(
 def codes(table: pa.Table, column: str, names: Sequence[str]) -> NDArray[Any]:
     """The position in `names` of each value of a dictionary column; -1 for others."""
     array = table[column].unify_dictionaries().combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # of no rows, or what older versions give
+    if isinstance(array, pa.ChunkedArray):  # without rows, or from older versions of pyarrow
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     position = {name: i for i, name in enumerate(names)}
     lookup = [position.get(name, -1) for name in array.dictionary.to_pylist()]

@@ -1,4 +1,4 @@
-"""Who helps and who hurts: by interval, window and run; and parameter by parameter."""
+"""Shares of parameters that help and that hurt, by interval, window and run."""
 
 from __future__ import annotations
 
@@ -58,26 +58,27 @@ def shares(
     seed: int = 0,
     level: float = 0.95,
 ) -> pa.Table:
-    """The share of parameters that help, hurt, and have an LC of exactly zero.
+    """The shares of parameters that help, that hurt, and that have an LC of exactly zero.
 
-    At one iteration, or pooled over those of a window, with n₋, n₊, n₀ the numbers of LC < 0, > 0
-    and = 0: n₋/(n₋ + n₊ + n₀), and n₋/(n₋ + n₊), which leaves out dead and frozen elements. [LCA]
-    (arXiv 1909.01440) finds 50.7 % of parameters to help at an iteration. Errors of a ratio are
-    those of its sums over blocks of iterations, since neighbouring iterations are dependent.
+    With n₋, n₊, n₀ the numbers of LC < 0, > 0 and = 0 in one iteration, or in all iterations of a
+    window, the shares of helping are n₋/(n₋ + n₊ + n₀), and n₋/(n₋ + n₊), which leaves out dead and
+    frozen elements. [LCA] (arXiv 1909.01440) finds that 50.7 % of parameters help at an iteration.
+    The error of a ratio follows from its sums over blocks of iterations, since neighbouring
+    iterations are dependent.
 
     Args:
-        results: of the output; needs `layers`.
-        window: as for `Windows.of`.
-        windows: as for `Windows.of`.
+        results: the output; needs `layers`.
+        window: as in `Windows.of`.
+        windows: as in `Windows.of`.
         seed: of the bootstrap.
         level: of the confidence intervals.
 
     Returns:
         One row for each split, resolution, window (or interval) and layer, the whole network
-        first (layer ""); errors only at `run` and `window`, and not below 8 intervals.
+        first (layer ""). Errors are only at `run` and `window`, for at least 8 intervals.
 
     Raises:
-        UsageError: for windows that cannot be.
+        UsageError: for invalid windows.
     """
     series = layer_series(results, _COUNTS)
     chosen = Windows.of(results, window, windows)
@@ -94,7 +95,7 @@ def shares(
 
 
 def _counts(series: Series, split: int) -> Floats:
-    """Helping, hurting and zero of the network and of each layer, [T, 1 + L, 3]."""
+    """Numbers of helping, hurting and zero, for the network and each layer, [T, 1 + L, 3]."""
     each = np.stack([series[name][split] for name in _COUNTS], axis=-1)
     return np.concatenate([each.sum(axis=1, keepdims=True), each], axis=1)
 
@@ -121,7 +122,7 @@ def _windows(
 
 
 def _intervals(series: Series, split: int) -> Iterator[dict[str, Any]]:
-    """All intervals at once."""
+    """The columns of all intervals at once."""
     ok = series.ok[split]
     if not ok.any():
         return
@@ -145,7 +146,7 @@ def _intervals(series: Series, split: int) -> Iterator[dict[str, Any]]:
 def _columns(
     series: Series, split: int, resolution: str, n_intervals: int, counts: Floats
 ) -> dict[str, Any]:
-    """What rows with these counts [rows, 3] have in common; they go round the layers."""
+    """The columns that rows with these counts [rows, 3] have, for all layers in turn."""
     layers = np.array([tidy.ALL_LAYERS, *series.layers], object)
     helping, hurting, zero = counts.T
     return {

@@ -94,34 +94,35 @@ def synchrony(
 ) -> pa.Table:
     """Whether the peaks of −LC of layers, and of groups such as classes, coincide.
 
-    A peak is a local minimum of LC below 0; the `count` deepest of each series are taken, as in
-    [LCA] (arXiv 1909.01440, section 4.4). Coincidences are Σ_t n_t(n_t − 1)/2, with n_t the series
-    that peak at interval t. By chance: each series' peaks are permuted by themselves, within blocks
-    of consecutive intervals, so that a rate of peaks that all series share is no synchrony
+    A peak is a local minimum of LC below 0; the `count` deepest peaks of each series are taken, as
+    in [LCA] (arXiv 1909.01440, section 4.4). The number of coincidences is Σ_t n_t(n_t − 1)/2, with
+    n_t the number of series with a peak at interval t. The number by chance comes from
+    permutations: each series' peaks are permuted separately, within blocks of consecutive
+    intervals, so that a rate of peaks that all series share does not count as synchrony
     (`lcray.statistics.coincidence`). Intervals without LC are left out of the blocks. Tests are
     one-sided.
 
-    Series share their mini-batches: that they peak together says that the same samples taught them,
-    or that they hang together, and not which.
+    All series share their mini-batches. Peaks at the same interval mean that the same samples
+    taught them, or that they depend on each other; the test does not say which.
 
     Args:
-        results: of the output; needs `layers`, and uses `groups` if it has them.
-        window: as for `Windows.of`.
-        windows: as for `Windows.of`; peaks are chosen within each.
+        results: the output; needs `layers`, and uses `groups` if it has them.
+        window: as in `Windows.of`.
+        windows: as in `Windows.of`; peaks are chosen within each.
         seed: of the permutations.
         count: the most peaks of a series; None for 20, but at most a tenth of the intervals.
-        prominence: how far a peak rises above the saddles beside it, in standard deviations of its
-            series; None asks for nothing.
-        distance: the fewest intervals between two peaks of a series.
-        block: intervals a block; None for a twentieth of the window, but 10 to 50. Blocks must be
-            short against the time over which the rate of peaks changes.
-        permutations: that p-values are from.
+        prominence: the least height of a peak above its neighbouring saddles, in standard
+            deviations of its series; None for no condition.
+        distance: the least number of intervals between two peaks of a series.
+        block: intervals per block; None for a twentieth of the window, but 10 to 50. Blocks must be
+            short compared with the time over which the rate of peaks changes.
+        permutations: the number of permutations for the p-values.
 
     Returns:
         One row for each split, window, kind of series, and group whose layers they are.
 
     Raises:
-        UsageError: for windows or parameters that cannot be.
+        UsageError: for invalid windows or parameters.
     """
     options = _Options(count, prominence, distance, block)
     if permutations < 1:
@@ -155,30 +156,30 @@ def coincidences(
 ) -> pa.Table:
     """The matrices layer × layer, group × group, and layer × layer of each group, over the run.
 
-    Peaks and chance as in `synchrony`; p-values are exact: in each block the number of coincidences
-    of a pair is hypergeometric. They are adjusted for the pairs of a matrix.
+    Peaks and chance are as in `synchrony`. P-values are exact: in each block, the number of
+    coincidences of a pair is hypergeometric. They are adjusted for the pairs of a matrix.
 
     Args:
-        results: of the output; needs `layers`, and uses `groups` if it has them.
-        window: of no effect.
-        windows: of no effect.
-        seed: of no effect.
-        count: as for `synchrony`.
-        prominence: as for `synchrony`.
-        distance: as for `synchrony`.
-        block: as for `synchrony`.
-        groups: whether to have groups too, where there are any.
+        results: the output; needs `layers`, and uses `groups` if it has them.
+        window: not used.
+        windows: not used.
+        seed: not used.
+        count: as in `synchrony`.
+        prominence: as in `synchrony`.
+        distance: as in `synchrony`.
+        block: as in `synchrony`.
+        groups: whether to include groups, if the output has them.
 
     Returns:
         One row for each pair a, b, in both orders, and for a = b.
 
     Raises:
-        UsageError: for parameters that cannot be.
+        UsageError: for invalid parameters.
     """
     options = _Options(count, prominence, distance, block)
     rows: list[dict[str, Any]] = []
     for bundle in bundles(results, groups):
-        flags = options.peaks(bundle)[bundle.known]  # chance has no peaks where there is no LC
+        flags = options.peaks(bundle)[bundle.known]  # no chance peaks without LC
         if len(flags) >= _FEWEST:
             rows += [_head(bundle) | row for row in _matrix(bundle.names, flags, block)]
     return tidy.table(_PAIRS, rows, parameters=options.named)
@@ -198,20 +199,20 @@ def peaks_of_learning(
     """The peaks that `coincidences` counts: when each layer, and each group, learned most.
 
     Args:
-        results: of the output; needs `layers`, and uses `groups` if it has them.
-        window: of no effect.
-        windows: of no effect.
-        seed: of no effect.
-        count: as for `synchrony`.
-        prominence: as for `synchrony`.
-        distance: as for `synchrony`.
-        groups: whether to have groups too, where there are any.
+        results: the output; needs `layers`, and uses `groups` if it has them.
+        window: not used.
+        windows: not used.
+        seed: not used.
+        count: as in `synchrony`.
+        prominence: as in `synchrony`.
+        distance: as in `synchrony`.
+        groups: whether to include groups, if the output has them.
 
     Returns:
         One row for each peak.
 
     Raises:
-        UsageError: for parameters that cannot be.
+        UsageError: for invalid parameters.
     """
     options = _Options(count, prominence, distance, None)
     rows: list[dict[str, Any]] = []
@@ -225,7 +226,7 @@ def peaks_of_learning(
 
 
 class _Options:
-    """Which peaks, and in which blocks they permute; checked."""
+    """The choice of peaks, and of the blocks within which they permute; checked."""
 
     def __init__(
         self, count: int | None, prominence: float | None, distance: int, block: int | None

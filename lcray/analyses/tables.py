@@ -1,4 +1,4 @@
-"""Whether an output has what is asked of it."""
+"""Checks that an output has the tables, splits and layers that are asked for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lcray.tables.reading.results import Results
 
 
 def require(results: Results, *tables: str) -> None:
-    """Raises InapplicableError, which says what would give them, where one of `tables` is missing.
+    """Raise InapplicableError if one of `tables` is missing; the message says how to obtain it.
 
     Args:
-        results: of the output.
+        results: the output.
         tables: their names.
     """
     for table in tables:
@@ -23,7 +23,7 @@ def require(results: Results, *tables: str) -> None:
 
 
 def split_of(results: Results, split: str | None) -> str:
-    """The split asked for; None for ``train``, or the plan's first where there is none.
+    """The split asked for; None for ``train``, or the plan's first if there is no ``train``.
 
     Raises:
         UsageError: for an unknown split.
@@ -37,17 +37,17 @@ def split_of(results: Results, split: str | None) -> str:
 
 
 def layer_of(results: Results, layer: str, table: str, known: tuple[str, ...]) -> str:
-    """`layer`, of which `table` has rows.
+    """`layer`, after checking that `table` has rows for it.
 
     Args:
-        results: of the output.
+        results: the output.
         layer: its name.
         table: a table of the output.
-        known: the layers that the table has.
+        known: the layers in the table.
 
     Raises:
-        InapplicableError: if the table lacks it.
-        UsageError: if the model does.
+        InapplicableError: if the table does not have the layer.
+        UsageError: if the model does not have it.
     """
     if layer not in {item.name for item in results.plan.layers}:
         raise UsageError(suggest(layer, [item.name for item in results.plan.layers], "layer"))

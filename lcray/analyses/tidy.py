@@ -1,4 +1,4 @@
-"""Tables of findings: their schemas, and making them of rows."""
+"""Tables of findings: their schemas, and building them from rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lcray.tables.columns import SIGN as SIGN
 from lcray.tables.columns import STRING, column
 
 LOSS = "loss"  # the unit; nats for cross-entropy
-#: The `layer` of rows about the network as a whole. No tensor can be called so.
+#: The `layer` of rows about the whole network. No tensor can have this name.
 ALL_LAYERS = ""
 
 SPLIT = column("split", STRING, "", "named data set that the loss is taken over")
@@ -29,7 +29,7 @@ WINDOW = (
 
 
 def text(name: str, description: str) -> pa.Field:
-    """A column of words."""
+    """A text column."""
     return column(name, STRING, "", description)
 
 
@@ -39,7 +39,7 @@ def count(name: str, description: str) -> pa.Field:
 
 
 def number(name: str, unit: str, description: str) -> pa.Field:
-    """A column of numbers; null where there is none."""
+    """A column of numbers; null if there is none."""
     return column(name, FLOAT, unit, description, nullable=True)
 
 
@@ -65,12 +65,12 @@ def table(
 
     Args:
         form: from `schema`.
-        rows: each a value by column; what is left out, NaN or infinite is null.
-        parameters: what the finding was computed with, for the metadata.
+        rows: values by column; a value that is left out, NaN or infinite becomes null.
+        parameters: the parameters of the computation, for the metadata.
         notes: what a reader of the table must know, one line each.
 
     Raises:
-        ValueError: as `lcray.tables.arrow.fill`.
+        ValueError: as in `lcray.tables.arrow.fill`.
     """
     columns = {name: [row.get(name) for row in rows] for name in form.names}
     for field in form:
@@ -80,7 +80,7 @@ def table(
 
 
 def from_columns(form: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
-    """As `table`, of whole columns (see `lcray.tables.arrow.make_table`) and without parameters."""
+    """Like `table`, from columns (see `lcray.tables.arrow.make_table`) and without parameters."""
     name = form.metadata[b"lcray.finding"].decode()
     if not columns or not any(len(values) for values in columns.values()):
         return form.empty_table()
@@ -96,5 +96,5 @@ def stamped(
 
 
 def notes_of(found: pa.Table) -> list[str]:
-    """What a reader of the table must know."""
+    """The notes that a reader of the table must know."""
     return list(json.loads(found.schema.metadata.get(b"lcray.notes", b"[]")))

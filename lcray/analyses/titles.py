@@ -1,8 +1,8 @@
-"""The findings' names, titles and words, in the order they are told; imports nothing."""
+"""The findings' names, titles and explanations, in the registry's order; imports nothing."""
 
 from __future__ import annotations
 
-#: By name, a line for people.
+#: By name, one line for readers.
 TITLES: dict[str, str] = {
     "shares": "Helping and hurting: share of the parameters, run",
     "habits": "How often each parameter helps: distribution over parameters",
@@ -23,15 +23,15 @@ TITLES: dict[str, str] = {
     "fisher": "Fisher information beside LC, layer by layer",
 }
 
-#: What LC does not say; told once, in the report's head and in a summary of findings.
+#: What LC does not say; shown once, in the report's head and in a summary of findings.
 WHAT_HAPPENED = (
     "LC says what happened in this run, not what would have happened without a layer: the others "
     "may then do its part."
 )
 
-#: By name, how to read a summary whose columns do not say so themselves.
+#: By name, an explanation of a summary, if its columns do not explain themselves.
 READING: dict[str, str] = {
-    "layer_totals": "hurts: +1 or -1 where |lc| exceeds lc_bound, what the quadrature may be off",
+    "layer_totals": "hurts: +1 or -1 where |lc| exceeds lc_bound, the bound of its error",
     "overfitting": "onset: the step from which, for three windows in a row, LC on train falls and "
     "LC on the other split rises",
     "synchrony": "coincidences: pairs of layers, or groups, that peak at the same interval; "
@@ -40,7 +40,7 @@ READING: dict[str, str] = {
 
 _FEW = "too few intervals, or windows, for errors"
 _NO_BOUND = "the rule has no embedded rule"
-#: By name and column, what it means that a summary has no value.
+#: By name and column, the meaning of a missing value in a summary.
 EMPTY: dict[str, dict[str, str]] = {
     "shares": {"helping_low": _FEW},
     "fits": {"shape_se_blocks": _FEW},

@@ -32,19 +32,19 @@ def trajectories(
     seed: int = 0,
     points: int = 1000,
 ) -> pa.Table:
-    """Σ_{t' ≤ t} LC of each layer: how the totals of `layer_totals` came about.
+    """Σ_{t' ≤ t} LC of each layer: how the totals of `layer_totals` build up over the run.
 
-    Intervals without LC count 0.
+    Intervals without LC count as 0.
 
     Args:
-        results: of the output; needs `layers`.
-        window: of no effect.
-        windows: of no effect.
-        seed: of no effect.
-        points: the most steps, evenly spaced; the last one is always there.
+        results: the output; needs `layers`.
+        window: not used.
+        windows: not used.
+        seed: not used.
+        points: the most steps, evenly spaced; the last step is always included.
 
     Returns:
-        One row for each split, layer (empty for all) and step.
+        One row for each split, layer (empty for the network) and step.
 
     Raises:
         UsageError: for fewer points than 1.

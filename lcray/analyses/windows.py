@@ -1,6 +1,6 @@
 """Windows of iterations: the whole run, fixed widths, and named ranges of steps.
 
-An interval belongs to a window by its `start_step`. Windows may overlap; every finding takes any.
+An interval belongs to a window by its `start_step`. Windows may overlap; every finding accepts any.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lcray.errors import UsageError
 from lcray.storage.numerals import step_range
 from lcray.tables.reading.results import Results
 
-#: The name of the window that holds every interval; it comes first.
+#: The name of the window that contains every interval; it comes first.
 RUN = "run"
 
 Ranges = Mapping[str, str]
@@ -26,7 +26,7 @@ class Window:
     """The intervals with first <= start_step < end.
 
     Attributes:
-        name: ``run``, ``first:end``, or what the user calls it.
+        name: ``run``, ``first:end``, or the user's name.
         first: a step.
         end: a step, exclusive.
     """
@@ -36,16 +36,16 @@ class Window:
     end: int
 
     def holds(self, starts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of the intervals that start at these steps [T] are in it, [T]."""
+        """Which intervals are in the window, by their start steps [T]; [T]."""
         return np.asarray((starts >= self.first) & (starts < self.end))
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows in the order that tables list them.
+    """Windows in the order of the tables' rows.
 
     Attributes:
-        items: the windows; names are distinct and none is without an interval.
+        items: the windows; names are distinct, and every window has an interval.
     """
 
     items: tuple[Window, ...]
@@ -61,12 +61,12 @@ class Windows:
 
     @classmethod
     def whole(cls, steps: Sequence[int]) -> Windows:
-        """The run alone; `steps` are those of all checkpoints."""
+        """The whole run alone; `steps` are the steps of all checkpoints."""
         return cls((Window(RUN, steps[0], steps[-1]),))
 
     @classmethod
     def fixed(cls, steps: Sequence[int], width: int) -> Windows:
-        """Windows from one multiple of `width` to the next, those without intervals left out.
+        """Windows from one multiple of `width` to the next; windows without intervals are left out.
 
         Raises:
             UsageError: for a width below 1.
@@ -81,7 +81,7 @@ class Windows:
         """Windows by name, each a range of start steps such as ``"0:100"``, ``"100:"``, ``":50"``.
 
         Raises:
-            UsageError: for what is no range, holds no interval, or is called ``run``.
+            UsageError: for text that is not a range, one without intervals, or the name ``run``.
         """
         return cls(tuple(_named(steps, name, text) for name, text in ranges.items()))
 
@@ -89,16 +89,16 @@ class Windows:
     def of(
         cls, results: Results, window: int | None = None, windows: Ranges | None = None
     ) -> Windows:
-        """The run, then those of a fixed width and the named ones.
+        """The whole run, then the windows of a fixed width, then the named ones.
 
         Args:
-            results: of the output.
+            results: the output.
             window: the width in steps; None for the output's own base windows, unless `windows`
                 are given.
             windows: ranges of start steps by name.
 
         Raises:
-            UsageError: as for `fixed` and `named`, or for a name that is there twice.
+            UsageError: as for `fixed` and `named`, or for a name that occurs twice.
         """
         steps = results.plan.steps
         found = cls.whole(steps)
@@ -108,14 +108,14 @@ class Windows:
         names = [item.name for item in found]
         for name in names:
             if names.count(name) > 1:
-                raise UsageError(f"window {name!r}: there are two of this name")
+                raise UsageError(f"window {name!r}: two windows have this name")
         return found
 
 
 def _named(steps: Sequence[int], name: str, text: str) -> Window:
     found = step_range(text)
     if found is None:
-        raise UsageError(f"window {name!r}: {text!r} is no range such as '0:100', '100:' or ':100'")
+        raise UsageError(f"window {name!r}: {text!r} is not a range like '0:100', '100:' or ':100'")
     ends = steps[0], steps[-1]
     if name in ("", RUN):
         raise UsageError(f"window {name!r}: choose another name, {RUN!r} is the whole run")

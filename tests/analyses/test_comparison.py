@@ -199,7 +199,7 @@ def test_two_analyses_of_one_run_are_no_two_runs(outs: list[Path], tmp_path: Pat
         again.lc[key] = lc * (1 + 1e-7)
     other = write(tmp_path / "again", again)
     for first, second in (((*outs[:2], other), ()), (outs[:2], (outs[7], other))):
-        with pytest.raises(UsageError, match=r"again: is of the same run as .*/1, by the LC"):
+        with pytest.raises(UsageError, match=r"again: analyzes the same run as .*/1, by the LC"):
             lcray.compare(*first, against=second)
 
 
@@ -253,7 +253,7 @@ def test_intervals_without_lc_count_0_and_are_named(outs: list[Path], tmp_path: 
     known = np.delete(world.lc["train", "first"], 3, axis=0)
     row = rows_of(table)["first", "first"]
     assert row["lc"] == pytest.approx(np.mean([*expected, known.sum()]), rel=1e-6)
-    note = f"{out}: train: 1 intervals have no LC and count 0"
+    note = f"{out}: train: 1 intervals have no LC and count as 0"
     assert notes_of(table) == [note]
     assert note in CliRunner().invoke(app, ["compare", *map(str, [*outs[:6], out])]).output
     assert notes_of(lcray.compare(*outs[:6])) == []

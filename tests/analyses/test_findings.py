@@ -61,7 +61,7 @@ def test_windows_without_intervals_are_left_out_and_named_ones_are_refused() -> 
     with pytest.raises(UsageError, match="no interval starts in 12:20"):
         Windows.named(STEPS, {"after": "12:20"})
     for text in ("5", "a:b", "-1:3", ""):
-        with pytest.raises(UsageError, match="no range"):
+        with pytest.raises(UsageError, match="not a range"):
             Windows.named(STEPS, {"odd": text})
     for text in (f"{2**63}:", "0:" + "9" * 5000):
         with pytest.raises(UsageError, match=r"steps end at 2\*\*63"):
@@ -77,7 +77,7 @@ def test_without_a_wish_windows_are_those_of_the_analysis(out: Path) -> None:
     assert [w.name for w in Windows.of(results)] == ["run", "0:4", "4:8", "8:12"]
     assert [w.name for w in Windows.of(results, windows={"x": "0:4"})] == ["run", "x"]
     assert [w.name for w in Windows.of(results, 6, {"x": "0:4"})] == ["run", "0:6", "6:12", "x"]
-    with pytest.raises(UsageError, match="two of this name"):
+    with pytest.raises(UsageError, match="two windows have this name"):
         Windows.of(results, 6, {"0:6": "0:4"})
 
 
