@@ -1,5 +1,5 @@
-"""Recording from other libraries' loops, and tasks from their files.
+"""Recording in other libraries' training loops, and tasks from their files.
 
-Each module imports its own library, so import the one that you use, such as
+Each module imports its own library, so import only the module that you use, such as
 `lcray.integrations.transformers`.
 """

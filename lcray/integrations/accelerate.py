@@ -1,4 +1,4 @@
-"""A recorder for loops of Accelerate."""
+"""A recorder for training loops with Accelerate."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def recorder(
     optimizer: torch.optim.Optimizer,
     **options: Any,
 ) -> Recorder:
-    """A recorder of a prepared model that records each step of its prepared optimizer, by hook.
+    """A recorder of a prepared model that records each step of its prepared optimizer, by a hook.
 
-    Call it on all processes, after `accelerator.prepare`. Updates count, not batches: where
-    `accelerator.accumulate` holds an update back, there is no step.
+    Call it on all processes, after `accelerator.prepare`. It counts updates, not batches: if
+    `accelerator.accumulate` skips an update, there is no step.
 
     Args:
-        accelerator: the one that prepared both.
-        model: as `accelerator.prepare` returned it; the names are those of the model inside.
+        accelerator: the accelerator that prepared both.
+        model: as `accelerator.prepare` returned it; recorded names are those of the model inside.
         directory: where the run goes.
         optimizer: as `accelerator.prepare` returned it.
         options: of `lcray.Recorder`.
@@ -42,6 +42,6 @@ def recorder(
         RecorderError: as `lcray.Recorder` does.
     """
     inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    # Unwrapping a sharded model would leave its parts; the recorder gathers it as it is.
+    # An unwrapped sharded model would have parts only; the recorder gathers the wrapped one.
     plain = model if ranks.is_sharded(model) else accelerator.unwrap_model(model)
     return Recorder(plain, directory, optimizer=inner, **options)

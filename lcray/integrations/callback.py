@@ -1,4 +1,4 @@
-"""What both names of Lightning share: recording one training of a LightningModule."""
+"""The common part of both Lightning callbacks: recording one training of a LightningModule."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lcray.errors import RecorderError, UsageError
 class Recording:
     """One training's recorder, and its hooks on the optimizers.
 
-    Lightning counts a step each time that an optimizer steps; so does this, by torch's own hooks:
-    under automatic and manual optimization, with one optimizer or several.
+    Lightning counts a step each time that an optimizer steps. So does this class, by torch's own
+    hooks: under automatic and manual optimization, with one optimizer or several.
     """
 
     def __init__(self, trainer: Any, pl_module: nn.Module, module: str | None, **options: Any):
@@ -34,12 +34,12 @@ class Recording:
         ]
 
     def catch_up(self, step: int) -> None:
-        """Count updates that a gradient scaler has skipped: steps without movement."""
+        """Count updates that a gradient scaler has skipped, as steps without movement."""
         while self._recorder.last_step < step:
             self._recorder.step()
 
     def close(self, *, complete: bool) -> None:
-        """Take the hooks off, write what is queued, and end the run."""
+        """Remove the hooks, write what is queued, and end the run."""
         for hook in self._hooks:
             hook.remove()
         self._recorder.close(complete=complete)
@@ -61,22 +61,23 @@ def options_of(
 
 
 class RecordingCallback:
-    """Record a run: the state before the first step, then one checkpoint an optimizer step.
+    """Record a run: the state before the first step, then one checkpoint per optimizer step.
 
     Example::
 
         Trainer(callbacks=[RecorderCallback("runs/mine", module="model")])
 
-    A step bears the number of `trainer.global_step`, which counts the steps of every optimizer,
-    not batches. Resuming from a checkpoint appends; where the run goes on beyond it already, pass
-    ``overwrite=True``, which removes what comes after it first. On several processes (DDP)
+    A step has the number `trainer.global_step`, which counts the steps of every optimizer, not
+    batches. Resuming from a checkpoint appends. If the run already goes on beyond it, pass
+    ``overwrite=True``, which first removes the later checkpoints. On several processes (DDP),
     rank 0 writes.
 
     Args:
         directory: where the run goes.
-        module: the submodule to record, such as ``"model"``. The names in the run are those of its
-            state dict; without it those of the LightningModule's, such as ``model.0.weight``.
-        every: write every k-th step. The last one is recorded in any case.
+        module: the submodule to record, such as ``"model"``. The names in the run are then the
+            names of its state dict; without `module`, the names in the LightningModule, such as
+            ``model.0.weight``.
+        every: write every k-th step. The last step is always recorded.
         overwrite: remove checkpoints later than the step that training begins from.
         options: of `lcray.Recorder`: `queue_mib`, `trainable_only`, `task`, `metadata`.
 
@@ -104,7 +105,7 @@ class RecordingCallback:
         self._recording = Recording(trainer, pl_module, self._module, **self._options)
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
-        """Count the updates of this batch that no optimizer has made."""
+        """Count the updates of this batch that no optimizer made."""
         if self._recording is not None:
             self._recording.catch_up(trainer.global_step)
 

@@ -1,4 +1,4 @@
-"""What to say where a library that an integration is for is not installed."""
+"""The error for an integration whose library is not installed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lcray.errors import LcrayError
 
 
 class MissingExtraError(LcrayError, ImportError):
-    """A library that is not installed; the message names the extra that brings it."""
+    """A library is not installed; the message names the extra that installs it."""
 
 
 def missing(module: str, extra: str) -> MissingExtraError:

@@ -1,6 +1,6 @@
-"""Tasks of language models and text classifiers of Transformers, built offline from a config.
+"""Tasks for Transformers' language models and text classifiers, built offline from a config.
 
-Legend: B samples a batch, S positions, V entries of the vocabulary, C classes.
+Legend: B samples per batch, S positions, V entries of the vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise missing(__name__, "transformers") from error
 
-#: Position that no loss is taken at, as in all of Transformers.
+#: The label of positions without a loss, as everywhere in Transformers.
 IGNORED = -100
 COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
@@ -42,28 +42,30 @@ def language_model_task(
     collate: Callable[[list[Any]], Any] | None = None,
     attention: str | None = None,
 ) -> Task:
-    """The task of a causal (or masked) language model: cross-entropy a token.
+    """The task of a causal (or masked) language model: cross-entropy per token.
 
-    The items are all positions of all samples; those whose label is -100 have weight 0, so that
-    every token counts exactly once, and the loss of a split is the mean over its tokens: what the
+    The items are all positions of all samples. Positions with label -100 have weight 0, so every
+    token counts exactly once, and the loss of a split is the mean over its tokens. This is what the
     Trainer minimises, without dropout and label smoothing. LC and losses are in nats.
 
     Args:
-        source: a directory that holds `config.json` (of a model, or a Trainer's output with its
-            ``checkpoint-N``), or the config itself. Nothing is fetched: weights come from the run.
+        source: a directory that contains `config.json` (a model's directory, or a Trainer's output
+            with its ``checkpoint-N``), or the config itself. Nothing is downloaded: weights come
+            from the run.
         data: tokenised samples by split, a function that loads them, or one data set, which is
             then the split ``train``. A sample is a dict of lists or tensors: `input_ids` [S], and
-            if there are any `attention_mask` and the other `columns`, and `labels` [S]. A causal
-            model's labels are not shifted; without any they are the tokens that attention sees.
-        masked: predict each labelled position itself, as BERT does. Mask beforehand: masks that
-            are drawn anew at every read are refused.
-        columns: names that go to the model, where a sample has them; others are left out.
-        collate: makes a batch (a dict) of a list of samples; by default they are padded on the
-            right, by the config's `pad_token_id`, attention 0 and label -100.
+            optionally `attention_mask`, the other `columns`, and `labels` [S]. A causal model's
+            labels are not shifted; without labels, they are the tokens with attention.
+        masked: predict each labelled position itself, as BERT does. Mask the data beforehand: masks
+            that are drawn again at every read are refused.
+        columns: names of the fields that go to the model, if a sample has them; other fields are
+            left out.
+        collate: makes a batch (a dict) of a list of samples. By default, samples are padded on the
+            right, with the config's `pad_token_id`, attention 0 and label -100.
         attention: as `attn_implementation` of Transformers.
 
     Raises:
-        TaskError: no config where there should be one, or one that builds no such model.
+        TaskError: there is no config, or it builds no such model.
     """
     config = _config(source)
     kind = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
@@ -83,22 +85,24 @@ def classification_task(
     collate: Callable[[list[Any]], Any] | None = None,
     attention: str | None = None,
 ) -> Task:
-    """The task of a text classifier: one loss a sample, as its config's `problem_type` says.
+    """The task of a text classifier: one loss per sample, according to its config's `problem_type`.
 
-    Cross-entropy (label -100: weight 0), squared error (regression), or binary cross-entropy over
-    several labels; the last two as means over the labels of a sample. Without a `problem_type`, one
-    output is a regression, integer labels are classes, and others several labels. Groups are the
-    classes where `problem_type` says that there are any (the Trainer's own configs do).
+    The loss is cross-entropy (label -100: weight 0), squared error (regression), or binary
+    cross-entropy over several labels; the last two are means over the labels of a sample. Without a
+    `problem_type`, one output means regression, integer labels mean classes, and other labels mean
+    several labels per sample. Groups are the classes if `problem_type` says that there are any (the
+    Trainer's own configs do).
 
     Args:
         source: as for `language_model_task`.
-        data: as there, where `labels` (or `label`) is a number a sample, or a list of C.
-        columns: as there.
-        collate: as there.
-        attention: as there.
+        data: as for `language_model_task`, where `labels` (or `label`) is one number per sample, or
+            a list of C.
+        columns: as for `language_model_task`.
+        collate: as for `language_model_task`.
+        attention: as for `language_model_task`.
 
     Raises:
-        TaskError: no config where there should be one, or one that builds no such model.
+        TaskError: there is no config, or it builds no such model.
     """
     config = _config(source)
     problem = config.problem_type or ("regression" if config.num_labels == 1 else None)
@@ -126,13 +130,13 @@ def _config(source: str | Path | PretrainedConfig) -> PretrainedConfig:
         numbered = [(naming.parse_step(path.name), path) for path in below]
         known = [(step, path) for step, path in numbered if step is not None]
         if not known:
-            raise TaskError(f"{folder}: no config.json here, nor in a checkpoint below")
+            raise TaskError(f"{folder}: no config.json here or in a checkpoint below")
         folder = max(known)[1]
     try:
         found: PretrainedConfig = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True
         )
-    except Exception as error:  # whatever the library finds wrong with it
+    except Exception as error:  # any fault that the library finds
         raise TaskError(f"{folder / 'config.json'}: {_short(error)}") from error
     return found
 
@@ -145,7 +149,7 @@ def _as_text(config: PretrainedConfig) -> str:
 
 
 def _build(kind: str, text: str, attention: str | None) -> nn.Module:
-    """A model of random weights, in float32, that returns nothing but its outputs."""
+    """A model with random weights, in float32, that returns its outputs only."""
     values = json.loads(text)
     values.update(use_cache=False, dtype=None)
     config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
@@ -215,7 +219,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def _sample_loss(
     problem: str | None, model: nn.Module, batch: Mapping[str, Tensor]
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Losses of the samples, [B], and weights where a class may be missing."""
+    """Losses of the samples, [B], and weights if a class may be missing."""
     logits, labels = _outputs(model, batch), batch["labels"]
     if problem is None:
         several = labels.is_floating_point()

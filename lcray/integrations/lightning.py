@@ -12,4 +12,4 @@ except ImportError as error:
 
 
 class RecorderCallback(RecordingCallback, Callback):
-    """Record a run, one checkpoint an optimizer step: see `RecordingCallback`."""
+    """Record a run, one checkpoint per optimizer step: see `RecordingCallback`."""

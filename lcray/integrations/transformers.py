@@ -1,6 +1,6 @@
 """Hugging Face Transformers: a callback that records, and tasks from a Trainer's output directory.
 
-Legend: B samples a batch, S positions, V entries of the vocabulary, C classes.
+Legend: B samples per batch, S positions, V entries of the vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ except ImportError as error:
 class RecorderCallback(TrainerCallback):
     """Record a run while a `transformers.Trainer` trains.
 
-    That is the state before the first step, then one checkpoint an optimizer step (not a batch,
-    under gradient accumulation).
+    It records the state before the first step, then one checkpoint per optimizer step (not per
+    batch, under gradient accumulation).
 
     Example::
 
         Trainer(model=model, args=args, train_dataset=data,
                 callbacks=[RecorderCallback("runs/mine")])
 
-    A step bears the number of `TrainerState.global_step`, so that it agrees with the Trainer's
-    ``checkpoint-N``. Resuming from one appends; where the run goes on beyond N already, pass
-    ``overwrite=True``, which removes what comes after N first. On several processes rank 0 writes;
-    of a model under FSDP it writes the whole.
+    A step has the number `TrainerState.global_step`, so it agrees with the Trainer's
+    ``checkpoint-N``. Resuming from a checkpoint appends. If the run already goes on beyond N, pass
+    ``overwrite=True``, which first removes the checkpoints after N. On several processes, rank 0
+    writes; for a model under FSDP, it writes the whole model.
 
     Args:
         directory: where the run goes; not the Trainer's own output directory.
-        every: write every k-th step. The last one is recorded in any case.
+        every: write every k-th step. The last step is always recorded.
         overwrite: remove checkpoints later than the step that training begins from.
         options: of `lcray.Recorder`: `queue_mib`, `trainable_only`, `task`, `metadata`.
 
     Raises:
-        RecorderError: (in training) as `lcray.Recorder` does; or DeepSpeed trains, which keeps the
-            weights to itself.
+        RecorderError: (in training) as `lcray.Recorder` does; or DeepSpeed trains, which hides the
+            weights.
     """
 
     def __init__(
@@ -92,20 +92,20 @@ class RecorderCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Record the last step, where an evaluation has decided that it is the last."""
+        """Record the last step, if an evaluation has decided that it is the last."""
         self._record_if_last(control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Record the last step, where a callback has decided that it is the last."""
+        """Record the last step, if a callback has decided that it is the last."""
         self._record_if_last(control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Write what is queued, and end the run."""
-        # With load_best_model_at_end the model is by now in the state of another step.
+        # With load_best_model_at_end, the model now has the state of another step.
         self._end(complete=not args.load_best_model_at_end)
 
     def _record_if_last(self, control: TrainerControl) -> None:

@@ -183,7 +183,7 @@ def test_the_config_is_part_of_the_fingerprint(change: dict[str, Any]) -> None:
 
 
 def test_a_directory_without_a_config(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=r"no config\.json here, nor in a checkpoint below"):
+    with pytest.raises(TaskError, match=r"no config\.json here or in a checkpoint below"):
         language_model_task(tmp_path, blocks())
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(TaskError, match=r"config\.json: .*model_type"):
