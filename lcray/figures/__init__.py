@@ -1,4 +1,4 @@
-"""The tidy data behind the figures that no finding has already.
+"""The tidy data of figures, for figures that no finding covers.
 
 Each function takes results and returns a table with units and descriptions, as findings do
 (`lcray.analyses.tidy`). The other figures are drawn from findings: `layer_totals`,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Imported on first use: exports and the report need none of it."""
+    """Import on first use, since exports and the report need none of these functions."""
     if name not in __all__:
         raise AttributeError(f"module 'lcray.figures' has no attribute {name!r}")
     return getattr(import_module("lcray.figures.data"), name)

@@ -1,7 +1,7 @@
-"""The colours of every picture, of `lcray.plots` and of the report: one palette, light and dark.
+"""The colours of all figures, in `lcray.plots` and in the report: one palette, light and dark.
 
-Blue helps and vermilion hurts. All of it holds for colour-blind people and on its page (WCAG's
-3 to 1): `tests/figures/test_palette.py` measures both.
+Blue helps and vermilion hurts. The colours work for colour-blind readers and have enough contrast
+with their page (WCAG's 3 to 1): `tests/figures/test_palette.py` measures both.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours for one background, as CSS writes them.
+    """Colours for one background, in CSS notation.
 
     Attributes:
         page: the background.
-        raised: of boxes on it.
+        raised: of boxes on the page.
         warn: of warnings.
-        ink: text and lines that mean nothing by their colour.
-        muted: lesser text.
+        ink: text, and lines whose colour has no meaning.
+        muted: less important text.
         line: rules between parts.
-        grid: of a chart.
+        grid: grid lines of a chart.
         zero: axes.
-        rest: lines that are not singled out.
-        measured: a measured loss, beside what LC says of it.
+        rest: lines that are not highlighted.
+        measured: a measured loss, next to its reconstruction from LC.
         faint: the area below the third category.
         missing: cells of a map without LC.
         helps: LC < 0.
         hurts: LC > 0.
-        hurts_text: the same as text.
-        marker: the band of the interval that is looked at.
+        hurts_text: the same, for text.
+        marker: the band of the chosen interval.
         marker_line: its edge.
         diverging: LC from the most helping to the most hurting; the middle is 0.
-        categories: what has no order: splits, runs, quantities. None of them is `hurts`.
+        categories: things without an order: splits, runs, quantities. None of them is `hurts`.
         depth: layers from the input to the output, for `by_depth`.
     """
 
@@ -59,7 +59,7 @@ class Palette:
     depth: tuple[str, ...]
 
 
-#: Blue, green and vermilion are Okabe and Ito's; layers have viridis without its ends.
+#: Blue, green and vermilion are from Okabe and Ito; layers use viridis without its ends.
 LIGHT = Palette(
     page="#ffffff",
     raised="#f6f7f9",
@@ -128,13 +128,13 @@ THEMES = {"light": LIGHT, "dark": DARK}
 
 
 def by_depth(n: int, palette: Palette = LIGHT) -> list[str]:
-    """Colours of n things in the order of the model, as far apart as `palette.depth` allows."""
+    """Colours of n things in the model's order, as far apart as `palette.depth` allows."""
     last = len(palette.depth) - 1
     return [_between(palette.depth, last * i / max(n - 1, 1)) for i in range(n)]
 
 
 def _between(colours: Sequence[str], at: float) -> str:
-    """The colour at a place between two of them."""
+    """The interpolated colour at a position in a list of colours."""
     i = min(int(at), len(colours) - 2)
     pair = ([int(c[k : k + 2], 16) for k in (1, 3, 5)] for c in colours[i : i + 2])
     mixed = (round(a + (at - i) * (b - a)) for a, b in zip(*pair, strict=True))
@@ -147,7 +147,7 @@ def themes() -> dict[str, dict[str, str | tuple[str, ...]]]:
 
 
 def css() -> str:
-    """The single colours as custom properties (``--hurts-text``), dark for its theme."""
+    """The single colours as CSS custom properties (``--hurts-text``), with the dark theme's."""
     rules = []
     for name, selector in (("light", ":root"), ("dark", ':root[data-theme="dark"]')):
         single = {k: v for k, v in asdict(THEMES[name]).items() if isinstance(v, str)}

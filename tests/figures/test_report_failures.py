@@ -62,7 +62,7 @@ def test_the_reconstruction_misses_the_loss_by_the_gap_alone(broken: Source) -> 
     assert rebuilt == pytest.approx(measured + gap)
     section = along_the_run.loss(broken, Store())
     assert "0.38, 25\N{NO-BREAK SPACE}% of its change" in section.says
-    assert any("its measured change stands in" in note for note in section.notes)
+    assert any("its measured change is used" in note for note in section.notes)
 
 
 def test_windows_compare_what_can_be_compared(broken: Source) -> None:

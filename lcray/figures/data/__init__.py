@@ -1,4 +1,4 @@
-"""The tidy data behind the figures that no finding has already; `lcray.figures` is their face."""
+"""The tidy data of figures that no finding covers; `lcray.figures` is its public face."""
 
 from lcray.figures.data.classes import class_layers
 from lcray.figures.data.densities import densities

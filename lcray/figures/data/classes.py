@@ -29,7 +29,7 @@ def class_layers(results: Results) -> pa.Table:
     """Σ_t LC of each group's own mean loss, layer by layer.
 
     Args:
-        results: of the output; needs `groups`.
+        results: the output; needs `groups`.
 
     Returns:
         One row for each split, group and layer, in the model's order.

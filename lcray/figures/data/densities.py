@@ -1,4 +1,4 @@
-"""How |LC| is distributed, bin by bin, beside the densities that fit it.
+"""The distribution of |LC|, bin by bin, with the densities of fitted distributions.
 
 Legend: L layers, B bins, E = B + 1 edges.
 """
@@ -21,7 +21,7 @@ from lcray.statistics.likelihood import fit_bins
 from lcray.tables.columns import SIGN, column
 from lcray.tables.reading.results import Results
 
-_FINEST = 8  # bins an octave
+_FINEST = 8  # bins per octave
 _SIGNS = (-1, 1)
 
 _FORM = tidy.schema(
@@ -45,19 +45,18 @@ _FORM = tidy.schema(
 
 
 def densities(results: Results, *, per_octave: int = 4) -> pa.Table:
-    """The density of ln |LC| over the run by sign, and those of the distributions fitted to it.
+    """The density of ln |LC| over the run by sign, and the densities of fitted distributions.
 
-    Fits are those of the finding `fits` to bins: maximum likelihood over the bins as they were
-    recorded, eight to an octave, whatever `per_octave` is.
+    The fits are those of the finding `fits` to bins: maximum likelihood over the recorded bins,
+    eight per octave, whatever `per_octave` is.
 
     Args:
-        results: of the output; needs `histograms`.
-        per_octave: bins an octave: 1, 2, 4 or 8.
+        results: the output; needs `histograms`.
+        per_octave: bins per octave: 1, 2, 4 or 8.
 
     Returns:
-        One row for each split, layer (the network first, as ""), sign and bin that is not empty;
-        exact zeros and subnormal numbers are left out. Densities of fits are null where there is
-        no fit.
+        One row for each split, layer (the network first, as ""), sign and bin that is not empty.
+        Exact zeros and subnormal numbers are left out. A density is null if there is no fit.
 
     Raises:
         InapplicableError: if there is no table `histograms`.
@@ -102,9 +101,9 @@ def _of_split(
 
 
 def _mass(family: Family, edges: Floats, counts: Floats, wide: Floats) -> Floats:
-    """Probabilities of the bins between the edges `wide` [E] by the fit to each row [rows, E − 1].
+    """Probabilities of the bins between the edges `wide` [E], by the fit to each row [rows, E − 1].
 
-    NaN where there is no fit.
+    NaN if there is no fit.
     """
     theta = fit_bins(family, edges, counts).theta
     with np.errstate(under="ignore", invalid="ignore"):
@@ -112,7 +111,7 @@ def _mass(family: Family, edges: Floats, counts: Floats, wide: Floats) -> Floats
 
 
 def _widened(edges: Floats, counts: Floats, factor: int) -> tuple[Floats, Floats]:
-    """Bins `factor` times as wide, aligned to octaves; the underflow bin is left out."""
+    """Bins that are `factor` times as wide, aligned to octaves, without the underflow bin."""
     first, counts = _number(edges[1]), counts[:, 1:]
     lead = first % factor
     around = (lead, -(lead + counts.shape[1]) % factor)
@@ -122,7 +121,7 @@ def _widened(edges: Floats, counts: Floats, factor: int) -> tuple[Floats, Floats
 
 
 def _number(edge: float) -> int:
-    """The number m + 8e of the edge with this logarithm, (1 + m/8)·2^e."""
+    """The number m + 8e of the edge with this logarithm, where the edge is (1 + m/8)·2^e."""
     mantissa, exponent = np.frexp(np.exp(edge))
     return int(round(float((2 * mantissa - 1) * _FINEST)) + _FINEST * (int(exponent) - 1))
 

@@ -1,7 +1,7 @@
-"""Neighbouring intervals taken together, so that a figure has as many columns as it can show.
+"""Grouping neighbouring intervals into as many columns as a figure can show.
 
-Sums are made by DuckDB, in the order of the steps: a long run is not read into memory, and however
-many threads add, the sums are the same bit for bit.
+DuckDB computes the sums, in the order of the steps: a long run is not read into memory, and the
+sums are the same bit for bit, however many threads compute them.
 
 Legend: T intervals, C columns.
 """
@@ -25,13 +25,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Columns:
-    """At most so many columns, each of one or more neighbouring intervals.
+    """Columns of a figure, each of one or more neighbouring intervals.
 
     Attributes:
-        rows: SQL of the rows whose intervals these are: a table, and a condition if any.
-        each: intervals in a column; the last may have fewer.
-        firsts: the start step of each column's first interval [C].
-        ends: the end step of its last [C].
+        rows: SQL of the rows that hold the intervals: a table, and a condition if any.
+        each: intervals per column; the last column may have fewer.
+        firsts: the start step of each column's first interval, [C].
+        ends: the end step of each column's last interval, [C].
         total: T.
     """
 
@@ -43,7 +43,7 @@ class Columns:
 
     @classmethod
     def of(cls, results: Results, rows: str, most: int) -> Columns:
-        """As even columns of the intervals of `rows` as there can be, at most `most`.
+        """Columns of equal size for the intervals of `rows`, at most `most` of them.
 
         Raises:
             UsageError: for fewer than 1.
@@ -63,7 +63,7 @@ class Columns:
 
     @property
     def sql(self) -> str:
-        """The beginning of a query, that has them as a table `grid`: start_step and col."""
+        """The beginning of a query, which defines a table `grid` with start_step and col."""
         return (
             "WITH grid AS (SELECT start_step, (row_number() OVER (ORDER BY start_step) - 1) "
             f"// {self.each} AS col FROM (SELECT DISTINCT start_step FROM {self.rows}))\n"
@@ -72,13 +72,13 @@ class Columns:
     def read(
         self, results: Results, rows: str, what: Sequence[str], by: Sequence[str] = ()
     ) -> pa.Table:
-        """A row for each column and group that has any.
+        """One row for each column and group that has values.
 
         Args:
-            results: of the output.
-            rows: SQL of what is grouped: a table, or a query in parentheses.
-            what: SQL of aggregates, as of `total`.
-            by: columns of `rows` that make groups.
+            results: the output.
+            rows: SQL of the rows to group: a table, or a query in parentheses.
+            what: SQL of aggregates, such as `total` gives.
+            by: columns of `rows` that define groups.
 
         Returns:
             `by`, ``col`` (the position of the column), and `what`.
@@ -91,7 +91,7 @@ class Columns:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know: how many intervals are in a column, if more than one."""
+        """A note for readers: how many intervals a column has, if more than one."""
         if self.each == 1:
             return []
         size = min(self.each, self.total)
@@ -99,12 +99,12 @@ class Columns:
 
 
 def total(column: str) -> str:
-    """SQL of a sum that is the same bit for bit, however many threads add; null of nothing."""
+    """SQL of a sum that is the same bit for bit, for any number of threads; null without values."""
     return f"sum({column}::DOUBLE ORDER BY start_step) AS {column}"
 
 
 def positions(table: pa.Table, column: str, names: Sequence[str]) -> NDArray[np.int64]:
-    """The place in `names` of each text of a column; -1 where it is none of them."""
+    """The position in `names` of each text of a column; -1 for other texts."""
     found = pd.Index([*names], dtype=object).get_indexer(table[column].to_pandas().astype(object))
     return np.asarray(found, np.int64)
 

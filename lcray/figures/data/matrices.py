@@ -1,4 +1,4 @@
-"""LC as matrices over intervals: of all layers, and of the units of one.
+"""LC as matrices over intervals: of all layers, and of the units of one layer.
 
 Legend: S splits, L layers, C columns.
 """
@@ -41,15 +41,15 @@ _UNITS = tidy.schema(
 
 
 def layer_matrix(results: Results, *, columns: int = 200) -> pa.Table:
-    """LC of every layer by interval, neighbouring ones added up to at most `columns`.
+    """LC of every layer by interval; neighbouring intervals are summed into `columns` at most.
 
     Args:
-        results: of the output; needs `layers`.
-        columns: the most.
+        results: the output; needs `layers`.
+        columns: the largest number of columns.
 
     Returns:
-        One row for each split, layer in the model's order (buffers too) and column; a note in the
-        metadata says how many intervals are in one.
+        One row for each split, layer in the model's order (buffers too) and column. A note in the
+        metadata says how many intervals a column has.
 
     Raises:
         InapplicableError: if there is no table `layers`.
@@ -80,7 +80,7 @@ def layer_sums(
     splits: Sequence[str],
     layers: Sequence[str],
 ) -> dict[str, Floats]:
-    """Sums of columns of `layers` by name, [S, L, C]; NaN where no interval has a number."""
+    """Sums of columns of `layers` by name, [S, L, C]; NaN if no interval has a number."""
     found = times.read(results, "layers", [total(name) for name in names], ("split", "layer"))
     split, layer = positions(found, "split", splits), positions(found, "layer", layers)
     here = (split >= 0) & (layer >= 0)
@@ -95,19 +95,19 @@ def layer_sums(
 def unit_matrix(
     results: Results, layer: str, *, split: str | None = None, columns: int = 200
 ) -> pa.Table:
-    """LC of every unit of a layer by interval, neighbouring ones added up to at most `columns`.
+    """LC of every unit of a layer by interval; neighbouring intervals are summed, as above.
 
     Args:
-        results: of the output; needs `units`.
+        results: the output; needs `units`.
         layer: its name.
         split: its name; None for ``train``, else the plan's first.
-        columns: the most.
+        columns: the largest number of columns.
 
     Returns:
         One row for each unit and column.
 
     Raises:
-        InapplicableError: if there is no table `units`, or it has not this layer.
+        InapplicableError: if there is no table `units`, or the layer is not in it.
         UsageError: for an unknown layer or split, or fewer columns than 1.
     """
     require(results, "units")

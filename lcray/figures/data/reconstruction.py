@@ -1,4 +1,4 @@
-"""The loss along the run, and what LC says it is."""
+"""The measured loss along the run, and its reconstruction from LC."""
 
 from __future__ import annotations
 
@@ -31,14 +31,13 @@ _FORM = tidy.schema(
 
 
 def reconstruction(results: Results, *, points: int = 1000) -> pa.Table:
-    """The loss, the loss at the start plus cumulative LC, and by how much they differ.
+    """The loss, the loss at the start plus cumulative LC, and their difference.
 
-    Where an interval is missing or has no LC, the sums begin anew from the loss that was measured
-    after it.
+    If an interval is missing or has no LC, the sums start again from the measured loss after it.
 
     Args:
-        results: of the output; needs `intervals`.
-        points: the most steps of a split, evenly spaced; the first and the last are among them.
+        results: the output; needs `intervals`.
+        points: the most steps per split, evenly spaced; the first and the last are included.
 
     Returns:
         One row for each split and step.
@@ -81,7 +80,7 @@ def _rows(split: str, frame: pd.DataFrame, points: int) -> Iterator[dict[str, An
 def _anchors(
     known: NDArray[np.bool_], begins: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """For each interval [T] the first of the unbroken row of known ones that it ends."""
+    """For each interval [T], the first interval of the unbroken sequence of known ones it ends."""
     joined = known[1:] & known[:-1] & (begins[1:] == ends[:-1])
     fresh = np.append(True, ~joined)
     return np.maximum.accumulate(np.where(fresh, np.arange(len(known)), 0))
@@ -90,7 +89,7 @@ def _anchors(
 def _from(
     loss: NDArray[np.float64], change: NDArray[np.float64], anchors: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """The loss at each anchor and the changes since; NaN where one of these is not known."""
+    """The loss at each anchor plus the changes since; NaN if one of these is unknown."""
     before = np.append(0.0, np.cumsum(np.nan_to_num(change)))
     found = loss[anchors] + before[1:] - before[anchors]
     return np.where(np.isfinite(change), found, np.nan)

@@ -1,4 +1,4 @@
-"""A few elements step by step: how they oscillate."""
+"""Weight, gradient and LC of a few elements, step by step, to show how they oscillate."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def tracks(results: Results, layer: str, *, split: str | None = None, count: int
     """Weight, gradient and LC of the traced elements of a layer that move the loss most.
 
     Args:
-        results: of the output; needs `traces`.
+        results: the output; needs `traces`.
         layer: its name.
         split: its name; None for ``train``, else the plan's first.
-        count: how many elements: those of the greatest Σ|LC| among the traced ones.
+        count: number of elements; those with the largest Σ|LC| among the traced ones are taken.
 
     Returns:
         One row for each element and step.
 
     Raises:
-        InapplicableError: if there is no table `traces`, or it has not this layer.
+        InapplicableError: if there is no table `traces`, or the layer is not in it.
         UsageError: for an unknown layer or split, or a count below 1.
     """
     require(results, "traces")

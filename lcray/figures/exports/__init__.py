@@ -1,1 +1,1 @@
-"""An output's tables where other tools look: TensorBoard, Weights & Biases, CSV."""
+"""Exports of an output's tables to other tools: TensorBoard, Weights & Biases, CSV."""

@@ -1,4 +1,4 @@
-"""Tables as CSV, with what their columns are in a file beside them."""
+"""Tables as CSV, with a file that describes their columns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS = "columns.json"
 def write_csv_files(
     results: Results, folder: Path, tables: Iterable[str] | None
 ) -> tuple[Path, ...]:
-    """``<table>.csv`` each, and ``columns.json``; raises as `lcray.export`."""
+    """Write ``<table>.csv`` for each table, and ``columns.json``; raises as `lcray.export`."""
     chosen = list(results.tables if tables is None else dict.fromkeys(tables))
     for table in chosen:
         if table not in results.tables:
@@ -48,9 +48,9 @@ def write_csv_files(
 
 @contextmanager
 def _whole(path: Path) -> Iterator[TextIO]:
-    """A file that gets its name once it is whole, in place of what, or of a link that, had it."""
+    """A file that gets its name once it is whole; it replaces an existing file or link."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)  # of an export that was killed, or a link
+    partial.unlink(missing_ok=True)  # from an export that was killed, or a link
     try:
         with partial.open("x", encoding="utf-8", newline="") as file:
             yield file

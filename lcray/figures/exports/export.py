@@ -1,4 +1,4 @@
-"""The verb `export`."""
+"""The verb `export`: an output's tables in the format of another tool."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ KINDS = ("tensorboard", "wandb", "csv")
 def export(
     out: PlaceLike, to: str, folder: str | Path, *, tables: Iterable[str] | None = None
 ) -> tuple[Path, ...]:
-    """Writes an output for another tool.
+    """Write an output's tables for another tool.
 
     Args:
         out: the output directory or its URI, with its tables.
         to: ``tensorboard``: scalars of every split and layer, and histograms of LC, at the steps
             of training; ``wandb``: an offline run with the tables of layers and a few curves;
             ``csv``: the tables themselves.
-        folder: a local folder; it is created. TensorBoard's may hold other runs.
-        tables: for ``csv``, those wanted; None for all.
+        folder: a local folder; created if missing. A folder of TensorBoard may hold other runs.
+        tables: the tables to write, for ``csv`` only; None for all.
 
     Returns:
         The files or folders that were written.
 
     Raises:
-        UsageError: for another kind, an address, or tables that there are not or beside another
-            kind, or a folder that is a part of `out`.
+        UsageError: for an unknown kind, a folder that is a URI or part of `out`, or tables that do
+            not exist or are chosen for another kind than ``csv``.
         OutputError: if there are no tables in `out`, or `folder` cannot be written.
         CorruptionError: if `folder` is below `out`, and a link leads out of there.
         LcrayError: if the other tool's package is not installed.
@@ -42,7 +42,7 @@ def export(
     if to not in KINDS:
         raise UsageError(suggest(to, KINDS, "export"))
     if tables is not None and to != "csv":
-        raise UsageError(f"tables are chosen for csv, not for {to}")
+        raise UsageError(f"tables can be chosen for csv only, not for {to}")
     if isinstance(place(folder), Remote):
         raise UsageError(f"{folder}: an export goes to a local folder; copy it afterwards")
     results, target = open_output(out), Path(folder)

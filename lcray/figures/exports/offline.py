@@ -1,4 +1,4 @@
-"""An offline run of Weights & Biases: tables of layers and a few curves, nothing sent."""
+"""An offline run of Weights & Biases: tables of layers and a few curves; nothing is sent."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lcray.storage.files import beside
 from lcray.tables.reading.results import Results
 
 _CURVES = ("loss_end", "lc", "gap", "first_order_lc")
-#: Views that become tables, of as many rows as there are splits and layers.
+#: Views that become tables; they have one row for each split and layer.
 _TABLES = ("closure", "layer_totals", "train_vs_rest")
 
 
 def write_wandb(results: Results, folder: Path) -> tuple[Path, ...]:
-    """One offline run under `folder`; ``wandb sync`` sends it. Raises as `lcray.export`."""
+    """Write one offline run under `folder`; ``wandb sync`` sends it. Raises as `lcray.export`."""
     try:
         import wandb
     except ImportError as error:
@@ -47,7 +47,7 @@ def write_wandb(results: Results, folder: Path) -> tuple[Path, ...]:
 
 
 def _curves(results: Results) -> list[tuple[int, dict[str, float]]]:
-    """By end step, the curves of every split."""
+    """The curves of every split, by end step."""
     found: dict[int, dict[str, float]] = {}
     for row in results.intervals().to_dict("records"):
         values = found.setdefault(int(row["end_step"]), {})

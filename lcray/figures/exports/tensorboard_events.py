@@ -1,4 +1,4 @@
-"""TensorBoard events: scalars by interval, and histograms of LC by window, without resampling."""
+"""TensorBoard events: scalars by interval, and the recorded histograms of LC by window."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _SCALARS = {
 
 
 def write_events(results: Results, folder: Path) -> tuple[Path, ...]:
-    """One file of events in `folder`; raises as `lcray.export`.
+    """Write one file of events into `folder`; raises as `lcray.export`.
 
-    Values of an interval are at its end step, those of a window at its last: the steps of the
-    run, so that they lie beside what training logged.
+    Values of an interval are at its end step, values of a window at its last step. These are the
+    steps of the run, so the values appear next to what training logged.
     """
     try:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -50,7 +50,7 @@ def write_events(results: Results, folder: Path) -> tuple[Path, ...]:
 
 
 def _scalars(results: Results) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """By step, the values of one split."""
+    """The values of one split, by step."""
     if "intervals" in results.tables:
         for row in results.intervals().to_dict("records"):
             yield (
@@ -84,14 +84,14 @@ def _histograms(results: Results) -> Iterator[tuple[int, list[dict[str, Any]]]]:
 
 
 def buckets(rows: pd.DataFrame) -> dict[str, Any]:
-    """The signed LC of one layer and window as TensorBoard has histograms.
+    """The signed LC of one layer and window in TensorBoard's form of histograms.
 
-    Every recorded bin is a bucket of its own, those of helping elements mirrored; empty buckets
-    fill the gaps between them. The sum of squares, which is not recorded, is that of the bins'
-    means, a little below the true one.
+    Every recorded bin becomes a bucket; bins of helping elements are mirrored. Empty buckets fill
+    the gaps. The sum of squares, which is not recorded, is computed from the bins' means, so it is
+    a little below the true one.
 
     Args:
-        rows: of `histograms`, one layer and window.
+        rows: of `histograms`, for one layer and window.
     """
     top = np.finfo(np.float64).max
     sign, lower = rows["sign"].to_numpy(np.int64), rows["lower"].to_numpy(np.float64)
@@ -102,7 +102,7 @@ def buckets(rows: pd.DataFrame) -> dict[str, Any]:
     limits: list[float] = []
     counts: list[float] = []
     for i in order:
-        if limits and limits[-1] == right[i]:  # zeros beside the smallest numbers of a sign
+        if limits and limits[-1] == right[i]:  # zeros next to the smallest numbers of a sign
             counts[-1] += count[i]
             continue
         if not limits or limits[-1] < left[i]:

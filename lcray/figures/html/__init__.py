@@ -1,6 +1,6 @@
-"""The report: an output, or several side by side, as one HTML page that needs nothing else.
+"""The report: one output, or several side by side, as one HTML page without other files.
 
-`building` has the verb. It reads the tables (`source`), makes sections of them (`totals`, `layers`,
-`time`, `elements`, `together`, `windows`; for several outputs `sides`), and puts these into the
-page (`page`), whose numbers are packed in `store`.
+`report` has the verb. It reads the tables (`source`), makes sections from them (`totals`, `layers`,
+`along_the_run`, `shares`, `elements`, `synchrony`, `windows`; for several outputs `comparison`),
+and puts these into the page (`page`), whose numbers are packed in `store`.
 """

@@ -1,4 +1,4 @@
-"""Sections along the run: loss, heat map, cumulative LC."""
+"""Sections along the run: the loss, the heat map, and cumulative LC."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 
 STEP = {"title": {"text": "step"}}
 _HIGHLIGHTED = 6
-#: Percentiles of |LC| that the colours of a heat map may reach to.
+#: Percentiles of |LC| at which the colours of a heat map may end.
 PERCENTILES = (98, 90, 95, 99.5, 100)
 
 
@@ -37,13 +37,13 @@ def along(source: Source) -> NDArray[np.int64]:
 
 
 def cumulative(values: Floats) -> Floats:
-    """Sums up to every point along the last axis, from 0 on; what is missing counts 0."""
+    """Sums up to every point along the last axis, from 0 on; missing values count as 0."""
     zero = np.zeros((*values.shape[:-1], 1))
     return np.concatenate([zero, np.cumsum(np.nan_to_num(values), axis=-1)], axis=-1)
 
 
 def loss(source: Source, store: Store) -> Section:
-    """The measured loss, what LC adds up to, and the difference."""
+    """The measured loss, its reconstruction from LC, and the difference."""
     figures = {}
     x = store.add(along(source))
     measured, rebuilt, gap = loss_curves(source)
@@ -54,7 +54,7 @@ def loss(source: Source, store: Store) -> Section:
     worst = float(np.abs(gap[0]).max())
     change = abs(float(np.nansum(source.intervals["loss_change"][0])))
     bad = np.nansum(source.intervals["n_bad"]) > 0
-    note = "Where an interval has no LC, its measured change stands in for it."
+    note = "Where an interval has no LC, its measured change is used instead."
     return Section(
         "loss",
         "Loss and its reconstruction from LC",
@@ -76,7 +76,7 @@ def loss(source: Source, store: Store) -> Section:
 def loss_curves(source: Source) -> tuple[Floats, Floats, Floats]:
     """Measured loss, first loss plus LC so far, and their difference, each [S, B + 1].
 
-    Where an interval has no LC, its measured change stands in for it.
+    Where an interval has no LC, its measured change is used instead.
     """
     values = source.intervals
     first = np.nan_to_num(values["loss_start"][:, :1])
@@ -160,7 +160,7 @@ def heat_map(source: Source, store: Store) -> Section:
         f"{percent(hurting, 1, 2)} of the cells hurt: there a layer raised the "
         f"{one_line(source.splits[0])} loss in that {source.span}.",
         "A row is a layer, from the input down; blue cells lowered the loss, orange ones raised "
-        "it; what is near 0 has the colour of the page, and grey ones have no LC.",
+        "it; cells near 0 have the colour of the page, and grey cells have no LC.",
         ("layers",),
         "SELECT split, layer, start_step, lc FROM layers ORDER BY ALL",
         figures,
@@ -179,7 +179,7 @@ def _percentile(p: float) -> str:
 
 
 def colour_limits(lc: Floats) -> list[float]:
-    """The limit of the colours for each of `PERCENTILES`; above 0 in any case."""
+    """The limit of the colours for each of `PERCENTILES`; always above 0."""
     found = np.abs(lc[np.isfinite(lc)])
     if not len(found) or not found.max():
         return [1.0] * len(PERCENTILES)
@@ -195,10 +195,10 @@ def heat_trace(
     *,
     across: str = "steps %{customdata}",
 ) -> dict[str, Any]:
-    """A heat map of diverging colours about 0, rows by name.
+    """A heat map with diverging colours about 0, and named rows.
 
-    Along the run `x` has the edges of the columns, one more than there are columns: a cell reaches
-    from the first step of its interval to the last. The page makes `customdata` of them.
+    Along the run, `x` has the edges of the columns, one more than there are columns: a cell reaches
+    from the first step of its interval to the last. The page turns `customdata` into these edges.
     """
     return {
         "type": "heatmap",
@@ -261,7 +261,7 @@ def trajectories(source: Source, store: Store) -> Section:
 
 
 def _colouring(n: int) -> str:
-    """How the lines of n layers have their colours."""
+    """An explanation of the colours of n lines."""
     if n <= _HIGHLIGHTED:
         return "Colours go from dark to light in the order of the model."
     return (
@@ -271,7 +271,7 @@ def _colouring(n: int) -> str:
 
 
 def trajectory_traces(names: list[str], reach: Floats, x: Any, rows: list[Any]) -> list[Any]:
-    """A line a layer; those that reach furthest from 0 on top, in colours."""
+    """One line per layer; lines that reach furthest from 0 are on top, in colours."""
     order = np.argsort(-reach, kind="stable")
     chosen = np.sort(order[:_HIGHLIGHTED])
     colours = dict(zip(chosen.tolist(), depths(len(chosen)), strict=True))

@@ -56,7 +56,7 @@ def compared(results: Sequence[Results], page: Path) -> bytes:
 
 
 def distinct_names(results: Sequence[Results]) -> list[str]:
-    """A name for each: that of its run, or as much of its own path as tells it from the others."""
+    """A name for each output: its run's, or as much of its own path as distinguishes it."""
     names = [run_name(one) for one in results]
     if len(set(names)) == len(names):
         return names
@@ -181,7 +181,7 @@ def _curves(sources: Sequence[Source], names: Sequence[str], store: Store) -> Se
         "loss",
         "Loss, and how well LC adds up to it",
         f"Gap in the end, of the change: {said}.",
-        "One line a run. The gap is Σ LC so far minus the measured change.",
+        "One line per run. The gap is Σ LC so far minus the measured change.",
         ("intervals",),
         "SELECT split, end_step, loss_end, gap FROM intervals ORDER BY split, start_step",
         figures,
@@ -210,8 +210,8 @@ def _layers(sources: Sequence[Source], names: Sequence[str], store: Store) -> Se
         else "Every layer that all runs have has the same sign in all of them."
         if some.any()
         else "No layer is in all runs.",
-        "One mark a run: left of 0 helped, right of 0 hurt. `lcray compare` has p-values, from six "
-        "runs on.",
+        "One mark per run: left of 0 helped, right of 0 hurt. `lcray compare` has p-values, from "
+        "six runs on.",
         ("layers",),
         "SELECT split, layer, sum(lc) AS lc FROM layers GROUP BY split, layer",
         {"": dots(store, rows, values)},
@@ -274,7 +274,7 @@ def _heat_maps(sources: Sequence[Source], names: Sequence[str], store: Store) ->
 
 
 def _caption(name: str, y: float) -> dict[str, Any]:
-    """The name of a run above its heat map."""
+    """The name of a run, above its heat map."""
     place = {"xref": "paper", "yref": "paper", "x": 0, "y": y, "xanchor": "left"}
     return {**place, "yanchor": "bottom", "text": name, "showarrow": False}
 
@@ -296,7 +296,7 @@ def _shares(sources: Sequence[Source], names: Sequence[str], store: Store) -> Se
         "shares",
         "Progress, and how many parameters help",
         "Σ LC so far, and the share of parameters that help at each iteration.",
-        "One line a run.",
+        "One line per run.",
         ("layers", "intervals"),
         "SELECT split, start_step,\n"
         "  sum(n_helping) / sum(n_helping + n_hurting + n_zero) AS helping\n"

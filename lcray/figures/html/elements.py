@@ -1,4 +1,4 @@
-"""Sections below layers: how |LC| is distributed, units, and single elements."""
+"""Sections about parts of layers: the distribution of |LC|, units, and single elements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lcray.tables.reading.views import literal
 
 Floats = NDArray[np.float64]
 
-#: Limits of what a page holds: rows and cells of units, elements whose traces are shown.
+#: Limits for a page: rows and cells of units, and the elements whose traces are shown.
 MOST_UNITS, MOST_UNIT_CELLS, MOST_TRACES, MOST_LAYERS = 96, 600_000, 24, 60
 _SIGNS = {-1: ("helping", "@helps", "circle"), 1: ("hurting", "@hurts", "diamond")}
 
@@ -131,7 +131,7 @@ def _density(
 
 
 def _merged(rows: pd.DataFrame) -> tuple[Floats, Floats, Floats]:
-    """Edges and counts, eighths of an octave merged until at most 80 bins are left."""
+    """Edges and counts; neighbouring bins are merged until at most 80 are left."""
     number = rows["bin"].to_numpy(np.int64)
     merge = 1
     while len(np.unique(number // merge)) > 80:
@@ -149,7 +149,7 @@ def _weibull(
     at = np.geomspace(x[0], x[-1], 120)
     t = (at / scale) ** shape
     y = shape / at * t * np.exp(-t)
-    y[y < density[density > 0].min() / 10] = np.nan  # a line far below all marks shrinks them
+    y[y < density[density > 0].min() / 10] = np.nan  # a line far below all marks makes them small
     return {
         "type": "scatter",
         "mode": "lines",
@@ -186,7 +186,7 @@ def units(source: Source, store: Store) -> Section:
     else:
         notes += source.coarse
     if any(sizes[name] > MOST_UNITS for name in layers):
-        notes.append(f"Of larger layers the {MOST_UNITS} units with the largest Σ|LC|.")
+        notes.append(f"Larger layers show the {MOST_UNITS} units with the largest Σ|LC|.")
     return Section(
         "units",
         "Units of a layer",
@@ -204,7 +204,7 @@ def units(source: Source, store: Store) -> Section:
 
 
 def _unit_rows(source: Source, each: int) -> dict[str, pd.DataFrame]:
-    """By layer the LC of its largest units, in columns of `each` columns of the grid."""
+    """LC of the largest units by layer; `each` columns of the grid are summed into one."""
     split = source.splits[0].replace("'", "''")
     largest = (
         "SELECT layer, unit FROM units "
@@ -317,7 +317,7 @@ def _trace_figure(store: Store, name: str, rows: pd.DataFrame, each: int, end: i
         {
             "type": "bar",
             "x": x,
-            "offset": 0,  # a bar begins at the step that its interval begins at
+            "offset": 0,  # a bar begins at its interval's first step
             "y": lc_sums,
             "yaxis": "y3",
             "marker": {"color": colours},

@@ -1,4 +1,4 @@
-"""What comes before the charts, as HTML."""
+"""The HTML before the charts: name, summary, headline numbers and settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLAIN_FOLDERS = ("run", "checkpoints", "ckpt", "out")
 
 
 def run_name(results: Results) -> str:
-    """What the output's run is called: the last folder of its address that tells."""
+    """The name of the output's run: the last folder of its address that is specific."""
     run = read_json(results.path / "analysis.json").get("run")
     parts = [part for part in PurePosixPath(str(run or results.path)).parts if part != "/"]
     while len(parts) > 1 and parts[-1] in _PLAIN_FOLDERS:
@@ -28,7 +28,7 @@ def run_name(results: Results) -> str:
 
 
 def head(source: Source, found: Sequence[Total], name: str) -> str:
-    """What comes before the sections, as HTML: name, sentence, cards, totals, settings."""
+    """The HTML before the sections: name, sentence, cards, totals and settings."""
     tiles = "".join(
         f"<div class=card><div class=label>{escape(label)}</div><div class=value>{escape(value)}"
         f"</div><div class=more>{escape(more)}</div></div>"

@@ -34,10 +34,10 @@ _SHAPES = ("circle", "diamond", "square", "triangle-up", "x", "star")
 
 
 def run_totals(source: Source) -> tuple[Floats, Floats]:
-    """LC of each layer over the run and its bound, [S, L]; NaN where there is no bound.
+    """LC of each layer over the run and its bound, [S, L]; NaN if there is no bound.
 
-    Where an interval lacks LC in one layer alone, the finding `layer_totals` leaves it out; these
-    sums keep the others.
+    If an interval lacks LC in one layer alone, the finding `layer_totals` leaves the interval out;
+    these sums keep the interval's other layers.
     """
     lc, error = source.by_layer["lc"], source.by_layer["lc_error"]
     lacking = (np.isfinite(lc) & ~np.isfinite(error)).any(axis=2)
@@ -57,11 +57,11 @@ def totals(source: Source, store: Store) -> Section:
         )
     says += _hurting(source, lc, within[0])
     note = (
-        "Whiskers are bounds: what the quadrature may be off, interval by interval, added up. They "
-        "are about this run; `lcray compare` is for other seeds."
+        "Whiskers are bounds: the possible errors of the quadrature, summed over the intervals. "
+        "They are about this run; `lcray compare` is for other seeds."
         if np.isfinite(within).any()
         else f"No whiskers: rule {source.results.plan.settings.rule} has no lower rule on the same "
-        "gradients that would say how far it may be off."
+        "gradients, from which to estimate its error."
     )
     return Section(
         "layers",
@@ -136,14 +136,14 @@ def _bars(source: Source, store: Store, lc: Floats, bound: Floats) -> Figure:
 
 
 def _verdict(lc: float, bound: float) -> str:
-    """Helps or hurts, or neither where LC is within its bound; without a bound, LC alone says."""
+    """Helps, hurts, or neither if LC is within its bound; without a bound, LC alone decides."""
     if abs(lc) <= bound or not lc:
         return "neither"
     return "hurts" if lc > 0 else "helps"
 
 
 def _hurting(source: Source, lc: Floats, bound: Floats) -> str:
-    """Which layers hurt in total, and which of them are within their bound of not doing so."""
+    """The layers that hurt in total; those within their bound are named separately."""
     above = [int(i) for i in np.argsort(-lc) if lc[i] > 0]
     clear = [source.layers[i] for i in above if not lc[i] <= bound[i]]
     within = [source.layers[i] for i in above if lc[i] <= bound[i]]
@@ -162,7 +162,7 @@ def _within(bound: float) -> str:
 
 
 def splits(source: Source, store: Store) -> Section:
-    """LC of each layer, split beside split."""
+    """LC of each layer, with one mark per split."""
     if len(source.splits) < 2:
         raise InapplicableError(
             "the output has one split: give the task another, such as val, and analyze into a new "
@@ -189,8 +189,8 @@ def splits(source: Source, store: Store) -> Section:
         "splits",
         f"{names[0].capitalize()} against {listed(names[1:])}",
         says,
-        "Each row has one mark a split: left of 0 helped that split's loss, right of 0 hurt it. "
-        "Marks far apart show what was learned for one split alone.",
+        "Each row has one mark per split: left of 0 helped that split's loss, right of 0 hurt it. "
+        "Marks that are far apart show layers that learned for one split alone.",
         ("layers",),
         "SELECT split, layer, sum(lc) AS lc FROM layers GROUP BY split, layer ORDER BY layer, "
         "split",
@@ -208,7 +208,7 @@ def dots(
     axis: str = "LC (loss)",
     percent: bool = False,
 ) -> Figure:
-    """A row a layer, a mark for each of `values` [L], joined by a line."""
+    """One row per layer, with one mark for each of `values` [L], joined by a line."""
     n = len(rows)
     table = np.stack([*values.values()])
     line_x: list[float | None] = []
@@ -259,7 +259,7 @@ def dots(
 
 
 def fisher(source: Source, store: Store) -> Section:
-    """Shares of LC beside shares of the Fisher information."""
+    """Shares of LC next to shares of the Fisher information."""
     source.need("fisher")
     last = source.results.plan.steps[-1]
     frame = fisher_finding(source.results, window=last + 1).to_pandas()

@@ -1,4 +1,4 @@
-"""The page: sections and numbers in one HTML file that needs nothing else."""
+"""The page: sections and numbers in one HTML file that needs no other file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lcray.figures.html.store import Store
 from lcray.figures.palette import css, themes
 from lcray.storage import Place, Remote
 
-#: What a page may do: run its own two scripts, and reach nothing.
+#: What a page may do: run its own two scripts, and contact no server.
 _POLICY = (
     "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; "
     "img-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'"
@@ -41,12 +41,12 @@ def render(
 
     Args:
         title: of the page, as text.
-        head: what comes before the sections, as HTML.
+        head: the HTML before the sections.
         sections: in order.
-        data: what the script gets beside the sections.
+        data: data for the script, in addition to the sections.
         store: the arrays that sections and data refer to.
-        links: by table the address of its file, seen from the page; those that are missing have
-            none.
+        links: the address of each table's file, relative to the page; a missing table has no
+            link.
 
     Raises:
         UsageError: if Plotly is not installed.
@@ -102,7 +102,7 @@ def _hash(script: str) -> str:
 
 
 def links_to(out: Place, page: Path, tables: Sequence[str]) -> dict[str, str]:
-    """By table the address of its file, relative to the page's folder."""
+    """The address of each table's file, relative to the page's folder."""
     if isinstance(out, Remote):
         return {name: quote(f"{out}/tables/{name}.parquet", safe="/:@") for name in tables}
     base = page.resolve().parent
@@ -158,13 +158,13 @@ def _absent(sections: Sequence[Absent]) -> str:
 
 
 def _text(text: str) -> str:
-    """Text as HTML; what stands between backticks is code."""
+    """Text as HTML; text between backticks becomes code."""
     parts = escape(one_line(text)).split("`")
     return "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """An HTML table of texts; the first column is of names."""
+    """An HTML table of texts; the first column holds names."""
     head = "".join(f"<th scope=col>{escape(one_line(cell))}</th>" for cell in header)
     body = "".join(
         "<tr>"

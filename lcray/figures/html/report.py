@@ -23,7 +23,7 @@ from lcray.tables.reading.results import Results, open_output
 #: The names of the pages in an output.
 PAGE, COMPARISON = "report.html", "comparison.html"
 
-#: id, title where it is absent, and what makes it, in the order they are told.
+#: Id, title used if the section is absent, and the function that makes it, in the page's order.
 SECTIONS: tuple[tuple[str, str, Callable[[Source, Store], Section]], ...] = (
     ("loss", "Loss and its reconstruction from LC", along_the_run.loss),
     ("layers", "Loss change allocated to each layer", layers.totals),
@@ -42,33 +42,33 @@ SECTIONS: tuple[tuple[str, str, Callable[[Source, Store], Section]], ...] = (
 
 
 def report(out: PlaceLike, *others: PlaceLike, file: str | os.PathLike[str] | None = None) -> Place:
-    """Makes one HTML page of an output: charts, tables, and where each number is from.
+    """Make one HTML page of an output: charts, tables, and the source of each number.
 
     The page is one file that needs no server and no network. The same tables give the same bytes.
 
     Args:
         out: the output directory or its URI, with its tables.
-        *others: further outputs; then the page has all of them side by side.
-        file: where to; None for ``OUT/report.html``, or ``OUT/comparison.html`` of several.
+        *others: further outputs; the page then shows all of them side by side.
+        file: where to write; None for ``OUT/report.html``, or ``OUT/comparison.html`` for several.
 
     Returns:
         Where the page is.
 
     Raises:
         UsageError: if Plotly is missing, an output is given twice, their first splits have
-            different names, or `file` is a part of one.
+            different names, or `file` is part of an output.
         OutputError: if there are no tables, or the page cannot be written.
         CorruptionError: if a table is damaged.
     """
-    plotly_source()  # where it is missing, nothing has to be computed first
+    plotly_source()  # fail before anything is computed
     results = [open_output(one) for one in (out, *others)]
     if len({_real(one.path) for one in results}) < len(results):
         raise UsageError(f"{results[0].path}: an output is given twice; give each once")
     first = list(dict.fromkeys(one.plan.splits[0].name for one in results))
     if len(first) > 1:
         raise UsageError(
-            f"{results[0].path}: the outputs' first splits differ ({', '.join(first)}), and those "
-            "are compared; give outputs whose first split has the same name"
+            f"{results[0].path}: the outputs' first splits differ ({', '.join(first)}), but first "
+            "splits are compared; give outputs whose first split has the same name"
         )
     root = results[0].path
     inside = root / (COMPARISON if others else PAGE)

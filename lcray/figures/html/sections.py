@@ -1,4 +1,4 @@
-"""What a page is made of: figures and sections, as data."""
+"""The parts of a page: figures and sections, as data."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ class Figure:
 
     Attributes:
         traces: Plotly's, with references of `lcray.figures.html.store` for arrays and ``@role`` for
-            colours, which the page knows for light and dark.
-        layout: Plotly's, likewise; ``names`` of an axis are labels of 0, 1, …, shortened to fit.
+            colours, which the page resolves for its light and dark themes.
+        layout: Plotly's, with the same references; ``names`` of an axis are labels of 0, 1, …,
+            shortened to fit.
         height: pixels.
         columns: of the table view, from `lcray.figures.html.store.column`.
-        rows: of it.
+        rows: number of rows of the table view.
     """
 
     traces: Sequence[Mapping[str, Any]]
@@ -40,7 +41,7 @@ class Control:
 
     Attributes:
         label: in words.
-        options: their names; a figure's key has their numbers.
+        options: their names; a figure's key contains their numbers.
     """
 
     label: str
@@ -49,19 +50,19 @@ class Control:
 
 @dataclass(frozen=True)
 class Section:
-    """One chart, or a choice of charts, with what a reader needs to read it.
+    """One chart, or a choice of charts, with the text that a reader needs.
 
     Attributes:
-        id: in addresses.
+        id: used in addresses.
         title: a heading.
-        says: what it shows, a sentence.
-        reading: how to read it, a sentence.
-        tables: the names of the tables behind it.
-        sql: what gives its numbers.
-        figures: by key: the numbers of split and choices, with dots between.
-        by_split: whether the key has a split.
+        says: what the chart shows, in one sentence.
+        reading: how to read it, in one sentence.
+        tables: the names of the tables that it is made from.
+        sql: a query that gives its numbers.
+        figures: by key: the numbers of the split and of the choices, separated by dots.
+        by_split: whether the key contains a split.
         controls: the choices.
-        time: whether the x axis is the step, so that the scrubber marks it.
+        time: whether the x axis is the step, so that the slider marks it.
         notes: further lines.
     """
 
@@ -78,7 +79,7 @@ class Section:
     notes: Sequence[str] = field(default=())
 
     def data(self) -> dict[str, Any]:
-        """What the page's script needs of it."""
+        """The section's data for the page's script."""
         return {
             "id": self.id,
             "title": self.title,
@@ -94,9 +95,9 @@ class Absent:
     """A section that an output's tables cannot give.
 
     Attributes:
-        id: as of a section.
-        title: likewise.
-        reason: why, and what would give it.
+        id: as in a section.
+        title: as in a section.
+        reason: why, and how to obtain it.
     """
 
     id: str
@@ -105,12 +106,12 @@ class Absent:
 
 
 def plotted(name: str) -> str:
-    """A name as Plotly shows it as it is: it takes text for a small HTML."""
+    """A name that Plotly shows unchanged, although it takes text for a simple HTML."""
     return escape(one_line(name), quote=False)
 
 
 def category(k: int) -> str:
-    """The colour of the k-th of things without an order, begun again after the last."""
+    """The colour of the k-th of several things without an order; colours repeat."""
     return f"@s{k % len(LIGHT.categories)}"
 
 
@@ -120,29 +121,29 @@ def depths(n: int) -> list[str]:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A number with its sign, for people."""
+    """A number with its sign, for readers."""
     return _typeset(f"{value:+.{digits}g}")
 
 
 def plain(value: float, digits: int = 3) -> str:
-    """A number for people."""
+    """A number for readers."""
     return _typeset(f"{value:.{digits}g}")
 
 
 def _typeset(text: str) -> str:
-    """A number with a true minus, and no zeros before its exponent; a dash where there is none."""
+    """A number with a true minus and a short exponent; a dash if there is no number."""
     if "nan" in text:
         return "–"
     digits, e, exponent = text.partition("e")
     return (digits + (f"e{int(exponent)}" if e else "")).replace("-", "−")
 
 
-#: A share of the loss change below which a layer is not named for it.
+#: The least share of the loss change for which a layer is named.
 MATERIAL = 0.01
 
 
 def percent(part: float, whole: float, digits: int = 3) -> str:
-    """A share for people."""
+    """A share in percent, for readers."""
     if not whole or part != part or whole != whole:
         return "–"
     return plain(100 * part / whole, digits) + "\N{NO-BREAK SPACE}%"
@@ -154,7 +155,7 @@ def count(number: int, what: str) -> str:
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
-    """Names in a sentence, the first few."""
+    """The first few names, joined as in a sentence."""
     shown = [one_line(name) for name in names[:most]]
     if len(names) > most:
         return ", ".join(shown) + f" and {len(names) - most} more"
@@ -162,6 +163,6 @@ def listed(names: Sequence[str], most: int = 3) -> str:
 
 
 def bars_height(rows: int, each: int = 22, least: int = 180) -> int:
-    """Pixels of a chart of so many rows."""
+    """The height in pixels of a chart with this number of rows."""
     each = each if rows <= 30 else max(12, each * 30 // rows)
     return max(least, min(2400, 70 + each * rows))

@@ -1,4 +1,4 @@
-"""Sections about rates along the run: who helps, and the first order against the rule."""
+"""Sections about rates along the run: shares that help, and the first order against the rule."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 
 
 def shares(source: Source, store: Store) -> Section:
-    """The share of the parameters that help, along the run, and in windows."""
+    """The share of parameters that help, along the run and in windows."""
     counts = np.stack([source.by_layer[f"n_{k}"] for k in ("helping", "hurting", "zero")])
     whole = np.nansum(counts, axis=2, keepdims=True)
     counts = np.concatenate([whole, counts], axis=2)  # [3, S, 1 + L, B]
@@ -68,7 +68,7 @@ def shares(source: Source, store: Store) -> Section:
 
 
 def _window_shares(source: Source, counts: Floats) -> tuple[Floats, NDArray[np.int64], int]:
-    """Shares in at most 20 windows of the grid, as steps [3, S, K, 2 W]; their edges [2 W]; width.
+    """Shares in at most 20 windows of the grid: steps [3, S, K, 2 W], their edges [2 W], the width.
 
     The width is in columns of the grid.
     """
@@ -121,7 +121,7 @@ def _share_figure(
 
 
 def first_order(source: Source, store: Store) -> Section:
-    """What the gradient at the start of each step would have claimed."""
+    """The loss change that the gradient at the start of each step would have predicted."""
     claimed = source.intervals["first_order_lc"]
     if not np.isfinite(claimed).any():
         raise InapplicableError(
@@ -148,8 +148,8 @@ def first_order(source: Source, store: Store) -> Section:
         f"{percent(ends['first order'], ends['measured'])} of the measured change; {rule} "
         "misses it by "
         f"{percent(abs(ends['rule'] - ends['measured']), abs(ends['measured']), 2)}.",
-        "The dashes should lie on the line; how far the dots are from it is what integrating "
-        "along the step is worth.",
+        "The dashes should lie on the line; the distance of the dots from it shows the gain from "
+        "integrating along the step.",
         ("intervals",),
         "SELECT split, sum(loss_change) AS loss_change, sum(lc) AS lc,\n"
         "  sum(first_order_lc) AS first_order\nFROM intervals GROUP BY split",
@@ -160,7 +160,7 @@ def first_order(source: Source, store: Store) -> Section:
 
 
 def _claims(store: Store, x: Packed, curves: dict[str, Floats], rule: str) -> Figure:
-    """Measured change, the rule's LC and the first order's, so far."""
+    """Cumulative measured change, the rule's LC, and the first order's LC."""
     rows = {name: store.put(values) for name, values in curves.items()}
     style = {
         "measured": ("measured change", "@measured", "solid"),
@@ -191,5 +191,5 @@ def _claims(store: Store, x: Packed, curves: dict[str, Floats], rule: str) -> Fi
 
 
 def rule_name(rule: str) -> str:
-    """A quadrature rule as papers call it."""
+    """The name of a quadrature rule, as in papers."""
     return {"simpson": "Simpson's rule (RK4)", "left": "the left rule"}.get(rule, one_line(rule))

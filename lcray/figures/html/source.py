@@ -1,4 +1,4 @@
-"""An output's tables, aggregated to what a picture can show.
+"""An output's tables, aggregated to the resolution of a chart.
 
 Legend: S splits, B columns of the time grid, L layers, T intervals.
 """
@@ -20,11 +20,11 @@ from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
 
-#: The most columns of a time axis, and the most cells of a picture of layers by time.
+#: The most columns of a time axis, and the most cells of a chart of layers by time.
 MOST_COLUMNS, MOST_CELLS = 1000, 200_000
 
 _SUMS = ("loss_change", "lc", "gap", "first_order_lc", "n_helping", "n_hurting", "n_zero")
-#: The table `intervals`, where only those with LC have a change: sums of both compare.
+#: The table `intervals`, with a loss change only where there is LC, so that both sums compare.
 ALLOCATED = (
     "(SELECT * REPLACE (CASE WHEN lc IS NOT NULL THEN loss_change END AS loss_change) "
     "FROM intervals)"
@@ -34,16 +34,16 @@ _LAYER_SUMS = ("lc", "lc_error", "n_helping", "n_hurting", "n_zero")
 
 @dataclass(frozen=True)
 class Source:
-    """What sections are made from.
+    """The data that sections are made from.
 
     Attributes:
         results: the output.
-        splits: names [S].
-        layers: names [L] in the model's order; buffers that never have LC are left out.
-        left_out: how many those are.
+        splits: names, [S].
+        layers: names in the model's order, [L]; buffers that never have LC are left out.
+        left_out: number of these buffers.
         grid: the columns.
-        intervals: by column of `intervals`, sums [S, B]; NaN where there is none.
-        by_layer: by column of `layers`, sums [S, L, B], likewise.
+        intervals: sums of columns of `intervals`, by name, [S, B]; NaN if there is none.
+        by_layer: sums of columns of `layers`, by name, [S, L, B]; NaN if there is none.
     """
 
     results: Results
@@ -56,7 +56,7 @@ class Source:
 
     @property
     def each(self) -> int:
-        """Intervals that are added up in a column of the grid."""
+        """Intervals per column of the grid."""
         return self.grid.each
 
     @property
@@ -66,12 +66,12 @@ class Source:
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """The first step of each column [B]."""
+        """The first step of each column, [B]."""
         return self.grid.firsts
 
     @property
     def ends(self) -> NDArray[np.int64]:
-        """The last step of each column [B]."""
+        """The last step of each column, [B]."""
         return self.grid.ends
 
     @cached_property
@@ -81,7 +81,7 @@ class Source:
 
     @property
     def coarse(self) -> tuple[str, ...]:
-        """What to say where intervals are added up."""
+        """A note if several intervals are summed."""
         if self.each == 1:
             return ()
         return (
@@ -91,22 +91,22 @@ class Source:
 
     @property
     def span(self) -> str:
-        """What a column of the grid is called."""
+        """The word for one column of the grid."""
         return "interval" if self.each == 1 else f"{self.each} intervals"
 
     def need(self, *tables: str) -> None:
-        """Raises InapplicableError unless the output has these tables."""
+        """Raise InapplicableError unless the output has these tables."""
         for table in tables:
             if table not in self.results.tables:
                 raise InapplicableError(f"there is no table {table}: {recipe_for(table)}")
 
     def sql(self, query: str) -> pa.Table:
-        """What lcray's own query gives."""
+        """The result of one of lcray's own queries."""
         return self.results.sql_arrow(query)
 
 
 def read_source(results: Results) -> Source:
-    """Reads what most sections need.
+    """Read the data that most sections need.
 
     Raises:
         OutputError: if the output has no intervals.

@@ -1,4 +1,4 @@
-"""Arrays of a page, each packed once, and references to them and to parts of them."""
+"""The arrays of a page, each packed once, and references to them and to their parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-#: Values from which on numbers are kept in single precision: seven digits are enough for a picture.
+#: The least number of values that are kept in single precision: seven digits suffice for a chart.
 SINGLE_FROM = 4096
 
 Reference = dict[str, Any]
@@ -17,10 +17,10 @@ Reference = dict[str, Any]
 
 @dataclass(frozen=True)
 class Packed:
-    """An array that is in a store.
+    """An array in a store.
 
     Attributes:
-        number: its place there.
+        number: its position there.
         shape: of the array.
     """
 
@@ -29,7 +29,7 @@ class Packed:
 
     @property
     def whole(self) -> Reference:
-        """The array: of two axes, as rows."""
+        """The whole array; with two axes, as rows."""
         if len(self.shape) == 2:
             return {"$": self.number, "rows": self.shape[0]}
         return {"$": self.number}
@@ -46,7 +46,7 @@ class Packed:
         return {"$": self.number, "at": [number * size, size]}
 
     def matrix(self, *index: int) -> Reference:
-        """The same as rows."""
+        """The same part, as rows."""
         return {**self.row(*index), "rows": self.shape[len(index)]}
 
 
@@ -55,17 +55,17 @@ class Store:
     """The arrays of a page.
 
     Attributes:
-        arrays: each as ``[dtype, base64]``, little-endian, in the order they came.
+        arrays: each as ``[dtype, base64]``, little-endian, in the order in which they were added.
     """
 
     arrays: list[list[str]] = field(default_factory=list)
     _known: dict[tuple[str, bytes], int] = field(default_factory=dict, repr=False)
 
     def add(self, values: Any) -> Packed:
-        """Packs numbers; the same numbers are packed once.
+        """Pack numbers; the same numbers are packed once.
 
         Args:
-            values: an array or sequence of numbers; NaN where there is none.
+            values: an array or sequence of numbers; NaN for missing values.
         """
         array = np.ascontiguousarray(values)
         kind = _dtype(array)
@@ -76,7 +76,7 @@ class Store:
         return Packed(number, array.shape)
 
     def put(self, values: Any) -> Reference:
-        """A reference to the values, packed."""
+        """Pack the values, and return a reference to them."""
         return self.add(values).whole
 
 

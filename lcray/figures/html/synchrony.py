@@ -1,4 +1,4 @@
-"""Sections about what goes together: peaks of layers, and classes with layers."""
+"""Sections about common learning: peaks of layers, and classes with layers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from lcray.figures.html.store import Store, column
 
 Floats = NDArray[np.float64]
 
-#: Cells of `layers` up to which peaks are looked for on the way to a page, and layers of a matrix.
+#: The most cells of `layers` in which a page looks for peaks, and the most layers of a matrix.
 MOST_FOR_PEAKS, MOST_LAYERS = 5_000_000, 120
 
 
 def synchrony(source: Source, store: Store) -> Section:
-    """When layers have their peaks of learning, and which of them peak together."""
+    """When layers have their peaks of learning, and which layers peak together."""
     if source.n_intervals * len(source.splits) * len(source.layers) > MOST_FOR_PEAKS:
-        raise InapplicableError("too long a run for a page: lcray findings has it")
+        raise InapplicableError("the run is too long for a page; lcray findings computes it")
     peaks = peaks_of_learning(source.results, groups=False).to_pandas()
     peaks = peaks[(peaks["kind"] == "layer") & peaks["group"].isna()]
     if not len(peaks):
@@ -194,7 +194,7 @@ def classes(source: Source, store: Store) -> Section:
         figures,
         controls=(Control("Show", ["class by layer", "class by iteration"]),),
         time=True,
-        notes=("Groups are those of the task, most often the classes.", *source.coarse),
+        notes=("Groups are the task's, most often the classes.", *source.coarse),
     )
 
 

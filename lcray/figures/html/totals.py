@@ -1,4 +1,4 @@
-"""The head of the page: what the run did, how well that is known, and by which settings."""
+"""The head of the page: the run's results, how exactly they are known, and the settings."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lcray.planning.plan import Plan
 
 @dataclass(frozen=True)
 class Total:
-    """The sums of one split over the run; None where there is none.
+    """The sums of one split over the run; None where there is no value.
 
     Attributes:
         split: its name.
         first: the loss at the first checkpoint.
-        last: the loss at the last one.
+        last: the loss at the last checkpoint.
         change: the measured change of the loss, over the intervals that have LC.
-        lc: all LC.
+        lc: the sum of all LC.
         gap: LC minus the change.
         abs_gap: Σ|gap| over intervals.
         abs_change: Σ|change| over intervals.
         first_order: LC by the gradients at the starts of the intervals.
         helping: share of (parameter, interval) pairs with LC < 0.
-        gradients: full-batch gradients.
-        bad: intervals without LC.
+        gradients: number of full-batch gradients.
+        bad: number of intervals without LC.
     """
 
     split: str
@@ -47,7 +47,7 @@ class Total:
 
 
 def totals(source: Source) -> list[Total]:
-    """One of each split."""
+    """The totals of each split."""
     return [_total(source, s) for s in range(len(source.splits))]
 
 
@@ -132,14 +132,14 @@ def cards(found: Total) -> list[tuple[str, str, str]]:
         (
             "Gradients",
             f"{found.gradients:,}",
-            f"full-batch gradients of {one_line(found.split)}, endpoints shared; one more a span",
+            f"full-batch gradients of {one_line(found.split)}, endpoints shared; one more per span",
         ),
     ]
     return cards
 
 
 def settings(plan: Plan, n_intervals: int) -> list[tuple[str, str]]:
-    """Those that decide the answer."""
+    """The settings that decide the answer."""
     asked = plan.settings
     refined = f", refined to rtol {asked.rtol:g}" if asked.refine else ""
     drawn = [split for split in plan.splits if split.drawn_from is not None]

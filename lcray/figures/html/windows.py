@@ -1,4 +1,4 @@
-"""What the slider goes through: single intervals, and windows of them."""
+"""The data behind the page's slider: single intervals, and windows of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_WINDOWS = 1000
 
 
 def window_widths(source: Source) -> list[int]:
-    """Widths in steps that the scrubber offers beside single intervals."""
+    """Widths in steps that the slider offers in addition to single intervals."""
     steps = source.results.plan.steps
     run = steps[-1] - steps[0]
     wanted = (source.results.plan.window, -(-run // 4), run)
@@ -22,7 +22,7 @@ def window_widths(source: Source) -> list[int]:
 
 
 def windows(source: Source, store: Store) -> list[dict[str, Any]]:
-    """What the scrubber has for single columns and for windows: LC of layers and the network."""
+    """LC of layers and the network for each column and window that the slider can show."""
     n_layers = len(source.layers)
     lc = store.add(source.by_layer["lc"])
     totals = {k: store.add(source.intervals[k]) for k in ("loss_change", "lc")}

@@ -1,4 +1,4 @@
-"""Bars by layer: what each did, on one split or two, and beside its Fisher information."""
+"""Bars by layer: LC over the run, LC on two splits, and shares of the Fisher information."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ _WHISKERS = "whiskers: what the quadrature may be off"
 
 
 def layer_totals(results: Results, ax: Axes | None = None, *, split: str | None = None) -> Axes:
-    """LC of every layer over the run, with its bound: what the quadrature may be off.
+    """LC of every layer over the run, with the bound of its quadrature error.
 
     Bars of layers that hurt in total are hatched, and marked where LC exceeds the bound.
 
     Args:
-        results: of the output; needs `layers`.
+        results: the output; needs `layers`.
         ax: where to draw; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
     """
     require(results, "layers")
     split = split_of(results, split)
-    # one window beside the run: none but the run is drawn
+    # one window in addition to the run; only the run is drawn
     found = totals.layer_totals(results, windows={"all": ":"}).to_pandas()
     here = (found["split"] == split) & (found["window"] == RUN) & (found["layer"] != "")
     frame = found[here].reset_index(drop=True)
@@ -68,7 +68,7 @@ def layer_totals(results: Results, ax: Axes | None = None, *, split: str | None 
 
 
 def _whiskers(ax: Axes, places: Any, lc: Any, bound: Any) -> bool:
-    """Bars of LC and its bound, [L] each, where there is one; whether there is any."""
+    """Bars of LC with their bounds, [L] each; returns whether any layer has a bound."""
     known = np.isfinite(bound)
     ax.errorbar(lc[known], places[known], xerr=bound[known], fmt="none", ecolor=INK, elinewidth=0.8)
     return bool(known.any())
@@ -100,13 +100,13 @@ def memorising(
     train: str | None = None,
     other: str | None = None,
 ) -> Axes:
-    """LC of every layer on train beside LC on another split, each with its bound.
+    """LC of every layer on train and on another split, each with its bound.
 
     Args:
-        results: of the output; needs `layers` and two splits.
+        results: the output; needs `layers` and two splits.
         ax: where to draw; None for a new figure.
         train: the split that was trained on; None for ``train``, else the plan's first.
-        other: the split beside it; None for the first other one.
+        other: the split to compare with; None for the first other one.
     """
     require(results, "layers")
     found = learning.memorising(results, windows={"all": ":"}, train=train).to_pandas()
@@ -136,10 +136,10 @@ def memorising(
 
 
 def fisher(results: Results, ax: Axes | None = None, *, split: str | None = None) -> Axes:
-    """Each layer's share of the network's LC beside its shares of the traces of the Fisher.
+    """Each layer's share of the network's LC, next to its shares of the Fisher traces.
 
     Args:
-        results: of the output; needs `layers` and `fisher`.
+        results: the output; needs `layers` and `fisher`.
         ax: where to draw; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
     """

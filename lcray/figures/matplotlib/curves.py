@@ -43,10 +43,10 @@ def _rebuilt(results: Results, split: str, points: int) -> pd.DataFrame:
 def loss(
     results: Results, ax: Any = None, *, split: str | None = None, points: int = 1000
 ) -> NDArray[Any]:
-    """The loss with its reconstruction from LC, and below it the gap between the two.
+    """The loss and its reconstruction from LC, and below them the gap between the two.
 
     Args:
-        results: of the output; needs `intervals`.
+        results: the output; needs `intervals`.
         ax: two axes; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
         points: the most steps.
@@ -72,10 +72,10 @@ def loss(
 def first_order(
     results: Results, ax: Axes | None = None, *, split: str | None = None, points: int = 1000
 ) -> Axes:
-    """The loss beside what the rule, and what the gradient at each start alone, make of it.
+    """The loss, and its reconstructions by the rule and by the gradient at each start alone.
 
     Args:
-        results: of the output; needs `intervals`, and a rule with a node at 0.
+        results: the output; needs `intervals`, and a rule with a node at 0.
         ax: where to draw; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
         points: the most steps.
@@ -106,13 +106,13 @@ def trajectories(
     layers: Sequence[str] | None = None,
     points: int = 1000,
 ) -> Axes:
-    """Cumulative LC of layers, dark to light from the first to the last; dashed where LC > 0.
+    """Cumulative LC of layers, dark to light from the first to the last; dashed if LC > 0.
 
     Args:
-        results: of the output; needs `layers`.
+        results: the output; needs `layers`.
         ax: where to draw; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
-        layers: names of those wanted; None for all.
+        layers: names of the layers to draw; None for all.
         points: the most steps.
     """
     require(results, "layers")
@@ -149,11 +149,11 @@ def shares(
 ) -> Axes:
     """The shares of parameters that help and that hurt, window by window.
 
-    The band holds the share of helping in 95 % of the resamplings of the window's intervals: how
-    far it would spread in other stretches of the same process.
+    The band contains the share of helping in 95 % of the resamplings of the window's intervals: how
+    much the share would vary in other stretches of the same process.
 
     Args:
-        results: of the output; needs `layers`.
+        results: the output; needs `layers`.
         ax: where to draw; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
         layer: its name; empty for the network.

@@ -1,4 +1,4 @@
-"""How |LC| is distributed, on logarithmic axes, beside what fits it."""
+"""The distribution of |LC| on logarithmic axes, with fitted distributions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _DASHES = dict(zip((f.name for f in FAMILIES), ("-", "-.", "--", ":"), strict=True))
-_LEAST = 1e-3  # densities of fits below the lowest one that was seen, times this, are not drawn
+_LEAST = 1e-3  # times the lowest observed density: fits are not drawn below it
 
 
 def distribution(
@@ -33,12 +33,12 @@ def distribution(
     """The density of ln |LC| of helping and hurting elements over the run, with fits as lines.
 
     Args:
-        results: of the output; needs `histograms`.
+        results: the output; needs `histograms`.
         ax: where to draw; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
         layer: its name; empty for the network.
         fits: of weibull, exponential, lognormal and generalized_gaussian.
-        per_octave: bins an octave: 1, 2, 4 or 8.
+        per_octave: bins per octave: 1, 2, 4 or 8.
     """
     require(results, "histograms")
     split = split_of(results, split)

@@ -28,11 +28,11 @@ def tracks(
     """Weight, gradient and LC of the traced elements of a layer that move the loss most.
 
     Args:
-        results: of the output; needs `traces`.
+        results: the output; needs `traces`.
         layer: its name.
         ax: three axes; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
-        count: how many elements.
+        count: number of elements.
 
     Returns:
         The three axes.

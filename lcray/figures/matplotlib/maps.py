@@ -1,4 +1,4 @@
-"""Matrices as maps: diverging colours with zero in the middle, ends at a percentile."""
+"""Matrices as maps, with diverging colours: zero is in the middle, the ends are at a percentile."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def layer_map(
     """LC of every layer by interval; layers that hurt over the run are marked.
 
     Args:
-        results: of the output; needs `layers`.
+        results: the output; needs `layers`.
         ax: where to draw; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
-        columns: the most; neighbouring intervals are added up.
-        percentile: of |LC| that colours end at.
+        columns: the most; neighbouring intervals are summed.
+        percentile: of |LC|, at which the colours end.
     """
     split = split_of(results, split)
     table = layer_matrix(results, columns=columns)
@@ -86,12 +86,12 @@ def unit_map(
     """LC of every unit of a layer by interval.
 
     Args:
-        results: of the output; needs `units`.
+        results: the output; needs `units`.
         layer: its name.
         ax: where to draw; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
-        columns: the most; neighbouring intervals are added up.
-        percentile: of |LC| that colours end at.
+        columns: the most; neighbouring intervals are summed.
+        percentile: of |LC|, at which the colours end.
     """
     split = split_of(results, split)
     table = unit_matrix(results, layer, split=split, columns=columns)
@@ -117,16 +117,16 @@ def class_layers(
     """LC of every class's own loss by layer, over the run.
 
     Args:
-        results: of the output; needs `groups`.
+        results: the output; needs `groups`.
         ax: where to draw; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
-        percentile: of |LC| that colours end at.
+        percentile: of |LC|, at which the colours end.
     """
     split = split_of(results, split)
     frame = by_class(results).to_pandas()
     frame = frame[frame["split"] == split]
     if frame.empty:
-        raise InapplicableError(f"table 'groups' has nothing of split {split!r}")
+        raise InapplicableError(f"table 'groups' has no rows of split {split!r}")
     names = list(dict.fromkeys(frame["layer"].astype(str)))
     groups = sorted(set(frame["group"]))
     grid = frame.pivot(index="layer", columns="group", values="lc")
@@ -145,12 +145,12 @@ def class_layers(
 def coincidences(
     results: Results, ax: Axes | None = None, *, split: str | None = None, kind: str = "layer"
 ) -> Axes:
-    """By how many peaks more than by chance pairs of layers, or of classes, learn together.
+    """How many more peaks than by chance pairs of layers, or of classes, have in common.
 
     Dots mark pairs whose adjusted p-value is below 0.05.
 
     Args:
-        results: of the output; needs `layers`, and `groups` for classes.
+        results: the output; needs `layers`, and `groups` for classes.
         ax: where to draw; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
         kind: ``layer``, or ``group`` for classes.
@@ -188,7 +188,7 @@ def coincidences(
 
 
 def _grid(frame: pd.DataFrame, row: str, names: list[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """LC [rows, columns], and the steps at which columns begin and the last one ends."""
+    """LC [rows, columns], and the steps at which columns begin and the last column ends."""
     wide = frame.pivot(index=row, columns="first_step", values="lc").reindex(index=names)
     edges = np.append(wide.columns.to_numpy(), frame["end_step"].max())
     return wide.to_numpy(np.float64), edges
@@ -219,7 +219,7 @@ def _coloured(
     *,
     backwards: bool = False,
 ) -> tuple[Any, bool]:
-    """The map, its first row from `first` on, and whether any value is beyond its colours."""
+    """The map, with its first row at `first`, and whether a value is beyond the colours' ends."""
     if not 0 < percentile <= 100:
         raise UsageError(f"percentile {percentile:g}: must be above 0 and at most 100")
     size = np.abs(grid[np.isfinite(grid)])

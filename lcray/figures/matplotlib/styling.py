@@ -1,4 +1,4 @@
-"""What all figures have in common: colours, axes, sizes, notes."""
+"""What all figures have in common: colours, axes, sizes and notes."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def _pyplot() -> Any:
 def style(
     font_size: float = 8.0, width: float = 3.4, height: float | None = None
 ) -> Iterator[None]:
-    """A context for figures of a paper: their size, fonts and lines; what was before comes back.
+    """A context for figures of a paper: size, fonts and lines; it restores the old settings.
 
     Text stays text in PDF and SVG.
 
     Args:
-        font_size: of labels, in points; ticks, legends and notes are a point smaller.
+        font_size: of labels, in points; ticks, legends and notes are one point smaller.
         width: of a new figure, in inches; 3.4 is a column of most journals.
-        height: likewise; None for 0.7 of the width.
+        height: of a new figure, in inches; None for 0.7 of the width.
 
     Raises:
         UsageError: for sizes that are not above 0.
@@ -79,7 +79,7 @@ def style(
 
 
 def axis(ax: Axes | None) -> Axes:
-    """`ax`, or that of a new figure."""
+    """`ax`, or the axes of a new figure."""
     if ax is not None:
         return ax
     made: Axes = _pyplot().subplots(layout="constrained")[1]
@@ -87,10 +87,10 @@ def axis(ax: Axes | None) -> Axes:
 
 
 def panels(ax: Any, n: int, ratios: Sequence[float] | None = None) -> NDArray[Any]:
-    """The axes in `ax`, one above the other, or those of a new figure, [n].
+    """The axes in `ax`, one above the other, or the axes of a new figure, [n].
 
     Raises:
-        UsageError: for another number of them.
+        UsageError: for another number of axes.
     """
     if ax is None:
         found = _pyplot().subplots(n, sharex=True, height_ratios=ratios, layout="constrained")[1]
@@ -102,7 +102,7 @@ def panels(ax: Any, n: int, ratios: Sequence[float] | None = None) -> NDArray[An
 
 
 def note(ax: Axes, text: str) -> None:
-    """A line in small letters at the upper right, above the axes."""
+    """A line of small text at the upper right, above the axes."""
     ax.annotate(
         text,
         (1, 1),
@@ -123,7 +123,7 @@ def title(ax: Axes, text: str) -> None:
 
 
 def legend_above(ax: Axes, columns: int) -> None:
-    """A legend in one line at the upper right, above the axes, where no bar can be under it."""
+    """A legend in one line at the upper right, above the axes, where it covers no bar."""
     ax.legend(
         loc="lower right",
         bbox_to_anchor=(1, 1),
@@ -136,7 +136,7 @@ def legend_above(ax: Axes, columns: int) -> None:
 
 
 def legend_beside(ax: Axes) -> None:
-    """A legend at the right, where no curve can be under it."""
+    """A legend at the right, where it covers no curve."""
     ax.legend(
         loc="upper left",
         bbox_to_anchor=(1, 1),
@@ -147,7 +147,7 @@ def legend_beside(ax: Axes) -> None:
 
 
 def name_rows(ax: Axes, names: Sequence[str], at: NDArray[Any] | None = None) -> None:
-    """Names along the vertical axis from the top down; every k-th where they are many."""
+    """Names along the vertical axis from the top down; only every k-th if there are many."""
     places = np.arange(len(names)) if at is None else at
     step = -(-len(names) // _MOST_NAMES)
     ax.set_yticks(places[::step], [shortened(name) for name in names[::step]])
@@ -155,18 +155,18 @@ def name_rows(ax: Axes, names: Sequence[str], at: NDArray[Any] | None = None) ->
 
 
 def shortened(name: str, most: int = 32) -> str:
-    """A name of bounded length, as it is: its end tells layers apart."""
+    """A name of bounded length, which keeps its end, since the end distinguishes layers."""
     name = one_line(name)
     return literal(name if len(name) <= most else "…" + name[1 - most :])
 
 
 def literal(text: str) -> str:
-    """Text on one line, control characters escaped, whose dollars begin no formula."""
+    """Text on one line, with control characters escaped and dollars that begin no formula."""
     return re.sub(r"(?<!\\)\$", r"\\$", one_line(text))
 
 
 def diverging(backwards: bool = False) -> Any:
-    """The colours of LC, helping at the lower end; backwards, where more is better."""
+    """The colours of LC, with helping at the lower end; reversed if larger values are better."""
     from matplotlib.colors import LinearSegmentedColormap
 
     stops = LIGHT.diverging[::-1] if backwards else LIGHT.diverging
