@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from inspect import cleandoc
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 Kind = TypeVar("Kind")
 
@@ -179,3 +180,46 @@ class Settings:
     )
     fisher_samples: int = option(256, FISHER, "The most samples of a split that fisher takes.")
     fisher_seed: int = option(0, FISHER, "Seed of these samples, and of the targets drawn.")
+
+
+class Options(TypedDict, total=False):
+    """The fields of `Settings` as keyword arguments; names may be one string or several."""
+
+    rule: str
+    refine: bool
+    rtol: float
+    max_panels: int
+    splits: Sequence[str] | None
+    samples: int | None
+    sample_seed: int
+    layers: str | None
+    batch_norm: str
+    dtype: str
+    batch_size: int | None
+    memory_format: str
+    partial_sums: int | None
+    batch_seed: int
+    partial: bool
+    window: int | None
+    elements: bool
+    parameters: bool | None
+    units: bool
+    trace: Sequence[str]
+    trace_seed: int
+    deterministic: bool
+    fisher: int | None
+    fisher_kind: str
+    fisher_samples: int
+    fisher_seed: int
+
+
+class PlanOptions(Options, total=False):
+    """What a plan decides: the settings, and the part of the run and how it is cut.
+
+    Attributes:
+        steps: the range of steps to analyze, ``a:b``.
+        span_length: intervals per span; chosen by their duration and number otherwise.
+    """
+
+    steps: str | None
+    span_length: int | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from lcray.execution.worker.fresh import check_model
 from lcray.execution.worker.independence import Independence
 from lcray.execution.worker.workbench import Workbench
 from lcray.planning.make import make_settings
-from lcray.settings import Settings
+from lcray.settings import Options, Settings
 from lcray.tables.reading.confidence import Replication, columns
 from lcray.tasks.data.split import SplitData
 from lcray.tasks.layer import Layer
@@ -120,7 +120,7 @@ def allocate(
     after: Mapping[str, Tensor],
     *,
     device: str = "cpu",
-    **options: Any,
+    **options: Unpack[Options],
 ) -> dict[str, Allocation]:
     """Allocate the loss change between two states of a model.
 

@@ -30,7 +30,7 @@ _TRACE_SAMPLE = 256
 _WINDOWS = 10
 
 
-def make_settings(options: Mapping[str, Any]) -> Settings:
+def make_settings(options: Mapping[str, object]) -> Settings:
     """`Settings` from keyword arguments.
 
     Raises:

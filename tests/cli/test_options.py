@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import Field, fields
-from typing import Any
+from typing import Any, Unpack, get_type_hints
 
 import click
 import pytest
 
 import lcray
 from lcray.cli.app import app
+from lcray.execution.driver.submit import JobOptions
 from lcray.planning.make import make_settings
-from lcray.settings import SECTIONS, Settings, option_of
+from lcray.settings import SECTIONS, Options, PlanOptions, Settings, option_of
 
 FIELDS = [*fields(Settings), *fields(lcray.Resources)]
 #: The type of an option by the annotation of its field.
@@ -52,6 +53,34 @@ def test_a_docstring_lists_the_fields_as_their_help_says(kind: type[Any]) -> Non
     assert [line.split(":")[0].strip() for line in lines] == [each.name for each in fields(kind)]
     for each, line in zip(fields(kind), lines, strict=True):
         assert option_of(each).help in line
+
+
+def test_python_takes_the_same_options_statically() -> None:
+    """So that an editor completes them, and a type checker refuses others."""
+    expected = {each.name: str(each.type) for each in fields(Settings)}
+    found = {name: hint.__forward_arg__ for name, hint in Options.__annotations__.items()}
+    # A list of names does as well as a tuple.
+    assert found == {k: v.replace("tuple[str, ...]", "Sequence[str]") for k, v in expected.items()}
+    assert not Options.__required_keys__ | JobOptions.__required_keys__
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (lcray.allocate, Options),
+        (lcray.plan, PlanOptions),
+        (lcray.analyze, PlanOptions),
+        (lcray.submit, JobOptions),
+    ],
+)
+def test_the_verbs_take_them(function: Any, options: type[Any]) -> None:
+    assert get_type_hints(function)["options"] == Unpack[options]
+
+
+def test_a_job_is_asked_what_analyze_is() -> None:
+    asked = [p.name for p in app.commands["analyze"].params if p.name in JobOptions.__annotations__]
+    others = {"on_package", "on_submit", "on_log"}
+    assert {*asked, *others} == {*JobOptions.__annotations__}
 
 
 def test_options_not_given_leave_the_defaults_to_the_library() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from lcray.errors import IncompleteError, OutputError, UsageError
 from lcray.execution.cluster import Workers, workplace
@@ -25,6 +25,7 @@ from lcray.planning.costs import seconds_an_interval
 from lcray.planning.make import make_settings
 from lcray.planning.plan import Plan
 from lcray.planning.saved import PlanReport, load_plan
+from lcray.settings import PlanOptions
 from lcray.storage import Place, PlaceLike, place
 from lcray.storage.files import writing
 from lcray.storage.lock import Lock, locked
@@ -40,9 +41,7 @@ def plan(
     task: str | Task,
     *,
     resources: Resources | None = None,
-    steps: str | None = None,
-    span_length: int | None = None,
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> PlanReport:
     """Plan an analysis, and measure what a gradient costs; nothing is written.
 
@@ -50,9 +49,8 @@ def plan(
         run: the directory of checkpoints, or its URI.
         task: ``package.module:attribute``, ``path/file.py:attribute``, or a `Task`.
         resources: workers and where they run.
-        steps: the range of steps to analyze, ``a:b``.
-        span_length: intervals a span; chosen by their duration and number otherwise.
-        **options: fields of `Settings`.
+        **options: ``steps`` (the range of steps to analyze, ``a:b``), ``span_length`` (intervals
+            per span; chosen by their duration and number otherwise) and the fields of `Settings`.
 
     Raises:
         UsageError: for options that cannot be used.
@@ -60,6 +58,7 @@ def plan(
         TaskError: if the task breaks its contract.
         ClusterError: if Ray fails.
     """
+    steps, span_length = options.pop("steps", None), options.pop("span_length", None)
     job = Job(run, task, resources, steps, span_length, make_settings(options))
     with workplace(job.resources) as make, job.pool(make) as pool:
         return job.draft(pool)
@@ -72,13 +71,11 @@ def analyze(
     *,
     plan: Plan | str | os.PathLike[str] | None = None,
     resources: Resources | None = None,
-    steps: str | None = None,
-    span_length: int | None = None,
     repair: bool = False,
     follow: bool = False,
     idle: float | None = None,
     on_progress: OnProgress | None = None,
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> Results:
     """Allocate the loss changes of a run to its parameters, into the tables of `out`.
 
@@ -89,10 +86,8 @@ def analyze(
         run: the directory of checkpoints, or its URI.
         task: ``package.module:attribute``, ``path/file.py:attribute``, or a `Task`.
         out: the output directory, or its URI; new, or of the same analysis.
-        plan: a plan, or the file of one, instead of `steps`, `span_length` and options.
+        plan: a plan, or the file of one, instead of options.
         resources: workers and where they run.
-        steps: the range of steps to analyze, ``a:b``.
-        span_length: intervals a span; chosen by their duration and number otherwise.
         repair: read what is committed, and compute anew what is damaged, or was computed from
             checkpoints that have changed since.
         follow: go on while training still writes, until the run has ended (see `idle`). Give
@@ -100,7 +95,7 @@ def analyze(
         idle: seconds without a new checkpoint after which a run that is followed has ended; None
             for 600, or for ever where a recorder keeps a ``run.json``, which says when it ends.
         on_progress: called whenever there is something to tell.
-        **options: fields of `Settings`: ``rule``, ``refine``, ``rtol``, ``batch_norm`` …
+        **options: as `lcray.plan` takes them: ``steps``, ``span_length``, ``rule``, ``refine`` …
 
     Raises:
         UsageError: for options that cannot be used.
@@ -114,6 +109,7 @@ def analyze(
     tell = on_progress or (lambda progress: None)
     if idle is not None and not follow:
         raise UsageError(f"idle {idle:g}: is for --follow")
+    steps, span_length = options.pop("steps", None), options.pop("span_length", None)
     given = _given(plan, follow=follow, others=bool(options or steps or span_length))
     settings = given.settings if given else make_settings(options)
     # Of a plan the first checkpoint is as well, as when it was made.

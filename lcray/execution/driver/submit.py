@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lcray.errors import UsageError, suggest
 from lcray.execution.cluster import jobs
 from lcray.execution.cluster.resources import Resources
-from lcray.execution.driver.analyze import analyze, load_plan
+from lcray.execution.driver.analyze import load_plan
 from lcray.planning.make import make_settings
-from lcray.settings import Settings, flag_of
+from lcray.settings import PlanOptions, Settings, flag_of
 from lcray.storage import Remote, place
 from lcray.tasks.packaging import Package, pack
 
@@ -24,7 +23,8 @@ PathLike = str | os.PathLike[str]
 
 _PLAN = "lcray-plan.json"  # in the package
 _FLAGS = {each.name: flag_of(each) for each in (*fields(Settings), *fields(Resources))}
-_NOT_SENT = {"plan", "resources", "on_progress"}  # arguments of `analyze` with a way of their own
+#: What `analyze` takes beside settings, and its defaults.
+_COURSE = {"steps": None, "span_length": None, "repair": False, "follow": False, "idle": None}
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,24 @@ class Submission:
     message: str = ""
 
 
+class JobOptions(PlanOptions, total=False):
+    """What a job is asked, beside workers.
+
+    Attributes:
+        repair: as `lcray.analyze` takes it; `follow` and `idle` likewise.
+        on_package: called with what was packaged, before it is sent.
+        on_submit: called once the cluster has the job.
+        on_log: called with the job's log, piece by piece, while it is waited for.
+    """
+
+    repair: bool
+    follow: bool
+    idle: float | None
+    on_package: Callable[[Package], None] | None
+    on_submit: Callable[[Submission], None] | None
+    on_log: Callable[[str], None] | None
+
+
 def submit(
     run: str,
     task: str,
@@ -55,10 +73,7 @@ def submit(
     include: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     wait: bool = True,
-    on_package: Callable[[Package], None] | None = None,
-    on_submit: Callable[[Submission], None] | None = None,
-    on_log: Callable[[str], None] | None = None,
-    **options: Any,
+    **options: Unpack[JobOptions],
 ) -> Submission:
     """Have a Ray cluster run ``lcray analyze``, and wait for it.
 
@@ -71,15 +86,13 @@ def submit(
         out: the output, likewise.
         address: of the cluster's job server, ``http://HEAD:8265``; by default what
             ``RAY_API_SERVER_ADDRESS`` says, else port 8265 of this machine.
-        plan: the file of a plan, instead of `steps`, `span_length` and options.
+        plan: the file of a plan, instead of `lcray.plan`'s options.
         resources: workers, and what each may use.
         include: files and folders beside the task's code that it needs.
         env: variables for the job and its workers. Who can see the job can read them: no secrets.
         wait: follow the job until it ends.
-        on_package: called with what was packaged, before it is sent.
-        on_submit: called once the cluster has the job.
-        on_log: called with the job's log, piece by piece, while it is waited for.
-        **options: of `lcray.analyze`.
+        **options: those of `lcray.analyze`; and to be called, ``on_package`` with what is sent,
+            ``on_submit`` once the cluster has the job, ``on_log`` with each piece of its log.
 
     Raises:
         UsageError: for arguments that cannot be used.
@@ -88,6 +101,9 @@ def submit(
         KeyboardInterrupt: as usual; once the job is submitted, it goes on, and the message says how
             to follow and how to stop it.
     """
+    on_package = options.pop("on_package", None) or _ignore
+    on_submit = options.pop("on_submit", None) or _ignore
+    on_log = options.pop("on_log", None) or _ignore
     if not isinstance(task, str):
         raise UsageError("task: name it package.module:attribute, so that its code can be sent")
     _check_place("run", run)
@@ -101,19 +117,19 @@ def submit(
     given = ["--plan", _PLAN] if plan is not None else []
     command = ["lcray", "analyze", run, "--task", package.reference, "--out", out, *given]
     command += arguments(options, resources)
-    (on_package or _ignore)(package)
+    on_package(package)
     client = jobs.connect(address)
     job = _send(client, package, plan, command, dict(env or {}))
     submitted = Submission(job, client.address)
-    (on_submit or _ignore)(submitted)
+    on_submit(submitted)
     if not wait:
         return submitted
-    ended = jobs.follow(client, job, on_log or _ignore)
+    ended = jobs.follow(client, job, on_log)
     return Submission(job, client.address, ended.exit_code, ended.message)
 
 
 def _ignore(told: object) -> None:
-    """Nobody wants to know."""
+    """Ignore the event."""
 
 
 def _send(
@@ -149,9 +165,7 @@ def arguments(options: Mapping[str, Any], resources: Resources) -> list[str]:
         UsageError: for an option that does not exist or cannot be used.
     """
     known = {field.name: field.default for field in fields(Settings)}
-    parameters = inspect.signature(analyze).parameters.values()
-    own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    valid = known | {name: default for name, default in own.items() if name not in _NOT_SENT}
+    valid = known | _COURSE
     for name in options:
         if name not in valid:
             raise UsageError(suggest(name, valid, "option"))
