@@ -15,7 +15,9 @@ from lcray.planning.costs import largest_share, passes_by_group
 from lcray.planning.plan import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_MEMORY_FORMAT,
+    Crew,
     Plan,
+    Probed,
     Span,
     SplitPlan,
     memory_format_of,
@@ -55,17 +57,10 @@ def make_plan(
     layers: Sequence[Layer],
     splits: Sequence[SplitPlan],
     *,
-    workers: int = 1,
-    team: int = 1,
+    crew: Crew = Crew(),  # noqa: B008 - frozen
+    probed: Probed = Probed(),  # noqa: B008
     partial_sums: int | None = None,
     span_length: int | None = None,
-    threads: int = 1,
-    device_kind: str = "cpu",
-    batch_size: int | None = None,
-    memory_format: str | None = None,
-    seconds: Mapping[str, float] | None = None,
-    read_seconds: float = 0.0,
-    fisher_seconds: float = 0.0,
     grows: bool = False,
 ) -> Plan:
     """Plan an analysis.
@@ -75,17 +70,10 @@ def make_plan(
         settings: what was asked for.
         layers: of the model.
         splits: as a probe found them.
-        workers: how many there will be, or teams of them; spans are cut so that each has several.
-        team: workers that share a gradient.
-        partial_sums: parts to sum gradients in, where the settings leave it open.
-        span_length: intervals a span; `lcray.planning.spans` chooses where it is None.
-        threads: intra-op threads a worker.
-        device_kind: ``cpu`` or ``cuda``.
-        batch_size: as a probe chose it, where the settings leave it open.
-        memory_format: likewise.
-        seconds: of one gradient, by split, as a probe measured them.
-        read_seconds: of reading a checkpoint.
-        fisher_seconds: of the Fisher information of all splits at a step.
+        crew: the workers that there will be.
+        probed: what a probe measured and chose.
+        partial_sums: number of partial sums of a gradient, where the settings leave it open.
+        span_length: intervals per span; `lcray.planning.spans` chooses where it is None.
         grows: whether the run is followed, so that later steps may be multiples.
 
     Raises:
@@ -95,20 +83,23 @@ def make_plan(
     n_intervals = len(steps) - 1
     if n_intervals < 1:
         raise UsageError(f"{len(steps)} checkpoints: an interval needs two")
-    expected = None if seconds is None else _interval_seconds(settings, splits, seconds)
+    expected = None
+    if probed.seconds is not None:
+        expected = _interval_seconds(settings, splits, probed.seconds)
     sums = settings.partial_sums or partial_sums or 1
     detail = _matching(settings, layers)
     if span_length:
         spans = cut(steps, span_length)
     else:
         size = 0 if settings.parameters is False else sum(layer.numel for layer in layers)
-        pace = None if expected is None else expected * largest_share(sums, team)
-        spans = _spans(steps, workers, get_rule(settings.rule).probe_every, pace, size)
+        pace = None if expected is None else expected * largest_share(sums, crew.team)
+        spans = _spans(steps, crew.workers, get_rule(settings.rule).probe_every, pace, size)
     if settings.fisher is not None:
         if not grows:
             check_fisher(settings.fisher, steps)
         if expected is not None:
-            expected += fisher_seconds * sum(s % settings.fisher == 0 for s in steps) / n_intervals
+            n_steps = sum(step % settings.fisher == 0 for step in steps)
+            expected += probed.fisher_seconds * n_steps / n_intervals
     chosen = _tables(settings, layers, splits, len(spans))
     rows = max(1, len(detail) * n_intervals * len(splits))
     check_traces(settings, layers, on="traces" in chosen)
@@ -122,12 +113,12 @@ def make_plan(
         unit_layers=_with_units(settings, layers, detail),
         detail_layers=detail,
         trace_sample=min(_TRACE_SAMPLE, _MAX_TRACE_ROWS // rows),
-        threads=threads,
-        device_kind=device_kind,
-        batch_size=settings.batch_size or batch_size or DEFAULT_BATCH_SIZE,
-        memory_format=memory_format_of(settings) or memory_format or DEFAULT_MEMORY_FORMAT,
+        threads=crew.threads,
+        device_kind=crew.device_kind,
+        batch_size=settings.batch_size or probed.batch_size or DEFAULT_BATCH_SIZE,
+        memory_format=memory_format_of(settings) or probed.memory_format or DEFAULT_MEMORY_FORMAT,
         partial_sums=sums,
-        seconds=None if expected is None else expected + read_seconds,
+        seconds=None if expected is None else expected + probed.read_seconds,
     )
 
 

@@ -89,6 +89,42 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Crew:
+    """The workers that a plan is made for.
+
+    Attributes:
+        workers: how many, or how many teams; spans are cut so that each has several.
+        team: workers that share a gradient.
+        threads: intra-op threads per worker.
+        device_kind: ``cpu`` or ``cuda``.
+    """
+
+    workers: int = 1
+    team: int = 1
+    threads: int = 1
+    device_kind: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a probe measured and chose; nothing where there was none.
+
+    Attributes:
+        seconds: of one gradient, by split.
+        read_seconds: of reading a checkpoint.
+        fisher_seconds: of the Fisher information of all splits at a step.
+        batch_size: where the settings leave it open.
+        memory_format: likewise.
+    """
+
+    seconds: Mapping[str, float] | None = None
+    read_seconds: float = 0.0
+    fisher_seconds: float = 0.0
+    batch_size: int | None = None
+    memory_format: str | None = None
+
+
+@dataclass(frozen=True)
 class Reference:
     """What a worker finds for a few samples of a split at the first checkpoint.
 

@@ -17,7 +17,7 @@ from lcray.execution.worker.prefetch import Walk
 from lcray.execution.worker.process import tune_process, worker_environment
 from lcray.execution.worker.workspace import SpanReport, Workspace
 from lcray.planning.make import make_plan, make_settings
-from lcray.planning.plan import Plan
+from lcray.planning.plan import Crew, Plan, Probed
 from lcray.storage.files import FORMAT_VERSION, write_json_atomic
 from lcray.tasks.task import Task, load_task
 
@@ -75,11 +75,9 @@ def draft(workspace: Workspace, span_length: int, threads: int = 1) -> Plan:
         workspace.settings,
         description.layers,
         probe.splits,
+        crew=Crew(threads=threads, device_kind=description.device_kind),
+        probed=Probed(batch_size=probe.tuning.batch_size, memory_format=probe.tuning.memory_format),
         span_length=span_length,
-        threads=threads,
-        device_kind=description.device_kind,
-        batch_size=probe.tuning.batch_size,
-        memory_format=probe.tuning.memory_format,
     )
 
 

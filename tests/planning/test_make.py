@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lcray.errors import UsageError
 from lcray.execution.driver.analyze import load_plan
 from lcray.planning.costs import estimate
 from lcray.planning.make import extend_plan, make_plan, make_settings
-from lcray.planning.plan import Plan, SplitPlan
+from lcray.planning.plan import Crew, Plan, Probed, SplitPlan
 from lcray.settings import Settings
 from lcray.storage.files import FORMAT_VERSION
 from lcray.tables.reducing.reduce import plan_digest
@@ -40,6 +40,9 @@ def layer(numel: int, units: int = 1, name: str = "w") -> Layer:
 def draft(steps: Any = range(11), settings: Settings | None = None, **options: Any) -> Plan:
     layers = options.pop("layers", LAYERS)
     splits = options.pop("splits", (TRAIN,))
+    for name, kind in (("crew", Crew), ("probed", Probed)):
+        names = {each.name for each in fields(kind)} & options.keys()
+        options[name] = kind(**{each: options.pop(each) for each in names})
     return make_plan(list(steps), settings or Settings(), layers, splits, **options)
 
 

@@ -16,6 +16,8 @@ import lcray
 PACKAGE = Path(lcray.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 400  # lines; modules are around 150
+LONGEST_FUNCTION = 60  # lines of body
+MOST_ARGUMENTS = 9
 
 #: The rooms; each imports only from those before it.
 ORDER = (
@@ -213,3 +215,29 @@ def test_public_names_exist_and_say_what_they_are(name: str) -> None:
 def test_modules_stay_small() -> None:
     lines = {str(p.relative_to(PACKAGE)): len(p.read_text().splitlines()) for p in FILES}
     assert {name: count for name, count in lines.items() if count > LONGEST} == {}
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{name}.{node.name}", node
+
+
+def test_functions_stay_short() -> None:
+    long = []
+    for name, node in functions():
+        first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+        if (node.body[-1].end_lineno or 0) - first.lineno >= LONGEST_FUNCTION:
+            long.append(name)
+    assert long == []
+
+
+def test_functions_take_few_arguments() -> None:
+    """Beside options; what belongs together comes as one object."""
+    assert [
+        name
+        for name, node in functions()
+        if node.name != "__init__"
+        if len([*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]) > MOST_ARGUMENTS
+    ] == []

@@ -25,7 +25,7 @@ from lcray.execution.driver.record import (
 )
 from lcray.planning.costs import estimate, pass_seconds
 from lcray.planning.make import extend_plan, following_length, make_plan
-from lcray.planning.plan import Plan
+from lcray.planning.plan import Crew, Plan, Probed
 from lcray.planning.saved import PlanReport
 from lcray.settings import Settings
 from lcray.storage import Place, PlaceLike, place
@@ -94,17 +94,18 @@ class Job:
             self.settings,
             description.layers,
             probe.splits,
-            workers=pool.size,
-            team=self.resources.data_parallel,
+            crew=Crew(
+                pool.size, self.resources.data_parallel, self.threads, description.device_kind
+            ),
+            probed=Probed(
+                probe.seconds,
+                probe.read_seconds,
+                probe.fisher_seconds,
+                probe.tuning.batch_size,
+                probe.tuning.memory_format,
+            ),
             partial_sums=self.partial_sums,
             span_length=self.span_length,
-            threads=self.threads,
-            device_kind=description.device_kind,
-            batch_size=probe.tuning.batch_size,
-            memory_format=probe.tuning.memory_format,
-            seconds=probe.seconds,
-            read_seconds=probe.read_seconds,
-            fisher_seconds=probe.fisher_seconds,
             grows=self.growth is not None,
         )
         team, seconds = self.resources.data_parallel, probe.seconds
