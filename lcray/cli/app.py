@@ -45,7 +45,10 @@ _SECONDS_A_LOOK = 5.0
 
 @click.group(
     cls=Group,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": terminal.HELP_WIDTH,
+    },
     epilog="Every command has --help with examples. Docs: docs/ of the repository; completion: "
     "docs/completion.md.",
 )

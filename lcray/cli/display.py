@@ -16,6 +16,7 @@ from lcray.analyses.registry import FINDINGS
 from lcray.analyses.tidy import notes_of
 from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
 from lcray.checkpoints import Audit
+from lcray.cli import terminal
 from lcray.cli.units import duration as duration
 from lcray.cli.units import size as size
 from lcray.errors import one_line, visible
@@ -63,7 +64,8 @@ def fitted(frame: pd.DataFrame, width: int, *, rows: int = 50) -> RenderableType
 
 
 def _width(table: Table) -> int:
-    return Console(width=10_000, height=100).measure(table).maximum  # both, or TERM may decide
+    # Both, or TERM may decide.
+    return Console(width=terminal.WIDE, height=100).measure(table).maximum
 
 
 def _cell(value: object) -> str:
@@ -343,7 +345,7 @@ def status_text(found: Status) -> str:
     return "\n".join(map(one_line, lines))
 
 
-def findings_summary(found: Findings, width: int = 10_000) -> Group:
+def findings_summary(found: Findings, width: int = terminal.WIDE) -> Group:
     """Of every finding the rows about the whole run, and why others could not be had.
 
     Where there are several splits, those of the first; and of columns as many as fit into `width`.

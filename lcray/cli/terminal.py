@@ -19,6 +19,10 @@ from lcray.errors import visible
 if TYPE_CHECKING:  # what refusals and --help need not wait for
     from rich.console import Console
 
+#: Columns of what goes to a file or a pipe, where no table is folded, and of what is measured.
+WIDE = 10_000
+#: Columns of ``--help`` at most.
+HELP_WIDTH = 100
 _HANDLER = "lcray.plainer"
 _PLAINER = str.maketrans(
     {"Σ": "sum", "±": "+/-", "–": "-", "−": "-", "…": "...", "×": "x", "·": "*", "→": "->"}
@@ -81,7 +85,7 @@ def console() -> Console:
             for text, style, control in console.render(self._inner, options):
                 yield Segment(text if control else harmless(text), style, control)
 
-    width = None if sys.stdout.isatty() else 10_000
+    width = None if sys.stdout.isatty() else WIDE
     found = Console(width=width, soft_wrap=True, highlight=False, markup=False)
     found.push_render_hook(Harmless())
     return found

@@ -17,7 +17,7 @@ from lcray.analyses.findings import Findings
 from lcray.analyses.registry import FINDINGS
 from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
 from lcray.checkpoints.audit import Audit
-from lcray.cli import display
+from lcray.cli import display, terminal
 from lcray.execution.driver.analyze import PlanReport
 from lcray.planning.costs import Estimate
 from lcray.planning.plan import Plan
@@ -228,7 +228,7 @@ def test_a_summary_of_findings_names_each_and_where_all_its_rows_are(tmp_path: P
 
 
 def test_a_summary_says_what_an_empty_cell_means(tmp_path: Path) -> None:
-    def lines(onsets: list[int | None], width: int = 10_000) -> list[str]:
+    def lines(onsets: list[int | None], width: int = terminal.WIDE) -> list[str]:
         n = len(onsets)
         words = {name: ["x"] * n for name in ("train", "other", "layer")}
         after = pa.array([None if onset is None else -0.1 for onset in onsets], pa.float64())
