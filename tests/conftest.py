@@ -12,11 +12,16 @@ import pytest
 import scenes
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 import lcray
 from lcray.checkpoints import Recorder
 from lcray.tasks.task import Task
+
+# A busy machine is no defect: nothing is timed in tests.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 TINY_STEPS = 12  # intervals of the tiny run
 

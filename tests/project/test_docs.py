@@ -231,7 +231,7 @@ def test_the_recipes_are_those_of_the_readme_test() -> None:
         ("README.md", "not what would have happened without a layer"),
         ("README.md", "the variable `RAY_ADDRESS`"),
         ("docs/cluster.md", "by the variable `RAY_ADDRESS`"),
-        ("docs/performance.md", "and wrong: losses change by 0.2 to 0.6 % too much or too little"),
+        ("docs/performance.md", "but wrong: loss changes are off by 0.2 to 0.6 %"),
         ("docs/performance.md", "bfloat16: 1.35 to 1.5 times as fast on a CPU"),
     ],
 )
