@@ -3,7 +3,7 @@
 Train and record:  python examples/char_gpt.py --run runs/gpt
 Allocate:          lcray analyze runs/gpt --task examples/char_gpt.py:task --out out/gpt
 
-An item of the loss is a character, not a window: 64 items a sample. The groups are kinds of
+An item of the loss is a character, not a window: 64 items per sample. The groups are kinds of
 characters, which are mixed within a window.
 """
 
@@ -105,7 +105,7 @@ task = Task(model=CharGPT, splits=splits, loss=loss, groups=groups)
 
 
 def main() -> None:
-    """Train for a number of steps, one checkpoint a step."""
+    """Train for a number of steps, one checkpoint per step."""
     options = arguments(__doc__, run="runs/gpt", needs=SHAKESPEARE)
     torch.manual_seed(options.seed)
     model = CharGPT()

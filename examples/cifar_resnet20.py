@@ -28,7 +28,7 @@ class Block(nn.Module):
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
-        self.stride = after // before  # 2 where the channels double, else 1
+        self.stride = after // before  # 2 if the channels double, else 1
         self.new_channels = after - before
         self.conv1 = nn.Conv2d(before, after, 3, stride=self.stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(after)
@@ -88,7 +88,7 @@ task = Task(model=ResNet20, splits=splits, loss=loss, groups=groups)
 
 
 def main() -> None:
-    """Train for a number of steps, one checkpoint a step."""
+    """Train for a number of steps, one checkpoint per step."""
     options = arguments(__doc__, run="runs/resnet20", needs=CIFAR10)
     torch.manual_seed(options.seed)
     model = ResNet20()

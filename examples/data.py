@@ -1,4 +1,4 @@
-"""What the examples share: their data, their mini-batches and their command line.
+"""The common parts of the examples: data, mini-batches and command line.
 
 The three data files lie in one folder, named by the environment variable ``LCRAY_DATA`` or by a
 script's ``--data``. ``LCRAY_SAMPLES`` caps the samples of every split; unset, a split is whole.
@@ -22,7 +22,7 @@ MNIST = "mnist_10k.npz"  # x_train uint8 [8000, 28, 28], y_train int64 [8000]; 2
 CIFAR10 = "cifar10_12k.npz"  # x_train uint8 [10000, 32, 32, 3], y_train [10000]; 2,000 for testing
 SHAKESPEARE = "tinyshakespeare.txt"  # 1.1 million characters
 
-# Mean and standard deviation of the full training sets, a channel, of values scaled to [0, 1].
+# Mean and standard deviation of the full training sets, per channel, of values scaled to [0, 1].
 NORMALISATION = {
     MNIST: ([0.1307], [0.3081]),
     CIFAR10: ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
@@ -58,7 +58,7 @@ def locate(file: str) -> Path:
 
 
 def samples(available: int) -> int:
-    """How many samples of a split to take: all that are there, or as many as ``LCRAY_SAMPLES``."""
+    """The number of samples of a split to take: all of them, or at most ``LCRAY_SAMPLES``."""
     text = os.environ.get("LCRAY_SAMPLES", "") or str(available)
     if not text.isdecimal() or int(text) == 0:
         raise TaskError(

@@ -53,7 +53,7 @@ task = Task(model=FullyConnected, splits=splits, loss=loss, groups=groups)
 
 
 def main() -> None:
-    """Train for a number of steps, one checkpoint a step."""
+    """Train for a number of steps, one checkpoint per step."""
     options = arguments(__doc__, run="runs/fc", needs=MNIST)
     torch.manual_seed(options.seed)
     model = FullyConnected()

@@ -57,7 +57,7 @@ task = Task(model=LeNet, splits=splits, loss=loss, groups=groups)
 
 
 def main() -> None:
-    """Train for a number of steps, one checkpoint a step."""
+    """Train for a number of steps, one checkpoint per step."""
     options = arguments(__doc__, run="runs/lenet", needs=MNIST)
     torch.manual_seed(options.seed)
     model = LeNet()

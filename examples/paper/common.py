@@ -26,7 +26,7 @@ from lcray import Recorder, Resources, Task
 from lcray.errors import LcrayError, TaskError
 
 MNIST, CIFAR10 = "mnist_10k.npz", "cifar10_12k.npz"
-# Mean and standard deviation of the full training sets, a channel, of values scaled to [0, 1].
+# Mean and standard deviation of the full training sets, per channel, of values scaled to [0, 1].
 NORMALISATION = {
     MNIST: ([0.1307], [0.3081]),
     CIFAR10: ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
@@ -36,13 +36,13 @@ Batch = tuple[Tensor, Tensor]  # images [n, C, H, W], classes [n]
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything.
+    """The sizes of data, training and repetitions.
 
     Attributes:
         train: images of the training split, all there are if fewer; likewise `val`.
         val: images of the validation split, the first of the file's test set.
-        steps: optimizer steps, a checkpoint each.
-        batch: images a mini-batch.
+        steps: optimizer steps, with one checkpoint per step.
+        batch: images per mini-batch.
         seeds: of the conditions that are repeated.
         momenta: of the last layer, each for `momentum_seeds` seeds.
         momentum_seeds: likewise.
