@@ -157,7 +157,7 @@ class TestLossContract:
         message = refusal(lambda net, b: (net(b[0]), net(b[0]) ** 2))
         assert message == (
             f"{self.WHERE}weights have a gradient, so they depend on the model; weights must come "
-            "from the data alone; multiply the losses by what depends on the model"
+            "from the data alone; multiply the losses by factors that depend on the model"
         )
 
     @pytest.mark.parametrize("weight", [-1e-9, torch.nan, torch.inf])
