@@ -65,16 +65,16 @@ def compare(outs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     are for all layers.
     """
     from lcray.analyses.tidy import notes_of
-    from lcray.cli import display
+    from lcray.cli.display.frames import frame_table, records
 
     found = lcray.compare(*outs, **options)
     frame = found.to_pandas()
     if as_json:
-        click.echo(json.dumps(display.records(frame), default=str))
+        click.echo(json.dumps(records(frame), default=str))
         return
     frame = frame.assign(layer=frame["layer"].astype(object).replace("", "all"))
     shown = ("window", *_SHOWN) if frame["window"].nunique() > 1 else _SHOWN
     console = terminal.console()
-    console.print(display.frame_table(frame[[*shown]], rows=len(frame)))
+    console.print(frame_table(frame[[*shown]], rows=len(frame)))
     for note in notes_of(found):
         console.print(note)

@@ -69,7 +69,8 @@ def findings(out: str, only: tuple[str, ...], as_json: bool, **options: Any) -> 
 
     Each goes to OUT/findings/NAME.parquet; shown is a summary of the whole run.
     """
-    from lcray.cli import display
+    from lcray.cli.display.findings import findings_summary
+    from lcray.cli.display.frames import records
     from lcray.cli.progress import reporting
     from lcray.execution.driver.progress import Progress
 
@@ -81,9 +82,9 @@ def findings(out: str, only: tuple[str, ...], as_json: bool, **options: Any) -> 
             **options,
         )
     if as_json:
-        tables = {name: display.records(table.to_pandas()) for name, table in found.items()}
+        tables = {name: records(table.to_pandas()) for name, table in found.items()}
         data = {"path": str(found.path), "findings": tables, "impossible": found.impossible}
         click.echo(json.dumps(data, default=str))
         return
     console = terminal.console()
-    console.print(display.findings_summary(found, console.width))
+    console.print(findings_summary(found, console.width))

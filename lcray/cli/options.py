@@ -27,7 +27,7 @@ PATH: dict[str, tuple[str, ...]] = {
     "Record": ("convert",),
     "Inspect and plan": ("inspect", "plan"),
     "Analyze": ("analyze", "submit", "status", "reduce", "verify", "trace"),
-    "Report and ask": ("report", "findings", "compare", "plots", "query", "export"),
+    "Report and ask": ("report", "findings", "compare", "query", "export"),
 }
 #: Commands that go on where they were interrupted.
 _GO_ON = ("demo", "convert", "analyze", "submit", "trace")

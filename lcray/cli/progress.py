@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from rich.console import Console
 from rich.progress import (
@@ -41,6 +41,13 @@ def reporting() -> Iterator[Callable[[State], None]]:
             yield report
     else:
         yield _lines()
+
+
+@contextmanager
+def working() -> Iterator[Callable[[State], None]]:
+    """As `reporting`; what Ray and the user's modules print meanwhile goes to stderr."""
+    with reporting() as report, redirect_stdout(sys.stderr):
+        yield report
 
 
 @contextmanager

@@ -84,10 +84,10 @@ def _text(sql: str | None) -> str | None:
 
 
 def _show(frame: pd.DataFrame) -> None:
-    from lcray.cli import display
+    from lcray.cli.display.frames import fitted
 
     console = terminal.console()
-    console.print(display.fitted(frame, console.width))
+    console.print(fitted(frame, console.width))
 
 
 def _print(data: bytes) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import codecs
 import io
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -67,6 +68,14 @@ def say(text: object, *, err: bool = False, end: bool = True) -> None:
     """Prints a text as it is to the standard output, or to that of errors."""
     # Not click's own choice of a stream: it writes UTF-8 where the encoding is ASCII.
     click.echo(harmless(str(text)), file=sys.stderr if err else sys.stdout, nl=end)
+
+
+def show(data: dict[str, Any], render: Callable[[], Any], as_json: bool) -> None:
+    """Prints an answer, as JSON or for readers."""
+    if as_json:
+        click.echo(json.dumps(data, default=str))
+    else:
+        console().print(render())
 
 
 def console() -> Console:

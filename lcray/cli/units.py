@@ -22,3 +22,8 @@ def size(n_bytes: int | None) -> str:
         value, unit = value / 1000, unit + 1
     digits = f"{value:.3g}" if value < 100 else f"{value:,.0f}"
     return f"{digits} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
+
+
+def count(number: int, what: str, several: str = "") -> str:
+    """How many there are of something."""
+    return f"{number} {what}" if number == 1 else f"{number} {several or what + 's'}"

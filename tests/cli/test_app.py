@@ -434,7 +434,7 @@ class TestStatus:
         whole = lcray.status(plain_out)
         states = iter(["running", "following", "reducing", end])
         monkeypatch.setattr(lcray, "status", lambda out: replace(whole, state=next(states)))
-        monkeypatch.setattr(app, "_SECONDS_A_LOOK", 0.0)
+        monkeypatch.setattr("lcray.cli.status._SECONDS_A_LOOK", 0.0)
         found = command("status", plain_out, "--watch")
         assert re.findall(r"^(\w+): 12/12", found.out, re.M) == [
             "running", "following", "reducing", end,

@@ -17,7 +17,13 @@ from lcray.analyses.findings import Findings
 from lcray.analyses.registry import FINDINGS
 from lcray.analyses.titles import EMPTY, READING, WHAT_HAPPENED
 from lcray.checkpoints.audit import Audit
-from lcray.cli import display, terminal
+from lcray.cli import terminal
+from lcray.cli.display.audit import audit_table
+from lcray.cli.display.findings import findings_summary
+from lcray.cli.display.frames import fitted, frame_table, records
+from lcray.cli.display.plan import plan_table
+from lcray.cli.display.results import layer_table, summary, totals
+from lcray.cli.units import duration, size
 from lcray.execution.driver.analyze import PlanReport
 from lcray.planning.costs import Estimate
 from lcray.planning.plan import Plan
@@ -40,7 +46,7 @@ from lcray.planning.plan import Plan
     ],
 )
 def test_duration(seconds: float | None, words: str) -> None:
-    assert display.duration(seconds) == words
+    assert duration(seconds) == words
 
 
 @pytest.mark.parametrize(
@@ -60,19 +66,19 @@ def test_duration(seconds: float | None, words: str) -> None:
     ],
 )
 def test_size(n_bytes: int | None, words: str) -> None:
-    assert display.size(n_bytes) == words
+    assert size(n_bytes) == words
 
 
 def test_frames_show_missing_as_nothing_and_stop() -> None:
     frame = pd.DataFrame({"n": range(60), "x": [0.123456789, float("nan")] * 30, "s": ["a"] * 60})
-    lines = shown(display.frame_table(frame)).splitlines()
+    lines = shown(frame_table(frame)).splitlines()
     assert lines[0].split() == ["n", "x", "s"]
     assert lines[1].split() == ["0", "0.123457", "a"]
     assert lines[2].split() == ["1", "a"]
     assert len(lines) == 1 + 50 + 1
     assert lines[-1].strip() == "50 of 60 rows"
     frame = pd.DataFrame({"i": pd.array([1, None], "Int64"), "o": [None, "b"]})
-    assert [line.split() for line in shown(display.frame_table(frame)).splitlines()[1:]] == [
+    assert [line.split() for line in shown(frame_table(frame)).splitlines()[1:]] == [
         ["1"], ["b"],
     ]  # fmt: skip
 
@@ -85,7 +91,7 @@ def test_records() -> None:
             "s": pd.Categorical(["a", "b"]),
         }
     )
-    assert display.records(frame) == [
+    assert records(frame) == [
         {"n": 2**53 + 1, "x": 1e-300, "s": "a"},
         {"n": None, "x": None, "s": "b"},
     ]
@@ -94,7 +100,7 @@ def test_records() -> None:
 def test_layers_are_in_the_models_order_with_their_sums(plain_out: Path) -> None:
     results = lcray.open(plain_out)
     frame = results.layers()
-    lines = [line.split() for line in shown(display.layer_table(results)).splitlines()]
+    lines = [line.split() for line in shown(layer_table(results)).splitlines()]
     sizes = {"0.weight": 20, "0.bias": 5, "2.weight": 15, "2.bias": 3}
     assert [line[0] for line in lines[2:]] == list(sizes)
     assert "split train" in " ".join(lines[0])
@@ -124,11 +130,11 @@ def test_totals_leave_out_what_has_no_lc(plain_run: Path, tmp_path: Path) -> Non
     good = results.intervals()
     good = good[good["status"] == "ok"]
     assert len(good) == 10
-    (row,) = display.totals(results).to_dict("records")
+    (row,) = totals(results).to_dict("records")
     assert row["loss_change"] == pytest.approx((good["loss_end"] - good["loss_start"]).sum())
     assert row["lc"] == pytest.approx(good["lc"].sum())
     assert row["gap"] == pytest.approx((good["lc"] - good["loss_change"]).sum(), abs=1e-12)
-    assert "2 intervals have no LC" in shown(display.summary(results))
+    assert "2 intervals have no LC" in shown(summary(results))
 
 
 @pytest.fixture
@@ -139,7 +145,7 @@ def plan(plain_out: Path) -> Plan:
 def report(plan: Plan, **changes: Any) -> str:
     cost = Estimate(12, 56, 90.0, 2_000_000, {"intervals": 24, "layers": 1096}, 500_000_000)
     made = PlanReport(plan, replace(cost, **changes), 3, {"train": False, "val": True}, ("mind!",))
-    return shown(display.plan_table(made))
+    return shown(plan_table(made))
 
 
 def test_a_plan(plan: Plan) -> None:
@@ -148,12 +154,12 @@ def test_a_plan(plan: Plan) -> None:
     assert "56 full-batch gradients" in rows["gradients"]
     assert "at least" not in rows["gradients"]
     assert rows["time"] == "time 90 s of gradients on 3 workers, and about 10 s to start them"
-    assert rows["memory"] == "memory 500 MB a worker"
+    assert rows["memory"] == "memory 500 MB per worker"
     assert rows["disk"] == "disk 2 MB"
     assert rows["layers"] == "layers 1,096"
     assert rows["dtype"] == "dtype float32"
     assert rows["data"] == "data train streamed, val resident"
-    assert rows["device"] == "device cpu, 1 thread a worker"
+    assert rows["device"] == "device cpu, 1 thread per worker"
     assert "mind!" in rows
     assert rows["BatchNorm"] == "BatchNorm running"
 
@@ -162,14 +168,14 @@ def test_batches_and_who_chose_them(plan: Plan) -> None:
     made = replace(plan, batch_size=64, memory_format="channels_last", threads=2)
     text = report(made)
     assert "up to 64 (automatic) samples, channels_last (automatic)" in text
-    assert "cpu, 2 threads a worker" in text
+    assert "cpu, 2 threads per worker" in text
     asked = replace(plan.settings, batch_size=64, memory_format="channels_last")
     assert "up to 64 samples, channels_last\n" in report(replace(made, settings=asked))
 
 
 def test_batches_that_are_part_of_the_loss_are_nobodys_choice(plan: Plan) -> None:
     cost = Estimate(12, 56, 90.0, 2_000_000, {}, 500_000_000)
-    text = shown(display.plan_table(PlanReport(plan, cost, 3, fixed_batches=True)))
+    text = shown(plan_table(PlanReport(plan, cost, 3, fixed_batches=True)))
     assert f"up to {plan.batch_size} samples, part of the loss, contiguous" in text
 
 
@@ -203,9 +209,9 @@ def test_an_audit(plain_run: Path, tmp_path: Path) -> None:
     audit: Audit = lcray.inspect(plain_run)
     # 43 numbers of 4 bytes in each of 13 files, and the headers.
     assert audit.nbytes == sum(path.stat().st_size for path in plain_run.glob("*.safetensors"))
-    text = shown(display.audit_table(audit))
+    text = shown(audit_table(audit))
     assert f"{plain_run}: 13 checkpoints, steps 0 to 12; 4 tensors" in text
-    assert f"43 float elements, {display.size(audit.nbytes)}" in text
+    assert f"43 float elements, {size(audit.nbytes)}" in text
     assert text.splitlines()[-1] == "nothing stands out"
 
 
@@ -216,8 +222,8 @@ def test_a_summary_of_findings_names_each_and_where_all_its_rows_are(tmp_path: P
         rows = rows.append_column(name, pa.array([name] * 60))
     rows = rows.replace_schema_metadata({"lcray.notes": "[]"})
     found = Findings(tmp_path, {"overfitting": rows}, {}, {})
-    lines = shown(display.findings_summary(found)).splitlines()
-    narrow = shown(display.findings_summary(found, 40)).splitlines()
+    lines = shown(findings_summary(found)).splitlines()
+    narrow = shown(findings_summary(found, 40)).splitlines()
     assert narrow[1].split() == ["train", "other", "layer", "onset"]
     assert narrow[26] == "and lc_train_after, lc_other_after"
     assert lines[0] == "When each layer starts to overfit (overfitting)"
@@ -236,7 +242,7 @@ def test_a_summary_says_what_an_empty_cell_means(tmp_path: Path) -> None:
         rows = pa.table(words | numbers | {"lc_other_after": after})
         rows = rows.replace_schema_metadata({"lcray.notes": '["a note"]'})
         found = Findings(tmp_path, {"overfitting": rows}, {}, {})
-        return shown(display.findings_summary(found, width)).splitlines()
+        return shown(findings_summary(found, width)).splitlines()
 
     found = lines([None, 7])
     assert found[4].startswith("onset: the step from which, for three windows in a row")
@@ -255,8 +261,8 @@ def test_words_on_findings_are_about_what_their_summaries_show() -> None:
 
 def test_a_frame_too_wide_is_shown_value_by_value() -> None:
     frame = pd.DataFrame({"layer": ["a", "b", "c"], "lc": [-0.5, 0.123456789, 1.0]})
-    assert shown(display.fitted(frame, 15)) == shown(display.frame_table(frame))  # 5 + 2 + 8 wide
-    assert shown(display.fitted(frame, 14, rows=2)).split("\n\n") == [
+    assert shown(fitted(frame, 15)) == shown(frame_table(frame))  # 5 + 2 + 8 wide
+    assert shown(fitted(frame, 14, rows=2)).split("\n\n") == [
         "layer  a\nlc     -0.5",
         "layer  b\nlc     0.123457",
         "2 of 3 rows",

@@ -18,7 +18,9 @@ from lcray import plots
 from lcray.analyses.memorising import overfitting
 from lcray.analyses.registry import FINDINGS
 from lcray.analyses.tidy import notes_of
-from lcray.cli import display
+from lcray.cli.display.findings import findings_summary
+from lcray.cli.display.results import layer_table, summary
+from lcray.cli.status import status_text
 from lcray.errors import InapplicableError, LcrayError
 from lcray.tables.reading.results import Results
 from lcray.tables.reducing.reduce import reduce
@@ -74,10 +76,10 @@ def test_what_is_shown_and_exported(results: Results, tmp_path: Path) -> None:
     found = lcray.findings(results.path)
     console = Console(width=200, record=True, file=io.StringIO())
     for shown in (
-        display.findings_summary(found, 80),
-        display.summary(results),
-        display.layer_table(results),
-        display.status_text(lcray.status(results.path)),
+        findings_summary(found, 80),
+        summary(results),
+        layer_table(results),
+        status_text(lcray.status(results.path)),
     ):
         console.print(shown)
     assert "nan" not in console.export_text().lower().replace("dominant", "")

@@ -14,7 +14,7 @@ import scenes
 import torch
 
 import lcray
-from lcray.cli import display
+from lcray.cli.display.results import summary
 from lcray.errors import OutputError, UsageError
 from lcray.execution.driver.record import (
     Record,
@@ -171,7 +171,7 @@ def test_a_missing_step_0_is_said_by_the_plan_and_by_the_results(
     for name, options in asked.items():
         found = lcray.analyze(run, "scenes:plain", tmp_path / name, **options)
         assert found.notes == report.notes
-        assert report.notes[0] in "".join(map(str, display.summary(found).renderables))
+        assert report.notes[0] in "".join(map(str, summary(found).renderables))
     page = lcray.report(tmp_path / "out")
     assert isinstance(page, Path) and report.notes[0] in page.read_text()
 

@@ -35,7 +35,7 @@ from safetensors.torch import save
 
 import lcray
 from lcray.checkpoints import Recorder, open_series
-from lcray.cli.display import status_text
+from lcray.cli.status import status_text
 from lcray.errors import CheckpointError
 from lcray.execution.driver.analyze import load_plan
 from lcray.execution.driver.record import read_record

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import lcray
-from lcray.cli import display
+from lcray.cli.display.plan import plan_table
+from lcray.cli.display.results import summary
 from lcray.errors import TaskError, UsageError
 from lcray.execution.driver.analyze import PlanReport
 from lcray.execution.in_memory import allocate
@@ -412,7 +413,7 @@ class TestTables:
         assert train.replicate_weights == (1.0,) * 10 and val.replicate_weights == ()
         (note,) = results.notes
         assert note.startswith("split 'train': 10 of 17 samples, drawn at random with seed 5:")
-        text = shown(display.summary(results))
+        text = shown(summary(results))
         found = results.confidence().set_index(["split", "quantity", "layer"])
         change = found.loc[("train", "loss_change", "")]
         half = (change["high"] - change["low"]) / 2
@@ -422,7 +423,7 @@ class TestTables:
     def test_plans_say_what_is_drawn(self, plain_run: Path, inline: None) -> None:
         report: PlanReport = lcray.plan(plain_run, "scenes:plain", **OPTIONS)
         assert "train (10 of 17 samples, seed 5, in 10 replicates), val (6 samples)" in shown(
-            display.plan_table(report)
+            plan_table(report)
         )
         rows = report.estimate.rows
         assert (rows["replicates"], rows["replicate_layers"]) == (12 * 10, 12 * 10 * 4)

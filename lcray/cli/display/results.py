@@ -1,0 +1,130 @@
+"""What an analysis found, as tables and lines. Pure."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lcray.allocation.quadrature import MAX_PANELS
+from lcray.errors import visible
+from lcray.tables.reading.results import Results
+
+
+def layer_table(results: Results) -> Table:
+    """LC by layer over the run, in the model's order, with the share of parameters that help."""
+    frame = results.layers()
+    frame = frame[frame["split"] == results.plan.splits[0].name]
+    sums = frame.groupby("layer", observed=True).sum(numeric_only=True).reset_index()
+    sizes = {layer.name: layer.numel for layer in results.plan.layers}
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    split = visible(results.plan.splits[0].name)
+    table.title = f"Loss change allocated to each layer, split {split}"
+    for column in ("layer", "parameters", "LC", "helping", "hurting", "share helping"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for _, row in sums.iterrows():
+        colour = "red" if row["lc"] > 0 else "green"
+        table.add_row(
+            visible(str(row["layer"])),
+            f"{sizes[row['layer']]:,}",
+            Text(_signed(row["lc"]), colour),
+            _signed(row["lc_helping"]),
+            _signed(row["lc_hurting"]),
+            _share(row["n_helping"], row["n_helping"] + row["n_hurting"] + row["n_zero"], 1),
+        )
+    return table
+
+
+def totals(results: Results) -> pd.DataFrame:
+    """Per split over the run: changes, LC, gaps and counts of the intervals that are ok."""
+    frame = results.intervals()
+    frame = frame[frame["status"] == "ok"].assign(
+        abs_gap=lambda rows: rows["gap"].abs(), abs_change=lambda rows: rows["loss_change"].abs()
+    )
+    columns = ["loss_change", "lc", "gap", "abs_gap", "abs_change", "first_order_lc"]
+    columns += ["n_helping", "n_hurting", "n_zero", "n_gradients"]
+    return frame.groupby("split", observed=True)[columns].sum(min_count=1).reset_index()
+
+
+def closure_table(results: Results) -> Table:
+    """Per split: the loss change, what was allocated, and by how much they differ."""
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.title = f"Closure, rule {results.plan.settings.rule}"
+    columns = (
+        "loss change",
+        "Σ LC",
+        "gap/|change|",
+        "Σ|gap|/Σ|change|",
+        "first order",
+        "share helping",
+    )
+    table.add_column("split")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for _, row in totals(results).iterrows():
+        table.add_row(
+            visible(str(row["split"])),
+            _signed(row["loss_change"]),
+            _signed(row["lc"]),
+            _share(row["gap"], abs(row["loss_change"])),
+            _share(row["abs_gap"], row["abs_change"]),
+            _signed(row["first_order_lc"]),
+            _share(row["n_helping"], row["n_helping"] + row["n_hurting"] + row["n_zero"], 1),
+        )
+    return table
+
+
+def confidence_table(results: Results, level: float = 0.95) -> Table:
+    """Per split: how far a sample may be off the loss change and the LC of all its data."""
+    found = results.confidence(level=level)
+    found = found[found["layer"] == ""].assign(half=lambda rows: (rows["high"] - rows["low"]) / 2)
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.title = f"All of the data, {level:.0%} confidence"
+    table.add_column("split")
+    for column in ("loss change", "Σ LC"):
+        table.add_column(column, justify="right")
+    for split in results.plan.splits:
+        rows = found[found["split"] == split.name]
+        cells = zip(rows["estimate"], rows["half"], strict=True)
+        table.add_row(visible(split.name), *(_signed(value, half) for value, half in cells))
+    return table
+
+
+def _signed(value: float, half: float = math.nan) -> str:
+    error = f" ± {half:.4f}" if math.isfinite(half) else ""
+    return f"{value:+.4f}{error}" if math.isfinite(value) else "–"
+
+
+def _share(part: float, whole: float, digits: int = 3) -> str:
+    return f"{part / whole:.{digits}%}" if whole and math.isfinite(part / whole) else "–"
+
+
+def summary(results: Results) -> Group:
+    """What an analysis found, and where to go on."""
+    frame = results.intervals()
+    lines: list[RenderableType] = [closure_table(results), ""]
+    if any(split.drawn_from for split in results.plan.splits):
+        lines += [confidence_table(results), ""]
+    bad = frame[frame["status"] != "ok"]
+    if len(bad):
+        lines.append(Text(f"{len(bad)} intervals have no LC: {_statuses(bad)}", "yellow"))
+    missed = int((frame["converged"] == False).sum())  # noqa: E712 - null where not ok
+    if missed:
+        settings = results.plan.settings
+        more = min(2 * settings.max_panels, MAX_PANELS)
+        cure = f"--max-panels {more}" if settings.refine else "--refine"
+        lines.append(
+            f"{missed} of {len(frame)} intervals exceed the tolerance (rtol {settings.rtol:g}); "
+            f"{cure} and another --out would integrate those more finely"
+        )
+    lines += [Text(visible(note), "yellow") for note in results.notes]
+    lines.append(f"tables: {results.path / 'tables'}/*.parquet")
+    return Group(*lines)
+
+
+def _statuses(rows: pd.DataFrame) -> str:
+    counts = rows["status"].value_counts()
+    return ", ".join(f"{status} {count}" for status, count in counts.items() if count)

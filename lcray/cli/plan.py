@@ -1,0 +1,58 @@
+"""The command `lcray plan`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+import lcray
+from lcray.cli import terminal
+from lcray.cli.options import (
+    ADDRESS,
+    ANALYSIS,
+    JSON,
+    RUN,
+    Command,
+    example,
+    given,
+    take_resources,
+    together,
+)
+
+
+@click.command(
+    cls=Command,
+    epilog=example(
+        "lcray plan runs/mine --task mytask:task",
+        "lcray plan runs/mine --task mytask:task --rule auto --rtol 0.05 --save plan.json",
+    ),
+)
+@RUN
+@together(*ANALYSIS, ADDRESS)
+@click.option(
+    "--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan to this file."
+)
+@JSON
+def plan(run: str, task: str, save: Path | None, as_json: bool, **options: Any) -> None:
+    """Say what an analysis of RUN would take: gradients, time, memory, disk."""
+    from lcray.cli.display.plan import plan_table
+
+    with redirect_stdout(sys.stderr):
+        report = lcray.plan(run, task, resources=take_resources(options), **given(options))
+    if save is not None:
+        report.save(save)
+    data = {
+        "estimate": asdict(report.estimate),
+        "workers": report.workers,
+        "team": report.team,
+        "interval_seconds": report.interval_seconds,
+        "resident": report.resident,
+        "notes": report.notes,
+        "plan": report.plan.to_dict(),
+    }
+    terminal.show(data, lambda: plan_table(report), as_json)
