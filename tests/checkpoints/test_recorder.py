@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lcray.checkpoints import Recorder, open_series, writer
-from lcray.checkpoints import directory as storage
-from lcray.checkpoints import recording as session
 from lcray.checkpoints.bits import same_bits
+from lcray.checkpoints.recording import Slot
 from lcray.errors import OutputError, RecorderError, UsageError
 from lcray.storage import sync_folder
 from lcray.storage.files import write_json_atomic
@@ -548,7 +547,7 @@ def test_a_failed_rename_leaves_nothing_behind(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(storage.os, "replace", refuse)
+    monkeypatch.setattr("lcray.checkpoints.directory.os.replace", refuse)
     rec.step()
     with pytest.raises(RecorderError, match="step 1 could not be written: Input/output error"):
         rec.close()
@@ -581,8 +580,13 @@ def test_after_a_failure_nothing_more_is_written(tmp_path, monkeypatch):
 def test_files_are_synced_before_they_get_their_name(tmp_path, monkeypatch):
     events = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(storage.os, "fsync", lambda fd: (events.append("sync"), fsync(fd)))
-    monkeypatch.setattr(storage.os, "replace", lambda a, b: (events.append(b.name), replace(a, b)))
+    monkeypatch.setattr(
+        "lcray.checkpoints.directory.os.fsync", lambda fd: (events.append("sync"), fsync(fd))
+    )
+    monkeypatch.setattr(
+        "lcray.checkpoints.directory.os.replace",
+        lambda a, b: (events.append(b.name), replace(a, b)),
+    )
     rec = Recorder(net(), tmp_path)
     rec.step()
     rec.close()
@@ -632,12 +636,12 @@ def test_memory_is_bounded_and_step_waits_for_the_disk(tmp_path, monkeypatch):
     model = nn.Linear(512, 256, bias=False)  # 0.5 MiB
     made = []
 
-    class Counted(session.Slot):
+    class Counted(Slot):
         def __init__(self, *arguments, **keywords):
             made.append(1)
             super().__init__(*arguments, **keywords)
 
-    monkeypatch.setattr(session, "Slot", Counted)
+    monkeypatch.setattr("lcray.checkpoints.recording.Slot", Counted)
     rec = Recorder(model, tmp_path, queue_mib=1.6)  # three slots
     gate, original = threading.Event(), rec._session._directory.write
     monkeypatch.setattr(
@@ -677,9 +681,9 @@ def test_snapshots_in_the_queue_do_not_see_later_updates(tmp_path, monkeypatch):
 def test_queued_files_survive_an_exit_without_close(tmp_path):
     code = """
 import sys, time, torch
-from lcray.checkpoints import Recorder, directory as storage
-write = storage.LockedDirectory.write
-storage.LockedDirectory.write = lambda *a: (time.sleep(0.02), write(*a))
+from lcray.checkpoints import Recorder, directory
+write = directory.LockedDirectory.write
+directory.LockedDirectory.write = lambda *a: (time.sleep(0.02), write(*a))
 model = torch.nn.Linear(4, 4)
 recorder = Recorder(model, sys.argv[1])
 for _ in range(15):
@@ -696,10 +700,10 @@ if sys.argv[2] == "raise":
 def test_a_failure_at_exit_is_reported(tmp_path):
     code = """
 import sys, torch
-from lcray.checkpoints import Recorder, directory as storage
+from lcray.checkpoints import Recorder, directory
 recorder = Recorder(torch.nn.Linear(4, 4), sys.argv[1])
 def fail(*_): raise OSError(28, "No space left on device")
-storage.os.replace = fail
+directory.os.replace = fail
 recorder.step()
 """
     assert (
@@ -799,7 +803,7 @@ def test_a_file_system_without_locks_still_records(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(storage.fcntl, "flock", unsupported)
+    monkeypatch.setattr("lcray.checkpoints.directory.fcntl.flock", unsupported)
     with Recorder(net(), tmp_path) as rec:
         rec.step()
     assert sorted(stored(tmp_path)) == [0, 1]

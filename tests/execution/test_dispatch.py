@@ -16,13 +16,13 @@ import ray
 
 import lcray
 from lcray.errors import ClusterError, TaskError
-from lcray.execution.cluster import dispatch as dispatching
 from lcray.execution.cluster.dispatch import Dispatch
 from lcray.execution.cluster.metrics import Metrics
 from lcray.execution.cluster.scheduler import Policy
 from lcray.execution.worker.reports import Outcome, SpanReport, View
 from lcray.planning.plan import Plan, Span
 
+POLICY = "lcray.execution.cluster.dispatch.Policy"
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 # Workers do not find this module: they get the class itself.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -131,7 +131,9 @@ def test_the_second_to_finish_a_span_counts_for_nothing(
     plain_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first span is done by a copy, and by the straggler while the others are not done yet."""
-    monkeypatch.setattr(dispatching, "Policy", partial(Policy, straggling_seconds=1.0))
+    monkeypatch.setattr(
+        "lcray.execution.cluster.dispatch.Policy", partial(Policy, straggling_seconds=1.0)
+    )
     plan, crew, told = lcray.open(plain_out).plan, Few(5, Straggler), []
     counted: list[Span] = []
 
@@ -161,7 +163,9 @@ def test_a_span_that_was_given_up_counts_if_another_one_at_it_finishes(
     plain_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy of the first span fails for good; its straggler is done before the others are."""
-    monkeypatch.setattr(dispatching, "Policy", partial(Policy, straggling_seconds=1.0))
+    monkeypatch.setattr(
+        "lcray.execution.cluster.dispatch.Policy", partial(Policy, straggling_seconds=1.0)
+    )
     plan, seen = lcray.open(plain_out).plan, []
     crew: Any = Few(5, Straggler)
     (tmp_path / "fail").touch()

@@ -16,8 +16,7 @@ import scenes
 
 import lcray
 from lcray.errors import CheckpointError, UsageError
-from lcray.execution.driver import analyze
-from lcray.execution.driver import follow as growth
+from lcray.execution.driver import analyze, follow
 from lcray.execution.driver.follow import Growth
 from lcray.storage import place, storage_of
 
@@ -25,7 +24,7 @@ from lcray.storage import place, storage_of
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     now = [0.0]
-    monkeypatch.setattr(growth.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(follow.time, "monotonic", lambda: now[0])
     return lambda seconds: now.__setitem__(0, seconds)
 
 
@@ -115,7 +114,7 @@ class TestLooking:
             raise PermissionError(13, "not yours")
 
         monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.find", refuse)
-        monkeypatch.setattr(growth, "exists", lambda path: False)
+        monkeypatch.setattr(follow, "exists", lambda path: False)
         with pytest.raises(CheckpointError, match="run: cannot be listed: not yours"):
             Growth(run, None, None).first()
 
@@ -130,7 +129,7 @@ class TestLooking:
             for path in sorted(kept)[: 1 + len(list(run.glob("*.safetensors")))]:
                 path.write_bytes(kept[path])
 
-        monkeypatch.setattr(growth.time, "sleep", sleep)
+        monkeypatch.setattr(follow.time, "sleep", sleep)
         assert Growth(str(run), None, None).first().steps == (0, 1)
 
     def test_a_run_that_ends_without_an_interval(self, run: Path) -> None:

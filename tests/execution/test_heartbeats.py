@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 import lcray
 from lcray.errors import ClusterError
-from lcray.execution.cluster import dispatch as dispatching
-from lcray.execution.cluster.dispatch import Dispatch
+from lcray.execution.cluster.dispatch import _DEAF, Dispatch
 from lcray.execution.cluster.metrics import Metrics
 from lcray.execution.cluster.resources import Resources
 from lcray.execution.worker.reports import SpanReport
@@ -138,7 +137,7 @@ def test_nobody_is_blamed_for_what_could_not_be_heard(
         there = beats()
         if deaf:
             os.kill(there, signal.SIGSTOP)
-        time.sleep(dispatching._DEAF + 4)
+        time.sleep(_DEAF + 4)
         if deaf:
             os.kill(there, signal.SIGCONT)
         time.sleep(PATIENCE / 2)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lcray.checkpoints import CheckpointSeries, State, open_series
 from lcray.errors import CheckpointError
-from lcray.execution.worker import prefetch as walk_module
+from lcray.execution.worker import prefetch
 from lcray.execution.worker.prefetch import Walk
 from lcray.planning.plan import Span
 from lcray.tasks.model.flat import FlatModel
@@ -92,7 +92,7 @@ def test_the_next_interval_comes_whether_it_is_asked_for_or_not(run: Path) -> No
 def test_reading_is_ahead_by_two_checkpoints_or_by_one(
     run: Path, monkeypatch: pytest.MonkeyPatch, small: int, ahead: int
 ) -> None:
-    monkeypatch.setattr(walk_module, "_SMALL", small)
+    monkeypatch.setattr(prefetch, "_SMALL", small)
     walk, reads = make(run)
     with walk:
         for number, (_, following) in enumerate(walk.segments(Span(STEPS))):
@@ -106,7 +106,7 @@ def test_reading_is_ahead_by_two_checkpoints_or_by_one(
 
 @pytest.mark.slow
 def test_a_point_that_was_left_is_let_go(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walk_module, "_KEEP", 0)
+    monkeypatch.setattr(prefetch, "_KEEP", 0)
     walk, _ = make(run)
     points = []
     with walk:
@@ -123,7 +123,7 @@ def test_a_point_that_was_left_is_let_go(run: Path, monkeypatch: pytest.MonkeyPa
 def test_small_spans_are_kept_and_large_ones_read_again(
     run: Path, monkeypatch: pytest.MonkeyPatch, keep: int
 ) -> None:
-    monkeypatch.setattr(walk_module, "_KEEP", keep)
+    monkeypatch.setattr(prefetch, "_KEEP", keep)
     walk, reads = make(run)
     with walk:
         for _ in walk.segments(Span(STEPS)):

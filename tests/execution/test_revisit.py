@@ -13,8 +13,7 @@ import scenes
 import lcray
 from lcray.checkpoints import open_series
 from lcray.errors import CorruptionError, OutputError
-from lcray.execution.driver import revisit as revisiting
-from lcray.execution.driver.revisit import Revisit, revisit_last
+from lcray.execution.driver.revisit import Revisit, revisit_last, sha256_of_checkpoint
 from lcray.storage import place, storage_of
 from lcray.storage.files import encode_json, read_sealed, seal
 from lcray.tables.shards.commit import each_commit, read_commit
@@ -90,9 +89,10 @@ def test_checkpoints_are_read_only_where_their_listing_differs(
 ) -> None:
     out, read = tmp_path / "out", []
     analyze(run, out)
-    whole = revisiting.sha256_of_checkpoint
+    whole = sha256_of_checkpoint
     monkeypatch.setattr(
-        revisiting, "sha256_of_checkpoint", lambda c: (read.append(c.step), whole(c))[1]
+        "lcray.execution.driver.revisit.sha256_of_checkpoint",
+        lambda c: (read.append(c.step), whole(c))[1],
     )
     analyze(run, out)
     assert read == []
@@ -188,6 +188,6 @@ def test_sharded_checkpoints_have_one_stamp(tmp_path: Path) -> None:
     series = open_series(tmp_path)
     state = series.read(2)
     assert state.stamp == series.checkpoint(2).stamp != ""
-    assert revisiting.sha256_of_checkpoint(series.checkpoint(2)) == state.sha256
+    assert sha256_of_checkpoint(series.checkpoint(2)) == state.sha256
     os.utime(tmp_path / "checkpoint-2" / names["b"], ns=(0, 0))
     assert open_series(tmp_path).checkpoint(2).stamp not in ("", state.stamp)

@@ -18,7 +18,7 @@ import pytest
 import scenes
 
 import lcray
-from lcray.cli.app import app
+from lcray.cli.app import app, main
 from lcray.errors import UsageError
 from lcray.storage.interrupt import interruptible, left_behind
 
@@ -138,8 +138,6 @@ def test_errors_and_answers_come_through(out: Path) -> None:
 def test_only_what_goes_on_says_that_it_does(
     command: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from lcray.cli import app as cli
-
     def stop(**_: object) -> None:
         raise KeyboardInterrupt
 
@@ -149,7 +147,7 @@ def test_only_what_goes_on_says_that_it_does(
     monkeypatch.setattr("sys.argv", ["lcray", command, *arguments])
     try:
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert caught.value.code == 130

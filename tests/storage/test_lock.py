@@ -24,15 +24,14 @@ import scenes
 
 import lcray
 from lcray.errors import OutputError
-from lcray.storage import Place, place, storage_of
-from lcray.storage import lock as locks
+from lcray.storage import Place, lock, place, storage_of
 from lcray.storage.lock import locked, newest
 from lcray.tables.schema import TABLES
 from lcray.tables.shards.writer import ShardWriter, read_commit
 
 HOLD = """
 import errno, fcntl, sys, time
-from lcray.storage import lock as locks
+from lcray.storage import lock
 from lcray.errors import OutputError
 from lcray.storage import place
 
@@ -40,11 +39,11 @@ def unsupported(*_):
     raise OSError(errno.EOPNOTSUPP, "no such locks here")
 
 if sys.argv[2] == "elsewhere":  # as on another machine, over a file system whose locks end there
-    locks._machine = lambda: "another boot"
+    lock._machine = lambda: "another boot"
 if sys.argv[2] != "here":
     fcntl.flock = unsupported
 try:
-    with locks.locked(place(sys.argv[1]), every=0.1, stale=float(sys.argv[3])):
+    with lock.locked(place(sys.argv[1]), every=0.1, stale=float(sys.argv[3])):
         print("held", flush=True)
         sys.stdin.read()
 except OutputError as error:
@@ -163,7 +162,7 @@ def test_a_killed_driver_of_this_machine_is_known_to_be_dead_at_once(out: Place)
         kill(process)
         start = time.monotonic()
         with locked(out):
-            assert time.monotonic() - start < locks.STALE / 2
+            assert time.monotonic() - start < lock.STALE / 2
             assert newest(out) == 2
 
 
@@ -181,12 +180,12 @@ def test_a_living_driver_is_not_taken_for_dead_where_the_clock_was_set(
     out = place(f"{bucket}/out")
     with holder(out) as process:
         step_clock(monkeypatch)
-        found = locks._read(out, 1)
+        found = lock._read(out, 1)
         assert found is not None and not found.is_dead
         if older:  # as written before start ticks were: nobody can tell, so the counter does
             found = replace(found, ticks=-1)
             assert not found.is_dead
-            assert not locks._is_free(out, 1, found, 30, alone=False)
+            assert not lock._is_free(out, 1, found, 30, alone=False)
         else:
             with pytest.raises(OutputError) as caught, locked(out):
                 pass
@@ -201,7 +200,7 @@ def test_where_the_file_system_has_no_locks_neither(
     def unsupported(*_: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "no such locks here")
 
-    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
     with holder(tmp_path, "unlocked"):
         step_clock(monkeypatch)
         with pytest.raises(OutputError) as caught, locked(tmp_path):
@@ -210,7 +209,7 @@ def test_where_the_file_system_has_no_locks_neither(
 
 
 def test_a_number_that_another_process_has_by_now_is_that_of_a_dead_driver() -> None:
-    me = locks.Holder.this()
+    me = lock.Holder.this()
     assert not me.is_dead
     assert me.ticks == int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     assert replace(me, ticks=me.ticks - 1).is_dead
@@ -220,12 +219,12 @@ def test_a_number_that_another_process_has_by_now_is_that_of_a_dead_driver() -> 
 
 
 def test_files_of_older_and_of_later_versions_are_read(tmp_path: Path) -> None:
-    me = vars(locks.Holder.this())
+    me = vars(lock.Holder.this())
     older = {name: value for name, value in me.items() if name != "ticks"}
     for data, ticks in ((older, -1), (me | {"more": [1]}, me["ticks"])):
-        path = tmp_path / locks.LOCK / "00000001.json"
+        path = tmp_path / lock.LOCK / "00000001.json"
         storage_of(tmp_path).write(path, json.dumps(data).encode())
-        found = locks._read(tmp_path, 1)
+        found = lock._read(tmp_path, 1)
         assert found is not None
         assert (found.pid, found.machine, found.ticks) == (os.getpid(), me["machine"], ticks)
 
@@ -234,20 +233,20 @@ def test_without_proc_the_start_is_by_the_clock(monkeypatch: pytest.MonkeyPatch)
     def absent(pid: int) -> int:
         raise FileNotFoundError(2, "No such file or directory", "/proc/self")
 
-    monkeypatch.setattr(locks, "start_ticks", absent)
-    me = locks.Holder.this()
+    monkeypatch.setattr(lock, "start_ticks", absent)
+    me = lock.Holder.this()
     assert me.ticks == -1
     assert not replace(me, started=me.started - 60).is_dead  # there is one here, so that is hidden
-    monkeypatch.setattr(locks.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(lock.os.path, "exists", lambda path: False)
     assert not me.is_dead
     assert replace(me, started=me.started - 60).is_dead
 
 
 def test_the_next_driver_need_not_wait_for_one_that_has_ended(out: Place) -> None:
     for number in (1, 2, 3):
-        with locked(out) as lock:
-            assert lock.number == newest(out) == number
-    assert len(storage_of(out).find(out / locks.LOCK)) <= 3  # the old ones are cleared away
+        with locked(out) as mine:
+            assert mine.number == newest(out) == number
+    assert len(storage_of(out).find(out / lock.LOCK)) <= 3  # the old ones are cleared away
 
 
 @pytest.mark.slow
@@ -265,14 +264,14 @@ def test_a_driver_on_another_machine_is_known_by_its_counter(
         with locked(out, stale=1):
             assert time.monotonic() - start >= 1
     # No clock of another machine was looked at.
-    monkeypatch.setattr(locks.Holder, "this", _from_the_future)
+    monkeypatch.setattr(lock.Holder, "this", _from_the_future)
     with locked(out):
         pass
 
 
-def _from_the_future() -> locks.Holder:
-    me = locks.Holder("t", "far", 1, 0.0, "another boot", "2999-01-01T00:00:00+00:00")
-    return locks.Holder(**{**vars(me), "token": os.urandom(8).hex()})
+def _from_the_future() -> lock.Holder:
+    me = lock.Holder("t", "far", 1, 0.0, "another boot", "2999-01-01T00:00:00+00:00")
+    return lock.Holder(**{**vars(me), "token": os.urandom(8).hex()})
 
 
 @pytest.mark.slow
@@ -281,14 +280,14 @@ def test_a_driver_that_slept_loses_the_lock_and_stops_without_touching_the_new_o
 ) -> None:
     with holder(out, "elsewhere") as process:
         os.kill(process.pid, signal.SIGSTOP)
-        with locked(out, every=0.1, stale=1) as lock:
+        with locked(out, every=0.1, stale=1) as mine:
             os.kill(process.pid, signal.SIGCONT)
             line = said_by(process)
             assert line.startswith(f"{out}: the lock was lost to another lcray process")
             assert process.wait() == 0
             time.sleep(0.3)
-            lock.check()
-            assert newest(out) == lock.number
+            mine.check()
+            assert newest(out) == mine.number
 
 
 def test_a_driver_that_cannot_reach_its_lock_stops(
@@ -309,8 +308,8 @@ def test_a_driver_that_cannot_reach_its_lock_stops(
 @pytest.mark.slow
 def test_of_two_who_find_a_dead_driver_one_gets_the_lock(bucket: str) -> None:
     out = place(f"{bucket}/out")
-    dead = locks.Holder("t", "far", 1, 0.0, "another boot", "then")
-    storage_of(out).create(out / locks.LOCK / "00000007.json", dead.encode())
+    dead = lock.Holder("t", "far", 1, 0.0, "another boot", "then")
+    storage_of(out).create(out / lock.LOCK / "00000007.json", dead.encode())
     start, ended = threading.Barrier(3), threading.Barrier(3, timeout=60)
     numbers: list[int] = []
     refused: list[str] = []
@@ -318,8 +317,8 @@ def test_of_two_who_find_a_dead_driver_one_gets_the_lock(bucket: str) -> None:
     def take() -> None:
         start.wait()
         try:
-            with locked(out, every=0.1, stale=2) as lock:
-                numbers.append(lock.number)
+            with locked(out, every=0.1, stale=2) as mine:
+                numbers.append(mine.number)
                 ended.wait()
         except OutputError as error:
             refused.append(str(error))
@@ -346,7 +345,7 @@ def test_a_storage_that_cannot_keep_two_apart_is_refused(
 
 
 def said(**changes: object) -> bytes:
-    return json.dumps(vars(locks.Holder.this()) | changes).encode()
+    return json.dumps(vars(lock.Holder.this()) | changes).encode()
 
 
 DAMAGED = [b"", b"{}", b"[" * 100_000, b'{"token": 1}', b"\xff", said(pid=float("inf"))]
@@ -355,15 +354,15 @@ STRANGE = [said(pid=-1), said(pid=2**40), said(pid="1"), said(beat=None), said(r
 
 @pytest.mark.parametrize("text", DAMAGED + STRANGE)
 def test_a_damaged_lock_is_that_of_the_dead(tmp_path: Path, text: bytes) -> None:
-    storage_of(tmp_path).create(tmp_path / locks.LOCK / "00000001.json", text)
-    with locked(tmp_path, stale=0.2) as lock:
-        assert lock.number == 2
+    storage_of(tmp_path).create(tmp_path / lock.LOCK / "00000001.json", text)
+    with locked(tmp_path, stale=0.2) as mine:
+        assert mine.number == 2
 
 
 def test_a_lock_file_cannot_break_the_line_of_the_message(tmp_path: Path) -> None:
-    evil = vars(locks.Holder.this()) | {"host": "a\nb\x1b[31m" + "c" * 500, "machine": "elsewhere"}
-    storage_of(tmp_path).create(tmp_path / locks.LOCK / "00000001.json", json.dumps(evil).encode())
-    refusal = str(locks._refusal(tmp_path, locks._read(tmp_path, 1)))
+    evil = vars(lock.Holder.this()) | {"host": "a\nb\x1b[31m" + "c" * 500, "machine": "elsewhere"}
+    storage_of(tmp_path).create(tmp_path / lock.LOCK / "00000001.json", json.dumps(evil).encode())
+    refusal = str(lock._refusal(tmp_path, lock._read(tmp_path, 1)))
     assert "\n" not in refusal and "\x1b" not in refusal and len(refusal) < 400
 
 
@@ -393,9 +392,9 @@ def test_an_analysis_in_a_thread_stops_as_well_once_its_lock_is_lost(
     out, errors = tmp_path / "out", []
 
     def take_over() -> None:
-        other = locks.Holder("t", "far", 1, 0.0, "another boot", "then")
-        storage_of(out).create(out / locks.LOCK / "00000002.json", other.encode())
-        time.sleep(locks.BEAT + 2)  # until the next beat
+        other = lock.Holder("t", "far", 1, 0.0, "another boot", "then")
+        storage_of(out).create(out / lock.LOCK / "00000002.json", other.encode())
+        time.sleep(lock.BEAT + 2)  # until the next beat
 
     def work() -> None:
         told = scenes.Told(done=3, then=take_over)

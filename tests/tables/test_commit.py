@@ -16,9 +16,8 @@ from lcray.errors import CorruptionError
 from lcray.execution.driver.status import Standing, Status
 from lcray.planning.plan import Plan, Span
 from lcray.tables.reducing import reduce
-from lcray.tables.shards import writer as shards
 from lcray.tables.shards.commit import committed, each_commit
-from lcray.tables.shards.writer import ShardWriter, remove_strays, span_folder
+from lcray.tables.shards.writer import ShardWriter, read_commit, remove_strays, span_folder
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +123,13 @@ def test_strays_are_found_without_reading_commits_beside_which_there_are_none(
     stray.write_bytes(b"lost")
     (folder / "commit.json-1.tmp").write_bytes(b"torn")
     read = []
-    whole = shards.read_commit
+    whole = read_commit
 
     def noted(where: Any, span: Any) -> Any:
         read.append(span)
         return whole(where, span)
 
-    monkeypatch.setattr(shards, "read_commit", noted)
+    monkeypatch.setattr("lcray.tables.shards.writer.read_commit", noted)
     assert remove_strays(out, plan.spans) == [folder / "commit.json-1.tmp", stray]
     assert read == [plan.spans[1]]
     assert len(committed(out, plan.spans)) == 3

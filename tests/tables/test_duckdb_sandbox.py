@@ -19,7 +19,7 @@ import scenes
 
 from lcray.errors import CorruptionError, UsageError
 from lcray.storage.lock import LOCK
-from lcray.tables.reading import duckdb as sandbox
+from lcray.tables.reading.duckdb import connect, query_room, select, shut
 from lcray.tables.reading.results import open_output
 from lcray.tables.reducing.reduce import reduce
 from lcray.tables.verifying.verify import verify
@@ -273,9 +273,9 @@ def test_verification_runs_confined(
 
 
 def test_a_large_join_of_verify_goes_to_its_own_folder(tmp_path: Path) -> None:
-    with sandbox.connect(50 << 20) as database:
+    with connect(50 << 20) as database:
         database.execute(f"SET temp_directory='{tmp_path}'")
-        sandbox.shut(database, [])
+        shut(database, [])
         query = "SELECT count(*) FROM (SELECT DISTINCT hash(i) FROM range(5000000) t(i))"
         assert database.execute(query).fetchall() == [(5_000_000,)]
 
@@ -319,7 +319,7 @@ def test_sql_takes_no_more_memory_than_it_may(home: Path, query: str) -> None:
 def test_a_query_may_take_half_of_what_is_left() -> None:
     import psutil
 
-    room = sandbox.query_room()
+    room = query_room()
     assert 1 << 28 <= room <= max(1 << 28, psutil.virtual_memory().total // 2)
 
 
@@ -327,22 +327,22 @@ def test_a_query_may_take_half_of_what_is_left() -> None:
 def test_of_what_is_left_a_query_may_take_half(
     left: int, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox, "available_bytes", lambda device: left)
-    assert sandbox.query_room() == room
+    monkeypatch.setattr("lcray.tables.reading.duckdb.available_bytes", lambda device: left)
+    assert query_room() == room
 
 
 def test_a_database_takes_no_more_than_its_room() -> None:
-    with sandbox.connect(64 << 20) as connection, pytest.raises(duckdb.OutOfMemoryException):
+    with connect(64 << 20) as connection, pytest.raises(duckdb.OutOfMemoryException):
         connection.execute("SELECT list(i) FROM range(20000000) t(i)")
 
 
 def test_an_answer_has_its_own_room() -> None:
     """Integers of eight bytes, a hundred thousand of them."""
-    with sandbox.connect(1 << 28) as connection:
+    with connect(1 << 28) as connection:
         query = "SELECT * FROM range(100000)"
-        assert sandbox.select(connection, query, 1 << 20).num_rows == 100_000
+        assert select(connection, query, 1 << 20).num_rows == 100_000
         with pytest.raises(UsageError, match="larger than 0 MiB"):
-            sandbox.select(connection, query, 790_000)
+            select(connection, query, 790_000)
 
 
 def test_an_answer_may_take_half_of_the_room(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +364,7 @@ def test_an_answer_may_take_half_of_the_room(home: Path, monkeypatch: pytest.Mon
 )
 def test_a_database_finds_and_loads_nothing_even_before_it_is_shut(setting: str) -> None:
     local_frame = pd.DataFrame({"a": [1]})
-    with sandbox.connect(1 << 28) as connection:
+    with connect(1 << 28) as connection:
         asked = f"SELECT current_setting('{setting}')"
         assert connection.execute(asked).fetchall() == [(False,)]
         for frame in ("local_frame", "global_frame"):
@@ -377,8 +377,8 @@ def test_a_database_finds_and_loads_nothing_even_before_it_is_shut(setting: str)
 
 def test_nothing_is_outside_once_it_is_shut(tmp_path: Path) -> None:
     """By each setting alone: the statements here are those that `select` would refuse as well."""
-    with sandbox.connect(1 << 28) as connection:
-        sandbox.shut(connection, [tmp_path / "x.parquet"])
+    with connect(1 << 28) as connection:
+        shut(connection, [tmp_path / "x.parquet"])
         for statement in (
             f"COPY (SELECT 1) TO '{tmp_path}/y.csv'",
             f"ATTACH '{tmp_path}/z.db'",
@@ -398,8 +398,8 @@ def test_a_query_that_needs_more_leaves_no_files_where_it_runs(
     """DuckDB would put them into a folder of where the process is."""
     monkeypatch.chdir(tmp_path)
     query = "SELECT count(*) FROM (SELECT DISTINCT hash(i) FROM range(5000000) t(i))"
-    with sandbox.connect(50 << 20) as database:
-        sandbox.shut(database, [])
+    with connect(50 << 20) as database:
+        shut(database, [])
         with pytest.raises(duckdb.OutOfMemoryException):
             database.execute(query)
     assert list(tmp_path.iterdir()) == []
@@ -408,16 +408,16 @@ def test_a_query_that_needs_more_leaves_no_files_where_it_runs(
 def test_a_kind_of_statement_without_a_name_is_no_select() -> None:
     """Refused by its kind, before DuckDB is asked to explain it."""
     query = "UPDATE EXTENSIONS"
-    with sandbox.connect(1 << 28) as connection:
+    with connect(1 << 28) as connection:
         with pytest.raises(ValueError, match="StatementType"):
             connection.extract_statements(query)[0].type  # noqa: B018 - asked for its error
         with pytest.raises(UsageError, match="give exactly one SELECT"):
-            sandbox.select(connection, query, 1 << 20)
+            select(connection, query, 1 << 20)
 
 
 def test_what_is_shut_stays_shut(tmp_path: Path) -> None:
-    with sandbox.connect(1 << 28) as connection:
-        sandbox.shut(connection, [tmp_path / "x.parquet"])
+    with connect(1 << 28) as connection:
+        shut(connection, [tmp_path / "x.parquet"])
         for setting in ("memory_limit='64GB'", "python_enable_replacements=true", "threads=99"):
             with pytest.raises(duckdb.Error, match="configuration has been locked"):
                 connection.execute(f"SET {setting}")

@@ -17,7 +17,6 @@ from lcray.tables.parquet import TableFile
 from lcray.tables.reducing.reduce import reduce
 from lcray.tables.schema import TABLES
 from lcray.tables.verifying import coverage, sums
-from lcray.tables.verifying import verify as verification
 from lcray.tables.verifying.verify import verify
 
 Row = dict[str, Any]
@@ -501,7 +500,7 @@ def test_groups_of_other_passes_agree_less_closely(tmp_path: Path) -> None:
 
 def test_a_check_that_fails_is_a_problem(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = coverage.Invariant("wrong", ("layers",), "SELECT nothing FROM layers")
-    monkeypatch.setattr(verification, "coverage", lambda plan: [wrong])
+    monkeypatch.setattr("lcray.tables.verifying.verify.coverage", lambda plan: [wrong])
     (problem,) = verify(sound).problems
     assert "wrong: cannot be checked" in problem
     assert "\n" not in problem

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from lcray.errors import TaskError
-from lcray.tasks.data import groups as labels_module
-from lcray.tasks.data import samples as samples_module
 from lcray.tasks.data.pytree import Digest
 from lcray.tasks.data.split import SplitData, SplitSource, open_split, prepare_split
 from lcray.tasks.task import Task
@@ -232,7 +230,7 @@ class TestGroupLabels:
         assert message.startswith("task groups: failed on split 'train': TypeError: tuple indices")
 
     def test_too_many(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(labels_module, "MAX_GROUPS", 5)
+        monkeypatch.setattr("lcray.tasks.data.groups.MAX_GROUPS", 5)
         assert len(prepare((torch.arange(5),), groups=lambda b: b[0]).groups) == 5
         message = refusal((torch.arange(6),), groups=lambda b: b[0])
         assert message == "task groups: 6 groups in split 'train'; at most 5"
@@ -660,7 +658,7 @@ class TestReading:
             return torch.stack(rows)
 
         data = [torch.ones(1000) for _ in range(60)]
-        monkeypatch.setattr(samples_module, "_HELD", 20 * 4000)
+        monkeypatch.setattr("lcray.tasks.data.samples._HELD", 20 * 4000)
         found = source_of(data, collate=collate, groups=lambda b: b[:, 0].long())
         assert max(sizes) == 20 and found.sorted_by_group
 
