@@ -1,6 +1,23 @@
-"""Queries that would reach what is no table of an output."""
+"""What an attacker would have lcray read: pickles, and queries that leave an output."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+#: Queries that would reach what is no table of an output.
 
 ATTACKS = [
     "COPY layers TO '{out}/tables/x.csv'",

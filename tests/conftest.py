@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import object_server
 import pytest
 import scenes
-import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
-from torch import Tensor, nn
 
 import lcray
-from lcray.checkpoints import Recorder
 from lcray.tasks.task import Task
 
 # A busy machine is no defect: nothing is timed in tests.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
-
-TINY_STEPS = 12  # intervals of the tiny run
 
 
 @pytest.fixture(scope="session")
@@ -95,58 +91,26 @@ def plain_out(plain_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("plain-out") / "out"
     with pytest.MonkeyPatch.context() as patch:
         scenes.work_inline(patch)
-        lcray.analyze(plain_run, "scenes:plain", out, span_length=3, elements=True)
+        lcray.analyze(plain_run, "scenes:plain", out, **scenes.OPTIONS)
     return out
 
 
 @pytest.fixture
-def tiny_model() -> Callable[[], nn.Module]:
-    """Builds a tanh network of 4-5-3 units, 43 parameters."""
-    return build_tiny
+def run(plain_run: Path, tmp_path: Path) -> Path:
+    """A copy of the plain run, to damage."""
+    return Path(shutil.copytree(plain_run, tmp_path / "run"))
 
 
 @pytest.fixture
-def tiny_task() -> Task:
-    """Three classes; 17 samples in `train`, 6 in `val`; groups are the classes."""
-    return make_tiny_task()
+def out(plain_out: Path, tmp_path: Path) -> Path:
+    """A copy of its analysis in spans of three intervals."""
+    return Path(shutil.copytree(plain_out, tmp_path / "out"))
 
 
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the tiny task: steps 0 to 12 by SGD with momentum. Read only."""
-    run = tmp_path_factory.mktemp("tiny") / "run"
-    task = make_tiny_task()
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = build_tiny()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
-    with Recorder(model, run) as recorder:
-        for _ in range(TINY_STEPS):
-            optimizer.zero_grad()
-            task.loss(model, task.splits["train"]).mean().backward()
-            optimizer.step()
-            recorder.step()
-    return run
-
-
-def build_tiny() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def make_tiny_task() -> Task:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(23, 4, generator=generator)
-    y = (x @ torch.randn(4, 3, generator=generator)).argmax(1)
-    splits = {"train": (x[:17], y[:17]), "val": (x[17:], y[17:])}
-    return Task(build_tiny, splits, _cross_entropy, groups=_classes)
-
-
-def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
-def _classes(batch: tuple[Tensor, Tensor]) -> Tensor:
-    return batch[1]
+@pytest.fixture
+def plain_task() -> Task:
+    """That of the plain run, its splits at hand: 17 samples in `train`, 6 in `val`."""
+    return replace(scenes.plain, splits=scenes.points())
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -17,13 +17,14 @@ from typing import Any
 import psutil
 import pytest
 import scenes
+from repository import PACKAGE, TESTS
 
 import lcray
 from lcray.planning.plan import Plan
 from lcray.storage.files import FORMAT_VERSION
 
 STEPS, SPAN = 24, 2
-PATH = os.pathsep.join([str(scenes.HERE), str(Path(lcray.__file__).parents[1])])
+PATH = os.pathsep.join([str(TESTS), str(PACKAGE.parent)])
 _NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 # Nodes that have gone are noticed within seconds.
 _HEALTH = {

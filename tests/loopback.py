@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 import pytest
+from repository import ROOT
 
-HERE = Path(__file__).parent
 TOOLS = ("unshare", "nsenter", "ip")
 
 
@@ -117,7 +117,7 @@ def _environment(folder: Path) -> dict[str, str]:
     return {
         "PATH": programs,
         "HOME": str(folder / "home"),
-        "PYTHONPATH": str(HERE.parent),
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "LANG": "C.UTF-8",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,7 +68,6 @@ class Sized(nn.Module):
         self.layer = nn.Linear(size, 3)
 
 
-HERE = Path(__file__).parent
 no_task = {"model": build_plain, "splits": points, "loss": cross_entropy}
 reduced = Task(build_plain, points, mean)
 of_numbers = Task(build_plain, points, number)

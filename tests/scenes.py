@@ -33,8 +33,9 @@ from lcray.settings import Settings
 from lcray.tables.reducing.reduce import Reduction, merge
 from lcray.tasks.task import Task, TaskSource
 
-HERE = Path(__file__).parent
 Pair = tuple[Tensor, Tensor]
+#: Those of the analysis `plain_out`.
+OPTIONS: dict[str, Any] = {"span_length": 3, "elements": True}
 
 
 def build_plain() -> nn.Module:

@@ -12,6 +12,7 @@ import pytest
 import scenes
 import torch
 import torch.nn.functional as F
+from scenes import cross_entropy
 from torch import Tensor, nn
 
 import lcray
@@ -32,10 +33,6 @@ def sample_classes(output: Tensor, batch: Any, generator: torch.Generator) -> An
     """Classes drawn from the softmax of logits [n, C]."""
     drawn = torch.multinomial(output.softmax(1), 1, generator=generator)[:, 0]
     return (batch[0], drawn, *batch[2:])
-
-
-def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 def weighted(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -74,7 +71,10 @@ def softmax_regression() -> nn.Module:
 
 def regression(n: int, seed: int = 0) -> Task:
     return Task(
-        softmax_regression, {"train": data(n, seed)}, cross_entropy, sample_targets=sample_classes
+        softmax_regression,
+        {"train": data(n, seed)},
+        cross_entropy,
+        sample_targets=sample_classes,
     )
 
 
@@ -338,16 +338,16 @@ class TestRescaling:
 
 
 class TestRefusals:
-    def test_without_sample_targets(self, tiny_run: Path) -> None:
+    def test_without_sample_targets(self, plain_run: Path) -> None:
         with pytest.raises(TaskError, match=r"sample_targets.*--fisher-kind empirical"):
-            Workspace(scenes.plain, str(tiny_run), make_settings({"fisher": 1}))
+            Workspace(scenes.plain, str(plain_run), make_settings({"fisher": 1}))
 
-    def test_targets_that_the_generator_does_not_decide(self, tiny_run: Path) -> None:
+    def test_targets_that_the_generator_does_not_decide(self, plain_run: Path) -> None:
         def guess(output: Tensor, batch: Any, generator: torch.Generator) -> Any:
             return batch[0], torch.randint(3, (len(batch[1]),))
 
         task = Task(scenes.build_plain, scenes.points, cross_entropy, sample_targets=guess)
-        work = Workspace(task, str(tiny_run), make_settings({"fisher": 1}))
+        work = Workspace(task, str(plain_run), make_settings({"fisher": 1}))
         with pytest.raises(TaskError, match="'train': other targets the second time; draw them"):
             work.probe()
 
@@ -385,11 +385,11 @@ class TestRefusals:
             make_plan(range(1, 7), make_settings({"fisher": 7}), (), ())
 
     @pytest.mark.usefixtures("inline")
-    def test_a_run_that_grows_may_reach_one_later(self, tiny_run: Path, tmp_path: Path) -> None:
+    def test_a_run_that_grows_may_reach_one_later(self, plain_run: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="none of the steps 1 to 12 is a multiple"):
-            lcray.analyze(tiny_run, TASK, tmp_path / "out", steps="1:", fisher=20)
+            lcray.analyze(plain_run, TASK, tmp_path / "out", steps="1:", fisher=20)
         found = lcray.analyze(
-            tiny_run, TASK, tmp_path / "out", steps="1:", fisher=20, follow=True, idle=0.1
+            plain_run, TASK, tmp_path / "out", steps="1:", fisher=20, follow=True, idle=0.1
         )
         assert found.fisher().empty and lcray.verify(tmp_path / "out").ok
 
@@ -410,14 +410,14 @@ class TestRefusals:
 TASK = Task(
     scenes.build_plain,
     scenes.points,
-    scenes.cross_entropy,
+    cross_entropy,
     groups=scenes.classes,
     sample_targets=sample_classes,
 )
 WRITTEN = Task(  # writes into the batch that it is given
     scenes.build_plain,
     scenes.points,
-    scenes.cross_entropy,
+    cross_entropy,
     sample_targets=lambda out, batch, g: [batch[1].copy_(sample_classes(out, batch, g)[1]), batch][
         1
     ],
@@ -437,10 +437,10 @@ def analyze(task: Task, run: Path, out: Path, length: int, **options: Any) -> Re
 
 class TestTables:
     def test_every_third_step_and_however_spans_are_cut(
-        self, tiny_run: Path, tmp_path: Path
+        self, plain_run: Path, tmp_path: Path
     ) -> None:
-        one = analyze(TASK, tiny_run, tmp_path / "one", 12, fisher=3, fisher_samples=10)
-        two = analyze(TASK, tiny_run, tmp_path / "two", 5, fisher=3, fisher_samples=10)
+        one = analyze(TASK, plain_run, tmp_path / "one", 12, fisher=3, fisher_samples=10)
+        two = analyze(TASK, plain_run, tmp_path / "two", 5, fisher=3, fisher_samples=10)
         frame = one.fisher()
         assert two.fisher().equals(frame)
         assert frame["step"].unique().tolist() == [0, 3, 6, 9, 12]
@@ -453,11 +453,11 @@ class TestTables:
         assert lcray.verify(tmp_path / "two").ok
 
     def test_a_plan_without_the_tables_takes_no_time_for_them(
-        self, tiny_run: Path, tmp_path: Path
+        self, plain_run: Path, tmp_path: Path
     ) -> None:
         """So is that of a second pass, for traces."""
         options = {"fisher": 1, "samples": 5, "batch_size": 8}
-        work = Workspace(TASK, str(tiny_run), make_settings(options))
+        work = Workspace(TASK, str(plain_run), make_settings(options))
         splits = work.probe().splits
         plan = make_plan(work.series.steps, work.settings, work.flat.layers, splits)
         assert {"fisher", "replicates", "replicate_layers"} < set(plan.tables)
@@ -468,31 +468,31 @@ class TestTables:
         assert commit is not None and commit.tables == {"intervals", "layers", "borders"}
 
     @pytest.mark.slow
-    def test_the_rest_is_as_without(self, tiny_run: Path, tmp_path: Path) -> None:
-        plain = analyze(TASK, tiny_run, tmp_path / "plain", 5)
-        other = analyze(TASK, tiny_run, tmp_path / "other", 5, fisher=1)
+    def test_the_rest_is_as_without(self, plain_run: Path, tmp_path: Path) -> None:
+        plain = analyze(TASK, plain_run, tmp_path / "plain", 5)
+        other = analyze(TASK, plain_run, tmp_path / "other", 5, fisher=1)
         assert set(other.tables) - set(plain.tables) == {"fisher"}
         for table in plain.tables:
             assert other.table(table).equals(plain.table(table)), table
 
-    def test_empirical_alone(self, tiny_run: Path, tmp_path: Path) -> None:
+    def test_empirical_alone(self, plain_run: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
         frame = analyze(
-            scenes.plain, tiny_run, out, 12, fisher=12, fisher_kind="empirical"
+            scenes.plain, plain_run, out, 12, fisher=12, fisher_kind="empirical"
         ).fisher()
         assert frame["trace_true"].isna().all() and frame["trace_empirical"].notna().all()
-        both = analyze(TASK, tiny_run, tmp_path / "both", 12, fisher=12).fisher()
+        both = analyze(TASK, plain_run, tmp_path / "both", 12, fisher=12).fisher()
         assert both["trace_empirical"].equals(frame["trace_empirical"])
 
     @pytest.mark.slow
-    def test_targets_that_are_written_into_the_batch(self, tiny_run: Path, tmp_path: Path) -> None:
-        one = analyze(TASK, tiny_run, tmp_path / "one", 12, fisher=6).fisher()
-        two = analyze(WRITTEN, tiny_run, tmp_path / "two", 12, fisher=6).fisher()
+    def test_targets_that_are_written_into_the_batch(self, plain_run: Path, tmp_path: Path) -> None:
+        one = analyze(TASK, plain_run, tmp_path / "one", 12, fisher=6).fisher()
+        two = analyze(WRITTEN, plain_run, tmp_path / "two", 12, fisher=6).fisher()
         assert two.equals(one)
 
-    def test_a_run_that_grows(self, tiny_run: Path, tmp_path: Path) -> None:
+    def test_a_run_that_grows(self, plain_run: Path, tmp_path: Path) -> None:
         """A span has the rows of the steps it ends intervals at, so none is there twice."""
-        short = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+        short = Path(shutil.copytree(plain_run, tmp_path / "run"))
         for step in range(7, 13):
             scenes.checkpoint(short, step).unlink()
         with pytest.MonkeyPatch.context() as patch:
@@ -500,25 +500,25 @@ class TestTables:
             options: dict[str, Any] = {"fisher": 2, "batch_size": 8, "span_length": 3}
             lcray.analyze(short, TASK, tmp_path / "out", **options)
             for step in range(7, 13):
-                shutil.copy(scenes.checkpoint(tiny_run, step), short)
+                shutil.copy(scenes.checkpoint(plain_run, step), short)
             grown = lcray.analyze(short, TASK, tmp_path / "out", **options)
         assert lcray.verify(tmp_path / "out").ok
         assert len(grown.fisher()) == 2 * 7 * 4
 
     @pytest.mark.slow
     @pytest.mark.ray
-    def test_any_number_of_workers(self, tiny_run: Path, tmp_path: Path) -> None:
+    def test_any_number_of_workers(self, plain_run: Path, tmp_path: Path) -> None:
         options: dict[str, Any] = {"fisher": 1, "batch_size": 8, "span_length": 3}
         for workers in (1, 2):
             resources = lcray.Resources(workers=workers)
-            lcray.analyze(tiny_run, TASK, tmp_path / str(workers), resources=resources, **options)
+            lcray.analyze(plain_run, TASK, tmp_path / str(workers), resources=resources, **options)
         assert scenes.tables(tmp_path / "1") == scenes.tables(tmp_path / "2")
 
-    def test_the_plan_says_what_it_costs(self, tiny_run: Path) -> None:
+    def test_the_plan_says_what_it_costs(self, plain_run: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             scenes.work_inline(patch)
-            found = lcray.plan(tiny_run, TASK, fisher=3, batch_size=8)
-            plain = lcray.plan(tiny_run, TASK, batch_size=8)
+            found = lcray.plan(plain_run, TASK, fisher=3, batch_size=8)
+            plain = lcray.plan(plain_run, TASK, batch_size=8)
         assert found.estimate.rows["fisher"] == 2 * 5 * 4
         assert "fisher" not in plain.estimate.rows
         # A step of Fisher information is about as dear as the gradients of a few intervals here.

@@ -12,6 +12,7 @@ import planting
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from repository import DOCS
 
 import lcray
 from lcray.analyses import findings
@@ -184,12 +185,12 @@ def test_a_link_out_of_the_output_is_not_followed(tmp_path: Path) -> None:
     assert [*(tmp_path / "elsewhere").iterdir()] == []
 
 
-DOCS = (Path(__file__).parents[2] / "docs" / "findings.md").read_text()
+EXPLAINED = (DOCS / "findings.md").read_text()
 
 
 @pytest.mark.parametrize("finding", FINDINGS, ids=lambda f: f.name)
 def test_every_finding_is_explained_with_its_columns(finding: Finding, found: Findings) -> None:
-    section = DOCS.split(f"## `{finding.name}`\n")[1].split("\n## ")[0]
+    section = EXPLAINED.split(f"## `{finding.name}`\n")[1].split("\n## ")[0]
     assert ("Needs" in section and "Read: " in section) or finding.name == "memorising"
     assert all(f"`{table}`" in section for table in finding.needs)
     listed = re.findall(r"`(\w+)`", section.split("Columns: ")[1].split("\n\n")[0])

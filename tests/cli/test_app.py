@@ -73,11 +73,6 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.fixture
-def run(plain_run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(plain_run, tmp_path / "run"))
-
-
 def test_help_of_every_command(command: Lcray) -> None:
     names = set(app.app.commands)
     assert {"demo", "inspect", "plan", "analyze", "status", "reduce", "verify", "query"} <= names

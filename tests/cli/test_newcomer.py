@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import scenes
 import torch
+from repository import PACKAGE
 from safetensors.torch import load_file, save_file
 
 import lcray
@@ -300,7 +301,7 @@ main()
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     environment = scenes.python_environment()
-    environment["PYTHONPATH"] = str(Path(lcray.__file__).parents[1])
+    environment["PYTHONPATH"] = str(PACKAGE.parent)
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=environment
     )

@@ -21,6 +21,7 @@ import pytest
 import scenes
 import torch
 from safetensors.torch import load_file, save_file
+from scenes import OPTIONS
 
 import lcray
 from lcray.errors import (
@@ -36,20 +37,6 @@ from lcray.execution.driver.analyze import load_plan
 from lcray.execution.worker.tuning import Tuning, tune
 from lcray.execution.worker.workbench import Workbench
 from lcray.tasks.task import Task
-
-OPTIONS: dict[str, Any] = {"span_length": 3, "elements": True}
-
-
-@pytest.fixture
-def run(plain_run: Path, tmp_path: Path) -> Path:
-    """A copy of the plain run, to damage."""
-    return Path(shutil.copytree(plain_run, tmp_path / "run"))
-
-
-@pytest.fixture
-def out(plain_out: Path, tmp_path: Path) -> Path:
-    """A copy of its analysis in spans of three intervals, with times."""
-    return Path(shutil.copytree(plain_out, tmp_path / "out"))
 
 
 def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:

@@ -21,14 +21,13 @@ import ray
 import yaml
 from ray.runtime_env import RuntimeEnv
 from ray.scripts.scripts import cli as ray_cli
+from repository import CLUSTER, ROOT
 
 from lcray.cli import app
 from lcray.tasks.packaging import pack
 from lcray.tasks.task import load_task
 
-ROOT = Path(__file__).parents[2]
-CLUSTER = ROOT / "examples" / "cluster"
-README = (CLUSTER / "README.md").read_text()
+PAGE = (CLUSTER / "README.md").read_text()
 SCRIPTS = [*CLUSTER.glob("*.sh"), ROOT / "tests" / "ssh" / "ray_submit.sh", ROOT / ".ci" / "run"]
 
 
@@ -70,11 +69,11 @@ def check_ray(words: list[str]) -> None:
 def test_every_file_is_explained() -> None:
     files = {path.name for path in CLUSTER.iterdir()} - {"README.md"}
     assert files >= {"job.sh", "cluster.yaml", "rayjob.yaml", "slurm.sh", "code"}
-    assert [name for name in files if f"`{name}" not in README and f" {name}" not in README] == []
+    assert [name for name in files if f"`{name}" not in PAGE and f" {name}" not in PAGE] == []
 
 
 def test_commands_exist() -> None:
-    words = blocks(README)
+    words = blocks(PAGE)
     programs = {"lcray": check_lcray, "ray": check_ray}
     assert {line[0] for line in words} >= {"lcray", "ray", "sbatch", "kubectl", "python"}
     for line in words:
@@ -240,4 +239,4 @@ def test_every_pod_sees_the_code_and_the_storage() -> None:
             mount = next(where for where in at if Path(path).is_relative_to(where))
             assert kind in at[mount], path
     config_map = at["/code"]["configMap"]["name"]
-    assert f"kubectl create configmap {config_map} --from-file=code" in README
+    assert f"kubectl create configmap {config_map} --from-file=code" in PAGE

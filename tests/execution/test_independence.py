@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from scenes import cross_entropy
 from strategies import Bench, Case, closeness, contrastive, seeds
 from torch import Tensor, nn
 
@@ -73,10 +74,6 @@ def refusal(loss: Loss, **given: Any) -> str:
     return message
 
 
-def by_item(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
 # --- losses of a batch ------------------------------------------------------------------------
 
 
@@ -89,7 +86,7 @@ def hardest(share: float | int) -> Loss:
     """The loss of the hardest items; a number of them, or a share of the batch."""
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        losses = by_item(model, batch)
+        losses = cross_entropy(model, batch)
         k = share if isinstance(share, int) else max(1, int(share * len(losses)))
         hard = losses.topk(min(k, len(losses))).indices
         return losses * torch.zeros_like(losses).index_fill(0, hard, 1.0)
@@ -98,13 +95,13 @@ def hardest(share: float | int) -> Loss:
 
 
 def hardest_by_weight(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    losses = by_item(model, batch)
+    losses = cross_entropy(model, batch)
     hard = losses.topk(max(1, len(losses) // 2)).indices
     return losses, torch.zeros_like(losses).index_fill(0, hard, 1.0)
 
 
 def strictly_hardest(model: nn.Module, batch: Any) -> Tensor:
-    losses = by_item(model, batch)
+    losses = cross_entropy(model, batch)
     return losses * torch.zeros_like(losses).index_fill(0, losses.topk(16).indices, 1.0)
 
 
@@ -137,7 +134,7 @@ def by_neighbour(model: nn.Module, batch: Any) -> Tensor:
 
 def alone_in_class(model: nn.Module, batch: Any) -> Tensor:
     """Shows only where a batch holds one class, as batches do that are sorted by class."""
-    losses = by_item(model, batch)
+    losses = cross_entropy(model, batch)
     several = bool((batch[1] != batch[1][0]).any())
     return losses if several else 2 * losses
 
@@ -145,21 +142,21 @@ def alone_in_class(model: nn.Module, batch: Any) -> Tensor:
 def by_class_size(model: nn.Module, batch: Any) -> Tensor:
     """The same for all batches that hold each class equally often, as the data do."""
     counts = torch.bincount(batch[1], minlength=CLASSES)[batch[1]]
-    return by_item(model, batch) * len(counts) / counts / CLASSES
+    return cross_entropy(model, batch) * len(counts) / counts / CLASSES
 
 
 def mean_of_all(model: nn.Module, batch: Any) -> Tensor:
-    losses = by_item(model, batch)
+    losses = cross_entropy(model, batch)
     return losses.mean().expand(len(losses))
 
 
 def weights_at_times(model: nn.Module, batch: Any) -> Any:
-    losses = by_item(model, batch)
+    losses = cross_entropy(model, batch)
     return losses if len(losses) > 9 else (losses, torch.full_like(losses, 0.5))
 
 
 def weights_that_add_up_to_one(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    losses = by_item(model, batch)
+    losses = cross_entropy(model, batch)
     return losses, torch.full_like(losses, 1 / len(losses))
 
 
@@ -255,11 +252,11 @@ class TestDependent:
         before, after = two_states(Gated)
         before["gate"] = torch.zeros(())
         states = before, {**after, "gate": torch.tensor(0.2)}
-        assert "items depend" in refusal(by_item, build=Gated, states=states)
+        assert "items depend" in refusal(cross_entropy, build=Gated, states=states)
 
     def test_a_loss_that_is_random_is_called_that(self) -> None:
         def loss(model: nn.Module, batch: Any) -> Tensor:
-            return by_item(model, batch) * torch.rand(())
+            return cross_entropy(model, batch) * torch.rand(())
 
         assert "the second time at the same weights" in refusal(loss)
 
@@ -384,22 +381,22 @@ def by_time(model: nn.Module, batch: Any) -> Tensor:
 
 
 def some_not_finite(model: nn.Module, batch: Any) -> Tensor:
-    return torch.where(batch[0][:, 0] > 1, torch.inf, 1.0) * by_item(model, batch)
+    return torch.where(batch[0][:, 0] > 1, torch.inf, 1.0) * cross_entropy(model, batch)
 
 
 def in_place(model: nn.Module, batch: Any) -> Tensor:
-    return by_item(model, (batch[0].mul_(2), batch[1]))
+    return cross_entropy(model, (batch[0].mul_(2), batch[1]))
 
 
 IMAGES = torch.randn(N, 25, generator=torch.Generator().manual_seed(2)), points()[1]
 TOKENS = (torch.randint(1, 9, (N, 4), generator=torch.Generator().manual_seed(3)),)
 INDEPENDENT: dict[str, dict[str, Any]] = {
-    "classes": {"loss": by_item},
-    "groups": {"loss": by_item, "groups": lambda batch: batch[1]},
-    "one sample": {"loss": by_item, "data": points(1)},
-    "two samples": {"loss": by_item, "data": points(2)},
-    "normalizations": {"loss": by_item, "build": Images, "data": IMAGES},
-    "experts": {"loss": by_item, "build": Experts},
+    "classes": {"loss": cross_entropy},
+    "groups": {"loss": cross_entropy, "groups": lambda batch: batch[1]},
+    "one sample": {"loss": cross_entropy, "data": points(1)},
+    "two samples": {"loss": cross_entropy, "data": points(2)},
+    "normalizations": {"loss": cross_entropy, "build": Images, "data": IMAGES},
+    "experts": {"loss": cross_entropy, "build": Experts},
     "attention": {"loss": padded_loss(weighted=True), "build": Attention, **ragged()},
     "a loss per sequence": {
         **ragged(),
@@ -411,9 +408,9 @@ INDEPENDENT: dict[str, dict[str, Any]] = {
     },
     "time first": {"loss": by_time, "build": Recurrent, "data": TOKENS},
     "losses that are not finite": {"loss": some_not_finite},
-    "weights of the data": {"loss": lambda m, b: (by_item(m, b), b[0][:, 0].exp())},
+    "weights of the data": {"loss": lambda m, b: (cross_entropy(m, b), b[0][:, 0].exp())},
     "no weight at all in some batches": {
-        "loss": lambda m, b: (by_item(m, b), (b[1] == 2).float()),
+        "loss": lambda m, b: (cross_entropy(m, b), (b[1] == 2).float()),
         "groups": lambda batch: batch[1],
     },
 }
@@ -427,7 +424,7 @@ class TestIndependent:
 
     def test_channels_last(self) -> None:
         given: dict[str, Any] = {"build": Images, "data": IMAGES, "memory_format": "channels_last"}
-        check(by_item, **given)
+        check(cross_entropy, **given)
         with pytest.raises(TaskError, match="items depend"):
             check(balanced(1e-2), **given)
 
@@ -466,7 +463,7 @@ class TestIndependent:
             def forward(self, x: Tensor) -> Tensor:
                 return self.body(x.to(torch.float32))
 
-        check(by_item, build=Fixed)
+        check(cross_entropy, build=Fixed)
         assert "items depend" in refusal(balanced(1e-2), build=Fixed)
 
     def test_what_it_costs(self) -> None:
@@ -475,7 +472,7 @@ class TestIndependent:
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
             passed.append(len(batch[0]))
-            return by_item(model, batch)
+            return cross_entropy(model, batch)
 
         for size in (2, 16, 64, 256, 1024):
             for groups in (None, lambda batch: batch[1] % 2):
@@ -518,7 +515,7 @@ class TestWeights:
 
         def loss(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
             odd = (batch[1] + int(model[0].bias[0] > 0)) % 2
-            return by_item(model, (batch[0], batch[1])), 1.0 + odd
+            return cross_entropy(model, (batch[0], batch[1])), 1.0 + odd
 
         before, after = two_states()
         before["0.bias"][0], after["0.bias"][0] = -1.0, 1.0
@@ -580,12 +577,12 @@ class TestAnalysis:
 
     def test_the_second_split(self, run: Path) -> None:
         def loss(model: nn.Module, batch: Any) -> Tensor:
-            return by_item(model, batch)
+            return cross_entropy(model, batch)
 
         task = Task(net, {"train": points(), "val": points(9)}, loss)
 
         def in_val(model: nn.Module, batch: Any) -> Tensor:
-            found = by_item(model, batch)
+            found = cross_entropy(model, batch)
             return found + 0.1 * found.mean() * bool((batch[0] > 50).any())
 
         x, y = points(9)
@@ -605,10 +602,12 @@ class TestAnalysis:
             workspace(run, info_nce, batch_size=64).losses(plan)
 
     def test_the_gradients_and_losses_it_plans_with_are_as_before(self, run: Path) -> None:
-        train, _ = workspace(run, by_item).probe().splits
+        train, _ = workspace(run, cross_entropy).probe().splits
         model = net()
         model.load_state_dict(two_states(step=0.0)[1])
-        assert train.first_loss == pytest.approx(float(by_item(model, points()).mean().detach()))
+        assert train.first_loss == pytest.approx(
+            float(cross_entropy(model, points()).mean().detach())
+        )
 
     @pytest.mark.parametrize(
         ("broken", "expected"), [((), [0, 2]), ((2,), [0, 1]), ((1, 2), [0]), ((3,), [0, 2])]
@@ -759,8 +758,8 @@ class TestDeclared:
             workspace(run, info_nce, {"batch_loss": True}, **options)
 
     def test_it_is_on_record(self, run: Path) -> None:
-        plain = workspace(run, by_item).describe()
-        declared = workspace(run, by_item, {"batch_loss": True}).describe()
+        plain = workspace(run, cross_entropy).describe()
+        declared = workspace(run, cross_entropy, {"batch_loss": True}).describe()
         prints = make_fingerprint(plain), make_fingerprint(declared)
         assert "batch_loss" not in prints[0] and prints[1]["batch_loss"] is True
         assert make_notes(plain, make_settings({})) == ()
@@ -790,7 +789,7 @@ def test_an_analysis_of_batches(run: Path, tmp_path: Path) -> None:
     grouped = analyze("grouped", span_length=1, groups=lambda batch: batch[1])
     assert len(plain) == 3 and (plain["loss_change"].abs() > 1e-3).all()
     assert (plain["loss_change"] == grouped["loss_change"]).all()
-    undeclared = Task(net, {"train": points()}, by_item)
+    undeclared = Task(net, {"train": points()}, cross_entropy)
     with pytest.raises(OutputError, match="batch_loss: True there, None now"):
         lcray.analyze(run, undeclared, tmp_path / "plain", batch_size=16, dtype="float64")
 
@@ -801,7 +800,7 @@ def test_a_plan_says_it(run: Path) -> None:
     report = lcray.plan(run, task)
     assert report.fixed_batches and report.plan.batch_size == 256
     assert any("are part of the loss (batch_loss=True)" in note for note in report.notes)
-    assert not lcray.plan(run, replace(task, loss=by_item, batch_loss=False)).fixed_batches
+    assert not lcray.plan(run, replace(task, loss=cross_entropy, batch_loss=False)).fixed_batches
 
 
 def test_the_answer_without_the_check_would_depend_on_the_batch() -> None:

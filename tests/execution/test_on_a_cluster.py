@@ -17,6 +17,7 @@ import loopback
 import pytest
 import scenes
 from loopback import Machine
+from repository import CLUSTER, TESTS
 
 import lcray
 from lcray.execution.driver.record import read_record
@@ -24,7 +25,6 @@ from lcray.storage.files import FORMAT_VERSION
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-CLUSTER = Path(__file__).parents[2] / "examples" / "cluster"
 SERVER = "http://127.0.0.1:8265"
 TOKENLESS = {"RAY_AUTH_MODE": None, "HOME": "/nonexistent"}
 SLOW = """
@@ -291,7 +291,7 @@ def test_ray_submit_over_ssh(alone: Machine) -> None:
     loopback.skip_without("sshd", "ssh", "rsync")
     train(alone)
     run, out = alone.folder / "run", alone.folder / "out"
-    script = Path(__file__).parents[1] / "ssh" / "ray_submit.sh"
+    script = TESTS / "ssh" / "ray_submit.sh"
     done = alone.run("bash", script, alone.folder / "remote", run, out)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"tables: {out}/tables/*.parquet" in done.stdout

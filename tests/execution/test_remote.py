@@ -18,6 +18,7 @@ import scenes
 from attacks import ATTACKS
 from click.testing import CliRunner
 from object_server import KEY_ID, SECRET, Proxy, objects
+from repository import TESTS
 from safetensors.torch import load_file, save_file
 
 import lcray
@@ -429,7 +430,7 @@ lcray.analyze(run, "scenes:plain", out, plan=plan, resources=lcray.Resources(wor
 def test_an_analysis_on_ray_from_s3_to_s3(plain_run: Path, bucket: str, tmp_path: Path) -> None:
     run, plan = copy(plain_run, f"{bucket}/run"), tmp_path / "plan.json"
     lcray.plan(plain_run, "scenes:plain", span_length=3, elements=True).save(plan)
-    places = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    places = [str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = scenes.python_environment() | {"PYTHONPATH": os.pathsep.join(places)}
     for source, out in ((str(plain_run), str(tmp_path / "out")), (run, f"{bucket}/out")):
         command = [sys.executable, "-c", DRIVER, source, out, str(plan)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +11,6 @@ import scenes
 import lcray
 from lcray.errors import CorruptionError, OutputError
 from lcray.execution.driver.repair import take_back
-
-OPTIONS = {"span_length": 3, "elements": True}
-
-
-@pytest.fixture
-def out(plain_out: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(plain_out, tmp_path / "out"))
 
 
 def truncate(path: Path) -> None:
@@ -54,10 +46,10 @@ def test_it_is_found_and_only_what_is_damaged_is_computed_anew(
     (problem, *_) = lcray.verify(out).problems
     assert str(path) in problem
     with pytest.raises((CorruptionError, OutputError)):
-        lcray.analyze(plain_run, "scenes:plain", out, **OPTIONS)
+        lcray.analyze(plain_run, "scenes:plain", out, **scenes.OPTIONS)
     sound = {k: v for k, v in scenes.commits(out).items() if bad not in k}
     told = scenes.Told()
-    lcray.analyze(plain_run, "scenes:plain", out, repair=True, on_progress=told, **OPTIONS)
+    lcray.analyze(plain_run, "scenes:plain", out, repair=True, on_progress=told, **scenes.OPTIONS)
     assert told.counts == [9, 12]
     assert sound.items() <= scenes.commits(out).items()
     assert lcray.verify(out).problems == ()
@@ -67,7 +59,7 @@ def test_it_is_found_and_only_what_is_damaged_is_computed_anew(
 @pytest.mark.usefixtures("inline")
 def test_nothing_is_computed_anew_where_nothing_is_damaged(plain_run: Path, out: Path) -> None:
     kept = scenes.commits(out)
-    lcray.analyze(plain_run, "scenes:plain", out, repair=True, **OPTIONS)
+    lcray.analyze(plain_run, "scenes:plain", out, repair=True, **scenes.OPTIONS)
     assert scenes.commits(out) == kept
 
 
@@ -75,7 +67,7 @@ def test_nothing_is_computed_anew_where_nothing_is_damaged(plain_run: Path, out:
 def test_repairing_what_does_not_exist_yet_makes_it(
     plain_run: Path, plain_out: Path, tmp_path: Path
 ) -> None:
-    lcray.analyze(plain_run, "scenes:plain", tmp_path / "new", repair=True, **OPTIONS)
+    lcray.analyze(plain_run, "scenes:plain", tmp_path / "new", repair=True, **scenes.OPTIONS)
     assert scenes.tables(tmp_path / "new") == scenes.tables(plain_out)
 
 

@@ -18,17 +18,11 @@ from lcray.storage import place, storage_of
 from lcray.storage.files import encode_json, read_sealed, seal
 from lcray.tables.shards.commit import each_commit, read_commit
 
-OPTIONS: dict[str, Any] = {"span_length": 3, "elements": True}
 pytestmark = pytest.mark.usefixtures("inline")
 
 
-@pytest.fixture
-def run(plain_run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(plain_run, tmp_path / "run"))
-
-
 def analyze(run: Path, out: Path, **more: Any) -> lcray.Results:
-    return lcray.analyze(run, "scenes:plain", out, **OPTIONS, **more)
+    return lcray.analyze(run, "scenes:plain", out, **scenes.OPTIONS, **more)
 
 
 def swap(run: Path, step: int, other: int) -> Path:

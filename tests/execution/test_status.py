@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import scenes
+from repository import TESTS
 
 import lcray
 from lcray.errors import IncompleteError, OutputError
@@ -25,15 +26,12 @@ from lcray.storage import storage_of
 from lcray.storage.files import read_json
 from lcray.storage.lock import LOCK, STALE, Holder, locked
 
-OPTIONS: dict[str, Any] = {"span_length": 3, "elements": True}
-
 
 @pytest.fixture
-def out(plain_out: Path, tmp_path: Path) -> Path:
+def out(out: Path) -> Path:
     """An output of which nobody can tell whether its driver lives."""
-    copy = Path(shutil.copytree(plain_out, tmp_path / "out"))
-    shutil.rmtree(copy / LOCK)
-    return copy
+    shutil.rmtree(out / LOCK)
+    return out
 
 
 def edit(out: Path, **values: Any) -> None:
@@ -204,7 +202,7 @@ class TestWatching:
     def test_watching_a_driver_that_was_killed_ends(self, plain_run: Path, tmp_path: Path) -> None:
         (tmp_path / "slow").touch()
         out, other = tmp_path / "out", tmp_path / "other"
-        paths = [str(scenes.HERE), os.environ.get("PYTHONPATH", "")]
+        paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
         environment = scenes.python_environment() | {"PYTHONPATH": os.pathsep.join(paths)}
         driver = subprocess.Popen(
             [sys.executable, "-c", DRIVER, str(plain_run), str(out), str(tmp_path)],
@@ -275,7 +273,7 @@ def test_spans_that_failed_are_named_with_their_cause(plain_run: Path, tmp_path:
     run = Path(shutil.copytree(plain_run, tmp_path / "run"))
     scenes.checkpoint(run, 7).write_bytes(b"torn")
     with pytest.raises(IncompleteError) as caught:
-        lcray.analyze(run, "scenes:plain", tmp_path / "out", **OPTIONS)
+        lcray.analyze(run, "scenes:plain", tmp_path / "out", **scenes.OPTIONS)
     found = lcray.status(tmp_path / "out")
     assert (found.state, found.error) == ("failed", str(caught.value))
     assert (found.spans_done, found.intervals_done) == (3, 9)

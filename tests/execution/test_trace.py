@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +15,6 @@ from lcray.cli.app import app
 from lcray.errors import OutputError, UsageError
 
 pytestmark = pytest.mark.usefixtures("inline")
-
-
-@pytest.fixture
-def out(plain_out: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(plain_out, tmp_path / "out"))
 
 
 def test_the_parameters_that_help_and_hurt_most(plain_run: Path, out: Path) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib import colormaps
 from matplotlib.colors import to_hex, to_rgb
+from repository import PACKAGE
 
-import lcray
 from lcray.figures.palette import DARK, LIGHT, Palette, by_depth, css
 
 #: Machado, Oliveira and Fernandes (2009), severity 1, of linear RGB: no red, green or blue cones.
@@ -118,7 +117,6 @@ def test_custom_properties_of_either_theme() -> None:
 
 
 def test_no_other_module_has_colours_of_its_own() -> None:
-    package = Path(lcray.__file__).parent
-    files = [p for p in package.rglob("*") if p.suffix in (".py", ".js", ".css")]
+    files = [p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".js", ".css")]
     found = [p.name for p in files if re.search(r"#[0-9a-fA-F]{6}\b", p.read_text())]
     assert found == ["palette.py"]

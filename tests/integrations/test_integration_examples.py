@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import scenes
 import torch
+from repository import DOCS, PACKAGE, ROOT
 from test_ranks import launch
 
 import lcray
 from lcray.checkpoints import open_series
 from lcray.tasks.task import load_task
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "integrations"
-DOCS = (ROOT / "docs" / "integrations.md").read_text()
-BLOCKS = re.findall(r"```python\n# examples/integrations/(\w+\.py)\n(.*?)```", DOCS, re.DOTALL)
+PAGE = (DOCS / "integrations.md").read_text()
+BLOCKS = re.findall(r"```python\n# examples/integrations/(\w+\.py)\n(.*?)```", PAGE, re.DOTALL)
 
 
 def test_the_docs_hold_the_examples() -> None:
@@ -34,7 +34,7 @@ def test_the_docs_hold_the_examples() -> None:
 def test_an_example_records_a_run_that_closes(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = {"PYTHONPATH": str(Path(lcray.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    path = {"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py")],
         cwd=tmp_path, env={**os.environ, **path, "HF_HUB_OFFLINE": "1"},

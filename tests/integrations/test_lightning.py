@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from scenes import cross_entropy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -46,10 +47,6 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.1), nn.Linear(5, 3))
 
 
-def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
 def library(name: str) -> SimpleNamespace:
     """The parts of the library under one of its names, and a module that trains with them."""
     with warnings.catch_warnings():  # of its imports
@@ -63,7 +60,7 @@ def library(name: str) -> SimpleNamespace:
             self.model = build()
 
         def training_step(self, batch: Any, number: int) -> Tensor:
-            return loss(self.model, batch).mean()
+            return cross_entropy(self.model, batch).mean()
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.3, momentum=0.9)
@@ -78,7 +75,7 @@ def library(name: str) -> SimpleNamespace:
         def training_step(self, batch: Any, number: int) -> None:
             for optimizer in self.optimizers()[: 1 + number % 2]:
                 optimizer.zero_grad()
-                self.manual_backward(loss(self.model, batch).mean())
+                self.manual_backward(cross_entropy(self.model, batch).mean())
                 optimizer.step()
 
         def configure_optimizers(self) -> Any:
@@ -124,7 +121,9 @@ def test_a_training_records_and_the_run_closes(tmp_path: Path, name: str) -> Non
     series = open_series(tmp_path / "inner")
     before, after = series.read(0).tensors, series.read(4).tensors
     assert after.keys() == build().state_dict().keys()
-    found = lcray.allocate(Task(build, {"train": data()}, loss), before, after, dtype="float64")
+    found = lcray.allocate(
+        Task(build, {"train": data()}, cross_entropy), before, after, dtype="float64"
+    )
     model, losses = build().double().eval(), []
     for state in (before, after):
         model.load_state_dict(state)

@@ -13,12 +13,11 @@ import pytest
 import ranks_worker
 import torch
 import torch.nn.functional as F
+from repository import PACKAGE, TESTS
 
-import lcray
 from lcray.checkpoints import open_series
 
-HERE = Path(__file__).parent
-WORKER = HERE / "ranks_worker.py"
+WORKER = TESTS / "integrations" / "ranks_worker.py"
 #: Runs a script and ends at once: threads of gloo that meet an interpreter in its last steps abort
 #: the process (pytorch/pytorch#179291), or wait for ever where DDP is the last to hold the group.
 RUN = """
@@ -42,7 +41,7 @@ def launch(script: Path, *arguments: object, cwd: Path | None = None) -> None:
     port = str(free_port())
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     common |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    common["PYTHONPATH"] = str(Path(lcray.__file__).parents[1])
+    common["PYTHONPATH"] = str(PACKAGE.parent)
     command = [sys.executable, "-c", RUN, str(script), *map(str, arguments)]
     processes = [
         subprocess.Popen(

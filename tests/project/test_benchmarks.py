@@ -87,15 +87,15 @@ def test_a_player_is_a_process_with_its_own_environment() -> None:
             player.ask("no_such_method")
 
 
-def test_the_naive_loop_gives_the_twins_values(tiny_run: Path, tiny_task: Task) -> None:
-    files = sorted(tiny_run.glob("step-*.safetensors"))[:3]
-    assert not callable(tiny_task.splits)
-    data = tiny_task.splits["train"]
+def test_the_naive_loop_gives_the_twins_values(plain_run: Path, plain_task: Task) -> None:
+    files = sorted(plain_run.glob("step-*.safetensors"))[:3]
+    assert not callable(plain_task.splits)
+    data = plain_task.splits["train"]
     loader = DataLoader(TensorDataset(*data), batch_size=5)
-    found = list(allocate(tiny_task.model(), tiny_task.loss, loader, files))
+    found = list(allocate(plain_task.model(), plain_task.loss, loader, files))
     states = [load_file(file) for file in files]
     for lc, before, after in zip(found, states, states[1:], strict=False):
-        expected = twin_lc(tiny_task, data, before, after)
+        expected = twin_lc(plain_task, data, before, after)
         for name, values in expected.items():
             torch.testing.assert_close(lc[name].double(), values, rtol=1e-4, atol=1e-7)
 

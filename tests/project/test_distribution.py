@@ -9,10 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 import lcray
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

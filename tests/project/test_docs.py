@@ -19,15 +19,13 @@ import pytest
 import scenes
 import test_readme
 from click.testing import CliRunner
+from repository import DOCS, ROOT
 
 import lcray
 from lcray.analyses.registry import FINDINGS
 from lcray.cli.app import app
 from lcray.settings import Settings
 from lcray.tables.schema import TABLES
-
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
 
 
 @pytest.fixture(scope="module")

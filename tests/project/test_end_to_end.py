@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from repository import EXAMPLES
 from twin import Twin
 
 import lcray
 from lcray.checkpoints import open_series
 from lcray.tasks.task import load_task
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 

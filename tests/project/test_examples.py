@@ -21,16 +21,15 @@ import pytest
 import scenes
 import torch
 import torch.nn.functional as F
+from repository import EXAMPLES, needs_data
 from safetensors.torch import load_file
 
 from lcray.errors import TaskError, UsageError
 from lcray.tasks.task import Task, load_task
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 DATA = os.environ.get("LCRAY_DATA", "")
 SAMPLES, STEPS = 32, 3
 
-needs_data = pytest.mark.skipif(not DATA, reason="LCRAY_DATA is unset: no data for the examples")
 State = dict[str, torch.Tensor]
 
 

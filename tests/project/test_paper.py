@@ -15,12 +15,10 @@ import planting
 import pytest
 import scenes
 import torch
+from repository import EXAMPLES, needs_data
 
-PAPER = Path(__file__).resolve().parents[2] / "examples" / "paper"
+PAPER = EXAMPLES / "paper"
 MODULES = ("common", "fc", "lenet", "allcnn", "resnet20", "vgg", "everything", "claims", "page")
-needs_data = pytest.mark.skipif(
-    not os.environ.get("LCRAY_DATA"), reason="LCRAY_DATA is unset: no data for the examples"
-)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import scenes
+from repository import TESTS
 
 import lcray
 
@@ -99,7 +100,7 @@ def test_skips_are_failures_where_they_are_forbidden(
     (tmp_path / "conftest.py").write_text(
         "from conftest_of_lcray import pytest_sessionfinish, pytest_terminal_summary\n"
     )
-    source = scenes.HERE / "conftest.py"
+    source = TESTS / "conftest.py"
     (tmp_path / "conftest_of_lcray.py").write_text(source.read_text())
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"
@@ -109,7 +110,7 @@ def test_skips_are_failures_where_they_are_forbidden(
         "def test_expected(): assert False\n"
     )
     (tmp_path / "test_whole.py").write_text("import pytest\npytest.importorskip('nobody_has_it')\n")
-    path = f"{scenes.HERE}"
+    path = f"{TESTS}"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, str(tmp_path)],
         capture_output=True,

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from repository import DOCS, ROOT
 
 import lcray
 from lcray.cli.app import app
 from lcray.tables.schema import TABLES
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-QUERIES = (Path(__file__).parents[2] / "docs" / "queries.md").read_text()
+README = (ROOT / "README.md").read_text()
+QUERIES = (DOCS / "queries.md").read_text()
 RECIPES = QUERIES.split("## Ten questions")[1].split("\n## ")[0]
 
 

@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from lcray.cli.app import app
 
-ROOT = Path(__file__).parents[2]
 CODE = sorted(ROOT.glob("lcray/**/*.py"))
 TESTS = sorted([*ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/**/*.py")])
 PAGES = sorted(

@@ -10,10 +10,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from repository import PACKAGE
 
 import lcray
 
-PACKAGE = Path(lcray.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 400  # lines; modules are around 150
 LONGEST_FUNCTION = 60  # lines of body

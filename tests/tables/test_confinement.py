@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scenes
+from repository import TESTS
 from safetensors.torch import save_file
 from torch import zeros
 
@@ -204,7 +205,7 @@ lcray.analyze(sys.argv[1], "scenes:plain", sys.argv[2], resources=Resources(work
 def test_a_ray_of_ones_own_listens_on_loopback_alone(plain_run: Path, tmp_path: Path) -> None:
     """The head, the raylet, their agents and the workers at work, in a real analysis."""
     command = [sys.executable, "-c", LISTENING, str(plain_run), str(tmp_path / "out")]
-    environment = scenes.python_environment() | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = scenes.python_environment() | {"PYTHONPATH": str(TESTS)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = {tuple(line.rsplit(maxsplit=1)) for line in done.stdout.splitlines()}

@@ -16,6 +16,7 @@ import pandas as pd
 import planting
 import pytest
 import scenes
+from repository import TESTS
 
 from lcray.errors import CorruptionError, UsageError
 from lcray.storage.lock import LOCK
@@ -310,7 +311,7 @@ except UsageError as error:
 @pytest.mark.parametrize("query", HUNGRY)
 def test_sql_takes_no_more_memory_than_it_may(home: Path, query: str) -> None:
     command = [sys.executable, "-c", LIMITED, str(home / "out"), query]
-    environment = scenes.python_environment() | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = scenes.python_environment() | {"PYTHONPATH": str(TESTS)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout, done.stderr
     assert int(done.stdout) < 1500  # MiB: Python with torch takes about 400 of them

@@ -18,7 +18,6 @@ from lcray.planning.plan import Span
 from lcray.storage.lock import LOCK
 from lcray.tables.shards.writer import ShardWriter
 
-OPTIONS = {"span_length": 3, "elements": True}
 State = dict[str, tuple[int, int, bytes]]
 
 
@@ -48,11 +47,6 @@ def plant(out: Path, name: str, elsewhere: Path, *, dangling: bool) -> None:
     place.symlink_to(target)
 
 
-@pytest.fixture
-def out(plain_out: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(plain_out, tmp_path / "out"))
-
-
 def check(out: Path, name: str, elsewhere: Path, write: Callable[[], object]) -> None:
     for dangling in (False, True):
         shutil.copytree(out, out.with_name("copy"), symlinks=True)
@@ -78,10 +72,10 @@ TABLES = ("manifest", "intervals", "layers", "parameters", "elements", "fits")
 @pytest.mark.usefixtures("inline")
 def test_no_verb_that_computes_follows_a_link(plain_run: Path, out: Path, tmp_path: Path) -> None:
     def analyze() -> object:
-        return lcray.analyze(plain_run, "scenes:plain", out, **OPTIONS)
+        return lcray.analyze(plain_run, "scenes:plain", out, **scenes.OPTIONS)
 
     def repair() -> object:
-        return lcray.analyze(plain_run, "scenes:plain", out, repair=True, **OPTIONS)
+        return lcray.analyze(plain_run, "scenes:plain", out, repair=True, **scenes.OPTIONS)
 
     number = max(path.name for path in (out / LOCK).glob("0*.json"))
     span = scenes.spans_of(out)[1]
@@ -106,7 +100,7 @@ def test_a_span_that_is_to_be_computed_is_no_link(
     name = f"shards/{span}"
 
     def analyze() -> object:
-        return lcray.analyze(plain_run, "scenes:plain", out, **OPTIONS)
+        return lcray.analyze(plain_run, "scenes:plain", out, **scenes.OPTIONS)
 
     check(out, name, tmp_path / "elsewhere", analyze)
     plan = lcray.open(out).plan

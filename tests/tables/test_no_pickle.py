@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from attacks import Payload
 
 import lcray
 from lcray.errors import CheckpointError, CorruptionError, LcrayError
@@ -24,16 +23,6 @@ from lcray.tables.reducing.reduce import reduce
 from lcray.tables.verifying.verify import verify
 
 WORLD = planting.make_world(spans=((0, 2, 4),))
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.mark),)
 
 
 @pytest.fixture

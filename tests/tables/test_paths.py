@@ -18,6 +18,7 @@ import planting
 import pytest
 import scenes
 from click.testing import CliRunner
+from repository import PACKAGE
 
 import lcray
 from lcray.cli.app import app
@@ -26,7 +27,6 @@ from lcray.execution.driver.analyze import analyze
 from lcray.storage import place, storage_of
 from lcray.tables.reading.results import open_output
 
-PACKAGE = Path(lcray.__file__).parent
 #: All at once: columns of every table, numbers and names, and patterns.
 DEEP = "split=train/status=final/kind=a/seed=3/lc=1/layer=0.weight/window=2/start_step=7/g[1]*?"
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import planting
 import pytest
+from repository import DOCS
 
 import lcray
 from lcray.errors import CorruptionError, UsageError
@@ -186,5 +187,5 @@ def documented() -> str:
 
 
 def test_every_view_is_documented() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "exports.md").read_text()
+    text = (DOCS / "exports.md").read_text()
     assert text.split("<!-- views -->\n")[1].split("\n<!-- /views -->")[0] == documented()

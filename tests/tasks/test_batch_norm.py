@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from scenes import cross_entropy
 from strategies import Bench, Case, classify, closeness, convnet, random_states
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -162,16 +163,12 @@ class FunctionalNorm(nn.Module):
 def losses_of(model: Callable[[], nn.Module], **settings: Any) -> float:
     random = torch.Generator().manual_seed(0)
     x, y = torch.randn(7, 3, generator=random), torch.tensor([0, 1, 0, 1, 1, 0, 1])
-    task = Task(model, {"train": (x, y)}, by_item)
+    task = Task(model, {"train": (x, y)}, cross_entropy)
     bench = Workbench(task, Settings(dtype="float64", batch_size=4, **settings))
     out = bench.engine.new_vector()
     first = bench.engine.evaluate(bench.splits[0], out).loss
     assert bench.engine.evaluate(bench.splits[0], out).loss == first
     return first
-
-
-def by_item(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 def test_functional_statistics_follow_the_mode_too() -> None:

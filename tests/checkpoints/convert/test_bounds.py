@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from repository import TESTS
 from torch import Tensor
 
 import lcray
@@ -111,7 +112,7 @@ def test_small_files_take_little(tmp_path: Path) -> None:
         make(file)
     done = subprocess.run(  # one for all: importing torch takes the time
         [sys.executable, "-c", CHILD, *map(str, files.values())],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

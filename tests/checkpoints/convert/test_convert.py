@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import shutil
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from attacks import Payload
 from torch import Tensor, nn
 
 import lcray
@@ -31,16 +31,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is (disabled, )?unavailable or uninitialized:UserWarning",
     "ignore::DeprecationWarning:torch.*",
 )
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.mark),)
 
 
 def net(seed: int) -> nn.Module:
