@@ -555,7 +555,7 @@ class TestAnalysis:
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
             passed.append(len(batch[0]))
-            return by_item(model, batch)
+            return cross_entropy(model, batch)
 
         made = Task(net, {"train": points(600)}, loss, groups)
         bench = Workbench(made, make_settings({"batch_size": 256}))
