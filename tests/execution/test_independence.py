@@ -747,7 +747,7 @@ class TestDeclared:
         task = Task(net, {"train": points()}, info_nce, batch_loss=True)
         wanted = (
             r"^samples 10: the task declares that batches are part of the loss "
-            r"\(batch_loss=True\), so there is no loss of a sample; take all of split 'train'$"
+            r"\(batch_loss=True\), so a single sample has no loss; take all of split 'train'$"
         )
         with pytest.raises(UsageError, match=wanted):
             lcray.allocate(task, *two_states(), samples=10)
