@@ -1,4 +1,4 @@
-"""What an analysis may be asked for; imports nothing heavy, so that the command line is quick."""
+"""The settings of an analysis; imports nothing heavy, so that the command line is quick."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SECTIONS = (INTEGRAL, DATA, TABLES, FISHER, WORKERS)
 
 @dataclass(frozen=True)
 class Option:
-    """What a field means, and how the command line shows it beside its name, type and default.
+    """The meaning of a field, and how the command line shows it with its name, type and default.
 
     Attributes:
         section: of ``--help``; empty for the options of a command alone.
-        help: what it means, in the documentation as well.
-        otherwise: the default in words, where the value does not tell it.
+        help: its meaning, also for the documentation.
+        otherwise: the default in words, where its value is not enough.
         choices: the values it may have; with a `metavar`, some of them.
         metavar: how its value is shown.
         flag: the name on the command line, where it is not the field's.
@@ -47,7 +47,7 @@ def option(default: Any, section: str, help: str, **more: Any) -> Any:
 
 
 def option_of(each: Field[Any]) -> Option:
-    """What `option` was told of a field."""
+    """The `Option` of a field."""
     found: Option = each.metadata["option"]
     return found
 
@@ -58,7 +58,7 @@ def flag_of(each: Field[Any]) -> str:
 
 
 def help_of(each: Field[Any]) -> str:
-    """What a field means, with its default unless that is to do nothing."""
+    """The help of a field, with its default unless that is off or none."""
     told, value = option_of(each), each.default
     is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
     default = told.otherwise or (str(value) if is_plain else "")
@@ -66,7 +66,7 @@ def help_of(each: Field[Any]) -> str:
 
 
 def documented(kind: type[Kind]) -> type[Kind]:
-    """Ends the docstring of a dataclass with what each of its options means."""
+    """Adds the help of each option to the docstring of a dataclass."""
     lines = [f"    {each.name}: {help_of(each)}" for each in fields(kind)]  # type: ignore[arg-type]
     kind.__doc__ = "\n".join([cleandoc(kind.__doc__ or ""), "", "Attributes:", *lines])
     return kind
@@ -75,7 +75,7 @@ def documented(kind: type[Kind]) -> type[Kind]:
 @documented
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for; each decides numbers or tables, and is recorded with them.
+    """The settings that were asked for; each decides numbers or tables, and is recorded with them.
 
     An interval has converged when |gap| <= max(rtol·|loss change|, atol).
     """
@@ -214,7 +214,7 @@ class Options(TypedDict, total=False):
 
 
 class PlanOptions(Options, total=False):
-    """What a plan decides: the settings, and the part of the run and how it is cut.
+    """The options that a plan fixes: settings, the steps of the run, and how they are cut.
 
     Attributes:
         steps: the range of steps to analyze, ``a:b``.

@@ -39,7 +39,7 @@ from lcray.cli.options import (
     required=True,
     metavar="OUT",
     shell_complete=folders,
-    help="Output directory, or its URI; new, or of the same analysis, which then goes on.",
+    help="Output directory or URI: a new one, or one of the same analysis, which is then resumed.",
 )
 @together(*COURSE)
 @JSON
@@ -48,8 +48,8 @@ def analyze(
 ) -> None:
     """Allocate the loss changes of RUN to its parameters, into the tables of --out.
 
-    Running the same command again resumes: what is committed is skipped, and steps that the run
-    has gained are added. Interrupting loses nothing that is committed.
+    Run the same command again to resume: committed spans are skipped, and new steps of the run are
+    added. An interrupt loses nothing that is committed.
     """
     from lcray.cli.display.frames import records
     from lcray.cli.display.results import summary, totals

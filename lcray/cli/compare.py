@@ -17,7 +17,7 @@ _SHOWN = ("split", "condition", "layer", "n", "lc", "lc_se", *_TESTS)
 
 
 class _Conditions(Command):
-    """``--against B1 B2`` is ``--against B1 --against B2``: never would B2 join the first ones."""
+    """Reads ``--against B1 B2`` as ``--against B1 --against B2``; B2 never joins the first."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words: list[str] = []
@@ -40,7 +40,9 @@ class _Conditions(Command):
 )
 @click.argument("outs", nargs=-1, required=True, metavar="OUT...")
 @click.option("--against", multiple=True, help="Outputs of the other condition.", metavar="OUT...")
-@click.option("--paired", is_flag=True, help="Outputs of both, in their order, share a seed.")
+@click.option(
+    "--paired", is_flag=True, help="Outputs of both conditions share a seed, in their order."
+)
 @click.option("--window", type=int, help="Also windows of this width in steps.")
 @click.option(
     "--windows",
@@ -48,7 +50,7 @@ class _Conditions(Command):
     callback=ranges,
     help="Also windows by name: the intervals with A <= start step < B.",
 )
-@click.option("--level", default=0.95, show_default=True, help="Of the confidence intervals.")
+@click.option("--level", default=0.95, show_default=True, help="Level of the confidence intervals.")
 @click.option(
     "--adjust",
     type=click.Choice(["bh", "by"]),
@@ -56,12 +58,14 @@ class _Conditions(Command):
     show_default=True,
     help="False discovery rate: Benjamini-Hochberg, or -Yekutieli for any dependence.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of permutations that are drawn.")
+@click.option(
+    "--seed", default=0, show_default=True, help="Seed of the permutations that are drawn."
+)
 @JSON
 def compare(outs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """LC of every layer over repeated runs, and the difference between two conditions.
 
-    Every OUT is a run of its own, with another seed; there are p-values from six on. Adjusted ones
+    Every OUT is a separate run, with another seed; p-values need at least six. Adjusted ones
     are for all layers.
     """
     from lcray.analyses.tidy import notes_of

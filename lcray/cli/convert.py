@@ -25,13 +25,13 @@ from lcray.cli.options import JSON, Command, example
     "--strip-prefix",
     default="",
     metavar="PREFIX",
-    help="Keep only the tensors under this prefix, as in 'model.', and take it off their names.",
+    help="Keep only the tensors under this prefix, as in 'model.', and remove it from their names.",
 )
 @click.option("--key", help="The entry of each file that holds the model.  [default: found out]")
 @click.option(
     "--trust-pickle",
     is_flag=True,
-    help="Unpickle what cannot be read otherwise. That RUNS whatever code the file's author put "
+    help="Unpickle files that cannot be read otherwise. This RUNS any code that their author put "
     "in, with your rights: only for files that you made, or whose author you trust.",
 )
 @JSON
@@ -42,7 +42,7 @@ def convert(
 
     SOURCE is one checkpoint or a directory of them: .pt, .pth, .bin, .ckpt, or directories that
     torch.distributed.checkpoint wrote (these need --trust-pickle). Steps come from the files
-    (global_step), or from their names. Nothing is overwritten; the same command goes on where it
+    (global_step), or from their names. Nothing is overwritten; the same command resumes where it
     stopped.
     """
     found = lcray.convert(

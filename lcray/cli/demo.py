@@ -23,7 +23,7 @@ from lcray.cli.options import Command, example, folders
 )
 @click.option("--workers", type=int, help="Number of workers.  [default: one per CPU core]")
 def demo(directory: Path, workers: int | None) -> None:
-    """Train a small net on handwritten digits, analyze it, and show what there is."""
+    """Train a small net on handwritten digits, analyze it, and show the result."""
     from lcray import digits
     from lcray.cli.display.results import layer_table, summary
     from lcray.cli.progress import working
@@ -36,6 +36,6 @@ def demo(directory: Path, workers: int | None) -> None:
     query = (
         "SELECT layer, sum(lc) AS lc FROM layers WHERE split = 'train' GROUP BY layer ORDER BY lc"
     )
-    console.print("LC < 0 helps: it lowered the loss. To go on:")
+    console.print("LC < 0 helps: it lowered the loss. Next:")
     console.print(f"  lcray report {results.path}")
     console.print(f'  lcray query {results.path} "{query}"')

@@ -62,12 +62,12 @@ class _Findings(Command):
     shell_complete=finding_names,
     help="Only these findings, of those below.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of every random draw.")
+@click.option("--seed", default=0, show_default=True, help="Seed of every random draw.")
 @JSON
 def findings(out: str, only: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Turn the tables of OUT into findings: who helps, how LC is distributed, and more.
 
-    Each goes to OUT/findings/NAME.parquet; shown is a summary of the whole run.
+    Each is written to OUT/findings/NAME.parquet; the summary shown covers the whole run.
     """
     from lcray.cli.display.findings import findings_summary
     from lcray.cli.display.frames import records

@@ -21,7 +21,7 @@ from lcray.cli.options import JSON, RUN, STEPS, Command, example
 @click.option("--layers", metavar="PATTERN", help="Only tensors whose names match, as in 'conv*'.")
 @JSON
 def inspect(run: str, steps: str | None, layers: str | None, as_json: bool) -> None:
-    """Audit a run: gaps, duplicates, NaN, outliers, torn files, what is frozen."""
+    """Audit a run: gaps, duplicates, NaN, outliers, torn files, frozen tensors."""
     from lcray.cli.display.audit import audit_table
 
     found = lcray.inspect(run, steps, layers)

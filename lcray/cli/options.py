@@ -1,4 +1,4 @@
-"""What commands of the command line share: options, their sections in ``--help``, completion."""
+"""Options, their sections in ``--help``, and completion, shared by the commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lcray.settings import SECTIONS, WORKERS, Settings, flag_of, help_of, option
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-#: The commands in the order of ``lcray --help``, the way from training to a report.
+#: The commands in the order of ``lcray --help``, from training to a report.
 PATH: dict[str, tuple[str, ...]] = {
     "Start": ("demo",),
     "Record": ("convert",),
@@ -29,8 +29,8 @@ PATH: dict[str, tuple[str, ...]] = {
     "Analyze": ("analyze", "submit", "status", "reduce", "verify", "trace"),
     "Report and ask": ("report", "findings", "compare", "query", "export"),
 }
-#: Commands that go on where they were interrupted.
-_GO_ON = ("demo", "convert", "analyze", "submit", "trace")
+#: Commands that resume after an interrupt.
+_RESUMED = ("demo", "convert", "analyze", "submit", "trace")
 _OWN = "Options"
 _SHARES_A_PAGE = 12  # options, from which on they are shown by section
 
@@ -60,30 +60,30 @@ class Command(_Helpful):
 
 
 class Group(_Helpful, click.Group):
-    """The program: its commands stand by the step of the way that they are for."""
+    """The program; its help lists commands by purpose."""
 
     command_class = Command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that is meant; a misspelled one names the nearest."""
+        """The command; a misspelled one is refused with the nearest name."""
         near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
         if self.get_command(ctx, args[0]) is None and near:
             ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command that is meant; interrupted, it says whether another try goes on."""
+        """Runs the command; after an interrupt, says whether running it again resumes."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            if not error.args and ctx.invoked_subcommand in _GO_ON:
-                raise KeyboardInterrupt("run the same command again to go on") from error
+            if not error.args and ctx.invoked_subcommand in _RESUMED:
+                raise KeyboardInterrupt("run the same command again to resume") from error
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the commands by step; those that have no step of their own come last."""
+        """Writes the commands by purpose; those without one come last."""
         known = {name for names in PATH.values() for name in names}
         rest = {"More": tuple(name for name in self.list_commands(ctx) if name not in known)}
         for title, names in {**PATH, **rest}.items():
@@ -94,7 +94,7 @@ class Group(_Helpful, click.Group):
 
 
 def refusal(error: click.ClickException) -> str:
-    """One line about a command line that cannot be: what is wrong, and where to read more."""
+    """One line about an invalid command line: what is wrong, and where to read more."""
     context = getattr(error, "ctx", None)
     said = one_line(" ".join(error.format_message().split())).rstrip(".")
     said = said[:1].lower() + said[1:]
@@ -104,7 +104,7 @@ def refusal(error: click.ClickException) -> str:
 
 
 def example(*lines: str) -> str:
-    """An epilog: worked examples, one a line, none of them wrapped."""
+    """An epilog: worked examples, one per line, never wrapped."""
     return "\b\n" + "\n".join(["Examples:" if len(lines) > 1 else "Example:", *map(_indent, lines)])
 
 
@@ -115,7 +115,7 @@ def _indent(line: str) -> str:
 def after_commas(
     context: click.Context, parameter: click.Parameter, given: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """A callback for a repeatable option that takes several names at once, too: ``a,b``."""
+    """A callback for a repeatable option that also takes several names at once: ``a,b``."""
     return tuple(name.strip() for item in given for name in item.split(",") if name.strip())
 
 
@@ -208,7 +208,7 @@ TASK = click.option(
 STEPS = click.option(
     "--steps", metavar="A:B", help="Only checkpoints with a <= step <= b, as in 100:200."
 )
-#: What is analyzed and how, beside the run.
+#: The options of an analysis, in addition to the run.
 ANALYSIS = (
     TASK,
     STEPS,
@@ -222,7 +222,7 @@ ANALYSIS = (
     *PLACING,
     *_options(Settings),
 )
-#: How an analysis goes on, here or as a job.
+#: How an analysis runs, here or as a job.
 COURSE = (
     click.option(
         "--plan",
@@ -231,14 +231,16 @@ COURSE = (
         metavar="FILE",
         help="Use a plan that lcray plan --save wrote.",
     ),
-    click.option("--repair", is_flag=True, help="Compute anew what is committed but damaged."),
-    click.option("--follow", is_flag=True, help="Go on while training writes, until the run ends."),
+    click.option("--repair", is_flag=True, help="Recompute committed spans that are damaged."),
+    click.option(
+        "--follow", is_flag=True, help="Follow a run while training writes it, until it ends."
+    ),
     click.option(
         "--idle",
         type=float,
         metavar="SECONDS",
-        help="With --follow: seconds without a new checkpoint that end a run.  [default: 600; a "
-        "recorder's run says itself that it ended]",
+        help="With --follow: seconds without a new checkpoint after which the run has ended.  "
+        "[default: 600; never for a run of lcray.Recorder, which records its end]",
     ),
 )
 

@@ -39,7 +39,7 @@ from lcray.cli.options import (
 )
 @JSON
 def plan(run: str, task: str, save: Path | None, as_json: bool, **options: Any) -> None:
-    """Say what an analysis of RUN would take: gradients, time, memory, disk."""
+    """Estimate what an analysis of RUN takes: gradients, time, memory, disk."""
     from lcray.cli.display.plan import plan_table
 
     with redirect_stdout(sys.stderr):

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with the time left on a terminal, a line a minute elsewhere."""
+"""Progress on stderr: a bar with the time left on a terminal, one line per minute elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lcray.execution.driver.progress import Progress as State
 
 _PHASES = {
     "start": "starting workers",
-    "restart": "Ray has ended: starting another one, once",
+    "restart": "Ray has ended; restarting it once",
     "probe": "measuring a gradient",
     "spans": "intervals",
     "reduce": "merging tables",
@@ -30,7 +30,7 @@ _PHASES = {
 }
 _COUNTED = ("spans", "findings")
 _SECONDS_A_LINE = 60.0
-_LONG = 600.0  # seconds; what takes longer says so before it begins
+_LONG = 600.0  # seconds; a longer analysis says so before it begins
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def _left(state: State) -> str:
 
 
 def _warner(write: Callable[[str], None]) -> Callable[[State], None]:
-    """Says once, before the first interval, that much time will pass, and what tells more."""
+    """Says once, before the first interval, that it will take long, and how to learn more."""
     silent = False
 
     def warn(state: State) -> None:
@@ -119,8 +119,8 @@ def _warner(write: Callable[[str], None]) -> Callable[[State], None]:
         silent = True
         if (state.seconds_left or 0.0) > _LONG:
             write(
-                f"lcray: this will take about {duration(state.seconds_left)}; lcray plan says "
-                "why, and what would be less; interrupted, the same command goes on"
+                f"lcray: this will take about {duration(state.seconds_left)}; lcray plan "
+                "explains why; after an interrupt, the same command resumes"
             )
 
     return warn

@@ -38,8 +38,8 @@ _FORMS = ("table", "csv", "json", "jsonl", "parquet")
     type=click.Choice(_FORMS),
     default="table",
     show_default=True,
-    help="How to write the answer; tables round, stop at 50 rows and say so, and stand on end "
-    "where too wide; the others keep every digit and row.",
+    help="Format of the answer; table rounds, stops at 50 rows and says so, and writes a line per "
+    "value where too wide; the others keep every digit and row.",
 )
 @click.option("--output", help="Write the answer to this file, or address, instead.")
 def query(out: str, sql: str | None, form: str, output: str | None) -> None:
@@ -58,7 +58,7 @@ def query(out: str, sql: str | None, form: str, output: str | None) -> None:
         raise UsageError("parquet is binary: give --output FILE, or send it to a file or a pipe")
     if form == "table" and output is not None:
         raise UsageError(
-            "--output: give --format csv, json, jsonl or parquet; tables are to look at"
+            "--output: give --format csv, json, jsonl or parquet; table is for the screen only"
         )
     results, sql = open_output(out), _text(sql)
     if form == "table":
@@ -94,7 +94,7 @@ def _print(data: bytes) -> None:
     if sys.stdout.isatty():
         terminal.say(data.decode(), end=False)
     else:
-        click.echo(data, nl=False)  # UTF-8 in any case: data loses nothing on its way
+        click.echo(data, nl=False)  # always UTF-8, so that no data is lost
 
 
 def _store(data: bytes, output: str, results: Results) -> None:

@@ -29,13 +29,13 @@ from lcray.storage import Remote, place
 )
 @click.option("--open", "show", is_flag=True, help="Open the page in the browser.")
 def report(outs: tuple[str, ...], compare: bool, file: str | None, show: bool) -> None:
-    """Make one HTML page of OUT: charts, tables, and where each number is from.
+    """Make one HTML page of OUT: charts, tables, and the source of each number.
 
     The page is a single file that needs no server and no network: open it, print it, send it. It
     links to the tables beside it.
     """
     if len(outs) > 1 and not compare:
-        raise click.UsageError(f"{len(outs)} outputs: say --compare to put them side by side")
+        raise click.UsageError(f"{len(outs)} outputs: give --compare to put them side by side")
     if compare and len(outs) < 2:
         raise click.UsageError("--compare takes two outputs or more")
     if show and isinstance(place(file or outs[0]), Remote):

@@ -25,10 +25,10 @@ _SECONDS_A_LOOK = 5.0
     cls=Command, epilog=example("lcray status out/mine", "lcray status out/mine --watch")
 )
 @OUT
-@click.option("--watch", is_flag=True, help="Show it again and again, until the analysis ends.")
+@click.option("--watch", is_flag=True, help="Show it repeatedly, until the analysis ends.")
 @JSON
 def status(out: str, watch: bool, as_json: bool) -> None:
-    """Say how far the analysis of OUT is: done, running, failed, time left, gap so far.
+    """Show the progress of the analysis of OUT: done, running, failed, time left, gap so far.
 
     --watch gives up, with exit code 1, on a driver that was killed, or has given no sign for half a
     minute.
@@ -49,10 +49,10 @@ def status(out: str, watch: bool, as_json: bool) -> None:
 
 
 def status_text(found: Status) -> str:
-    """How far an analysis is, a few lines of text."""
+    """The progress of an analysis, a few lines of text."""
     is_quiet = found.silent and found.state != "interrupted"
     lines = [
-        f"{found.state}{' (no word from the driver lately)' if is_quiet else ''}: "
+        f"{found.state}{' (no recent sign of the driver)' if is_quiet else ''}: "
         f"{found.intervals_done:,}/{found.intervals:,} intervals, "
         f"{found.spans_done:,}/{found.spans:,} spans, {found.workers} workers"
     ]

@@ -1,4 +1,4 @@
-"""The command `lcray submit`: takes what `lcray analyze` takes, since that is what the job runs."""
+"""The command `lcray submit`: takes the options of `lcray analyze`, which the job runs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from lcray.errors import UsageError
     metavar="NAME=VALUE",
     help="Set this variable for the job; no secrets (repeatable).",
 )
-@click.option("--no-wait", is_flag=True, help="Print the job's id, and leave it to itself.")
+@click.option("--no-wait", is_flag=True, help="Print the job's id, and do not wait for it.")
 @together(*ANALYSIS, *COURSE)
 def submit(
     run: str,
@@ -69,9 +69,9 @@ def submit(
 ) -> None:
     """Have a Ray cluster run lcray analyze: send the task's code, follow the log.
 
-    RUN and --out are absolute paths on storage that every node sees, or URIs. What travels is the
-    module or package of --task and what it imports from its folder; never checkpoints, outputs,
-    hidden files or virtual environments. The exit code is that of the job. Ctrl-C leaves the job
+    RUN and --out are absolute paths on storage that every node sees, or URIs. The module or package
+    of --task is sent, with its imports from the same folder; never checkpoints, outputs, hidden
+    files or virtual environments. The exit code is that of the job. Ctrl-C leaves the job
     running, and says how to follow and how to stop it.
 
     Where the cluster asks for a token (a cluster should), set RAY_AUTH_MODE=token in the shell that

@@ -1,7 +1,7 @@
-"""What commands print: only what the terminal can show, and nothing that it would obey.
+"""Printing: only characters that the terminal has, and none that control it.
 
 Names come out of files: control characters in them, such as escape sequences, are written as Python
-would escape them. What the encoding of the terminal or the pipe lacks is replaced.
+would escape them. Characters that the encoding of the terminal or pipe lacks are replaced.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import click
 
 from lcray.errors import visible
 
-if TYPE_CHECKING:  # what refusals and --help need not wait for
+if TYPE_CHECKING:  # slow to import, and not needed for refusals and --help
     from rich.console import Console
 
-#: Columns of what goes to a file or a pipe, where no table is folded, and of what is measured.
+#: Columns where no table is folded: in a file or a pipe, and to measure its width.
 WIDE = 10_000
 #: Columns of ``--help`` at most.
 HELP_WIDTH = 100
@@ -43,7 +43,7 @@ codecs.register_error(_HANDLER, _plainer)
 
 
 def prepare() -> None:
-    """Lets the standard streams replace what their encoding lacks: printing raises no error."""
+    """Lets the standard streams replace characters that they lack, so that printing never fails."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_HANDLER)

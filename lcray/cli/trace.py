@@ -48,7 +48,7 @@ from lcray.cli.options import (
 def trace(run: str, task: str, out: str, **options: Any) -> None:
     """Trace the parameters that helped and hurt most: a second pass over RUN, resumable.
 
-    Under the plan of --out, with all of its gradients again. The new output has the tables
+    It follows the plan of --out and computes all gradients again. The new output has the tables
     intervals, layers and traces: weight, gradient and LC, step by step.
     """
     from lcray.cli.progress import reporting

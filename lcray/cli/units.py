@@ -25,5 +25,5 @@ def size(n_bytes: int | None) -> str:
 
 
 def count(number: int, what: str, several: str = "") -> str:
-    """How many there are of something."""
+    """A number with its noun, singular or plural."""
     return f"{number} {what}" if number == 1 else f"{number} {several or what + 's'}"

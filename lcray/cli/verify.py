@@ -20,7 +20,7 @@ from lcray.cli.options import JSON, OUT, Command, example, folders
     "--run",
     metavar="RUN",
     shell_complete=folders,
-    help="Read this run again too: are its checkpoints those that OUT was computed from?",
+    help="Also check that OUT was computed from the checkpoints of this run.",
 )
 @JSON
 def verify(out: str, run: str | None, as_json: bool) -> None:

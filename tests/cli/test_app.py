@@ -678,7 +678,7 @@ class TestPrograms:
         found = self.finish(process)
         assert (found.code, found.out) == (code, ""), found.err
         assert "Traceback" not in found.err
-        last = "lcray: interrupted; run the same command again to go on"
+        last = "lcray: interrupted; run the same command again to resume"
         assert found.err.splitlines()[-2:] == ["", last]  # the first ends the line of the ^C
         assert gone(mark)
         (project / "slow").unlink()

@@ -78,7 +78,7 @@ def test_what_takes_long_says_so_first_and_names_plan(capsys: pytest.CaptureFixt
         report(Progress("spans", 99, 100, running=0.9, seconds_left=700.0))
         report(Progress("spans", 100, 100, seconds_left=0.0))
     first, *lines = capsys.readouterr().err.splitlines()
-    assert first.startswith("lcray: this will take about 2 h 0 min; lcray plan says why")
+    assert first.startswith("lcray: this will take about 2 h 0 min; lcray plan explains why")
     assert lines == ["lcray: intervals 0/100, 2 h 0 min left", "lcray: intervals 100/100"]
     with progress.reporting() as report:
         report(Progress("spans", 0, 100, seconds_left=599.0))

@@ -324,7 +324,7 @@ class TestResources:
             (Resources(gpus_per_worker=1), "no node has 1 CPUs and 1 GPUs; ask for less"),
             (Resources(custom={"slot": 3}), "no node has 1 CPUs and 0 GPUs and 3 slot; ask"),
             (Resources(custom={"slot": -1}), "resource slot -1: must not be negative"),
-            (Resources(custom={"GPU": 1}), "resource 'GPU': is none of your own"),
+            (Resources(custom={"GPU": 1}), "resource 'GPU': is reserved; use --gpus-per-worker"),
             (Resources(patience=0), "patience 0: must be positive, in seconds"),
         ],
     )

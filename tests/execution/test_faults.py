@@ -145,7 +145,7 @@ def test_ctrl_c_sigterm_and_a_second_driver(job: Job) -> None:
         driver.send_signal(number)
         _, err = driver.communicate(timeout=100)
         assert driver.returncode == code, err
-        assert err.splitlines()[-1] == "lcray: interrupted; run the same command again to go on"
+        assert err.splitlines()[-1] == "lcray: interrupted; run the same command again to resume"
         assert "Traceback" not in err
         soon(lambda: not any(map(alive, workers)))  # noqa: B023 - called at once
         assert (lcray.status(job.out).state, lcray.status(job.out).workers) == ("interrupted", 0)

@@ -140,7 +140,7 @@ def test_a_ray_of_ones_own_that_ends_is_started_again_but_once(
     before_the_end = driver.others()
     driver.kill("ray::RuntimeEnv")
     *said, last = driver.finish(code=1)
-    assert sum("starting another one" in line for line in said) == 1
+    assert sum("restarting it once" in line for line in said) == 1
     assert last.startswith("lcray: Ray on this machine: has ended again, after it was started anew")
     assert not any("Traceback" in line or "state-dump" in line for line in said)
     found = lcray.status(driver.out)
@@ -155,7 +155,7 @@ def test_a_ray_of_ones_own_that_ends_is_started_again_but_once(
     if before < 4:
         driver.wait(lambda: driver.others("ray::Worker"))
         driver.kill("gcs_server")
-    assert any("starting another one" in line for line in driver.finish(code=0))
+    assert any("restarting it once" in line for line in driver.finish(code=0))
     assert kept.items() <= driver.commits().items()
     assert scenes.tables(driver.out) == scenes.tables(plain_out)
     assert driver.state() == "finished"

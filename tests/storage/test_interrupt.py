@@ -151,5 +151,5 @@ def test_only_what_goes_on_says_that_it_does(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert caught.value.code == 130
-    more = "; run the same command again to go on" if goes_on else ""
+    more = "; run the same command again to resume" if goes_on else ""
     assert capfd.readouterr().err.strip() == f"lcray: interrupted{more}"

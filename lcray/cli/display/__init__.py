@@ -1,1 +1,1 @@
-"""What commands show, made from results; only rich, pandas and words: nothing is printed here."""
+"""Results as tables and lines, for commands to print."""

@@ -1,4 +1,4 @@
-"""What an audit of a run saw. Pure."""
+"""The audit of a run. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
 
 
 def audit_table(audit: Audit) -> Group:
-    """What an audit of a run saw."""
+    """The run in one line, and a line for each problem."""
     dtypes = ", ".join(f"{number} {name}" for name, number in audit.dtypes.items())
     head = (
         f"{audit.root}: {count(len(audit.steps), 'checkpoint')}, steps {audit.steps[0]} to "

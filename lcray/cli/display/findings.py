@@ -20,9 +20,9 @@ _BRIEF = 24  # rows of a finding that its summary shows
 
 
 def findings_summary(found: Findings, width: int = terminal.WIDE) -> Group:
-    """Of every finding the rows about the whole run, and why others could not be had.
+    """The rows of every finding about the whole run, and why others are not available.
 
-    Where there are several splits, those of the first; and of columns as many as fit into `width`.
+    Of several splits, only the first; and only as many columns as fit into `width`.
     """
     parts: list[RenderableType] = []
     left_out: dict[str, None] = {}
@@ -57,7 +57,7 @@ def findings_summary(found: Findings, width: int = terminal.WIDE) -> Group:
 
 
 def _explained(name: str, shown: pd.DataFrame) -> Iterable[str]:
-    """How to read a finding's table, and what its empty cells mean; a line each, or none."""
+    """How to read a finding's table, and what its empty cells mean; one line each, or none."""
     if name in READING:
         yield READING[name]
     known = [(c, meaning) for c, meaning in EMPTY.get(name, {}).items() if c in shown]

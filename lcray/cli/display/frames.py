@@ -29,7 +29,7 @@ def frame_table(frame: pd.DataFrame, *, title: str | None = None, rows: int = 50
 
 
 def fitted(frame: pd.DataFrame, width: int, *, rows: int = 50) -> RenderableType:
-    """`frame_table`; where that is wider than `width`, a line for each value, row by row."""
+    """`frame_table`, or one line per value where that is wider than `width`."""
     table = frame_table(frame, rows=rows)
     if width_of(table) <= width:
         return table
@@ -59,7 +59,7 @@ def _cell(value: object) -> str:
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, object]]:
-    """The rows for JSON, every digit kept; what is missing or not finite is None."""
+    """The rows for JSON, every digit kept; missing and non-finite values are None."""
     rows = frame.astype(object).to_dict("records")
     return [{str(name): _plain(value) for name, value in row.items()} for row in rows]
 

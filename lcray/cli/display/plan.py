@@ -1,4 +1,4 @@
-"""What an analysis is going to take. Pure."""
+"""A plan, and its cost. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lcray.planning.saved import PlanReport
 
 
 def plan_table(report: PlanReport) -> Group:
-    """What `report` plans, and what it will take."""
+    """The plan in `report`, with its cost."""
     plan, cost = report.plan, report.estimate
     least = "at least " if cost.is_least else ""
     asked = report.fixed_batches or plan.settings.batch_size
@@ -65,7 +65,7 @@ def _workers(report: PlanReport) -> str:
 
 
 def _sums_rows(report: PlanReport) -> dict[str, str]:
-    """What there is to say of gradients in parts."""
+    """Rows about partial sums and teams."""
     plan, seconds = report.plan, report.interval_seconds
     rows = {}
     if plan.partial_sums > 1:

@@ -1,4 +1,4 @@
-"""What an analysis found, as tables and lines. Pure."""
+"""The outcome of an analysis, as tables and lines. Pure."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def totals(results: Results) -> pd.DataFrame:
 
 
 def closure_table(results: Results) -> Table:
-    """Per split: the loss change, what was allocated, and by how much they differ."""
+    """Per split: the loss change, its allocation, and the gap between them."""
     table = Table(box=None, pad_edge=False, title_justify="left")
     table.title = f"Closure, rule {results.plan.settings.rule}"
     columns = (
@@ -78,7 +78,7 @@ def closure_table(results: Results) -> Table:
 
 
 def confidence_table(results: Results, level: float = 0.95) -> Table:
-    """Per split: how far a sample may be off the loss change and the LC of all its data."""
+    """Per split: loss change and LC of all data, with the error that sampling adds."""
     found = results.confidence(level=level)
     found = found[found["layer"] == ""].assign(half=lambda rows: (rows["high"] - rows["low"]) / 2)
     table = Table(box=None, pad_edge=False, title_justify="left")
@@ -103,7 +103,7 @@ def _share(part: float, whole: float, digits: int = 3) -> str:
 
 
 def summary(results: Results) -> Group:
-    """What an analysis found, and where to go on."""
+    """The outcome of an analysis, and where its tables are."""
     frame = results.intervals()
     lines: list[RenderableType] = [closure_table(results), ""]
     if any(split.drawn_from for split in results.plan.splits):

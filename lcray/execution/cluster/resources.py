@@ -1,4 +1,4 @@
-"""What an analysis may use of a machine or a cluster, and how workers are placed on it."""
+"""The share of a machine or cluster that an analysis may use, and how its workers are placed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ from pathlib import Path
 from lcray.errors import UsageError
 from lcray.settings import WORKERS, documented, option
 
+#: Names that are not the user's, and what to do instead.
+_RESERVED = {
+    "CPU": "use --cpus-per-worker",
+    "GPU": "use --gpus-per-worker",
+    "memory": "use --memory",
+    "object_store_memory": "Ray sets it itself",
+}
+
 
 @documented
 @dataclass(frozen=True)
 class Resources:
-    """What an analysis may use.
+    """The workers of an analysis, and the resources each may use.
 
-    A process that is connected to a Ray uses that one, whatever `address` says. ``ray job submit``
-    sets ``RAY_ADDRESS``. Data that do not fit into `memory` are streamed, and batches are made to
-    fit; the model, and vectors of its size, are needed in any case.
+    A process that is already connected to a Ray uses it and ignores `address`. ``ray job submit``
+    sets ``RAY_ADDRESS``. Data that do not fit into `memory` are streamed, and batches are made
+    small enough; the model and vectors of its size always take memory.
     """
 
     workers: int | None = option(
@@ -29,7 +37,7 @@ class Resources:
         None,
         WORKERS,
         "GPUs per worker; fractions share one.",
-        otherwise="1 where there are any",
+        otherwise="1 where the cluster has GPUs",
     )
     cpus_per_worker: float = option(1.0, WORKERS, "CPU cores per worker.")
     custom: Mapping[str, float] = option(
@@ -69,11 +77,11 @@ class Placement:
 
     Attributes:
         workers: how many, or how many teams.
-        cpus: CPU cores each.
-        gpus: GPUs each.
-        custom: custom resources each.
-        memory: bytes each may take; None for a share of what is free.
-        sharers: workers that such a share is of: those that fit on one node, or one GPU.
+        cpus: CPU cores per worker.
+        gpus: GPUs per worker.
+        custom: custom resources per worker, by name.
+        memory: bytes per worker; None for a share of the free memory.
+        sharers: number of workers that share the free memory of one node, or one GPU.
         team: workers that share a gradient.
     """
 
@@ -89,7 +97,7 @@ class Placement:
 def usable_cores() -> int:
     """CPU cores that this process may use: by its affinity, and the limits of its control groups.
 
-    Those are what taskset, Slurm and containers set; a machine may have many more. At least 1.
+    Taskset, Slurm and containers set these limits; the machine may have many more. At least 1.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -138,12 +146,12 @@ def place_workers(
     """Place workers on a cluster.
 
     Args:
-        resources: what was asked for.
-        nodes: what each node has, ``CPU`` and ``GPU``.
-        limit: the most workers that there is work for.
+        resources: the request.
+        nodes: the resources of each node, ``CPU`` and ``GPU`` among them.
+        limit: the most workers that can be kept busy.
 
     Raises:
-        UsageError: for what cannot be had.
+        UsageError: if the cluster cannot meet the request.
     """
     _check(resources)
     gpus = resources.gpus_per_worker
@@ -168,7 +176,7 @@ def place_workers(
 
 
 def _teams(resources: Resources, room: int, countable: bool) -> int:
-    """Workers, or teams of them, that were asked for, or fit into `room`."""
+    """The number of workers, or teams, that was asked for, or that fits into `room`."""
     team, workers = resources.data_parallel, resources.workers or max(1, room)
     if team == 1:
         return workers
@@ -192,9 +200,9 @@ def _check(resources: Resources) -> None:
     for name, value in given.items():
         if value is not None and not value >= 0:
             raise UsageError(f"{name.replace('_', '-')} {value}: must not be negative")
-    reserved = sorted({"CPU", "GPU", "memory", "object_store_memory"} & set(resources.custom))
+    reserved = sorted(_RESERVED.keys() & set(resources.custom))
     if reserved:
-        raise UsageError(f"resource {reserved[0]!r}: is none of your own; it has its own option")
+        raise UsageError(f"resource {reserved[0]!r}: is reserved; {_RESERVED[reserved[0]]}")
     if resources.memory is not None and not resources.memory > 0:
         raise UsageError(f"memory {resources.memory:g}: must be positive, in GiB")
     if resources.patience is not None and not resources.patience > 0:
@@ -206,7 +214,7 @@ def _check(resources: Resources) -> None:
 
 
 def _room(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
-    """Workers that fit on a node; one where they need nothing."""
-    # A little more than there is, since 0.3 / 0.1 < 3.
+    """The number of workers that fit on a node; 1 where they need nothing."""
+    # With a small tolerance, since 0.3 / 0.1 < 3.
     fitting = [int(node.get(k, 0) / v + 1e-9) for k, v in needs.items() if v]
     return min(fitting, default=1)

@@ -23,7 +23,7 @@ PathLike = str | os.PathLike[str]
 
 _PLAN = "lcray-plan.json"  # in the package
 _FLAGS = {each.name: flag_of(each) for each in (*fields(Settings), *fields(Resources))}
-#: What `analyze` takes beside settings, and its defaults.
+#: The keywords of `analyze` that are not settings, with their defaults.
 _COURSE = {"steps": None, "span_length": None, "repair": False, "follow": False, "idle": None}
 
 
@@ -45,7 +45,7 @@ class Submission:
 
 
 class JobOptions(PlanOptions, total=False):
-    """What a job is asked, beside workers.
+    """The options of a job.
 
     Attributes:
         repair: as `lcray.analyze` takes it; `follow` and `idle` likewise.
@@ -91,8 +91,8 @@ def submit(
         include: files and folders beside the task's code that it needs.
         env: variables for the job and its workers. Who can see the job can read them: no secrets.
         wait: follow the job until it ends.
-        **options: those of `lcray.analyze`; and to be called, ``on_package`` with what is sent,
-            ``on_submit`` once the cluster has the job, ``on_log`` with each piece of its log.
+        **options: those of `lcray.analyze`; and three callbacks: ``on_package`` gets the package
+            before it is sent, ``on_submit`` the submitted job, ``on_log`` each piece of its log.
 
     Raises:
         UsageError: for arguments that cannot be used.
