@@ -23,7 +23,7 @@ from lcray.settings import Settings
 from lcray.statistics.histograms import UNDERFLOW, bin_edges
 from lcray.storage.files import FORMAT_VERSION, encode_json, seal
 from lcray.tables.arrow import make_table
-from lcray.tables.reducing.reduce import plan_digest
+from lcray.tables.reducing.reduce import plan_digest, reduce
 from lcray.tables.schema import TABLES
 from lcray.tables.shards.writer import ShardWriter
 from lcray.tasks.layer import Layer
@@ -121,6 +121,11 @@ def make_world(
         change = total - world.gap[split.name]
         world.loss[split.name] = 2.0 + np.concatenate([[0.0], np.cumsum(change)])
     return world
+
+
+def with_a_gap() -> World:
+    """An interval has no LC, and there is no gradient at the start of any."""
+    return make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
 
 
 def make_plan(
@@ -559,6 +564,12 @@ def write_output(out: Path, world: World, *, attempt: str = "a0") -> Path:
     write_analysis(out, world.plan)
     for span in world.plan.spans:
         assert write_span(out, world, span, attempt)
+    return out
+
+
+def write_reduced(out: Path, world: World) -> Path:
+    """The same, reduced."""
+    reduce(write_output(out, world))
     return out
 
 

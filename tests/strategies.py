@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from twin import Interval, Twin
@@ -26,11 +27,22 @@ from lcray.planning.make import make_settings
 from lcray.tasks.task import Task
 
 State = dict[str, Tensor]
+ROUNDING = 1e-12  # of sums in float64, relative to the sum of magnitudes
+FEW = settings(deadline=None, derandomize=True, max_examples=20)
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "relu": nn.ReLU,
     "gelu": nn.GELU,
 }
+
+
+class Pair(nn.Module):
+    """Two numbers, a layer each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.q = nn.Parameter(torch.zeros(1, dtype=torch.float64))
 
 
 @dataclass(frozen=True, repr=False)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import Bench, Case, gap, mlp, random_states
-from torch import Tensor, nn
+from strategies import Bench, Case, Pair, gap, mlp, random_states
+from torch import Tensor
 
 from lcray.allocation.interval import OK, Accuracy
 from lcray.allocation.quadrature import ADAPTIVE, RULES, get_rule
@@ -17,15 +17,6 @@ from lcray.errors import UsageError
 from lcray.planning.make import make_settings
 
 EVERY = get_rule("auto").probe_every
-
-
-class Pair(nn.Module):
-    """Two numbers, a layer each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-        self.q = nn.Parameter(torch.zeros(1, dtype=torch.float64))
 
 
 def polynomial(power: int, other: float, steps: list[float]) -> Case:

@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import (
+    ROUNDING,
     Bench,
     Case,
+    Pair,
     abs_sum,
     cases,
     classify,
@@ -34,8 +36,6 @@ from lcray.errors import TaskError, UsageError
 from lcray.planning.make import make_settings
 from lcray.settings import Settings
 
-# Sums of some hundred float64 terms in another order, relative to Σ|LC|.
-ROUNDING = 1e-12
 FEW = settings(deadline=None, derandomize=True, max_examples=15)
 
 
@@ -177,15 +177,6 @@ def test_the_cases_above_stop_at_several_depths() -> None:
     assert (16, False) in found and len(found) >= 3
 
 
-class Crossing(nn.Module):
-    """Two parameters whose Simpson errors cancel: the gap is 0 while the halves are not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-        self.q = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-
-
 def test_a_gap_that_crosses_zero_by_chance_is_no_convergence() -> None:
     # ℓ = p⁵ - q⁵ with p and q from 0 to 1: the errors of the two cancel at every n, while
     # S_2n - S_n of each layer does not. A hundredth of p⁵ more keeps the first gap above the
@@ -196,7 +187,7 @@ def test_a_gap_that_crosses_zero_by_chance_is_no_convergence() -> None:
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     case = Case(
         "crossing",
-        Crossing,
+        Pair,
         (torch.tensor([0.01], dtype=torch.float64),),
         loss,
         ({"p": zero, "q": zero}, {"p": one, "q": one}),

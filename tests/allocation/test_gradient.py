@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    FEW,
+    ROUNDING,
     Bench,
     Case,
     cases,
@@ -30,11 +32,6 @@ from lcray.errors import TaskError
 from lcray.execution.worker.workbench import Workbench
 from lcray.settings import Settings
 from lcray.tasks.task import Task
-
-# Sums of at most some hundred float64 terms in another order, relative to the largest.
-ROUNDING = 1e-12
-
-FEW = settings(deadline=None, derandomize=True, max_examples=20)
 
 
 def evaluate(bench: Bench, state: dict[str, Tensor], directions: Any = ()) -> Any:

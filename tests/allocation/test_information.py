@@ -8,7 +8,6 @@ import pytest
 
 from lcray.analyses.information import fisher
 from lcray.tables.reading.results import open_output
-from lcray.tables.reducing.reduce import reduce
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +17,7 @@ def world() -> planting.World:
 
 @pytest.fixture(scope="module")
 def out(world: planting.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = planting.write_output(tmp_path_factory.mktemp("information") / "out", world)
-    reduce(path)
-    return path
+    return planting.write_reduced(tmp_path_factory.mktemp("information") / "out", world)
 
 
 def test_means_over_steps_beside_sums_over_intervals(world: planting.World, out: Path) -> None:

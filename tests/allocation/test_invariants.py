@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import (
+    FEW,
+    ROUNDING,
     Bench,
     Case,
     State,
@@ -33,11 +35,6 @@ from twin import RULES as TWIN_RULES
 
 from lcray.allocation.allocator import IntervalLC
 
-# Rounding of sums of some thousand float64 terms, relative to Σ|LC|. The losses that a gap is
-# measured against are of order one and Σ|LC| is at least about a hundredth of that.
-ROUNDING = 1e-12
-
-FEW = settings(deadline=None, derandomize=True, max_examples=20)
 MANY = settings(deadline=None, derandomize=True, max_examples=150)
 SYMMETRIC = ["midpoint", "trapezoid", "simpson", "gauss-lobatto", "gauss"]
 

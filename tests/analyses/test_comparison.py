@@ -21,7 +21,6 @@ from lcray.analyses.momentum import against_momentum
 from lcray.analyses.tidy import notes_of
 from lcray.cli.app import app
 from lcray.errors import UsageError
-from lcray.tables.reducing.reduce import reduce
 from lcray.tasks.layer import Layer
 
 T = 12
@@ -42,9 +41,7 @@ def world_of(seed: int, shift: float = 0.0, **options: Any) -> planting.World:
 
 
 def write(folder: Path, world: planting.World) -> Path:
-    out = planting.write_output(folder, world)
-    reduce(out)
-    return out
+    return planting.write_reduced(folder, world)
 
 
 @pytest.fixture(scope="module")

@@ -23,16 +23,13 @@ from lcray.analyses.windows import Window, Windows
 from lcray.cli.app import app
 from lcray.errors import InapplicableError, OutputError, UsageError
 from lcray.storage import place, storage_of
-from lcray.tables.reducing.reduce import reduce
 
-WORLD = planting.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
+WORLD = planting.with_a_gap()
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = planting.write_output(tmp_path_factory.mktemp("findings") / "out", WORLD)
-    reduce(path)
-    return path
+    return planting.write_reduced(tmp_path_factory.mktemp("findings") / "out", WORLD)
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +134,7 @@ def test_findings_of_an_output_in_an_object_store_are_the_same(out: Path) -> Non
 
 def test_what_cannot_be_had_says_what_would_give_it(tmp_path: Path) -> None:
     tables = ("intervals", "layers", "units")
-    out = planting.write_output(tmp_path, planting.make_world(tables=tables))
-    reduce(out)
+    out = planting.write_reduced(tmp_path, planting.make_world(tables=tables))
     found = lcray.findings(out)
     needy = {f.name for f in FINDINGS if not set(f.needs) <= set(tables)}
     assert needy <= set(found.impossible)
@@ -176,8 +172,7 @@ def test_a_write_that_fails_leaves_the_old_file(out: Path, monkeypatch: pytest.M
 
 
 def test_a_link_out_of_the_output_is_not_followed(tmp_path: Path) -> None:
-    path = planting.write_output(tmp_path / "out", WORLD)
-    reduce(path)
+    path = planting.write_reduced(tmp_path / "out", WORLD)
     (tmp_path / "elsewhere").mkdir()
     (path / "findings").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OutputError, match="leads out of"):

@@ -17,7 +17,6 @@ from lcray.analyses.synchrony import coincidences, peaks_of_learning, synchrony
 from lcray.errors import InapplicableError, UsageError
 from lcray.statistics.coincidence import pairwise_coincidences
 from lcray.tables.reading.results import Results
-from lcray.tables.reducing.reduce import reduce
 from lcray.tasks.layer import Layer
 
 T = 240
@@ -55,9 +54,7 @@ WORLD = make_world()
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    out = planting.write_output(tmp_path_factory.mktemp("together") / "out", WORLD)
-    reduce(out)
-    return lcray.open(out)
+    return lcray.open(planting.write_reduced(tmp_path_factory.mktemp("together") / "out", WORLD))
 
 
 def test_the_planted_lag(results: Results) -> None:
@@ -95,8 +92,7 @@ def test_profiles_have_their_peak_at_the_lag(results: Results) -> None:
 
 
 def test_a_run_too_short_for_lags_says_so(tmp_path: Path) -> None:
-    out = planting.write_output(tmp_path, planting.make_world())
-    reduce(out)
+    out = planting.write_reduced(tmp_path, planting.make_world())
     for finding in (lags, lag_profiles):
         with pytest.raises(InapplicableError, match="analyze more intervals"):
             finding(lcray.open(out))

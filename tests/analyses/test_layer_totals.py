@@ -17,7 +17,6 @@ from lcray.analyses.tidy import notes_of
 from lcray.analyses.trajectories import trajectories
 from lcray.errors import UsageError
 from lcray.tables.reading.results import Results
-from lcray.tables.reducing.reduce import reduce
 from lcray.tasks.layer import Layer
 
 T = 60
@@ -55,9 +54,7 @@ WORLD = make_world()
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    out = planting.write_output(tmp_path_factory.mktemp("totals") / "out", WORLD)
-    reduce(out)
-    return lcray.open(out)
+    return lcray.open(planting.write_reduced(tmp_path_factory.mktemp("totals") / "out", WORLD))
 
 
 def planted(split: str, layer: str) -> np.ndarray:
@@ -167,8 +164,7 @@ def test_trajectories_add_up(results: Results) -> None:
 
 
 def test_few_intervals_are_not_resampled(tmp_path: Path) -> None:
-    out = planting.write_output(tmp_path, planting.make_world(tables=("intervals", "layers")))
-    reduce(out)
+    out = planting.write_reduced(tmp_path, planting.make_world(tables=("intervals", "layers")))
     rows = layer_totals(lcray.open(out)).to_pylist()
     assert {(row["resampled_se"], row["resampled_low"]) for row in rows} == {(None, None)}
     assert all(row["lc_bound"] is not None for row in rows)  # needs no number of intervals

@@ -19,7 +19,6 @@ from lcray.analyses.run_length import run_lengths
 from lcray.analyses.sampled import sampled_layers
 from lcray.errors import UsageError
 from lcray.tables.reading.results import Results
-from lcray.tables.reducing.reduce import reduce
 
 STEPS = tuple(range(0, 25, 2))  # twelve intervals
 BAD = ("val", 10)
@@ -44,8 +43,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("oscillation") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lcray.analyses.sampled.trace_indices", ends)
-        planting.write_output(out, WORLD)
-        reduce(out)
+        planting.write_reduced(out, WORLD)
         yield lcray.open(out)
 
 
@@ -196,8 +194,7 @@ def test_the_parameters_that_help_and_hurt_most(results: Results) -> None:
 
 
 def test_without_parameters_and_traces(tmp_path: Path) -> None:
-    out = planting.write_output(tmp_path, planting.make_world(tables=("intervals", "layers")))
-    reduce(out)
+    out = planting.write_reduced(tmp_path, planting.make_world(tables=("intervals", "layers")))
     rows = oscillation(lcray.open(out)).to_pylist()
     assert {row["source"] for row in rows} == {"layers"}
 

@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from disks import small_disk
 from safetensors.torch import load_file
 from torch import nn
 
@@ -463,15 +464,9 @@ def test_a_torn_last_file_is_named(five):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 256 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("cannot mount a small tmpfs here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk", "256k") as folder:
+        yield folder
 
 
 def step_until_error(rec, model, limit=200):
@@ -483,21 +478,21 @@ def step_until_error(rec, model, limit=200):
     raise AssertionError(f"no error in {limit} steps")
 
 
-def test_a_full_disk_raises_in_the_training_loop_and_leaves_no_torn_file(small_disk):
+def test_a_full_disk_raises_in_the_training_loop_and_leaves_no_torn_file(disk):
     model = nn.Linear(64, 64)  # 16 KiB a file
-    rec = Recorder(model, small_disk / "run")
+    rec = Recorder(model, disk / "run")
     with pytest.raises(RecorderError, match="could not be written: No space left"):
         step_until_error(rec, model)
     for again in (rec.step, rec.step, rec.close):
         with pytest.raises(RecorderError, match="No space left"):
             again()
-    steps = open_series(small_disk / "run").steps
+    steps = open_series(disk / "run").steps
     assert steps == tuple(range(len(steps)))  # a prefix, without a hole
     assert len(steps) > 3
-    load_file(small_disk / "run" / f"step-{steps[-1]:08d}.safetensors")
-    assert not list((small_disk / "run").glob(".*"))
+    load_file(disk / "run" / f"step-{steps[-1]:08d}.safetensors")
+    assert not list((disk / "run").glob(".*"))
     with pytest.raises(RecorderError, match=r"cannot be written: No space left"):
-        Recorder(nn.Linear(512, 512), small_disk / "other")  # at construction
+        Recorder(nn.Linear(512, 512), disk / "other")  # at construction
 
 
 def python(code, *arguments, check=True):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import pandas as pd
 import pytest
 import scenes
 import torch
+from disks import small_disk
 from safetensors.torch import load_file, save_file
 from scenes import OPTIONS
 
@@ -673,9 +673,9 @@ class TestOutputs:
 
     @pytest.mark.parametrize("spans", [pytest.param(0, marks=pytest.mark.slow), 2])
     def test_a_disk_that_fills_up_loses_nothing(
-        self, spans: int, small_disk: Path, run: Path, plain_out: Path, tmp_path: Path
+        self, spans: int, disk: Path, run: Path, plain_out: Path, tmp_path: Path
     ) -> None:
-        out, ballast = small_disk / "out", small_disk / "ballast"
+        out, ballast = disk / "out", disk / "ballast"
         fill = scenes.Told(done=3 * spans, then=lambda: fill_up(ballast))
         with pytest.raises(IncompleteError) as caught:
             lcray.analyze(run, "scenes:plain", out, on_progress=fill, **OPTIONS)
@@ -700,9 +700,9 @@ class TestOutputs:
         assert scenes.tables(out) == scenes.tables(plain_out)
 
     def test_a_disk_that_is_full_when_tables_are_merged(
-        self, small_disk: Path, run: Path, plain_out: Path
+        self, disk: Path, run: Path, plain_out: Path
     ) -> None:
-        out, ballast = small_disk / "out", small_disk / "ballast"
+        out, ballast = disk / "out", disk / "ballast"
         fill = scenes.Told(done=12, then=lambda: fill_up(ballast))
         with pytest.raises(OutputError, match=r"No space left on device") as caught:
             lcray.analyze(run, "scenes:plain", out, on_progress=fill, **OPTIONS)
@@ -720,17 +720,9 @@ def fill_up(path: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "lcray-test", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("a file system can be mounted by root only")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "8m") as folder:
+        yield folder
 
 
 @pytest.mark.usefixtures("inline")

@@ -23,7 +23,6 @@ from lcray.cli.display.results import layer_table, summary
 from lcray.cli.status import status_text
 from lcray.errors import InapplicableError, LcrayError
 from lcray.tables.reading.results import Results
-from lcray.tables.reducing.reduce import reduce
 
 STARTS = (0, 2, 4, 6, 8, 10)
 
@@ -50,7 +49,7 @@ WORLDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=WORLDS)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("diverged") / "out"
-    reduce(planting.write_output(out, planting.make_world(**WORLDS[request.param])))
+    planting.write_reduced(out, planting.make_world(**WORLDS[request.param]))
     return lcray.open(out)
 
 
@@ -108,7 +107,7 @@ def test_plots_draw_or_say_why_not(results: Results, name: str) -> None:
 
 def test_overfitting_says_that_nothing_could_be_judged(tmp_path: Path) -> None:
     world = planting.make_world(**WORLDS["nothing in the first split"])
-    reduce(planting.write_output(tmp_path / "out", world))
+    planting.write_reduced(tmp_path / "out", world)
     found = overfitting(lcray.open(tmp_path / "out"))
     assert set(found["n_windows"].to_pylist()) == {0}
     assert set(found["onset"].to_pylist()) == {None}

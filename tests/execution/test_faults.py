@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import jobs
 import psutil
 import pytest
 import scenes
+from disks import small_disk
 from jobs import Job, Undisturbed
 
 import lcray
@@ -231,21 +231,6 @@ def test_a_checkpoint_that_cannot_be_read_once_and_one_that_never_can(job: Job) 
     never.write_bytes(whole[never])
     job.finish(job.start("--workers", 2))
     job.check()
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """A file system of its own at `folder`."""
-    folder.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "lcray-test", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("a file system can be mounted by root only")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_disk_that_is_full_when_tables_are_merged(job: Job) -> None:

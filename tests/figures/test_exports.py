@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import planting
 import pytest
 from click.testing import CliRunner
 
@@ -22,11 +21,6 @@ from lcray.cli.app import app
 from lcray.errors import LcrayError, UsageError
 from lcray.figures.exports.tensorboard_events import buckets
 from lcray.tables.reading.results import Results
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return lcray.open(planting.picture(tmp_path_factory.mktemp("exports") / "out"))
 
 
 def test_tensorboard_reads_scalars_and_histograms(results: Results, tmp_path: Path) -> None:

@@ -22,11 +22,6 @@ SIZES = {"b.weight": 6, "a.weight": 4}
 T = 10
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return lcray.open(planting.picture(tmp_path_factory.mktemp("figures") / "out"))
-
-
 def planted(results: Results) -> tuple[Any, Any]:
     return results.layers(), results.intervals()
 

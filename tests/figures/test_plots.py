@@ -24,11 +24,6 @@ from lcray.tables.reading.results import Results
 LAYERS = ["b.weight", "a.weight"]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return lcray.open(planting.picture(tmp_path_factory.mktemp("plots") / "out"))
-
-
 @pytest.fixture(autouse=True)
 def leaves_no_trace() -> Iterator[None]:
     before = dict(mpl.rcParams)
@@ -298,8 +293,7 @@ def test_where_nothing_has_lc_there_is_a_word(tmp_path: Path) -> None:
     bad = {
         (split, step): "nonfinite_loss" for split in ("val", "train") for step in range(0, 12, 2)
     }
-    planting.write_output(tmp_path / "out", planting.make_world(bad=bad))
-    lcray.reduce(tmp_path / "out")
+    planting.write_reduced(tmp_path / "out", planting.make_world(bad=bad))
     found = lcray.open(tmp_path / "out")
     for draw in (plots.layer_totals, plots.memorising, lambda r: plots.unit_map(r, "b.weight")):
         with pytest.raises(InapplicableError, match="no interval"):

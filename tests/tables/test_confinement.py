@@ -104,8 +104,7 @@ def test_an_output_that_names_a_rule_of_a_billion_panels(tmp_path: Path, rule: s
 
 def test_row_groups_are_no_larger_than_are_ever_written(tmp_path: Path) -> None:
     """Memory is reserved for as many rows as a group claims, and zeros take no room in a file."""
-    out = planting.write_output(tmp_path / "out", WORLD)
-    reduce(out)
+    out = planting.write_reduced(tmp_path / "out", WORLD)
     path = out / "tables" / "units.parquet"
     rows = pq.read_table(path)
     many = pa.concat_tables([rows.slice(0, 1)] * ((1 << 17) + 1)).combine_chunks()

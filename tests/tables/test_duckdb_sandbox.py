@@ -34,7 +34,7 @@ global_frame = pd.DataFrame({"a": [1]})  # no table for a replacement scan
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`out`, and beside it what must stay out of reach: a file, a Parquet file, a database."""
     home = tmp_path_factory.mktemp("sandbox")
-    reduce(planting.write_output(home / "out", WORLD))
+    planting.write_reduced(home / "out", WORLD)
     outside = home / "out" / "tables-of-others"  # begins as the folder that is allowed
     outside.mkdir()
     for folder in (home, outside):
@@ -238,8 +238,7 @@ def test_the_tables_themselves_are_read(home: Path) -> None:
 
 @pytest.mark.parametrize("linked", ["tables/layers.parquet", "tables", "analysis.json"])
 def test_a_table_that_is_a_link_to_elsewhere(tmp_path: Path, linked: str) -> None:
-    out = planting.write_output(tmp_path / "out", WORLD)
-    reduce(out)
+    out = planting.write_reduced(tmp_path / "out", WORLD)
     (out / linked).rename(tmp_path / "elsewhere")
     os.symlink(tmp_path / "elsewhere", out / linked)
     before = tree(tmp_path)

@@ -89,8 +89,7 @@ def hostile_schema(payload: bytes, table: pa.Table) -> pa.Table:
 
 @pytest.mark.parametrize("kind", ["extension", "object column"])
 def test_a_table_with_python_objects(tmp_path: Path, mark: Path, payload: bytes, kind: str) -> None:
-    out = planting.write_output(tmp_path / "out", WORLD)
-    reduce(out)
+    out = planting.write_reduced(tmp_path / "out", WORLD)
     path = out / "tables" / "layers.parquet"
     table = pq.read_table(path)
     if kind == "extension":
@@ -133,8 +132,7 @@ def _reseal(out: Path, path: Path, rows: int) -> None:
 
 
 def test_an_array_of_objects_in_the_place_of_json(tmp_path: Path, mark: Path) -> None:
-    out = planting.write_output(tmp_path / "out", WORLD)
-    reduce(out)
+    out = planting.write_reduced(tmp_path / "out", WORLD)
     array = np.empty(1, object)
     array[0] = Payload(mark)
     for name in ("analysis.json", "tables/manifest.json"):

@@ -16,20 +16,18 @@ from lcray.storage.files import encode_json, read_sealed, seal
 from lcray.tables.reading.recipes import RESERVED
 from lcray.tables.reading.results import Results, open_output
 from lcray.tables.reading.views import VIEWS
-from lcray.tables.reducing.reduce import reduce
 from lcray.tables.schema import TABLES as SCHEMAS
 from lcray.tables.verifying.verify import verify
 from lcray.tasks.layer import Layer
 
-WORLD = planting.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
+WORLD = planting.with_a_gap()
 TABLES = [t for t in planting.ALL if t != "borders"]
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("results") / "o'ut"  # a quote must not end an SQL string
-    planting.write_output(path, WORLD)
-    reduce(path)
+    planting.write_reduced(path, WORLD)
     return path
 
 
@@ -237,7 +235,7 @@ def test_not_reduced_or_no_output(tmp_path: Path) -> None:
 def test_a_table_that_was_not_asked_for(tmp_path: Path, name: str) -> None:
     tables = tuple(t for t in planting.ALL if t != name)
     world = planting.make_world(tables=tables, spans=((0, 2),))
-    reduce(planting.write_output(tmp_path, world))
+    planting.write_reduced(tmp_path, world)
     results = open_output(tmp_path)
     option = {"elements": "--elements", "units": "--units", "traces": "--parameters"}
     with pytest.raises(UsageError, match=rf"no table '{name}'.*{option.get(name, '')}"):
@@ -245,7 +243,7 @@ def test_a_table_that_was_not_asked_for(tmp_path: Path, name: str) -> None:
 
 
 def test_a_table_file_that_is_gone_or_torn(tmp_path: Path) -> None:
-    reduce(planting.write_output(tmp_path, planting.make_world(spans=((0, 2),))))
+    planting.write_reduced(tmp_path, planting.make_world(spans=((0, 2),)))
     results = open_output(tmp_path)
     path = tmp_path / "tables" / "layers.parquet"
     path.write_bytes(path.read_bytes()[:100])
@@ -275,7 +273,7 @@ def test_a_table_file_that_is_gone_or_torn(tmp_path: Path) -> None:
 def test_a_manifest_is_read_strictly(
     tmp_path: Path, change: dict[str, object], error: type[Exception], message: str
 ) -> None:
-    reduce(planting.write_output(tmp_path, planting.make_world(spans=((0, 2),))))
+    planting.write_reduced(tmp_path, planting.make_world(spans=((0, 2),)))
     path = tmp_path / "tables" / "manifest.json"
     path.write_bytes(encode_json(seal(read_sealed(path) | change)))
     with pytest.raises(error, match=message):
@@ -286,7 +284,7 @@ def test_a_manifest_is_read_strictly(
 def test_a_path_is_no_pattern(tmp_path: Path, name: str, near: str) -> None:
     mine, other = planting.make_world(seed=1), planting.make_world(seed=2)
     for folder, world in ((name, mine), (near, other)):
-        reduce(planting.write_output(tmp_path / folder, world))
+        planting.write_reduced(tmp_path / folder, world)
     found = open_output(tmp_path / name).sql("SELECT lc FROM layers")["lc"].tolist()
     expected = [row["lc"] for row in planting.rows(mine, "layers")]
     assert found == pytest.approx(expected, rel=1e-12, abs=1e-15)
@@ -311,7 +309,7 @@ def test_sql_on_a_table_that_was_not_written_names_the_option(
     tmp_path: Path, name: str, option: str
 ) -> None:
     tables = tuple(t for t in planting.ALL if t != name)
-    reduce(planting.write_output(tmp_path, planting.make_world(tables=tables, spans=((0, 2),))))
+    planting.write_reduced(tmp_path, planting.make_world(tables=tables, spans=((0, 2),)))
     results = open_output(tmp_path)
     with pytest.raises(UsageError, match=f"^SQL: there is no table '{name}'.*{option}"):
         results.sql(f"SELECT * FROM {name}")
@@ -325,7 +323,7 @@ def test_a_layer_with_a_bracket_is_found_by_its_name(tmp_path: Path) -> None:
         Layer("a0.w", "a0", "parameter", (2,), 0, True),
     )
     world = planting.make_world(layers=layers, spans=((0, 2),))
-    reduce(planting.write_output(tmp_path, world))
+    planting.write_reduced(tmp_path, world)
     results = open_output(tmp_path)
     assert set(results.layers(layers="a[0].w")["layer"]) == {"a[0].w", "a0.w"}
     assert set(results.layers(layers="a[[]0].w")["layer"]) == {"a[0].w"}

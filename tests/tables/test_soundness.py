@@ -19,7 +19,6 @@ import lcray
 from lcray.errors import CorruptionError, OutputError
 from lcray.storage.files import encode_json, read_sealed, seal
 from lcray.tables.reading.soundness import LONGEST_NAME, Soundness
-from lcray.tables.reducing.reduce import reduce
 from lcray.tables.schema import TABLES
 
 WORLD = planting.make_world(bad={("val", 6): "nonfinite_loss"})
@@ -28,9 +27,7 @@ HUGE = 1 << 62
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = planting.write_output(tmp_path_factory.mktemp("soundness") / "out", WORLD)
-    reduce(out)
-    return out
+    return planting.write_reduced(tmp_path_factory.mktemp("soundness") / "out", WORLD)
 
 
 @pytest.fixture

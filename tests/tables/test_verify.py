@@ -25,8 +25,7 @@ Row = dict[str, Any]
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sound") / "o'ut"
-    planting.write_output(out, planting.make_world())
-    reduce(out)
+    planting.write_reduced(out, planting.make_world())
     return out
 
 
@@ -50,8 +49,7 @@ def copied(source: Path, target: Path) -> Path:
 )
 def test_a_sound_output_has_no_problems(tmp_path: Path, world: dict[str, Any]) -> None:
     made = planting.make_world(**world)
-    out = planting.write_output(tmp_path, made)
-    reduce(out)
+    out = planting.write_reduced(tmp_path, made)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     result = verify(out)
     assert result.problems == ()
@@ -490,8 +488,7 @@ def test_groups_of_other_passes_agree_less_closely(tmp_path: Path) -> None:
     world = planting.make_world()
     mixed = tuple(replace(split, sorted_by_group=False) for split in world.plan.splits)
     world.plan = replace(world.plan, splits=mixed)
-    out = planting.write_output(tmp_path, world)
-    reduce(out)
+    out = planting.write_reduced(tmp_path, world)
     rewrite(out, "groups", at(2, lc=lambda lc: lc * (1 + 1e-11)))
     assert verify(out).ok
     rewrite(out, "groups", at(2, lc=lambda lc: lc * (1 + 1e-5)))

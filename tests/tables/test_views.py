@@ -21,14 +21,12 @@ from lcray.tables.reading.views import VIEWS, write_views
 from lcray.tables.reducing.reduce import reduce
 from lcray.tables.schema import TABLES
 
-WORLD = planting.make_world(bad={("val", 6): "nonfinite_loss"}, has_left=False)
+WORLD = planting.with_a_gap()
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = planting.write_output(tmp_path_factory.mktemp("views") / "it's [an] out", WORLD)
-    reduce(path)
-    return path
+    return planting.write_reduced(tmp_path_factory.mktemp("views") / "it's [an] out", WORLD)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +126,7 @@ def test_views_are_read_from_anywhere_and_after_a_move(
 
 @pytest.mark.slow
 def test_views_are_written_anew_and_verify_has_nothing_against_them(tmp_path: Path) -> None:
-    path = planting.write_output(tmp_path / "out", WORLD)
-    reduce(path)
+    path = planting.write_reduced(tmp_path / "out", WORLD)
     first = (path / "views.sql").read_text()
     (path / "views.sql").write_text("stale")
     assert open_output(path).sql("SELECT count(*) AS n FROM closure")["n"][0] == 2
