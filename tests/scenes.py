@@ -27,10 +27,13 @@ from lcray.execution.cluster.resources import Resources, place_workers
 from lcray.execution.driver.analyze import Progress
 from lcray.execution.worker.fresh import Unexplained
 from lcray.execution.worker.reports import Outcome, SpanReport, View
-from lcray.execution.worker.workspace import Description, Probe
+from lcray.execution.worker.workspace import Description, Probe, Workspace
+from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Span
 from lcray.settings import Settings
-from lcray.tables.reducing.reduce import Reduction, merge
+from lcray.storage.files import write_json_atomic
+from lcray.tables.reading.results import Results, open_output
+from lcray.tables.reducing.reduce import Reduction, merge, reduce
 from lcray.tasks.task import Task, TaskSource
 
 Pair = tuple[Tensor, Tensor]
@@ -215,6 +218,18 @@ def record(
             optimizer.step()
             recorder.step()
     return run
+
+
+def by_one_worker(task: Task, run: Path, out: Path, length: int, **options: Any) -> Results:
+    """Every span by one worker of this process, the last one first, then the tables."""
+    work = Workspace(task, str(run), make_settings(options))
+    splits, layers = work.probe().splits, work.flat.layers
+    plan = make_plan(work.series.steps, work.settings, layers, splits, span_length=length)
+    for span in reversed(plan.spans):
+        assert work.run(plan, span, out, "a").committed
+    write_json_atomic(out / "analysis.json", {"plan": plan.to_dict()})
+    reduce(out)
+    return open_output(out)
 
 
 def checkpoint(run: Path, step: int) -> Path:

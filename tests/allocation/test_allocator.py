@@ -36,7 +36,7 @@ from lcray.errors import TaskError, UsageError
 from lcray.planning.make import make_settings
 from lcray.settings import Settings
 
-FEW = settings(deadline=None, derandomize=True, max_examples=15)
+FEWER = settings(deadline=None, derandomize=True, max_examples=15)
 
 
 class Counter:
@@ -115,7 +115,7 @@ def test_a_cap_between_powers_of_two_is_not_passed(cap: int, panels: int) -> Non
 # --- refinement -----------------------------------------------------------------------------
 
 
-@FEW
+@FEWER
 @given(case=cases(heavy=False), power=st.integers(0, 3))
 def test_refinement_is_the_composite_rule_on_the_same_nodes(case: Case, power: int) -> None:
     panels = 2**power
@@ -252,7 +252,7 @@ def test_only_simpson_can_be_refined(rule: str) -> None:
 # --- errors and first order -----------------------------------------------------------------
 
 
-@FEW
+@FEWER
 @given(seed=seeds)
 def test_the_embedded_error_of_simpson_is_known_on_cubics(seed: int) -> None:
     # ℓ = c·θ³ along a line: the trapezoid errs by (h³/12) f'' = Δ³ c / 2 per element, with

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import scenes
 import torch
 import torch.nn.functional as F
-from scenes import cross_entropy
+from scenes import by_one_worker, cross_entropy
 from torch import Tensor, nn
 
 import lcray
@@ -22,9 +23,6 @@ from lcray.errors import TaskError, UsageError
 from lcray.execution.worker.workbench import Workbench
 from lcray.execution.worker.workspace import Workspace
 from lcray.planning.make import make_plan, make_settings
-from lcray.storage.files import write_json_atomic
-from lcray.tables.reading.results import Results, open_output
-from lcray.tables.reducing.reduce import reduce
 from lcray.tables.shards.writer import read_commit
 from lcray.tasks.task import Task
 
@@ -424,15 +422,7 @@ WRITTEN = Task(  # writes into the batch that it is given
 )
 
 
-def analyze(task: Task, run: Path, out: Path, length: int, **options: Any) -> Results:
-    work = Workspace(task, str(run), make_settings({"batch_size": 8, **options}))
-    splits = work.probe().splits
-    plan = make_plan(work.series.steps, work.settings, work.flat.layers, splits, span_length=length)
-    for span in reversed(plan.spans):
-        assert work.run(plan, span, out, "a").committed
-    write_json_atomic(out / "analysis.json", {"plan": plan.to_dict()})
-    reduce(out)
-    return open_output(out)
+analyze = partial(by_one_worker, batch_size=8)
 
 
 class TestTables:

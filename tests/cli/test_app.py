@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import pytest
 import ray
 import scenes
 import torch
+from console import PROGRESS, Lcray, Ran
 from safetensors.torch import load_file, save_file
 
 import lcray
@@ -29,48 +30,6 @@ from lcray.execution.driver.status import FailedSpan, RunningSpan, Status
 from lcray.tasks.task import Task
 
 PROGRAM = [sys.executable, "-m", "lcray"]
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The only line on stderr beside progress; nothing was printed."""
-        lines = [line for line in self.err.splitlines() if not PROGRESS.fullmatch(line)]
-        assert len(lines) == 1, self.err
-        assert "Traceback" not in self.err + self.out
-        assert self.out == ""
-        return lines[0]
-
-
-PROGRESS = re.compile(r"lcray: (starting workers|measuring a gradient|intervals|merging tables).*")
-Lcray = Callable[..., Ran]
-
-
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Lcray]:
-    """Runs ``lcray ARGUMENTS`` in this process."""
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr("sys.argv", ["lcray", *map(str, arguments)])
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            app.main()
-        except SystemExit as error:
-            code = error.code or 0
-        return Ran(code, *capfd.readouterr())
-
-    yield run
-    signal.signal(signal.SIGTERM, before)
 
 
 def test_help_of_every_command(command: Lcray) -> None:

@@ -8,49 +8,38 @@ from __future__ import annotations
 
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import scenes
 import torch
+from console import Lcray
 from repository import PACKAGE
 from safetensors.torch import load_file, save_file
 
 import lcray
-from lcray.cli import app
 from lcray.storage.lock import locked
 
-Lcray = Callable[..., tuple[int, str]]
-PROGRESS = ("starting workers", "measuring a gradient", "intervals", "merging", "findings ")
+Outcome = Callable[..., tuple[int, str]]
+EARLY = ("starting workers", "measuring a gradient", "intervals", "merging", "findings ")
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Lcray]:
+def outcome(command: Lcray) -> Outcome:
     """Runs ``lcray ARGUMENTS``; gives its exit code and the line that is not progress."""
-    before = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["lcray", *map(str, arguments)])
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            app.main()
-        except SystemExit as error:
-            code = error.code or 0
-        out, err = capfd.readouterr()
-        own = [x for x in err.splitlines() if not x.removeprefix("lcray: ").startswith(PROGRESS)]
-        lines = own or out.splitlines()[:1]  # what verify finds is its answer
-        assert "Traceback" not in out + err
-        assert len(own) <= 1, err
-        return code, "\n".join(lines)
+        ran = command(*arguments)
+        own = [x for x in ran.err.splitlines() if not x.removeprefix("lcray: ").startswith(EARLY)]
+        lines = own or ran.out.splitlines()[:1]  # what verify finds is its answer
+        assert "Traceback" not in ran.out + ran.err
+        assert len(own) <= 1, ran.err
+        return ran.code, "\n".join(lines)
 
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -163,17 +152,17 @@ class TestMistakes:
 
     @pytest.mark.parametrize("verb", ["inspect", "plan"])
     @pytest.mark.parametrize(("run", "said"), RUNS)
-    def test_what_is_no_run(self, verb: str, run: str, said: str, command: Lcray) -> None:
-        code, line = command(verb, run, *(["--task", "scenes:plain"] if verb == "plan" else []))
+    def test_what_is_no_run(self, verb: str, run: str, said: str, outcome: Outcome) -> None:
+        code, line = outcome(verb, run, *(["--task", "scenes:plain"] if verb == "plan" else []))
         assert (code, said in line) == (1, True), line
 
-    def test_a_run_of_one_checkpoint(self, command: Lcray) -> None:
-        code, line = command("analyze", "one", "--task", "scenes:plain", "--out", "new")
+    def test_a_run_of_one_checkpoint(self, outcome: Outcome) -> None:
+        code, line = outcome("analyze", "one", "--task", "scenes:plain", "--out", "new")
         assert (code, "1 checkpoint(s)" in line, "at least 2" in line) == (1, True, True)
 
     @pytest.mark.parametrize(("task", "said"), TASKS)
-    def test_what_is_no_task(self, task: str, said: str, command: Lcray, tmp_path: Path) -> None:
-        code, line = command("analyze", "run", "--task", task, "--out", tmp_path / "new")
+    def test_what_is_no_task(self, task: str, said: str, outcome: Outcome, tmp_path: Path) -> None:
+        code, line = outcome("analyze", "run", "--task", task, "--out", tmp_path / "new")
         assert code in (1, 2)
         assert re.search(said, line), line
         assert line.startswith("lcray: task") or "checkpoint at step 0" in line
@@ -187,13 +176,13 @@ class TestMistakes:
             if each[0] != "half" or verb in ("query", "findings")  # the others say how far it is
         ],
     )
-    def test_what_is_no_output(self, verb: str, out: str, said: str, command: Lcray) -> None:
-        code, line = command(verb, out, *(["SELECT 1"] if verb == "query" else []))
+    def test_what_is_no_output(self, verb: str, out: str, said: str, outcome: Outcome) -> None:
+        code, line = outcome(verb, out, *(["SELECT 1"] if verb == "query" else []))
         assert (code, said in line) == (1, True), line
 
     @pytest.mark.parametrize(("arguments", "said"), MISSPELLED)
-    def test_what_is_misspelled(self, arguments: list[str], said: str, command: Lcray) -> None:
-        code, line = command(*arguments)
+    def test_what_is_misspelled(self, arguments: list[str], said: str, outcome: Outcome) -> None:
+        code, line = outcome(*arguments)
         assert code in (1, 2)
         assert re.search(said, line), line
         assert line.startswith("lcray: ")
@@ -206,31 +195,31 @@ class TestMistakes:
             ("out", "out: holds the analysis of another run, "),
         ],
     )
-    def test_an_output_that_cannot_be(self, out: str, said: str, command: Lcray) -> None:
+    def test_an_output_that_cannot_be(self, out: str, said: str, outcome: Outcome) -> None:
         run = "other" if out == "out" else "run"
         more = ["--span-length", 3, "--elements"]
-        code, line = command("analyze", run, "--task", "scenes:plain", "--out", out, *more)
+        code, line = outcome("analyze", run, "--task", "scenes:plain", "--out", out, *more)
         assert (code, said in line) == (1, True), line
 
-    def test_two_at_a_time(self, command: Lcray, scene: Path, tmp_path: Path) -> None:
+    def test_two_at_a_time(self, outcome: Outcome, scene: Path, tmp_path: Path) -> None:
         out = shutil.copytree(scene / "out", tmp_path / "out")
         with locked(out):
-            code, line = command(
+            code, line = outcome(
                 "analyze", "run", "--task", "scenes:plain", "--out", out, "--elements"
             )
         assert code == 1
         assert f"{out}: " in line and "another" in line
 
     def test_an_extra_that_is_missing(
-        self, command: Lcray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-        code, line = command("demo", "--dir", tmp_path / "demo")
+        code, line = outcome("demo", "--dir", tmp_path / "demo")
         assert (code, "pip install 'lcray[demo]'" in line) == (2, True), line
 
     @pytest.mark.slow
     def test_names_of_a_compiled_model_are_no_mistake(
-        self, command: Lcray, scene: Path, tmp_path: Path
+        self, outcome: Outcome, scene: Path, tmp_path: Path
     ) -> None:
         for step in (0, 1):
             path = scenes.checkpoint(scene / "run", step)
@@ -238,18 +227,18 @@ class TestMistakes:
             (tmp_path / "run").mkdir(exist_ok=True)
             save_file(tensors, tmp_path / "run" / path.name)
         out = tmp_path / "out"
-        code, _ = command("analyze", tmp_path / "run", "--task", "scenes:plain", "--out", out)
+        code, _ = outcome("analyze", tmp_path / "run", "--task", "scenes:plain", "--out", out)
         assert code == 0
         assert "0.weight" in set(lcray.open(out).layers()["layer"])
 
     @pytest.mark.slow
     def test_an_output_in_the_folder_of_its_run_is_no_mistake(
-        self, command: Lcray, scene: Path, tmp_path: Path
+        self, outcome: Outcome, scene: Path, tmp_path: Path
     ) -> None:
         run = shutil.copytree(scene / "run", tmp_path / "run")
         words = ["analyze", run, "--task", "scenes:plain", "--steps", "0:2", "--out", run / "out"]
-        assert command(*words)[0] == 0
-        assert command(*words)[0] == 0  # the run is read again, beside its output
+        assert outcome(*words)[0] == 0
+        assert outcome(*words)[0] == 0  # the run is read again, beside its output
         assert lcray.inspect(run).ok
 
 

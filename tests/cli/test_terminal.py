@@ -5,20 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import planting
 import pytest
 import scenes
+from console import exit_code
 
 import lcray
-from lcray.cli import app, terminal
+from lcray.cli import terminal
 from lcray.errors import UsageError
 
 LOUD = ("a\x1b[31mred", "b\nc", "d\x07\x9b2J\u202e", "größe.λ", "emoji-🙂")
@@ -49,31 +48,24 @@ class Screen(io.TextIOWrapper):
         return buffer.getvalue().decode(self.encoding)
 
 
-Lcray = Callable[..., tuple[int, str, str]]
+Outcome = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lcray]:
+def on_screen(monkeypatch: pytest.MonkeyPatch) -> Outcome:
     """Runs ``lcray ARGUMENTS`` in this process, with standard streams of one encoding."""
-    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "dumb")
 
     def run(*arguments: object, encoding: str, tty: bool = False) -> tuple[int, str, str]:
         streams = Screen(encoding, tty=tty), Screen(encoding)
         with monkeypatch.context() as patch:
-            patch.setattr("sys.argv", ["lcray", *map(str, arguments)])
             patch.setattr("sys.stdout", streams[0])
             patch.setattr("sys.stderr", streams[1])
-            code: Any = 0
-            try:
-                app.main()
-            except SystemExit as error:
-                code = error.code or 0
+            code = exit_code(*arguments)
         return code, streams[0].text(), streams[1].text()
 
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    return run
 
 
 PRINTING = (
@@ -98,11 +90,16 @@ PRINTING = (
 @pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
 @pytest.mark.slow
 def test_any_encoding_and_no_control_characters(
-    out: Path, plain_run: Path, tmp_path: Path, command: Lcray, arguments: list[str], encoding: str
+    out: Path,
+    plain_run: Path,
+    tmp_path: Path,
+    on_screen: Outcome,
+    arguments: list[str],
+    encoding: str,
 ) -> None:
     places = {"OUT": str(out), "RUN": str(plain_run), "TMP": str(tmp_path)}
     given = [re.sub("OUT|RUN|TMP", lambda found: places[found[0]], a) for a in arguments]
-    code, said, errors = command(*given, encoding=encoding)
+    code, said, errors = on_screen(*given, encoding=encoding)
     assert said or errors
     assert code == (1 if arguments[0:1] == ["verify"] else 2 if "SELECT größe" in given else
                     2 if not arguments else 0)  # fmt: skip
@@ -112,50 +109,50 @@ def test_any_encoding_and_no_control_characters(
 
 
 def test_an_analysis_ends_well_where_sigma_cannot_be_said(
-    plain_run: Path, tmp_path: Path, command: Lcray, inline: None
+    plain_run: Path, tmp_path: Path, on_screen: Outcome, inline: None
 ) -> None:
     for encoding, sigma in (("ascii", "sum LC"), ("latin-1", "sum LC"), ("utf-8", "Σ LC")):
         target = tmp_path / encoding
         arguments = ["analyze", plain_run, "--task", "scenes:plain", "--out", target]
-        code, said, errors = command(*arguments, encoding=encoding)
+        code, said, errors = on_screen(*arguments, encoding=encoding)
         assert code == 0, errors
         assert sigma in said
         assert lcray.status(target).state == "finished"
 
 
-def test_names_stay_on_their_line(out: Path, command: Lcray) -> None:
+def test_names_stay_on_their_line(out: Path, on_screen: Outcome) -> None:
     """Raw, a name could end its row and begin another."""
-    _, said, _ = command("query", out, "SELECT DISTINCT layer FROM layers", encoding="utf-8")
+    _, said, _ = on_screen("query", out, "SELECT DISTINCT layer FROM layers", encoding="utf-8")
     shown = [r"a\x1b[31mred", r"b\nc", r"d\x07\x9b2J\u202e", "größe.λ", "emoji-🙂"]
     assert sorted(line.strip() for line in said.splitlines()[1:]) == sorted(shown)
-    code, said, _ = command("findings", out, "--only", "layer_totals", encoding="utf-8")
+    code, said, _ = on_screen("findings", out, "--only", "layer_totals", encoding="utf-8")
     assert code == 0
     for name in shown:
         assert [line for line in said.splitlines() if f" {name} " in line], said
     assert r"train\x1b]0;title\x07" in said
-    _, said, _ = command("query", out, 'SELECT 1 AS "x\x1b[1m\ny"', encoding="utf-8", tty=True)
+    _, said, _ = on_screen("query", out, 'SELECT 1 AS "x\x1b[1m\ny"', encoding="utf-8", tty=True)
     assert r"x\x1b[1m\ny" in said and "\x1b" not in said
 
 
-def test_tables_that_stand_on_end_have_a_line_a_value(out: Path, command: Lcray) -> None:
+def test_tables_that_stand_on_end_have_a_line_a_value(out: Path, on_screen: Outcome) -> None:
     columns = ", ".join(f'layer AS "name {i}\n"' for i in range(12))
     query = f"SELECT {columns} FROM layers WHERE layer = 'b\nc' LIMIT 1"
-    _, said, _ = command("query", out, query, encoding="utf-8", tty=True)
+    _, said, _ = on_screen("query", out, query, encoding="utf-8", tty=True)
     assert [line.rstrip() for line in said.splitlines()] == [
         f"name {i}\\n".ljust(11) + r"b\nc" for i in range(12)
     ]
 
 
 def test_csv_has_names_as_they_are_unless_a_terminal_would_obey_them(
-    out: Path, command: Lcray
+    out: Path, on_screen: Outcome
 ) -> None:
     query = ["query", out, "SELECT DISTINCT layer FROM layers", "--format", "csv"]
-    code, said, _ = command(*query, encoding="utf-8")
+    code, said, _ = on_screen(*query, encoding="utf-8")
     assert code == 0
     assert {row["layer"] for row in csv.DictReader(io.StringIO(said, newline=""))} == {*LOUD}
-    code, said, _ = command(*query, encoding="utf-8", tty=True)
+    code, said, _ = on_screen(*query, encoding="utf-8", tty=True)
     assert code == 0 and "\x1b" not in said and r"a\x1b[31mred" in said
-    code, said, _ = command(*query, encoding="ascii", tty=True)
+    code, said, _ = on_screen(*query, encoding="ascii", tty=True)
     assert code == 0 and r"gr\xf6\xdfe.\u03bb" in said
 
 

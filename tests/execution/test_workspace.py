@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from scenes import checkpoint
+from scenes import by_one_worker, checkpoint
 from torch import Tensor, nn
 
 from lcray.checkpoints import State
@@ -26,9 +26,6 @@ from lcray.planning.costs import estimate
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Span
 from lcray.storage import Place, place, storage_of
-from lcray.storage.files import write_json_atomic
-from lcray.tables.reading.results import Results, open_output
-from lcray.tables.reducing.reduce import reduce
 from lcray.tables.shards.writer import check_files, read_commit, span_folder
 from lcray.tasks.task import Task
 
@@ -42,17 +39,6 @@ def workspace(task: Task, run: Place, **options: Any) -> Workspace:
 def draft(work: Workspace, length: int | None = None) -> Plan:
     splits = work.probe().splits
     return make_plan(work.series.steps, work.settings, work.flat.layers, splits, span_length=length)
-
-
-def analyze(task: Task, run: Path, out: Path, length: int, **options: Any) -> Results:
-    """Every span by one worker, last span first, then the tables."""
-    work = workspace(task, run, **options)
-    plan = draft(work, length)
-    for span in reversed(plan.spans):
-        assert work.run(plan, span, out, "a").committed
-    write_json_atomic(out / "analysis.json", {"plan": plan.to_dict()})
-    reduce(out)
-    return open_output(out)
 
 
 def change(run: Path, step: int, edit: Callable[[dict[str, Tensor]], None]) -> None:
@@ -126,7 +112,7 @@ class TestCommit:
 
 class TestNumbers:
     def test_losses_are_those_of_the_stored_weights(self, plain_task, plain_run, tmp_path) -> None:
-        found = analyze(plain_task, plain_run, tmp_path, 5).intervals()
+        found = by_one_worker(plain_task, plain_run, tmp_path, 5).intervals()
         for split, (x, y) in plain_task.splits.items():
             rows = found[found["split"] == split]
             losses = []
@@ -144,8 +130,8 @@ class TestNumbers:
     @pytest.mark.slow
     def test_the_length_of_spans_does_not_matter(self, plain_task, plain_run, tmp_path, options):
         options = {**options, "elements": True, "window": 5}
-        a = analyze(plain_task, plain_run, tmp_path / "a", 12, **options)
-        b = analyze(plain_task, plain_run, tmp_path / "b", 5, **options)
+        a = by_one_worker(plain_task, plain_run, tmp_path / "a", 12, **options)
+        b = by_one_worker(plain_task, plain_run, tmp_path / "b", 5, **options)
         assert len(b.plan.spans) == 3
         total = a.parameters()["abs_lc"].sum()
         assert total > 0
@@ -302,13 +288,13 @@ class TestDamage:
         assert files_in(tmp_path / "out") == []
 
     def test_a_nan_marks_its_two_intervals_and_the_rest_is_done(self, plain_task, run, tmp_path):
-        whole = analyze(plain_task, run, tmp_path / "whole", 12)
+        whole = by_one_worker(plain_task, run, tmp_path / "whole", 12)
 
         def damage(tensors: dict[str, Tensor]) -> None:
             tensors["2.bias"][1] = torch.nan
 
         change(run, 6, damage)
-        found = analyze(plain_task, run, tmp_path / "out", 12)
+        found = by_one_worker(plain_task, run, tmp_path / "out", 12)
         rows = found.intervals()
         marked = rows["status"] == "nonfinite_checkpoint"
         assert set(rows["start_step"][marked]) == {5, 6} and marked.sum() == 4
@@ -330,8 +316,8 @@ class TestDamage:
             tensors["0.weight"][0, 0] = torch.inf
 
         change(run, step, damage)
-        a = analyze(plain_task, run, tmp_path / "a", 12)
-        b = analyze(plain_task, run, tmp_path / "b", 4)
+        a = by_one_worker(plain_task, run, tmp_path / "a", 12)
+        b = by_one_worker(plain_task, run, tmp_path / "b", 4)
         touched = (a.intervals()["start_step"] == step) | (a.intervals()["end_step"] == step)
         assert (a.intervals()["status"] != "ok").equals(touched)
         for name in ("intervals", "layers", "units", "parameters"):
