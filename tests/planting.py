@@ -8,7 +8,6 @@ covers everything. S splits, T intervals, L layers, n elements of a layer.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,9 @@ from lcray.settings import Settings
 from lcray.statistics.histograms import UNDERFLOW, bin_edges
 from lcray.storage.files import FORMAT_VERSION, encode_json, seal
 from lcray.tables.arrow import make_table
-from lcray.tables.reducing.reduce import plan_digest, reduce
+from lcray.tables.output import Output
+from lcray.tables.record import Record, plan_digest
+from lcray.tables.reducing.reduce import reduce
 from lcray.tables.schema import TABLES
 from lcray.tables.shards.writer import ShardWriter
 from lcray.tasks.layer import Layer
@@ -555,8 +556,12 @@ def write_span(
 
 def write_analysis(out: Path, plan: Plan) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format_version": FORMAT_VERSION, "plan": plan.to_dict()})
-    (out / "analysis.json").write_text(text)
+    Output(out).write(record_of(plan, str(out)))
+
+
+def record_of(plan: Plan, run: str = "run") -> Record:
+    """The record of a planted output: of no run that there is."""
+    return Record(run, "m:t", plan, {"device": plan.device_kind}, {"python": "3"})
 
 
 def write_output(out: Path, world: World, *, attempt: str = "a0") -> Path:
@@ -590,7 +595,7 @@ def write_tables(out: Path, plan: Plan, tables: Mapping[str, Mapping[str, Any]])
         entries[name] = {"name": path.name, "rows": count, "bytes": len(data), "sha256": digest}
     manifest = {
         "format_version": FORMAT_VERSION,
-        "plan": plan_digest(plan),
+        "plan": plan_digest(plan.to_dict()),
         "spans": [span.name for span in plan.spans],
         "tables": entries,
     }

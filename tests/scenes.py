@@ -31,8 +31,9 @@ from lcray.execution.worker.workspace import Description, Probe, Workspace
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Span
 from lcray.settings import Settings
-from lcray.storage.files import write_json_atomic
+from lcray.tables.output import Output
 from lcray.tables.reading.results import Results, open_output
+from lcray.tables.record import Record
 from lcray.tables.reducing.reduce import Reduction, merge, reduce
 from lcray.tasks.task import Task, TaskSource
 
@@ -227,7 +228,7 @@ def by_one_worker(task: Task, run: Path, out: Path, length: int, **options: Any)
     plan = make_plan(work.series.steps, work.settings, layers, splits, span_length=length)
     for span in reversed(plan.spans):
         assert work.run(plan, span, out, "a").committed
-    write_json_atomic(out / "analysis.json", {"plan": plan.to_dict()})
+    Output(out).write(Record(str(run), "m:t", plan, {"device": plan.device_kind}, {"python": "3"}))
     reduce(out)
     return open_output(out)
 

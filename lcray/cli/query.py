@@ -49,8 +49,8 @@ def query(out: str, sql: str | None, form: str, output: str | None) -> None:
     """
     import pyarrow as pa
 
-    from lcray.tables.reading.formats import WRITERS, holding
-    from lcray.tables.reading.results import distinct, open_output
+    from lcray.tables.reading.formats import WRITERS, distinct, holding
+    from lcray.tables.reading.results import open_output
 
     if _SELECT.match(out) and not _SELECT.match(sql or ""):
         raise UsageError('query: the output comes first, then the SELECT: lcray query OUT "…"')
@@ -99,9 +99,9 @@ def _print(data: bytes) -> None:
 
 def _store(data: bytes, output: str, results: Results) -> None:
     from lcray.storage import place, storage_of
-    from lcray.storage.files import beside, writing
+    from lcray.storage.files import writing
 
-    path = beside(results.path, place(output))
+    path = results.output.beside(place(output))
     with writing(path):
         storage_of(path).write(path, data)
     terminal.say(f"{path}: {len(data):,} bytes", err=True)

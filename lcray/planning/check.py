@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import cache
 from itertools import pairwise
 from types import NoneType, UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from lcray.allocation.quadrature import MAX_PANELS, get_rule
 from lcray.errors import UsageError, suggest
 from lcray.planning.costs import ROW_BYTES
-from lcray.planning.plan import (
-    Plan,
-    memory_format_of,
-)
+from lcray.planning.plan import MEMORY_FORMATS, Plan, SplitPlan, memory_format_of
 from lcray.settings import Settings, flag_of, option_of
-from lcray.storage.json_types import LIMIT
+from lcray.storage.json_types import LIMIT, MAX_AXES
 from lcray.storage.numerals import whole_number
 from lcray.tasks.layer import Layer
-from lcray.tasks.model.layout import MEMORY_FORMATS
+
+DTYPES = ("float32", "float64")
 
 
 def check_settings(settings: Settings) -> None:
@@ -79,6 +78,21 @@ def _kinds() -> dict[str, tuple[type, ...]]:
     return kinds
 
 
+def read_plan(data: Any) -> Plan:
+    """The plan that JSON values describe; every plan that comes out of a file comes through here.
+
+    Refused is what no plan can be, so that whoever gets one may rely on it. What `make_plan` would
+    not make today is not: an earlier lcray may have made it, and its output stays readable.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: saying what is wrong with it.
+    """
+    plan = Plan.from_dict(data)
+    for problem in _impossible(plan):
+        raise ValueError(problem)
+    return plan
+
+
 def check_plan(plan: Plan) -> None:
     """Refuse a plan that `make_plan` would not have made, such as one that was edited by hand.
 
@@ -87,40 +101,96 @@ def check_plan(plan: Plan) -> None:
     """
     check_settings(plan.settings)
     check_traces(plan.settings, plan.layers, on="traces" in plan.tables)
-    names = [layer.name for layer in plan.layers]
-    steps = [span.steps for span in plan.spans]
+    for problem in itertools.chain(_untyped(plan), _impossible(plan), _unplanned(plan)):
+        raise UsageError(f"plan: has {problem}; make a new one with lcray plan --save")
+
+
+def _untyped(plan: Plan) -> Iterator[str]:
     sizes = (plan.window, plan.trace_sample, plan.threads, plan.batch_size, plan.partial_sums)
-    counts = (*sizes, *(step for part in steps for step in part))
-    problems = {
-        "numbers that are no integers": any(type(count) is not int for count in counts),
-        "no spans, layers or splits": not (plan.spans and plan.layers and plan.splits),
-        "spans without intervals": any(len(part) < 2 for part in steps),
-        "a window, sample, batch size or number of threads or sums out of range": (
-            plan.trace_sample < 0
-            or min(plan.window, plan.threads, plan.batch_size, plan.partial_sums) < 1
-        ),
-        "another batch size, number of sums or memory format than its settings": (
-            plan.settings.batch_size not in (None, plan.batch_size)
-            or plan.settings.partial_sums not in (None, plan.partial_sums)
-            or memory_format_of(plan.settings) not in (None, plan.memory_format)
-        ),
-        "an unknown memory format": plan.memory_format not in MEMORY_FORMATS,
-        "tables or layers that do not exist": not (
-            set(plan.tables) <= set(ROW_BYTES) - {"fits"}
-            and set(plan.unit_layers) | set(plan.detail_layers) <= set(names)
-        ),
-        "a layer or split twice": len({*names}) < len(names)
-        or len({split.name for split in plan.splits}) < len(plan.splits),
-        "an expected duration that is none": plan.seconds is not None
-        and not (type(plan.seconds) in (int, float) and 0 <= plan.seconds < math.inf),
-        "an unknown device kind": plan.device_kind not in ("cpu", "cuda"),
-    }
-    for problem, found in problems.items():
-        if found:
-            raise UsageError(f"plan: has {problem}; make a new one with lcray plan --save")
-    joined = all(a[-1] == b[0] for a, b in pairwise(steps))
-    if not joined or any(a >= b for part in steps for a, b in pairwise(part)):
-        raise UsageError("plan: its spans do not follow each other; make a new one")
+    counts = (*sizes, *(step for span in plan.spans for step in span.steps))
+    if any(type(count) is not int for count in counts):
+        yield "numbers that are no integers"
+    seconds = plan.seconds
+    if seconds is not None and not (type(seconds) in (int, float) and 0 <= seconds < math.inf):
+        yield "an expected duration that is none"
+
+
+def _impossible(plan: Plan) -> Iterator[str]:
+    """What no plan can be, whichever lcray made it."""
+    if not (plan.spans and plan.layers and plan.splits):
+        yield "no spans, layers or splits"
+    if any(span.n_intervals < 1 or span.first < 0 for span in plan.spans):
+        yield "spans without intervals, or negative steps"
+    if any(a.last > b.first for a, b in pairwise(plan.spans)) or any(
+        a >= b for span in plan.spans for a, b in span.intervals
+    ):
+        yield "spans that do not follow each other"
+    for names in ([s.name for s in plan.splits], [layer.name for layer in plan.layers]):
+        if len(set(names)) < len(names):
+            yield "a layer or split twice"
+    for layer in plan.layers:
+        yield from (f"a layer {layer.name!r} {problem}" for problem in _impossible_layer(layer))
+    for split in plan.splits:
+        if not _is_sample(split):
+            yield f"a split {split.name!r} with an impossible sample"
+        if split.reference is not None and len(split.reference.norms) != len(plan.layers):
+            yield f"a split {split.name!r} with gradients of other layers"
+    try:
+        get_rule(plan.settings.rule)
+    except UsageError as error:
+        yield f"an unusable {error}"
+    if plan.settings.dtype not in DTYPES:
+        yield f"an unknown dtype {plan.settings.dtype!r}"
+    sizes = (plan.window, plan.threads, plan.batch_size, plan.trace_sample + 1)
+    if min(*sizes, plan.partial_sums) < 1:
+        yield "a window, sample, batch size or number of threads or sums out of range"
+
+
+def _is_sample(split: SplitPlan) -> bool:
+    weights, count = split.replicate_weights, len(split.replicate_weights)
+    if split.drawn_from is None:
+        return count == 0
+    return (
+        2 <= count <= split.n_samples < split.drawn_from
+        and math.isclose(sum(weights), split.total_weight, rel_tol=1e-9)
+        and min(weights) >= 0
+        and 0 < sum(weights) < math.inf
+    )
+
+
+def _impossible_layer(layer: Layer) -> Iterator[str]:
+    if layer.kind not in ("parameter", "buffer"):
+        yield f"of unknown kind {layer.kind!r}"
+    axes, axis = layer.shape, layer.unit_axis
+    short = len(axes) <= MAX_AXES and all(n >= 0 for n in axes)
+    if not short or math.prod(max(n, 1) for n in axes) >= LIMIT:
+        yield "of impossible shape"
+    if axis is not None and not 0 <= axis < len(axes):
+        yield f"without the axis {axis}"
+    groups = layer.unit_groups
+    if groups != 1 and not (axis == 1 and 1 < groups <= axes[0] and axes[0] % groups == 0):
+        yield "with impossible groups of units"
+
+
+def _unplanned(plan: Plan) -> Iterator[str]:
+    """What `make_plan` gives no plan."""
+    settings, names = plan.settings, {layer.name for layer in plan.layers}
+    if any(a.last != b.first for a, b in pairwise(plan.spans)):
+        yield "spans with gaps between them"
+    if (
+        settings.batch_size not in (None, plan.batch_size)
+        or settings.partial_sums not in (None, plan.partial_sums)
+        or memory_format_of(settings) not in (None, plan.memory_format)
+    ):
+        yield "another batch size, number of sums or memory format than its settings"
+    if plan.memory_format not in MEMORY_FORMATS:
+        yield "an unknown memory format"
+    if not set(plan.tables) <= set(ROW_BYTES) - {"fits"}:
+        yield "tables that do not exist"
+    if not set(plan.unit_layers) | set(plan.detail_layers) <= names:
+        yield "units or details of layers that do not exist"
+    if plan.device_kind not in ("cpu", "cuda"):
+        yield "an unknown device kind"
 
 
 def check_traces(settings: Settings, layers: Sequence[Layer], *, on: bool = True) -> None:

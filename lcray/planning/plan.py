@@ -6,23 +6,21 @@ and the order in which they finish.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from numbers import Integral
-from typing import Any, cast, get_type_hints
+from typing import Any, get_type_hints
 
-from lcray.allocation.quadrature import get_rule
-from lcray.errors import UsageError
 from lcray.settings import Settings
-from lcray.storage.json_types import MAX_AXES, build, value_of
+from lcray.storage.json_types import build, value_of
 from lcray.tasks.layer import Layer
 
 #: Samples a batch where nothing was asked for and no probe may choose.
 DEFAULT_BATCH_SIZE = 256
 DEFAULT_MEMORY_FORMAT = "contiguous"
+MEMORY_FORMATS = (DEFAULT_MEMORY_FORMAT, "channels_last")
 
 
 class Span:
@@ -257,13 +255,13 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """The plan that `to_dict` described.
+        """The plan that `to_dict` described, unchecked: `lcray.planning.check.read_plan` checks it.
 
         Raises:
-            KeyError, TypeError, ValueError: for anything that describes no plan.
+            AttributeError, KeyError, TypeError, ValueError: for what has other fields or types.
         """
         hints = get_type_hints(cls)
-        plan = cls(
+        return cls(
             settings=build(Settings, data["settings"]),
             layers=tuple(Layer.from_dict(layer) for layer in data["layers"]),
             splits=tuple(build(SplitPlan, split) for split in data["splits"]),
@@ -272,8 +270,6 @@ class Plan:
             partial_sums=value_of(int, data.get("partial_sums", 1), "partial_sums"),
             seconds=value_of(hints["seconds"], data.get("seconds"), "seconds"),
         )
-        _check(plan)
-        return plan
 
 
 _PLAIN = (
@@ -293,67 +289,6 @@ def _span(data: object) -> Span:
     return Span(value_of(tuple[int, ...], data, "span"))
 
 
-def _check(plan: Plan) -> None:
-    """Refuse what no plan can be: whoever reads one from a file may rely on it."""
-    if not (plan.spans and plan.layers and plan.splits):
-        raise ValueError("no spans, layers or splits")
-    if any(span.n_intervals < 1 or span.first < 0 for span in plan.spans):
-        raise ValueError("spans without intervals, or negative steps")
-    if any(a.last > b.first for a, b in pairwise(plan.spans)) or any(
-        a >= b for span in plan.spans for a, b in span.intervals
-    ):
-        raise ValueError("spans that do not follow each other")
-    for names in ([s.name for s in plan.splits], [layer.name for layer in plan.layers]):
-        if len(set(names)) < len(names):
-            raise ValueError("a layer or split twice")
-    for layer in plan.layers:
-        _check_layer(layer)
-    for split in plan.splits:
-        _check_sample(split)
-        if split.reference is not None and len(split.reference.norms) != len(plan.layers):
-            raise ValueError(f"split {split.name!r} with gradients of other layers")
-    try:
-        get_rule(plan.settings.rule)
-    except UsageError as error:
-        raise ValueError(str(error)) from error
-    if plan.settings.dtype not in ("float32", "float64"):
-        raise ValueError(f"unknown dtype {plan.settings.dtype!r}")
-    sizes = (plan.window, plan.threads, plan.batch_size, plan.trace_sample + 1)
-    if min(*sizes, plan.partial_sums) < 1:
-        raise ValueError("a window, batch size, sample or number of threads or sums out of range")
-
-
-def _check_sample(split: SplitPlan) -> None:
-    weights, count = split.replicate_weights, len(split.replicate_weights)
-    if split.drawn_from is None:
-        sound = count == 0
-    else:
-        sound = 2 <= count <= split.n_samples < split.drawn_from
-        sound = sound and math.isclose(sum(weights), split.total_weight, rel_tol=1e-9)
-    if not sound or (weights and not (min(weights) >= 0 and 0 < sum(weights) < math.inf)):
-        raise ValueError(f"split {split.name!r} with an impossible sample")
-
-
-def _check_layer(layer: Layer) -> None:
-    if layer.kind not in ("parameter", "buffer"):
-        raise ValueError(f"layer {layer.name!r} of unknown kind {layer.kind!r}")
-    axes, axis = layer.shape, layer.unit_axis
-    if len(axes) > MAX_AXES or any(n < 0 for n in axes):
-        raise ValueError(f"layer {layer.name!r} of impossible shape")
-    if math.prod(max(n, 1) for n in axes) >= 2**63:
-        raise ValueError(f"layer {layer.name!r} of impossible shape")
-    if axis is not None and not 0 <= axis < len(axes):
-        raise ValueError(f"layer {layer.name!r} without the axis {axis}")
-    groups = layer.unit_groups
-    if groups != 1 and not (axis == 1 and 1 < groups <= axes[0] and axes[0] % groups == 0):
-        raise ValueError(f"layer {layer.name!r} with impossible groups of units")
-
-
 def memory_format_of(settings: Settings) -> str | None:
     """The memory format that was asked for; None for any."""
     return None if settings.memory_format == "auto" else settings.memory_format
-
-
-def read_notes(data: Mapping[str, Any]) -> tuple[str, ...]:
-    """The notes in the content of ``analysis.json``; raises as `lcray.storage.json_types.build`."""
-    return cast(tuple[str, ...], value_of(tuple[str, ...], data.get("notes", ()), "notes"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lcray.errors import UsageError
-from lcray.planning.check import check_plan
+from lcray.planning.check import check_plan, read_plan
 from lcray.planning.costs import Estimate
 from lcray.planning.plan import Plan
 from lcray.storage.files import FORMAT_VERSION, read_json, write_json_atomic
@@ -65,7 +65,7 @@ def load_plan(path: PathLike) -> Plan:
     try:
         if data["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {data['format_version']!r}")
-        loaded = Plan.from_dict(data["plan"])
+        loaded = read_plan(data["plan"])
         check_plan(loaded)
         return loaded
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lcray.errors import CorruptionError, OutputError, UsageError
+from lcray.errors import CorruptionError, OutputError
 from lcray.storage import Place, Remote, cure, storage_of
 
 P = TypeVar("P", Path, Remote, Place)
@@ -22,17 +22,6 @@ P = TypeVar("P", Path, Remote, Place)
 #: Version of plans, tables, shards and commits; readers refuse any other.
 FORMAT_VERSION = 2
 
-#: What an output contains, by its name in the output's folder.
-OWN = (
-    "analysis.json",
-    "status.json",
-    "views.sql",
-    ".locks",
-    "shards",
-    "tables",
-    "findings",
-    "traced",
-)
 _JSON_LIMIT = 1 << 28  # bytes; analysis.json holds one checksum per checkpoint
 
 
@@ -87,52 +76,6 @@ def _is_within(root: Path, path: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
-def check_links(out: Place) -> None:
-    """Refuse an output in which lcray would write through a link that leads out of the output.
-
-    Files in deeper folders are `confined` when they are written.
-
-    Raises:
-        CorruptionError: naming the link.
-    """
-    for name in OWN:
-        confined(out, out / name)
-
-
-def beside(out: Place, path: Place) -> Place:
-    """`path`, which the user asked to write to, unless the output `out` keeps its own files there.
-
-    Raises:
-        UsageError: if `path` is part of the output.
-        CorruptionError: if it is below `out` by its name and a link leads out of there.
-    """
-    check_way(out, path)
-    asked = _plain(path)
-    for name in OWN:
-        own = _plain(out / name)
-        if asked == own or asked.startswith(own + "/"):
-            raise UsageError(f"{path}: is part of the output {out}; name another file")
-    return path
-
-
-def check_way(out: Place, path: Place) -> None:
-    """Refuse a `path` that is below `out` by its name, but outside it once links are followed.
-
-    Raises:
-        CorruptionError: naming the link.
-    """
-    if isinstance(path, Remote) or isinstance(out, Remote):
-        return
-    asked, real = Path(os.path.abspath(path)), os.path.realpath(out)
-    for above in asked.parents:
-        if os.path.realpath(above) == real:
-            confined(above, asked)
-
-
-def _plain(path: Place) -> str:
-    return str(path) if isinstance(path, Remote) else os.path.realpath(path)
-
-
 def encode_json(data: Mapping[str, Any]) -> bytes:
     """The text of `data`, in the one form in which lcray writes JSON."""
     return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -172,7 +115,7 @@ def read_json(path: Place) -> dict[str, Any]:
         OutputError: if there is no such file or it cannot be read.
         CorruptionError: if it is not a JSON object of a sensible size.
     """
-    return _parse(path, _read(path))
+    return parse_json(path, read_whole(path))
 
 
 def read_sealed(path: Place, size: int | None = None) -> dict[str, Any]:
@@ -186,8 +129,8 @@ def read_sealed(path: Place, size: int | None = None) -> dict[str, Any]:
         OutputError: if there is no such file or it cannot be read.
         CorruptionError: if it is not the object that was written, byte for byte.
     """
-    text = _read(path, size)
-    data = _parse(path, text)
+    text = read_whole(path, size)
+    data = parse_json(path, text)
     checksum = data.pop("checksum", None)
     try:
         same = _sealed(checksum, text) and bool(_STRICT.encode(data).encode())
@@ -222,7 +165,13 @@ def _elsewhere(path: Place) -> str:
     return f"is this the output of an analysis?{below}"
 
 
-def _read(path: Place, known: int | None = None) -> bytes:
+def read_whole(path: Place, known: int | None = None) -> bytes:
+    """What is in a file of a sensible size; `known` is its size, where a listing has said it.
+
+    Raises:
+        OutputError: if there is no such file or it cannot be read.
+        CorruptionError: if it is too large.
+    """
     storage = storage_of(path)
     try:
         size = storage.size(path) if known is None else known
@@ -237,7 +186,12 @@ def _read(path: Place, known: int | None = None) -> bytes:
     return text
 
 
-def _parse(path: Place, text: bytes) -> dict[str, Any]:
+def parse_json(path: Place, text: bytes) -> dict[str, Any]:
+    """The JSON object in `text`, which was read from `path`.
+
+    Raises:
+        CorruptionError: if it is none.
+    """
     try:
         data = json.loads(text.decode())
     except (ValueError, RecursionError) as error:

@@ -31,7 +31,7 @@ import psutil
 
 from lcray.errors import LcrayError, OutputError
 from lcray.storage import Place, Remote, storage_of
-from lcray.storage.files import check_links, confined, writing
+from lcray.storage.files import confined, writing
 from lcray.storage.json_types import build
 from lcray.storage.liveness import exists, start_ticks
 from lcray.storage.liveness import machine as _machine
@@ -191,7 +191,7 @@ def locked(out: Place, *, every: float = BEAT, stale: float = STALE) -> Iterator
         OutputError: if another process is at work there, the lock cannot be written, or is lost.
         CorruptionError: if a link in `out` leads out of it.
     """
-    check_links(out)
+    confined(out, out / LOCK)
     with ExitStack() as stack:
         alone = not isinstance(out, Remote) and stack.enter_context(_flocked(out))
         with writing(out / LOCK):

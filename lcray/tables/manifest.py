@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from lcray.errors import CorruptionError, OutputError
 from lcray.storage import Place
-from lcray.storage.files import FORMAT_VERSION, confined, exists, read_sealed
+from lcray.storage.files import exists, read_sealed
 from lcray.storage.json_types import build, value_of
+from lcray.tables.output import Output, check_version
 from lcray.tables.parquet import FileEntry
 from lcray.tables.schema import TABLES
-
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -37,17 +36,13 @@ def read_manifest(out: Place) -> Manifest:
         OutputError: if there is none, or another version wrote it.
         CorruptionError: if it is damaged.
     """
-    path = confined(out, out / "tables" / MANIFEST)
+    path = Output(out).manifest
     if not exists(path):
         raise OutputError(
             f"{out}: has no tables yet; run the analysis again to finish it, or lcray reduce {out}"
         )
     data = read_sealed(path)
-    if data.get("format_version") != FORMAT_VERSION:
-        raise OutputError(
-            f"{path}: format version {data.get('format_version')!r}, this lcray reads "
-            f"{FORMAT_VERSION}; run lcray reduce {out}"
-        )
+    check_version(path, data, f"run lcray reduce {out}")
     try:
         tables = {table: build(FileEntry, entry) for table, entry in data["tables"].items()}
         known = all(t in TABLES and e.name == f"{t}.parquet" for t, e in tables.items())

@@ -18,7 +18,8 @@ from lcray.execution.worker.process import tune_process, worker_environment
 from lcray.execution.worker.workspace import SpanReport, Workspace
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Crew, Plan, Probed
-from lcray.storage.files import FORMAT_VERSION, write_json_atomic
+from lcray.tables.output import Output
+from lcray.tables.record import Record
 from lcray.tasks.task import Task, load_task
 
 __all__ = [
@@ -129,9 +130,7 @@ def planned_batch(workspace: Workspace, plan: Plan) -> Callable[[], object]:
 def write_plan(plan: Plan, out: Path) -> None:
     """Make `out` an output that can be reduced once its spans are committed."""
     out.mkdir(parents=True)
-    write_json_atomic(
-        out / "analysis.json", {"format_version": FORMAT_VERSION, "plan": plan.to_dict()}
-    )
+    Output(out).write(Record("run", "m:t", plan, {}, {}))
 
 
 class Stopwatch:

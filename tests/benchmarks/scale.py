@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lcray.execution.cluster.scheduler import Assign, Decision, GiveUp, Policy, Replace, Scheduler
-from lcray.execution.driver.record import read_record
 from lcray.storage import storage_of
+from lcray.tables.output import Output
 
 from . import simulation
 from .player import Player
@@ -195,7 +195,7 @@ def measure_plan(bench: Bench) -> Iterator[Row]:
         out = bench.folder / f"plan-{length}"
         simulation.make(out, bench.pick(INTERVALS, QUICK_INTERVALS), length, 10, ("intervals",))
         begin = time.perf_counter()
-        read_record(out)
+        Output(out).existing()
         yield Row(f"scale plan {length}", "read_seconds", _since(begin), "s")
 
 

@@ -29,7 +29,6 @@ from lcray.execution.cluster.dispatch import Dispatch, OnTick
 from lcray.execution.cluster.metrics import Metrics
 from lcray.execution.cluster.resources import Resources
 from lcray.execution.driver.progress import Computation
-from lcray.execution.driver.record import Record, read_record
 from lcray.execution.driver.status import StatusFile, status
 from lcray.execution.worker.reports import Outcome, SpanReport
 from lcray.planning.make import make_plan, make_settings
@@ -38,7 +37,9 @@ from lcray.storage import place
 from lcray.storage.files import FORMAT_VERSION, encode_json, seal
 from lcray.storage.lock import locked
 from lcray.tables.arrow import make_table
-from lcray.tables.shards.writer import ShardWriter, committed, remove_strays, span_folder
+from lcray.tables.output import Output
+from lcray.tables.record import Record
+from lcray.tables.shards.writer import ShardWriter, committed, remove_strays
 from lcray.tasks.layer import Layer
 
 from .peaks import peak_bytes
@@ -98,7 +99,7 @@ def make(out: Path, intervals: int, span_length: int, layers: int, tables: Seque
     )
     plan = Plan(**{**vars_of(drafted), "tables": tuple(tables)})
     out.mkdir(parents=True)
-    Record("simulated", "simulated", plan, {}, {}).write(out)
+    Output(out).write(Record("simulated", "simulated", plan, {}, {}))
     return plan
 
 
@@ -130,10 +131,10 @@ def plant(plan: Plan, out: Path) -> None:
     first = plan.spans[0]
     write_span(plan, first, out, _PLANTED)
     entries = {t: asdict(e) for t, e in committed(out, [first])[first].files.items()}
-    folder = span_folder(out, first)
+    folder = Output(out).span(first)
     contents = {e["name"]: (folder / e["name"]).read_bytes() for e in entries.values()}
     for span in plan.spans[1:]:
-        folder = span_folder(out, span)
+        folder = Output(out).span(span)
         folder.mkdir()
         for name, data in contents.items():
             (folder / name).write_bytes(data)
@@ -355,7 +356,7 @@ class Driver:
         seconds = time.perf_counter() - begin
         begin = time.perf_counter()
         where = place(out)
-        record = read_record(where)
+        record = Output(where).existing()
         assert record is not None
         remove_strays(where, record.plan.spans)
         strays = time.perf_counter() - begin
@@ -371,7 +372,7 @@ class Driver:
 
 
 def _analyze(pool: Any, out: Any) -> dict[str, float]:
-    record = read_record(out)
+    record = Output(out).existing()
     assert record is not None
     done = [0]
 

@@ -20,8 +20,8 @@ from loopback import Machine
 from repository import CLUSTER, TESTS
 
 import lcray
-from lcray.execution.driver.record import read_record
 from lcray.storage.files import FORMAT_VERSION
+from lcray.tables.output import Output
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -92,7 +92,7 @@ def out(head: Machine) -> Path:
 @pytest.fixture(scope="module")
 def plan(out: Path) -> Path:
     """The plan of it."""
-    record = read_record(out)
+    record = Output(out).existing()
     assert record is not None
     data = {"format_version": FORMAT_VERSION, "plan": record.plan.to_dict()}
     path = out.parent / "plan.json"

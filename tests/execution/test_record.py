@@ -17,7 +17,6 @@ import lcray
 from lcray.cli.display.results import summary
 from lcray.errors import OutputError, UsageError
 from lcray.execution.driver.record import (
-    Record,
     carrier_versions,
     check_plan_fits,
     check_plan_losses,
@@ -25,10 +24,11 @@ from lcray.execution.driver.record import (
     check_same_settings,
     make_fingerprint,
     make_notes,
-    read_record,
 )
 from lcray.execution.worker.workspace import Description
 from lcray.settings import Settings
+from lcray.tables.output import Output
+from lcray.tables.record import Record
 from lcray.tasks.layer import Layer
 
 OUT = Path("OUT")
@@ -36,7 +36,7 @@ OUT = Path("OUT")
 
 @pytest.fixture
 def record(plain_out: Path) -> Record:
-    found = read_record(plain_out)
+    found = Output(plain_out).existing()
     assert found is not None
     return found
 
@@ -56,14 +56,14 @@ def describe(record: Record, **changes: Any) -> Description:
 
 def test_it_comes_back_as_it_was(record: Record, tmp_path: Path) -> None:
     made = replace(record, notes=("a — note",), task="x:y")
-    made.write(tmp_path)
-    assert read_record(tmp_path) == made
+    Output(tmp_path).write(made)
+    assert Output(tmp_path).existing() == made
     assert [path.name for path in tmp_path.iterdir()] == ["analysis.json"]
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    assert read_record(tmp_path) is None
-    assert read_record(tmp_path / "none") is None
+    assert Output(tmp_path).existing() is None
+    assert Output(tmp_path / "none").existing() is None
 
 
 def test_what_it_says(record: Record, plain_run: Path) -> None:
@@ -209,7 +209,7 @@ def test_float64_checkpoints_in_float32_are_noted(tmp_path: Path) -> None:
     notes = []
     for dtype in ("float32", "float64"):
         lcray.analyze(run, "scenes:plain", tmp_path / dtype, dtype=dtype)
-        found = read_record(tmp_path / dtype)
+        found = Output(tmp_path / dtype).existing()
         assert found is not None
         notes.append(found.notes)
     ((note,), none) = notes

@@ -101,9 +101,9 @@ def test_an_analysis_goes_on_with_teams_of_another_size(plain_run: Path, tmp_pat
 
 
 def plan_of_record(out: Path) -> int:
-    from lcray.execution.driver.record import read_record
+    from lcray.tables.output import Output
 
-    record = read_record(out)
+    record = Output(out).existing()
     assert record is not None
     return record.plan.partial_sums
 

@@ -26,7 +26,8 @@ from lcray.planning.costs import estimate
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Span
 from lcray.storage import Place, place, storage_of
-from lcray.tables.shards.writer import check_files, read_commit, span_folder
+from lcray.tables.output import Output
+from lcray.tables.shards.writer import check_files, read_commit
 from lcray.tasks.task import Task
 
 STEPS = tuple(range(13))
@@ -273,7 +274,7 @@ class TestDamage:
                 work.run(plan, span, out, "a")
             message = str(caught.value)
             assert "step 6" in message and str(torn) in message and "\n" not in message
-            assert files_in(span_folder(out, span)) == []
+            assert files_in(Output(out).span(span)) == []
         assert [span.name for span in plan.spans if read_commit(out, span)] == [
             "00000000-00000004",
             "00000008-00000012",
@@ -578,6 +579,6 @@ def test_spans_of_one_interval_and_of_uneven_steps(plain_task, run, tmp_path) ->
     plan = draft(work, 1)
     assert plan.spans[0] == Span((0, 3))
     work.run(plan, plan.spans[0], tmp_path, "a")
-    shards = span_folder(tmp_path, plan.spans[0])
+    shards = Output(tmp_path).span(plan.spans[0])
     rows = pq.read_table(shards / "intervals-a.parquet").to_pylist()
     assert [(row["start_step"], row["end_step"]) for row in rows] == [(0, 3), (0, 3)]

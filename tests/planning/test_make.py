@@ -19,7 +19,7 @@ from lcray.planning.make import extend_plan, make_plan, make_settings
 from lcray.planning.plan import Crew, Plan, Probed, SplitPlan
 from lcray.settings import Settings
 from lcray.storage.files import FORMAT_VERSION
-from lcray.tables.reducing.reduce import plan_digest
+from lcray.tables.record import plan_digest
 from lcray.tasks.layer import Layer
 
 LAYERS = (
@@ -150,7 +150,7 @@ class TestSpans:
         made = [draft(range(11), seconds={"train": s}) for s in (0.001, 0.002)]
         assert made[0].seconds != made[1].seconds
         assert made[0] == made[1]
-        assert plan_digest(made[0]) == plan_digest(made[1])
+        assert plan_digest(made[0].to_dict()) == plan_digest(made[1].to_dict())
 
     @pytest.mark.parametrize("steps", [[], [3]])
     def test_an_interval_needs_two_checkpoints(self, steps: list[int]) -> None:

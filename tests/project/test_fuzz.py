@@ -38,10 +38,10 @@ from lcray.checkpoints import Recorder, open_series
 from lcray.cli.status import status_text
 from lcray.errors import CheckpointError
 from lcray.execution.driver.analyze import load_plan
-from lcray.execution.driver.record import read_record
 from lcray.storage import lock
 from lcray.storage.files import encode_json, read_json, read_sealed, seal
 from lcray.storage.lock import LOCK, Holder
+from lcray.tables.output import Output
 from lcray.tables.reading.results import open_output
 from lcray.tables.reducing.reduce import reduce
 from lcray.tables.verifying.verify import verify
@@ -237,7 +237,7 @@ def edited(**changes: Any) -> bytes:
 def test_analysis_json(home: Path, content: bytes) -> None:
     out = home / "out"
     with replaced(out / "analysis.json", content):
-        survives(lambda: read_record(out))
+        survives(lambda: Output(out).existing())
         survives(lambda: repr(open_output(out)) + str(open_output(out).notes))
 
 

@@ -15,9 +15,10 @@ from benchmarks import simulation
 from lcray.errors import CorruptionError
 from lcray.execution.driver.status import Standing, Status
 from lcray.planning.plan import Plan, Span
+from lcray.tables.output import Output
 from lcray.tables.reducing import reduce
 from lcray.tables.shards.commit import committed, each_commit
-from lcray.tables.shards.writer import ShardWriter, read_commit, remove_strays, span_folder
+from lcray.tables.shards.writer import ShardWriter, read_commit, remove_strays
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_neighbours_that_disagree_are_found_in_one_pass(tmp_path: Path) -> None:
     for span in plan.spans:
         simulation.write_span(plan, span, tmp_path / "out", "a")
     other = Span(plan.spans[1].steps)
-    (span_folder(tmp_path / "out", other) / "commit.json").unlink()
+    (Output(tmp_path / "out").span(other) / "commit.json").unlink()
     with ShardWriter(tmp_path / "out", other, "b") as writer:
         writer.commit(checkpoints={step: f"{step + 1:064x}" for step in other.steps}, info={})
     _, problems = reduce._survey(tmp_path / "out", plan)
@@ -118,7 +119,7 @@ def test_strays_are_found_without_reading_commits_beside_which_there_are_none(
     out = tmp_path / "out"
     plan = simulation.make(out, 12, 4, 1, ("intervals",))
     simulation.plant(plan, out)
-    folder = span_folder(out, plan.spans[1])
+    folder = Output(out).span(plan.spans[1])
     stray = folder / "intervals-2-fedcba987654.parquet"
     stray.write_bytes(b"lost")
     (folder / "commit.json-1.tmp").write_bytes(b"torn")

@@ -30,8 +30,9 @@ from lcray.errors import TaskError, UsageError
 from lcray.execution.driver.analyze import PlanReport
 from lcray.execution.in_memory import allocate
 from lcray.execution.worker.workspace import Workspace
+from lcray.planning.check import read_plan
 from lcray.planning.make import make_settings
-from lcray.planning.plan import Plan, SplitPlan
+from lcray.planning.plan import SplitPlan
 from lcray.tables.reading.confidence import Replication, columns, quantile
 from lcray.tables.reducing.reduce import reduce
 from lcray.tables.verifying.verify import verify
@@ -452,10 +453,10 @@ class TestRefusals:
     )
     def test_plans_with_impossible_samples(self, out: Path, change: dict[str, Any]) -> None:
         plan = lcray.open(out).plan
-        assert Plan.from_dict(plan.to_dict()) == plan
+        assert read_plan(plan.to_dict()) == plan
         wrong = replace(plan, splits=(replace(plan.splits[0], **change), plan.splits[1]))
         with pytest.raises(ValueError, match=r"an impossible sample|weights is not finite"):
-            Plan.from_dict(wrong.to_dict())
+            read_plan(wrong.to_dict())
 
     def test_data_that_are_not_those_of_the_plan(
         self, out: Path, plain_run: Path, tmp_path: Path

@@ -24,6 +24,7 @@ from lcray.planning.plan import Span
 from lcray.storage import files, storage_of
 from lcray.storage.files import encode_json, read_json, seal, write_json_atomic
 from lcray.tables.arrow import make_table
+from lcray.tables.output import Output
 from lcray.tables.schema import TABLES
 from lcray.tables.shards.reader import ShardFile, open_shard
 from lcray.tables.shards.writer import (
@@ -31,9 +32,7 @@ from lcray.tables.shards.writer import (
     check_files,
     committed,
     read_commit,
-    read_plan,
     remove_strays,
-    span_folder,
 )
 
 SPAN = Span((0, 1, 2))
@@ -52,7 +51,7 @@ def commit_one(out: Path, span: Span = SPAN, attempt: str = "a0", n: int = 3) ->
 
 
 def names(out: Path, span: Span = SPAN) -> set[str]:
-    return {path.name for path in span_folder(out, span).iterdir()}
+    return {path.name for path in Output(out).span(span).iterdir()}
 
 
 @contextmanager
@@ -212,7 +211,7 @@ def test_killed_in_the_middle_of_writing(tmp_path: Path) -> None:
     assert [p for c in commits.values() for p in check_files(tmp_path, c)] == []
     assert remove_strays(tmp_path, spans) == []  # an attempt may be at work in the fourth
     assert commit_one(tmp_path, spans[3], "a1")
-    stray = span_folder(tmp_path, spans[3]) / "units-a0.parquet"
+    stray = Output(tmp_path).span(spans[3]) / "units-a0.parquet"
     assert remove_strays(tmp_path, spans) == [stray]
     assert names(tmp_path, spans[3]) == {"commit.json", "units-a1.parquet"}
 
@@ -308,7 +307,7 @@ def test_a_link_reported_twice_is_a_win(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_every_bit_of_a_commit_is_covered(tmp_path: Path) -> None:
     assert commit_one(tmp_path)
-    path = span_folder(tmp_path, SPAN) / "commit.json"
+    path = Output(tmp_path).span(SPAN) / "commit.json"
     text = path.read_bytes()
     for at in range(len(text)):
         path.write_bytes(text[:at] + bytes([text[at] ^ (1 << at % 7)]) + text[at + 1 :])
@@ -360,7 +359,7 @@ def test_a_commit_is_read_strictly(
     tmp_path: Path, change: Callable[[dict[str, Any]], None]
 ) -> None:
     assert commit_one(tmp_path)
-    path = span_folder(tmp_path, SPAN) / "commit.json"
+    path = Output(tmp_path).span(SPAN) / "commit.json"
     data = json.loads(path.read_text())
     del data["checksum"]
     path.write_bytes(encode_json(seal(data)))
@@ -383,7 +382,7 @@ def test_a_commit_of_something_else(
     tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     assert commit_one(tmp_path)
-    path = span_folder(tmp_path, SPAN) / "commit.json"
+    path = Output(tmp_path).span(SPAN) / "commit.json"
     data = json.loads(path.read_text())
     del data["checksum"]
     change(data)
@@ -440,13 +439,13 @@ def test_json_is_replaced_as_a_whole(tmp_path: Path) -> None:
 def test_an_analysis_without_a_plan(tmp_path: Path, plan: dict[str, Any]) -> None:
     write_json_atomic(tmp_path / "analysis.json", plan)
     with pytest.raises(CorruptionError, match="no valid plan"):
-        read_plan(tmp_path)
+        Output(tmp_path).record()
 
 
 def test_an_analysis_of_another_version(tmp_path: Path) -> None:
     write_json_atomic(tmp_path / "analysis.json", {"format_version": 9})
     with pytest.raises(OutputError, match="format version 9"):
-        read_plan(tmp_path)
+        Output(tmp_path).record()
 
 
 def test_row_groups_never_mix_partitions_nor_calls(tmp_path: Path) -> None:
@@ -513,7 +512,7 @@ def test_problems_of_files_are_told_apart(tmp_path: Path) -> None:
     assert commit_one(tmp_path)
     commit = read_commit(tmp_path, SPAN)
     assert commit is not None
-    path = span_folder(tmp_path, SPAN) / "units-a0.parquet"
+    path = Output(tmp_path).span(SPAN) / "units-a0.parquet"
     whole = path.read_bytes()
     middle = len(whole) // 2
     cases = {
@@ -535,7 +534,7 @@ def test_problems_of_files_are_told_apart(tmp_path: Path) -> None:
 def _replace(tmp_path: Path, content: bytes, rows: int) -> list[str]:
     """What is said of a commit whose checksum is right and whose file is not."""
     assert commit_one(tmp_path)
-    folder = span_folder(tmp_path, SPAN)
+    folder = Output(tmp_path).span(SPAN)
     (folder / "units-a0.parquet").write_bytes(content)
     data = json.loads((folder / "commit.json").read_text())
     del data["checksum"]
@@ -577,7 +576,10 @@ def test_files_without_partitions_are_damaged(tmp_path: Path) -> None:
         with pq.ParquetWriter(path, units([1.0]).schema) as writer:
             writer.write_table(units([1.0]))
             writer.add_key_value_metadata(metadata)
-        with ShardFile(path) as file, pytest.raises(CorruptionError, match="partitions"):
+        with (
+            ShardFile(path) as file,
+            pytest.raises(CorruptionError, match="partitions"),
+        ):
             _ = file.partitions
     path.write_bytes(b"no")
     with pytest.raises(CorruptionError, match="cannot be read"):
@@ -585,7 +587,7 @@ def test_files_without_partitions_are_damaged(tmp_path: Path) -> None:
 
 
 def test_a_commit_whose_place_a_dead_link_has_says_so(tmp_path: Path) -> None:
-    folder = span_folder(tmp_path, SPAN)
+    folder = Output(tmp_path).span(SPAN)
     folder.mkdir(parents=True)
     (folder / "commit.json").symlink_to("nowhere")
     with pytest.raises(OutputError, match=r"commit\.json: .*a link that leads nowhere"):

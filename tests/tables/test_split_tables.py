@@ -30,8 +30,8 @@ from lcray.execution.worker.workspace import Workspace
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Span, SplitPlan
 from lcray.settings import Settings
+from lcray.tables.output import Output as Folder
 from lcray.tables.schema import TABLES, table_schema
-from lcray.tables.shards.writer import span_folder
 from lcray.tables.writing import row_groups, split_tables
 from lcray.tables.writing.row_groups import ElementsWriter
 from lcray.tables.writing.split_tables import SplitTables
@@ -155,7 +155,7 @@ def analyze(tmp_path: Path, *, poison: int | None = None, **options: Any) -> Out
         assert workspace.run(plan, span, out, "a").committed
     bad = frozenset() if poison is None else frozenset({poison - 1, poison})
     twin = twin_intervals(chosen.rule, chosen.batch_norm)
-    return Output(plan, [span_folder(out, span) for span in plan.spans], twin, bad)
+    return Output(plan, [Folder(out).span(span) for span in plan.spans], twin, bad)
 
 
 @pytest.fixture(scope="module", params=["simpson", "gauss", "left", "batch", "poisoned"])
@@ -368,7 +368,7 @@ def test_units_of_grouped_transposed_convolutions_are_their_channels(
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     (span,) = plan.spans
     assert workspace.run(plan, span, tmp_path / "out", "a").committed
-    (path,) = span_folder(tmp_path / "out", span).glob("units-*.parquet")
+    (path,) = Folder(tmp_path / "out").span(span).glob("units-*.parquet")
     found = {(row["layer"], row["unit"]): row["lc"] for row in pq.read_table(path).to_pylist()}
 
     data = split_data("train")

@@ -13,14 +13,11 @@ from lcray.execution.cluster.resources import Resources
 from lcray.execution.driver.follow import SECONDS_A_LOOK, Growth
 from lcray.execution.driver.job import Job
 from lcray.execution.driver.progress import Computation, OnProgress, Progress, explain
-from lcray.execution.driver.record import (
-    Record,
-    check_same_settings,
-    read_record,
-)
+from lcray.execution.driver.record import check_same_settings
 from lcray.execution.driver.repair import take_back
 from lcray.execution.driver.revisit import Revisit, revisit_last
 from lcray.execution.driver.status import StatusFile
+from lcray.planning.check import check_plan
 from lcray.planning.costs import seconds_an_interval
 from lcray.planning.make import make_settings
 from lcray.planning.plan import Plan
@@ -28,8 +25,10 @@ from lcray.planning.saved import PlanReport, load_plan
 from lcray.settings import PlanOptions
 from lcray.storage import Place, PlaceLike, place
 from lcray.storage.files import writing
-from lcray.storage.lock import Lock, locked
-from lcray.tables.reading.results import Results, open_output
+from lcray.storage.lock import Lock
+from lcray.tables.output import Output
+from lcray.tables.reading.results import Results, results_of
+from lcray.tables.record import Record
 from lcray.tables.shards.writer import remove_strays
 from lcray.tasks.task import Task
 
@@ -115,20 +114,21 @@ def analyze(
     # Of a plan the first checkpoint is as well, as when it was made.
     steps = f"{given.steps[0]}:" if given else steps
     path = place(out)
-    record = read_record(path)
+    output = Output(path)
+    record = output.existing()
     if record is not None:
         check_same_settings(path, record, settings)
     growth = Growth(run, steps, idle) if follow else None
     known = record.plan if record else given
     job = Job(run, task, resources, steps, span_length, settings, known, growth)
     _make_folder(path)
-    with locked(path) as lock:
-        if read_record(path) != record:
+    with output.locked() as lock:
+        if output.existing() != record:
             raise OutputError(f"{path}: has just changed; run the same command again")
         if repair and record is not None:
             take_back(path, record.plan.spans)
         _work(job, path, record, given, lock, tell, repair)
-    return open_output(path)
+    return results_of(output)
 
 
 def _given(
@@ -136,6 +136,8 @@ def _given(
 ) -> Plan | None:
     """The plan that was given, if one was; it leaves nothing for other options to say."""
     given = load_plan(plan) if isinstance(plan, str | os.PathLike) else plan
+    if isinstance(plan, Plan):
+        check_plan(plan)
     if given is not None and others:
         raise UsageError("a plan decides settings, steps and spans: leave the other options out")
     if given is not None and follow:

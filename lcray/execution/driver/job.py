@@ -14,7 +14,6 @@ from lcray.execution.cluster.resources import Resources
 from lcray.execution.driver.follow import Growth
 from lcray.execution.driver.progress import OnProgress, Progress
 from lcray.execution.driver.record import (
-    Record,
     carrier_versions,
     check_plan_fits,
     check_plan_losses,
@@ -29,6 +28,8 @@ from lcray.planning.plan import Crew, Plan, Probed
 from lcray.planning.saved import PlanReport
 from lcray.settings import Settings
 from lcray.storage import Place, PlaceLike, place
+from lcray.tables.output import Output
+from lcray.tables.record import Record
 from lcray.tasks.task import Task, locate
 
 _NO_LIMIT = 1 << 30  # workers, while nobody knows how much work there will be
@@ -162,7 +163,7 @@ class Job:
             carrier_versions(),
             notes,
         )
-        made.write(out)
+        Output(out).write(made)
         return made
 
     def _continued(self, out: Place, record: Record, given: Plan | None) -> Record:
@@ -189,7 +190,7 @@ class Job:
         if extended is record.plan:
             return record
         made = replace(record, plan=extended)
-        made.write(out)
+        Output(out).write(made)
         return made
 
     def _check_steps(self, planned: Plan) -> None:

@@ -1,112 +1,23 @@
-"""``OUT/analysis.json``: what was asked, the plan, and what else decides the numbers."""
+"""What goes into the record of an output, and whether an analysis is that of a record."""
 
 from __future__ import annotations
 
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
 import lcray
-from lcray.errors import CorruptionError, OutputError, UsageError
+from lcray.errors import OutputError, UsageError
 from lcray.execution.worker.fresh import Unexplained
 from lcray.execution.worker.workspace import Description
-from lcray.planning.plan import DEFAULT_BATCH_SIZE, Plan, read_notes
+from lcray.planning.plan import DEFAULT_BATCH_SIZE, Plan
 from lcray.settings import Settings
-from lcray.storage import Place, Remote, storage_of
-from lcray.storage.files import FORMAT_VERSION, confined, exists, read_json, write_json_atomic
-from lcray.storage.json_types import value_of
-from lcray.storage.lock import LOCK
+from lcray.storage import Place
+from lcray.tables.record import Record
 from lcray.tasks.layer import Layer
-
-_NAME = "analysis.json"
-
-
-@dataclass(frozen=True)
-class Record:
-    """What an output was made by.
-
-    Attributes:
-        run: the directory of checkpoints, or its URI.
-        task: the reference of the task.
-        plan: the plan.
-        fingerprint: what else decides the numbers, by name.
-        versions: of Python and the libraries that only carry the numbers.
-        notes: what to keep in mind about the numbers, one line each.
-    """
-
-    run: str
-    task: str
-    plan: Plan
-    fingerprint: Mapping[str, Any]
-    versions: Mapping[str, str]
-    notes: tuple[str, ...] = ()
-
-    def write(self, out: Place) -> None:
-        """Write it to `out`, whole or not at all.
-
-        Raises:
-            OutputError: if the disk refuses, or a link leads out of `out`.
-        """
-        data = {
-            "format_version": FORMAT_VERSION,
-            "run": self.run,
-            "task": self.task,
-            "fingerprint": dict(self.fingerprint),
-            "versions": dict(self.versions),
-            "notes": list(self.notes),
-            "plan": self.plan.to_dict(),
-        }
-        write_json_atomic(confined(out, out / _NAME), data)
-
-
-def read_record(out: Place) -> Record | None:
-    """The record of the output in `out`, or None where there is none.
-
-    Raises:
-        OutputError: if another version wrote it, or `out` holds something else.
-        CorruptionError: if it is damaged.
-    """
-    path = confined(out, out / _NAME)
-    try:
-        if not exists(path):
-            _check_vacant(out)
-            return None
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be read ({error.strerror}); check access") from error
-    data = read_json(path)
-    if data.get("format_version") != FORMAT_VERSION:
-        raise OutputError(
-            f"{path}: format version {data.get('format_version')!r}, this lcray reads "
-            f"{FORMAT_VERSION}; analyze into a new output"
-        )
-    try:
-        return Record(
-            run=value_of(str, data["run"], "run"),
-            task=value_of(str, data["task"], "task"),
-            plan=Plan.from_dict(data["plan"]),
-            fingerprint=dict(data["fingerprint"]),
-            versions={k: value_of(str, v, "versions") for k, v in data["versions"].items()},
-            notes=read_notes({"notes": data["notes"]}),
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptionError(f"{path}: not valid ({error!r}); restore it") from error
-
-
-def _check_vacant(out: Place) -> None:
-    if isinstance(out, Remote):
-        try:
-            names = {item.name.partition("/")[0] for item in storage_of(out).find(out)}
-        except NotADirectoryError as error:
-            raise OutputError(f"{out}: is a file; choose another --out") from error
-    elif out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: is a file; choose another --out")
-    else:
-        names = {entry.name for entry in out.iterdir()} if out.exists() else set()
-    if names - {LOCK}:
-        raise OutputError(f"{out}: not empty, and no output of lcray; choose another --out")
 
 
 def make_fingerprint(description: Description) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from lcray.errors import CorruptionError, OutputError
 from lcray.planning.plan import Span
 from lcray.storage import Place, storage_of, sync_folder
-from lcray.storage.files import confined, writing
-from lcray.tables.shards.writer import check_files, read_commit, span_folder
+from lcray.storage.files import writing
+from lcray.tables.output import COMMIT, Output
+from lcray.tables.shards.writer import check_files, read_commit
 
 
 def take_back(out: Place, spans: Iterable[Span]) -> tuple[Span, ...]:
@@ -32,8 +33,8 @@ def take_back(out: Place, spans: Iterable[Span]) -> tuple[Span, ...]:
 
 
 def _is_damaged(out: Place, span: Span) -> bool:
-    folder = confined(out, span_folder(out, span))  # what lies elsewhere is not ours to remove
-    confined(out, folder / "commit.json")
+    output = Output(out)
+    output.commit(span)  # what lies elsewhere is not ours to remove
     try:
         commit = read_commit(out, span)
     except CorruptionError:
@@ -41,7 +42,7 @@ def _is_damaged(out: Place, span: Span) -> bool:
     if commit is None:
         return False
     for entry in commit.files.values():
-        path = confined(out, folder / entry.name)
+        path = output.shard(span, entry.name)
         try:
             if storage_of(path).size(path) != entry.bytes:
                 return True
@@ -62,10 +63,10 @@ def remove(out: Place, span: Span) -> bool:
     Raises:
         OutputError: if it cannot be removed, or a link leads out of `out`.
     """
-    folder = confined(out, span_folder(out, span))
+    folder = Output(out).span(span)
     with writing(folder):
         storage = storage_of(folder)
-        storage.delete([folder / "commit.json"])
+        storage.delete([folder / COMMIT])
         if isinstance(folder, Path):
             sync_folder(folder)
         with suppress(OSError):

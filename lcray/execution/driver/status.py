@@ -19,13 +19,12 @@ from lcray.errors import LcrayError, OutputError
 from lcray.execution.worker.reports import SpanReport, View, report_of
 from lcray.planning.plan import Plan, Span
 from lcray.storage import Place, PlaceLike, place
-from lcray.storage.files import confined, read_json, write_json_atomic
+from lcray.storage.files import read_json, write_json_atomic
 from lcray.storage.json_types import build
 from lcray.storage.lock import STALE, driver_has_ended, pulse
+from lcray.tables.output import Output
 from lcray.tables.shards.commit import each_commit
-from lcray.tables.shards.writer import read_plan
 
-NAME = "status.json"
 _SECONDS_A_WRITE = 5.0
 _SILENT = 30.0  # seconds: later, the driver may be gone
 _GONE = "its driver ended without a word: it was killed, or could not write"
@@ -139,8 +138,8 @@ def status(out: PlaceLike) -> Status:
         CorruptionError: if it is damaged.
     """
     folder = place(out)
-    plan = read_plan(folder)
-    said = _read(folder / NAME)
+    output = Output(folder)
+    plan, said = output.record().plan, _read(output)
     if said is not None and said.state in _AT_WORK:
         gone = driver_has_ended(folder)
         age = (datetime.now(UTC) - datetime.fromisoformat(said.written)).total_seconds()
@@ -155,10 +154,10 @@ def status(out: PlaceLike) -> Status:
     return tally.status(said or Status("unknown", 0, 0, 0, 0))
 
 
-def _read(path: Place) -> Status | None:
+def _read(output: Output) -> Status | None:
     """What the driver said; None if it never did, or nothing that can be understood."""
     with suppress(LcrayError, TypeError, ValueError):
-        said = build(Status, read_json(confined(path.parent, path)))
+        said = build(Status, read_json(output.status))
         counts = (said.spans, said.spans_done, said.intervals, said.intervals_done, said.workers)
         zone = datetime.fromisoformat(said.written).tzinfo
         if said.state in _STATES and min(counts) >= 0 and zone is not None:
@@ -251,7 +250,7 @@ class StatusFile:
     """
 
     def __init__(self, out: Place, plan: Plan, holds: Callable[[], bool] = lambda: True) -> None:
-        self._path, self._holds = out / NAME, holds
+        self._output, self._holds = Output(out), holds
         self._standing = Standing(plan)
         self._latest = Status("running", 0, 0, 0, 0)
         self._started, self._before, self._new = time.monotonic(), 0, 0
@@ -346,4 +345,4 @@ class StatusFile:
         data: dict[str, Any] = asdict(replace(self._latest, written=now))
         with suppress(LcrayError, ValueError):
             if self._holds():
-                write_json_atomic(confined(self._path.parent, self._path), data)
+                write_json_atomic(self._output.status, data)

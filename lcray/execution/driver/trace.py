@@ -11,17 +11,15 @@ from lcray.errors import OutputError, UsageError
 from lcray.execution.cluster.resources import Resources
 from lcray.execution.driver.analyze import analyze
 from lcray.execution.driver.progress import OnProgress
-from lcray.execution.driver.record import read_record
 from lcray.planning.check import check_traces
 from lcray.planning.plan import Plan
 from lcray.storage import PlaceLike, place
-from lcray.storage.files import check_way, writing
+from lcray.storage.files import writing
 from lcray.storage.numerals import whole_number
+from lcray.tables.output import Output
 from lcray.tables.reading.results import Results, open_output
 from lcray.tasks.task import Task
 
-#: The folder of an output that its second pass goes into.
-FOLDER = "traced"
 _TABLES = ("intervals", "layers", "traces")
 
 
@@ -60,19 +58,17 @@ def trace(
         CheckpointError, TaskError, IncompleteError, ClusterError: as `lcray.analyze` raises them.
     """
     results = open_output(out)
-    record = read_record(results.path)
-    if record is None:
-        raise OutputError(f"{results.path}: has no analysis.json; analyze the run again")
-    target = results.path / FOLDER if into is None else place(into)
-    check_way(results.path, target)
-    plan = _plan(results, record.plan, elements)
-    known = read_record(target)
+    target = results.output.traced if into is None else place(into)
+    results.output.check_way(target)
+    plan = _plan(results, results.plan, elements)
+    second = Output(target)
+    known = second.existing()
     if known is None:
         if isinstance(target, Path):
             with writing(target):
                 target.mkdir(parents=True, exist_ok=True)
         # With the fingerprint of `out`, so that another task or other data are refused.
-        replace(record, plan=plan).write(target)
+        second.write(replace(results.record, plan=plan))
     elif known.plan != plan:
         raise OutputError(
             f"{target}: holds the traces of other elements or steps; choose another --into"

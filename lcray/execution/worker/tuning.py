@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from lcray.errors import TaskError
 from lcray.execution.worker.workbench import Workbench
-from lcray.planning.plan import DEFAULT_BATCH_SIZE, DEFAULT_MEMORY_FORMAT
+from lcray.planning.plan import DEFAULT_BATCH_SIZE, DEFAULT_MEMORY_FORMAT, MEMORY_FORMATS
 from lcray.tasks.data.pytree import map_tensors
 from lcray.tasks.data.split import SplitData
-from lcray.tasks.model.layout import MEMORY_FORMATS
 
 _SMALLEST, _LARGEST = 16, 8192  # samples a batch
 _FEW = 64  # samples that a rate is measured over, at least

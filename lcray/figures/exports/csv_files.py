@@ -12,7 +12,6 @@ from typing import TextIO
 import pyarrow as pa
 
 from lcray.errors import UsageError, suggest
-from lcray.storage.files import beside
 from lcray.tables.reading.formats import write_csv
 from lcray.tables.reading.results import Results
 from lcray.tables.schema import TABLES
@@ -30,7 +29,7 @@ def write_csv_files(
         if table not in results.tables:
             raise UsageError(suggest(table, results.tables, "table"))
     for name in (*(f"{table}.csv" for table in chosen), COLUMNS):
-        beside(results.path, folder / name)
+        results.output.beside(folder / name)
     written = []
     for table in chosen:
         path = folder / f"{table}.csv"

@@ -10,7 +10,6 @@ from lcray.figures.exports.csv_files import write_csv_files
 from lcray.figures.exports.offline import write_wandb
 from lcray.figures.exports.tensorboard_events import write_events
 from lcray.storage import PlaceLike, Remote, place
-from lcray.storage.files import beside
 from lcray.tables.reading.results import open_output
 
 KINDS = ("tensorboard", "wandb", "csv")
@@ -46,7 +45,7 @@ def export(
     if isinstance(place(folder), Remote):
         raise UsageError(f"{folder}: an export goes to a local folder; copy it afterwards")
     results, target = open_output(out), Path(folder)
-    beside(results.path, target)
+    results.output.beside(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
         if to == "csv":

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from lcray.errors import LcrayError
-from lcray.storage.files import beside
 from lcray.tables.reading.results import Results
 
 _CURVES = ("loss_end", "lc", "gap", "first_order_lc")
@@ -26,7 +25,7 @@ def write_wandb(results: Results, folder: Path) -> tuple[Path, ...]:
     settings = wandb.Settings(
         console="off", silent=True, disable_git=True, disable_code=True, x_disable_stats=True
     )
-    beside(results.path, folder / "wandb")
+    results.output.beside(folder / "wandb")
     about = {"lcray_output": str(results.path), "rule": results.plan.settings.rule}
     with wandb.init(
         project="lcray", dir=str(folder), mode="offline", config=about, settings=settings

@@ -12,7 +12,6 @@ from lcray.figures.html.page import table
 from lcray.figures.html.sections import percent, signed
 from lcray.figures.html.source import Source
 from lcray.figures.html.totals import Total, cards, lede, settings
-from lcray.storage.files import read_json
 from lcray.tables.reading.results import Results
 
 _PLAIN_FOLDERS = ("run", "checkpoints", "ckpt", "out")
@@ -20,8 +19,8 @@ _PLAIN_FOLDERS = ("run", "checkpoints", "ckpt", "out")
 
 def run_name(results: Results) -> str:
     """The name of the output's run: the last folder of its address that is specific."""
-    run = read_json(results.path / "analysis.json").get("run")
-    parts = [part for part in PurePosixPath(str(run or results.path)).parts if part != "/"]
+    run = results.record.run or results.path
+    parts = [part for part in PurePosixPath(str(run)).parts if part != "/"]
     while len(parts) > 1 and parts[-1] in _PLAIN_FOLDERS:
         parts.pop()
     return one_line("/".join(parts[-2:])) or "run"

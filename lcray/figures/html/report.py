@@ -17,7 +17,7 @@ from lcray.figures.html.store import Store
 from lcray.figures.html.totals import totals
 from lcray.figures.html.windows import windows
 from lcray.storage import Place, PlaceLike, place, storage_of
-from lcray.storage.files import beside, writing
+from lcray.storage.files import writing
 from lcray.tables.reading.results import Results, open_output
 
 #: The names of the pages in an output.
@@ -74,7 +74,7 @@ def report(out: PlaceLike, *others: PlaceLike, file: str | os.PathLike[str] | No
     inside = root / (COMPARISON if others else PAGE)
     target = inside if file is None else place(file)
     for one in results:
-        beside(one.path, target)
+        one.output.beside(target)
     page = target if isinstance(target, Path) else Path("/") / "page.html"
     text = compared(results, page) if others else single(results[0], page)
     with writing(target):

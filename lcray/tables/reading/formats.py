@@ -125,3 +125,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def distinct(names: list[str]) -> list[str]:
+    """The names, those that recur (after a join) numbered."""
+    taken, seen = set(names), set[str]()
+    distinct = []
+    for name in names:
+        new, number = name, 2
+        while new in seen or (new != name and new in taken):
+            new, number = f"{name}_{number}", number + 1
+        seen.add(new)
+        distinct.append(new)
+    return distinct

@@ -15,19 +15,20 @@ import pyarrow.parquet as pq
 
 from lcray.checkpoints.naming import matches
 from lcray.errors import CorruptionError, UsageError, suggest
-from lcray.planning.plan import Plan, read_notes
+from lcray.planning.plan import Plan
 from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
-from lcray.storage.files import confined, exists, read_json
+from lcray.storage.files import exists
 from lcray.storage.numerals import step_range
 from lcray.tables.manifest import read_manifest
+from lcray.tables.output import Output
 from lcray.tables.reading.confidence import frame, sums
 from lcray.tables.reading.duckdb import check_name, connect, query_room, select, shut, sql_path
-from lcray.tables.reading.formats import holding
+from lcray.tables.reading.formats import distinct, holding
 from lcray.tables.reading.recipes import quotes_for, recipe_for, tables_for
 from lcray.tables.reading.soundness import Soundness
 from lcray.tables.reading.views import View, named_in, scan, views_of
+from lcray.tables.record import Record
 from lcray.tables.schema import TABLES
-from lcray.tables.shards.writer import read_plan
 
 if TYPE_CHECKING:  # what a driver that only opens an output has no memory for
     import duckdb
@@ -43,9 +44,13 @@ def open_output(out: PlaceLike) -> Results:
         OutputError: if there is no output there, or it is not reduced yet.
         CorruptionError: if its plan or manifest is damaged.
     """
-    path = place(out)
-    check_name(path)
-    return Results(path, read_plan(path), tuple(read_manifest(path).tables))
+    return results_of(Output(place(out)))
+
+
+def results_of(output: Output) -> Results:
+    """The results in an output that somebody may have looked into already; as `open_output`."""
+    check_name(output.path)
+    return Results(output, output.record(), tuple(read_manifest(output.path).tables))
 
 
 def query(out: PlaceLike, sql: str) -> pd.DataFrame:
@@ -63,23 +68,29 @@ class Results:
     such as ``"conv*"``.
 
     Attributes:
-        path: the output directory, or its address.
-        plan: the plan it was made by.
+        output: where everything in it lies.
+        record: what it was made by.
         tables: the names of its tables.
     """
 
-    path: Place
-    plan: Plan
+    output: Output
+    record: Record
     tables: tuple[str, ...]
+
+    @property
+    def path(self) -> Place:
+        """The output directory, or its address."""
+        return self.output.path
+
+    @property
+    def plan(self) -> Plan:
+        """The plan it was made by."""
+        return self.record.plan
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What to keep in mind about the numbers, one line each."""
-        path = self.path / "analysis.json"
-        try:
-            return read_notes(read_json(path))
-        except (TypeError, ValueError) as error:
-            raise CorruptionError(f"{path}: not valid ({error}); restore it") from error
+        return self.record.notes
 
     def intervals(self, *, steps: str | None = None) -> pd.DataFrame:
         """Loss and LC of every interval; raises as `arrow`."""
@@ -268,11 +279,10 @@ class Results:
         needed.update(named_in(query, self.tables))
         names = [self._file(table).name for table in self.tables if table in needed]
         try:
-            copies = local_copies(self.path / "tables", names)
-            with copies as folder:
+            with local_copies(self.output.tables, names) as folder:
                 yield folder
         except OSError as error:
-            raise self._unreadable(self.path / "tables", error) from error
+            raise self._unreadable(self.output.tables, error) from error
 
     def _create_views(self, connection: duckdb.DuckDBPyConnection, folder: Path) -> list[Path]:
         """Makes views of the tables in `folder`, and those on them; returns the files."""
@@ -317,9 +327,9 @@ class Results:
         return CorruptionError(f"{path}: cannot be read ({reason}); run lcray reduce {self.path}")
 
     def _file(self, name: str) -> Place:
-        path = self.path / "tables" / f"{name}.parquet"
         if name in self.tables:
-            if not exists(confined(self.path, path)):
+            path = self.output.table(name)
+            if not exists(path):
                 raise CorruptionError(f"{path}: missing; run lcray reduce {self.path}")
             return path
         if name not in TABLES or name == "borders":
@@ -380,16 +390,3 @@ def _bounds(steps: str) -> tuple[int, int | None]:
     if found is None:
         raise UsageError(f"steps {steps!r}: give a range such as '0:100', '100:' or ':100'")
     return found[0] or 0, found[1]
-
-
-def distinct(names: list[str]) -> list[str]:
-    """The names, those that recur (after a join) numbered."""
-    taken, seen = set(names), set[str]()
-    distinct = []
-    for name in names:
-        new, number = name, 2
-        while new in seen or (new != name and new in taken):
-            new, number = f"{name}_{number}", number + 1
-        seen.add(new)
-        distinct.append(new)
-    return distinct

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from lcray.planning.plan import Plan
 from lcray.storage import Place, storage_of
-from lcray.storage.files import confined, writing
+from lcray.storage.files import writing
 from lcray.tables.columns import UNIT
+from lcray.tables.output import Output
 
-#: The file with all of them, for DuckDB alone.
-FILE = "views.sql"
 #: The variable of a DuckDB session that says where an output is, if not where it was written.
 VARIABLE = "lcray_out"
 
@@ -228,7 +227,7 @@ def write_views(out: Place, plan: Plan, tables: Sequence[str]) -> None:
         OutputError: if it cannot be written.
         CorruptionError: if a link in its place leads out of the output.
     """
-    path = confined(out, out / FILE)
+    path = Output(out).views
     text = _text(out, plan, tables)
     with writing(path):
         storage_of(path).write(path, text.encode())

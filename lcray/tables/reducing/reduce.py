@@ -8,9 +8,7 @@ object store are staged in local temporary files, and put once all are whole.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,9 +22,8 @@ import pyarrow as pa
 from lcray.errors import CorruptionError, IncompleteError, brief
 from lcray.planning.plan import Plan
 from lcray.storage import Place, PlaceLike, place, storage_of, sync_folder
-from lcray.storage.files import FORMAT_VERSION, confined, seal, writing
-from lcray.storage.lock import locked
-from lcray.tables.manifest import MANIFEST
+from lcray.storage.files import FORMAT_VERSION, seal, write_json_atomic, writing
+from lcray.tables.output import MANIFEST, Output
 from lcray.tables.parquet import FileEntry, TableFile
 from lcray.tables.reading.views import write_views
 from lcray.tables.reducing import merge as merging
@@ -34,7 +31,7 @@ from lcray.tables.reducing.fits import Fits
 from lcray.tables.reducing.merge import Source
 from lcray.tables.schema import table_schema
 from lcray.tables.shards.commit import Commit, Outline, each_commit
-from lcray.tables.shards.writer import check_files, read_plan, write_json_atomic
+from lcray.tables.shards.writer import check_files
 
 # How far the losses of two workers at a step may lie apart: of the loss, and of the first loss.
 _LOSS_RTOL, _LOSS_ATOL = 1e-5, 1e-6
@@ -68,17 +65,20 @@ def reduce(out: PlaceLike, *, allow_missing: bool = False) -> Reduction:
         OutputError: if `out` is no output, or the tables cannot be written; tables that exist
             stay as they are then.
     """
-    where = place(out)
-    read_plan(where)  # no lock file in what is no output
-    with locked(where):
-        return merge(where, allow_missing=allow_missing)
+    output = Output(place(out))
+    output.record()  # no lock file in what is no output
+    with output.locked():
+        return _merge(output, allow_missing)
 
 
 def merge(out: PlaceLike, *, allow_missing: bool = False) -> Reduction:
     """`reduce`, for a caller that holds the lock of `out` or whose driver does."""
-    out = place(out)
-    confined(out, out / "tables")
-    plan = read_plan(out)
+    return _merge(Output(place(out)), allow_missing)
+
+
+def _merge(output: Output, allow_missing: bool) -> Reduction:
+    out, digest, plan = output.path, output.plan_digest(), output.record().plan
+    output.check_links()
     commits, problems = _survey(out, plan)
     missing = missing_intervals(plan, commits)
     if missing and (not allow_missing or not commits):
@@ -92,17 +92,12 @@ def merge(out: PlaceLike, *, allow_missing: bool = False) -> Reduction:
     for _, commit in each_commit(out, [outline.span for outline in commits]):
         for problem in check_files(out, commit):
             raise CorruptionError(problem)
-    entries = _write_tables(_tables_folder(out, plan), Source(out, plan, commits))
+    folder = output.manifest.parent
+    for table in tables_of(plan):
+        output.table(table)  # raises where a link in its place leads out
+    entries = _write_tables(folder, Source(out, plan, commits), digest)
     write_views(out, plan, tuple(entries))
     return Reduction({table: entry.rows for table, entry in entries.items()}, missing)
-
-
-def _tables_folder(out: Place, plan: Plan) -> Place:
-    """Where the tables go, once no link in there leads out of `out`."""
-    folder = out / "tables"
-    for name in (MANIFEST, *(f"{table}.parquet" for table in tables_of(plan))):
-        confined(out, folder / name)
-    return folder
 
 
 def _survey(out: Place, plan: Plan) -> tuple[tuple[Outline, ...], list[str]]:
@@ -154,13 +149,6 @@ def name_intervals(intervals: Iterable[tuple[int, int]]) -> str:
     return ", ".join(shown)
 
 
-def plan_digest(plan: Plan) -> str:
-    """The checksum that ties tables to the plan they were made by, whatever time it expects."""
-    data = plan.to_dict()
-    del data["seconds"]
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
-
-
 _MERGED: dict[str, Callable[[Source], Iterator[pa.Table]]] = {
     "layers": merging.layers,
     "parameters": merging.parameters,
@@ -175,7 +163,7 @@ def tables_of(plan: Plan) -> tuple[str, ...]:
     return (*tables, "fits") if "histograms" in tables else tables
 
 
-def _write_tables(folder: Place, source: Source) -> dict[str, FileEntry]:
+def _write_tables(folder: Place, source: Source, digest: str) -> dict[str, FileEntry]:
     """Stages every table, then gives all of them their names, and the manifest."""
     if isinstance(folder, Path):
         with writing(folder):
@@ -191,7 +179,7 @@ def _write_tables(folder: Place, source: Source) -> dict[str, FileEntry]:
             pieces = _sound(source, table, _pieces(source, table, fits))
             staged[name], entry = _stage(folder, table, pieces)
             entries[table] = replace(entry, name=name)
-        _publish(folder, staged, _manifest(source, entries))
+        _publish(folder, staged, _manifest(source, digest, entries))
     finally:
         for name, file in staged.items():
             if file.path.name == name:  # published
@@ -301,11 +289,11 @@ def _joined(tables: list[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
 
-def _manifest(source: Source, entries: Mapping[str, FileEntry]) -> dict[str, Any]:
+def _manifest(source: Source, digest: str, entries: Mapping[str, FileEntry]) -> dict[str, Any]:
     return seal(
         {
             "format_version": FORMAT_VERSION,
-            "plan": plan_digest(source.plan),
+            "plan": digest,
             "spans": [commit.span.name for commit in source.commits],
             "tables": {table: asdict(entry) for table, entry in entries.items()},
         }

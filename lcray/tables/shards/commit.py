@@ -14,28 +14,16 @@ from typing import Any
 from lcray.errors import CorruptionError, OutputError
 from lcray.planning.plan import Span
 from lcray.storage import Item, Place, Remote, storage_of
-from lcray.storage.files import FORMAT_VERSION, confined, exists, read_sealed
+from lcray.storage.files import exists, read_sealed
+from lcray.tables.output import COMMIT, Output, check_version, shard_name
 from lcray.tables.parquet import FileEntry
 from lcray.tables.schema import TABLES
 
-NAME = "commit.json"
 ATTEMPT = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _READERS = 16
-_LINKED = -1  # what `confined` has to judge, or no plain file
+_LINKED = -1  # what `Output` has to judge, or no plain file
 _AHEAD = 512  # commits that are asked for at a time
-
-
-def other_version(version: object) -> str:
-    """What to say about files of another version."""
-    return (
-        f"format version {version!r}, this lcray reads {FORMAT_VERSION}; analyze into a new output"
-    )
-
-
-def span_folder(out: Place, span: Span) -> Place:
-    """Where the shards of `span` are."""
-    return out / "shards" / span.name
 
 
 @dataclass(frozen=True)
@@ -79,11 +67,6 @@ class Outline:
     tables: frozenset[str]
 
 
-def shard_name(table: str, attempt: str) -> str:
-    """The name of an attempt's file of a table, within the folder of its span."""
-    return f"{table}-{attempt}.parquet"
-
-
 def read_commit(out: Place, span: Span) -> Commit | None:
     """The commit of `span`, or None if it has none.
 
@@ -91,14 +74,13 @@ def read_commit(out: Place, span: Span) -> Commit | None:
         CorruptionError: if ``commit.json`` is damaged.
         OutputError: if it cannot be read, or belongs to another version or plan.
     """
-    path = confined(out, span_folder(out, span) / NAME)
+    path = Output(out).commit(span)
     return _read(path, span) if exists(path) else None
 
 
 def _read(path: Place, span: Span, size: int | None = None) -> Commit:
     data = read_sealed(path, size)
-    if data.get("format_version") != FORMAT_VERSION:
-        raise OutputError(f"{path}: {other_version(data.get('format_version'))}")
+    check_version(path, data, "analyze into a new output")
     if data.get("span") != list(span.steps):
         raise OutputError(
             f"{path}: its checkpoints are not those of the plan; analyze into a new output"
@@ -161,12 +143,13 @@ def each_commit(out: Place, spans: Iterable[Span]) -> Iterator[tuple[Span, Commi
     if isinstance(out, Remote):
         yield from _fetched(out, list(spans))
         return
-    shards = os.path.realpath(confined(out, out / "shards"))
+    output = Output(out)
+    shards = os.path.realpath(str(output.shards))
     for span in spans:
         found = _look(os.path.join(shards, span.name))
-        path: Place = Path(shards, span.name, NAME)
+        path: Place = Path(shards, span.name, COMMIT)
         if found == _LINKED:
-            path = confined(out, out / "shards" / span.name / NAME)
+            path = output.commit(span)
             if exists(path):
                 yield span, _read(path, span)
         elif found is not None:
@@ -178,10 +161,10 @@ def _look(folder: str) -> int | None:
 
     A folder without one may be a link all the same, and would be written to.
 
-    There are many: two calls of the system instead of the dozens that `confined` takes.
+    There are many: two calls of the system instead of the dozens that a path of `Output` takes.
     """
     try:
-        status = os.lstat(os.path.join(folder, NAME))
+        status = os.lstat(os.path.join(folder, COMMIT))
     except (FileNotFoundError, NotADirectoryError):
         return _LINKED if os.path.islink(folder) else None
     except OSError:
@@ -192,12 +175,13 @@ def _look(folder: str) -> int | None:
 
 def _fetched(out: Remote, spans: list[Span]) -> Iterator[tuple[Span, Commit]]:
     """One listing says which there are, and how large; then one request each."""
-    there = {item.name: item.size for item in listed(out) if item.name.endswith("/" + NAME)}
-    sizes = [there.get(f"{span.name}/{NAME}") for span in spans]
+    output = Output(out)
+    there = {item.name: item.size for item in listed(out) if item.name.endswith("/" + COMMIT)}
+    sizes = [there.get(f"{span.name}/{COMMIT}") for span in spans]
     wanted = [(span, size) for span, size in zip(spans, sizes, strict=True) if size is not None]
 
     def read(pair: tuple[Span, int]) -> tuple[Span, Commit]:
-        return pair[0], _read(span_folder(out, pair[0]) / NAME, *pair)
+        return pair[0], _read(output.commit(pair[0]), *pair)
 
     with ThreadPoolExecutor(_READERS, "lcray-commits") as readers:  # each waits for the network
         for start in range(0, len(wanted), _AHEAD):
@@ -211,6 +195,6 @@ def listed(out: Place) -> list[Item]:
         OutputError: if that cannot be had.
     """
     try:
-        return storage_of(out).find(out / "shards")
+        return storage_of(out).find(Output(out).shards)
     except OSError as error:
         raise OutputError(f"{out}: cannot be listed ({error.strerror}); check access") from error

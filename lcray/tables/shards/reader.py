@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from lcray.errors import CorruptionError
 from lcray.storage import Place, Remote, open_seekable
-from lcray.storage.files import confined
-from lcray.tables.shards.commit import Commit, Outline, shard_name, span_folder
+from lcray.tables.output import Output, shard_name
+from lcray.tables.shards.commit import Commit, Outline
 from lcray.tables.shards.writer import PARTITIONS
 
 
@@ -148,5 +148,4 @@ def open_shard(out: Place, commit: Commit | Outline, table: str) -> ShardFile | 
     """
     if table not in commit.tables:
         return None
-    path = span_folder(out, commit.span) / shard_name(table, commit.attempt)
-    return ShardFile(confined(out, path))
+    return ShardFile(Output(out).shard(commit.span, shard_name(table, commit.attempt)))

@@ -23,20 +23,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lcray.errors import CorruptionError, LcrayError, OutputError, UsageError
-from lcray.planning.plan import Plan, Span
+from lcray.errors import LcrayError, OutputError, UsageError
+from lcray.planning.plan import Span
 from lcray.storage import Place, Remote, open_uncached, place, sha256_of, storage_of
 from lcray.storage.files import (
     FORMAT_VERSION,
-    confined,
     exists,
-    read_json,
     seal,
     write_json_atomic,
     writing,
 )
 from lcray.storage.lock import newest
 from lcray.tables.arrow import largest_group
+from lcray.tables.output import COMMIT, Output, shard_name
 from lcray.tables.parquet import FileEntry, TableFile
 from lcray.tables.schema import TABLES, table_schema
 from lcray.tables.shards.commit import (
@@ -44,12 +43,8 @@ from lcray.tables.shards.commit import (
     Commit,
     committed,
     listed,
-    other_version,
     read_commit,
-    shard_name,
-    span_folder,
 )
-from lcray.tables.shards.commit import NAME as COMMIT
 
 __all__ = [
     "Commit",
@@ -58,32 +53,10 @@ __all__ = [
     "check_files",
     "committed",
     "read_commit",
-    "read_json",
-    "read_plan",
     "remove_strays",
-    "span_folder",
-    "write_json_atomic",
 ]
 
 PARTITIONS = "lcray.partitions"
-
-
-def read_plan(out: Place) -> Plan:
-    """The plan that the output at `out` was made by.
-
-    Raises:
-        OutputError: if there is no such output, or another version wrote it.
-        CorruptionError: if ``analysis.json`` is damaged.
-    """
-    path = confined(out, out / "analysis.json")
-    data = read_json(path)
-    version = data.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        raise OutputError(f"{path}: {other_version(version)}")
-    try:
-        return Plan.from_dict(data["plan"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptionError(f"{path}: holds no valid plan ({error}); restore it") from error
 
 
 class ShardWriter:
@@ -105,7 +78,7 @@ class ShardWriter:
         out = place(out)
         self.span = span
         self.attempt = attempt
-        self.folder = confined(out, span_folder(out, span))
+        self.folder = Output(out).span(span)
         self._open: dict[str, TableFile] = {}
         self._partitions: dict[str, list[list[Any]]] = {}
         self._out, self._lock = out, newest(out)
@@ -186,7 +159,7 @@ class ShardWriter:
                 "info": dict(info),
             }
             self._check_lock()
-            path = confined(self._out, self.folder / COMMIT)
+            path = Output(self._out).commit(self.span)
         except BaseException:
             self.abort()
             raise
@@ -248,11 +221,11 @@ def check_files(out: Place, commit: Commit) -> list[str]:
 
     Compares sizes, checksums, rows, columns and the format version.
     """
-    folder = span_folder(out, commit.span)
+    paths = {t: Output(out).shard(commit.span, entry.name) for t, entry in commit.files.items()}
     return [
-        f"{folder / entry.name}: {problem}; remove the folder and run the analysis again"
+        f"{paths[table]}: {problem}; remove the folder and run the analysis again"
         for table, entry in commit.files.items()
-        for problem in file_problems(confined(out, folder / entry.name), entry, table)
+        for problem in file_problems(paths[table], entry, table)
     ]
 
 
@@ -299,7 +272,7 @@ def remove_strays(out: Place, spans: Iterable[Span]) -> list[Place]:
         commit = read_commit(out, span)
         kept = {entry.name for entry in commit.files.values()} if commit is not None else set(names)
         found = (name for name in names if name.endswith((".parquet", ".tmp")))
-        strays += [out / "shards" / folder / name for name in found if name not in kept]
+        strays += [Output(out).span(span) / name for name in found if name not in kept]
     removed = []
     for path in strays:
         with suppress(OSError):
@@ -315,12 +288,12 @@ def _folders(out: Place) -> Iterator[tuple[str, list[str]]]:
         for folder, group in itertools.groupby(pairs, key=itemgetter(0)):
             yield folder, [name for _, name in group]
         return
-    top = confined(out, out / "shards")
+    top = str(Output(out).shards)
     try:
         with os.scandir(top) as scan:
             folders = sorted(entry.name for entry in scan if entry.is_dir(follow_symlinks=False))
         for folder in folders:
-            yield folder, sorted(os.listdir(top / folder))
+            yield folder, sorted(os.listdir(os.path.join(top, folder)))
     except FileNotFoundError:
         return
     except OSError as error:

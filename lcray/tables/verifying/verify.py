@@ -26,22 +26,22 @@ from lcray.checkpoints import open_series
 from lcray.errors import CheckpointError, LcrayError, brief, one_line
 from lcray.planning.plan import Plan
 from lcray.storage import Place, PlaceLike, local_copies, open_uncached, place
-from lcray.storage.files import confined
 from lcray.storage.interrupt import interruptible
 from lcray.tables.manifest import Manifest, read_manifest
+from lcray.tables.output import Output
 from lcray.tables.reading.duckdb import connect, shut, sql_path
 from lcray.tables.reading.soundness import Soundness
 from lcray.tables.reading.views import scan
+from lcray.tables.record import plan_digest
 from lcray.tables.reducing.reduce import (
     MALFORMED,
     disagreements,
     missing_intervals,
     name_intervals,
-    plan_digest,
     tables_of,
 )
 from lcray.tables.schema import TABLES
-from lcray.tables.shards.writer import Commit, check_files, file_problems, read_commit, read_plan
+from lcray.tables.shards.writer import Commit, check_files, file_problems, read_commit
 from lcray.tables.verifying.coverage import Invariant, coverage, relations
 from lcray.tables.verifying.sums import invariants
 
@@ -81,12 +81,13 @@ def verify(out: PlaceLike, *, run: PlaceLike | None = None) -> Verification:
     report = _Report()
     with report.check("analysis.json"):
         where = place(out)
-        plan = read_plan(where)
+        output = Output(where)
+        plan = output.record().plan
         commits = _verify_shards(where, plan, report, run)
         if run is not None:
             with report.check("checkpoints of the run"):
                 report.problems += _changed(place(run), commits)
-        _verify_tables(where, plan, commits, report)
+        _verify_tables(output, plan, commits, report)
     return Verification(tuple(map(one_line, report.problems)), tuple(report.checks))
 
 
@@ -136,24 +137,25 @@ def _changed(run: Place, commits: list[Commit]) -> Iterator[str]:
             yield str(error)
 
 
-def _verify_tables(out: Place, plan: Plan, commits: list[Commit], report: _Report) -> None:
+def _verify_tables(output: Output, plan: Plan, commits: list[Commit], report: _Report) -> None:
+    out = output.path
     manifest = None
     with report.check("manifest of the tables"):
         manifest = read_manifest(out)
     if manifest is None:
         return
-    report.problems += _stale(out, plan, commits, manifest)
+    report.problems += _stale(output, plan, commits, manifest)
     sound = []
     for table, entry in manifest.tables.items():
         with report.check(f"file of table {table}"):
-            path = confined(out, out / "tables" / entry.name)
+            path = output.table(table)
             problems = file_problems(path, entry, table)
             problems += [] if problems else _oversized(path, plan, table)
             report.problems += [f"{path}: {p}; run lcray reduce {out}" for p in problems]
             if not problems:
                 sound.append(table)
     names = [manifest.tables[table].name for table in sound]
-    with report.reading(out), local_copies(out / "tables", names) as folder:
+    with report.reading(out), local_copies(output.tables, names) as folder:
         for table in sound:
             with report.check(f"keys of {table} are unique and in order"):
                 report.problems += _disorder(out, folder, plan, table)
@@ -200,8 +202,9 @@ def _trimmed(commit: Commit, *, whole: bool) -> Commit:
     return replace(commit, files={}, info={}, checkpoints=kept)
 
 
-def _stale(out: Place, plan: Plan, commits: list[Commit], manifest: Manifest) -> Iterator[str]:
-    if manifest.plan != plan_digest(plan):
+def _stale(output: Output, plan: Plan, commits: list[Commit], manifest: Manifest) -> Iterator[str]:
+    out = output.path
+    if manifest.plan not in (output.plan_digest(), plan_digest(plan.to_dict())):
         yield f"{out}: the tables were reduced by another plan; run lcray reduce {out}"
     spans = tuple(commit.span.name for commit in commits)
     if manifest.spans != spans:
@@ -222,7 +225,7 @@ def _disorder(out: Place, folder: Path, plan: Plan, table: str) -> Iterator[str]
         "layer": [layer.name for layer in plan.layers],
     }
     name = f"{table}.parquet"
-    path = out / "tables" / name
+    path = Output(out).table(table)
     last: list[Any] | None = None
     row = 0
     with pq.ParquetFile(folder / name) as file:

@@ -21,8 +21,6 @@ from lcray.tasks.layer import Layer
 #: Elements of a block: a few float64 vectors of this length stay in the cache.
 BLOCK = 1 << 16
 
-MEMORY_FORMATS = ("contiguous", "channels_last")
-
 
 class Layout:
     """The order of the elements in every flat vector [P] of a model.
