@@ -17,10 +17,28 @@ _LOSS = "loss"  # nats for cross-entropy; else whatever the task's loss is measu
 
 
 def column(
-    name: str, kind: pa.DataType, unit: str, description: str, nullable: bool = False
+    name: str,
+    kind: pa.DataType,
+    unit: str,
+    description: str,
+    nullable: bool = False,
+    since: str | None = None,
 ) -> pa.Field:
-    """A field whose metadata hold its unit and description; not nullable unless told."""
-    return pa.field(name, kind, nullable, {"unit": unit, "description": description})
+    """A field whose metadata hold its unit and description; not nullable unless told.
+
+    Args:
+        name: of the column.
+        kind: its type.
+        unit: of its values.
+        description: one line.
+        nullable: whether values may be missing.
+        since: the version of lcray that was the first to write it, for what 0.1.0 did not have; it
+            is null in files of earlier ones.
+    """
+    about = {"unit": unit, "description": description}
+    return pa.field(
+        name, kind, nullable or since is not None, about | ({"since": since} if since else {})
+    )
 
 
 def _float(name: str, unit: str, description: str) -> pa.Field:

@@ -8,7 +8,7 @@ are stored as null; the column `status` of `intervals` says why.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -59,6 +59,40 @@ class TableSchema:
     partition: tuple[str, ...]
     row_group_size: int
 
+    def absent(self, found: pa.Schema) -> tuple[str, ...]:
+        """The columns that a file lacks since an earlier lcray wrote it; they are null then.
+
+        Args:
+            found: the schema of the file.
+
+        Raises:
+            ValueError: if it has other columns than the table ever had.
+        """
+        there = [field for field in self.schema if field.name in found.names]
+        lacking = [field for field in self.schema if field.name not in found.names]
+        if not pa.schema(there).equals(found) or any(_since(field) is None for field in lacking):
+            raise ValueError("other columns than the table has")
+        return tuple(field.name for field in lacking)
+
+    def completed(self, rows: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of a file of an earlier lcray, with null for the columns that it lacks.
+
+        Args:
+            rows: those columns of the file that were wanted.
+            columns: all that were wanted, in order; None for all there are.
+        """
+        wanted = self.schema.names if columns is None else list(columns)
+        if wanted == rows.column_names:
+            return rows
+        fields = [self.schema.field(name) for name in wanted]
+        arrays = [
+            rows.column(field.name)
+            if field.name in rows.column_names
+            else pa.nulls(rows.num_rows, field.type)
+            for field in fields
+        ]
+        return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
     @property
     def write_options(self) -> dict[str, Any]:
         """Keyword arguments of `pyarrow.parquet.ParquetWriter`.
@@ -79,6 +113,12 @@ class TableSchema:
         if "max_rows_per_page" in inspect.signature(pq.ParquetWriter).parameters:
             options["max_rows_per_page"] = 1 << 18  # older writers do not limit the rows of a page
         return options
+
+
+def _since(field: pa.Field) -> str | None:
+    """The version of lcray that first wrote a column; None for what all have."""
+    since = (field.metadata or {}).get(b"since")
+    return None if since is None else since.decode()
 
 
 def _encoding(kind: pa.DataType) -> str | None:
@@ -103,6 +143,8 @@ def _table(
     }
     schema = pa.schema(list(columns), metadata=metadata)
     parts = tuple(partition.split())
+    later = {field.name for field in schema if _since(field) is not None}
+    assert later.isdisjoint((*key.split(), *parts)), "rows are told apart by what all files have"
     return TableSchema(name, tuple(key.split()), schema, description, parts, row_group_size)
 
 

@@ -577,13 +577,13 @@ def test_files_without_partitions_are_damaged(tmp_path: Path) -> None:
             writer.write_table(units([1.0]))
             writer.add_key_value_metadata(metadata)
         with (
-            ShardFile(path) as file,
+            ShardFile(path, TABLES["units"]) as file,
             pytest.raises(CorruptionError, match="partitions"),
         ):
             _ = file.partitions
     path.write_bytes(b"no")
     with pytest.raises(CorruptionError, match="cannot be read"):
-        ShardFile(path)
+        ShardFile(path, TABLES["units"])
 
 
 def test_a_commit_whose_place_a_dead_link_has_says_so(tmp_path: Path) -> None:

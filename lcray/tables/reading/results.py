@@ -26,7 +26,7 @@ from lcray.tables.reading.duckdb import check_name, connect, query_room, select,
 from lcray.tables.reading.formats import distinct, holding
 from lcray.tables.reading.recipes import quotes_for, recipe_for, tables_for
 from lcray.tables.reading.soundness import Soundness
-from lcray.tables.reading.views import View, named_in, scan, views_of
+from lcray.tables.reading.views import View, named_in, rows_of, views_of
 from lcray.tables.record import Record
 from lcray.tables.schema import TABLES
 
@@ -223,13 +223,13 @@ class Results:
         self, path: Place, name: str, columns: list[str], rows: pc.Expression | None
     ) -> pa.Table:
         if not isinstance(path, Remote):
-            self._check(path, name)
-            return pq.read_table(path, columns=columns, filters=rows, partitioning=None)
+            new = TABLES[name].schema if self._check(path, name) else None
+            return pq.read_table(path, columns=columns, filters=rows, schema=new, partitioning=None)
         with open_seekable(path) as source:
             with pq.ParquetFile(source) as file:
-                self._soundness.check(file, name, ())
+                new = TABLES[name].schema if self._soundness.check(file, name, ()) else None
             source.seek(0)
-            return pq.read_table(source, columns=columns, filters=rows)
+            return pq.read_table(source, columns=columns, filters=rows, schema=new)
 
     def sql(self, query: str) -> pd.DataFrame:
         """The answer to one SELECT over the tables and views, as a pandas frame.
@@ -294,11 +294,12 @@ class Results:
             if isinstance(self.path, Remote) and not path.exists():
                 continue  # the query does not name it
             try:
-                self._check(path, table)
+                absent = self._check(path, table)
             except (OSError, ValueError, pa.ArrowException) as error:
                 raise self._unreadable(self._file(table), error) from error
             try:
-                connection.execute(f"CREATE VIEW {table} AS FROM {scan(sql_path(path))}")
+                rows = rows_of(table, sql_path(path), absent)
+                connection.execute(f"CREATE VIEW {table} AS {rows}")
             except duckdb.Error as error:
                 raise self._unreadable(path, error) from error
             files.append(path)
@@ -312,12 +313,15 @@ class Results:
     def _soundness(self) -> Soundness:
         return Soundness(self.plan)
 
-    def _check(self, path: Path, table: str) -> None:
-        """Raises ValueError for what no analysis by this plan writes, if the file is new to us."""
+    def _check(self, path: Path, table: str) -> tuple[str, ...]:
+        """The columns that an earlier lcray did not write; no other lack of what it has is.
+
+        Raises ValueError for what no analysis by this plan writes, if the file is new to us.
+        """
         status = path.stat()
         with pq.ParquetFile(path) as file:
             stamp = (status.st_size, status.st_mtime_ns, status.st_ino)
-            self._soundness.check(file, table, stamp)
+            return self._soundness.check(file, table, stamp)
 
     def _views(self) -> tuple[View, ...]:
         return views_of(self.tables)

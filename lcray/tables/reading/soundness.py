@@ -43,32 +43,35 @@ class Soundness:
         self._plan = plan
         self._passed: set[tuple[Any, ...]] = set()
 
-    def check(self, file: pq.ParquetFile, table: str, stamp: tuple[Any, ...]) -> None:
-        """Raises ValueError for what lcray does not write into `table`.
+    def check(self, file: pq.ParquetFile, table: str, stamp: tuple[Any, ...]) -> tuple[str, ...]:
+        """The columns that the file lacks, see `TableSchema.absent`.
+
+        Raises ValueError for what lcray does not write into `table`.
 
         Args:
             file: the table, open.
             table: its name.
             stamp: what changes with the file; one that has passed is not checked again.
         """
+        absent = TABLES[table].absent(file.schema_arrow)
         if (table, *stamp) in self._passed:
-            return
-        if not file.schema_arrow.equals(TABLES[table].schema):
-            raise ValueError("other columns than the table has")
+            return absent
         if largest_group(file.metadata) > TABLES[table].row_group_size:
             raise ValueError("larger row groups than the table has")
         self.check_sizes(file.metadata, table)
-        for field in TABLES[table].schema:
+        for field in file.schema_arrow:
             if pa.types.is_integer(field.type):
                 self._check_numbers(file, table, field.name)
             elif field.name in self._names:
                 self._check_names(file, field.name)
         self._passed.add((table, *stamp))
+        return absent
 
     def check_sizes(self, metadata: pq.FileMetaData, table: str) -> None:
         """Raises ValueError for text that takes more than the plan's names may."""
-        for at, field in enumerate(TABLES[table].schema):
-            if not pa.types.is_dictionary(field.type):
+        places = {name: at for at, name in enumerate(metadata.schema.names)}
+        for field in TABLES[table].schema:
+            if not pa.types.is_dictionary(field.type) or field.name not in places:
                 continue
             names = self._names.get(field.name, frozenset[str]())
             sizes = [len(name.encode("utf-8", "surrogatepass")) for name in names]
@@ -77,16 +80,16 @@ class Soundness:
                 raise ValueError(_too_long(field.name, longest))
             for number in range(metadata.num_row_groups):
                 group = metadata.row_group(number)
-                size = group.column(at).total_uncompressed_size
+                size = group.column(places[field.name]).total_uncompressed_size
                 most = _SLACK + sum(sizes) + group.num_rows * (longest + _INDEX)
                 if size > most:
                     raise ValueError(
                         f"{size:,} bytes of names in column {field.name!r}, more than the plan has"
                     )
 
-    def check_lengths(self, file: pq.ParquetFile, table: str) -> None:
+    def check_lengths(self, file: pq.ParquetFile) -> None:
         """Raises ValueError for a name that is too long, whatever the footer says of its size."""
-        for field in TABLES[table].schema:
+        for field in file.schema_arrow:
             if pa.types.is_dictionary(field.type):
                 for part in _parts(file, field.name):
                     longest = pc.max(pc.binary_length(part.dictionary)).as_py() or 0

@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+
 from lcray.planning.plan import Plan
 from lcray.storage import Place, storage_of
 from lcray.storage.files import writing
 from lcray.tables.columns import UNIT
 from lcray.tables.output import Output
+from lcray.tables.schema import TABLES
 
 #: The variable of a DuckDB session that says where an output is, if not where it was written.
 VARIABLE = "lcray_out"
@@ -215,6 +218,34 @@ def scan(source: str) -> str:
     `split`.
     """
     return f"read_parquet({source}, hive_partitioning = false)"
+
+
+def rows_of(table: str, source: str, absent: Sequence[str] = ()) -> str:
+    """A query for the rows of a table: those of its files, with null for columns that they lack."""
+    if not absent:
+        return f"FROM {scan(source)}"
+    columns = [
+        f'NULL::{_TYPES[str(_plain(field.type))]} AS "{field.name}"'
+        if field.name in absent
+        else f'"{field.name}"'
+        for field in TABLES[table].schema
+    ]
+    return f"SELECT {', '.join(columns)} FROM {scan(source)}"
+
+
+#: DuckDB's types by those of columns.
+_TYPES = {
+    "bool": "BOOLEAN",
+    "int8": "TINYINT",
+    "int64": "BIGINT",
+    "float": "FLOAT",
+    "double": "DOUBLE",
+    "string": "VARCHAR",
+}
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def write_views(out: Place, plan: Plan, tables: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from lcray.errors import CorruptionError
 from lcray.storage import Place, Remote, open_seekable
 from lcray.tables.output import Output, shard_name
+from lcray.tables.schema import TABLES, TableSchema
 from lcray.tables.shards.commit import Commit, Outline
 from lcray.tables.shards.writer import PARTITIONS
 
@@ -23,15 +24,19 @@ from lcray.tables.shards.writer import PARTITIONS
 class ShardFile:
     """A committed Parquet file, read by row group; a context manager.
 
+    Columns that an earlier lcray did not write are null.
+
     Args:
         path: of the file.
+        table: that it holds rows of.
 
     Raises:
         CorruptionError: if it cannot be read.
     """
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: Place, table: TableSchema) -> None:
         self.path = path
+        self._table = table
         with self._reading():
             source = open_seekable(path) if isinstance(path, Remote) else path
             self._file = pq.ParquetFile(source)
@@ -78,8 +83,11 @@ class ShardFile:
         Raises:
             CorruptionError: if they cannot be read.
         """
+        wanted = self._table.schema.names if columns is None else columns
+        there = [name for name in wanted if name in self._file.schema_arrow.names]
         with self._reading():
-            return self._file.read_row_groups(groups, columns=columns, use_threads=False)
+            rows = self._file.read_row_groups(groups, columns=there, use_threads=False)
+        return self._table.completed(rows, wanted)
 
     def read_ranges(
         self, ranges: Iterable[tuple[tuple[Any, ...], int, int]], columns: list[str] | None = None
@@ -148,4 +156,5 @@ def open_shard(out: Place, commit: Commit | Outline, table: str) -> ShardFile | 
     """
     if table not in commit.tables:
         return None
-    return ShardFile(Output(out).shard(commit.span, shard_name(table, commit.attempt)))
+    path = Output(out).shard(commit.span, shard_name(table, commit.attempt))
+    return ShardFile(path, TABLES[table])

@@ -31,7 +31,7 @@ from lcray.tables.manifest import Manifest, read_manifest
 from lcray.tables.output import Output
 from lcray.tables.reading.duckdb import connect, shut, sql_path
 from lcray.tables.reading.soundness import Soundness
-from lcray.tables.reading.views import scan
+from lcray.tables.reading.views import rows_of
 from lcray.tables.record import plan_digest
 from lcray.tables.reducing.reduce import (
     MALFORMED,
@@ -169,7 +169,7 @@ def _oversized(path: Place, plan: Plan, table: str) -> list[str]:
         with open_uncached(path) as raw, pq.ParquetFile(raw) as file:
             soundness = Soundness(plan)
             soundness.check_sizes(file.metadata, table)
-            soundness.check_lengths(file, table)
+            soundness.check_lengths(file)
     except (OSError, ValueError, pa.ArrowException) as error:
         return [str(error).splitlines()[0]]
     return []
@@ -276,8 +276,10 @@ def _verify_rows(
         database.execute("SET preserve_insertion_order=false")
         database.execute(f"SET temp_directory='{folder}'")
         for table in sound:
-            path = sql_path(tables / f"{table}.parquet")
-            database.execute(f"CREATE VIEW {table} AS FROM {scan(path)}")
+            path = tables / f"{table}.parquet"
+            source = sql_path(path)
+            rows = rows_of(table, source, TABLES[table].absent(pq.read_schema(path)))
+            database.execute(f"CREATE VIEW {table} AS {rows}")
         for name, relation in relations(plan, set(manifest.spans)).items():
             database.register(f"_{name}", relation)
             database.execute(f"CREATE TABLE {name} AS SELECT * FROM _{name}")
