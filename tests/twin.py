@@ -23,7 +23,7 @@ State = Mapping[str, Tensor]
 
 def sign(value: float) -> int:
     """0 for what is no number, too."""
-    return (value > 0) - (value < 0)
+    return int(value > 0) - int(value < 0)
 
 
 def _from_symmetric(nodes: Sequence[float], weights: Sequence[float]) -> Any:

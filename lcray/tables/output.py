@@ -252,8 +252,8 @@ def _parsed(path: Place, text: bytes) -> tuple[Record, str]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise CorruptionError(
-            f"{path}: holds no valid plan and record ({reason}); restore it, or analyze into a "
-            "new output"
+            f"{path}: not valid: it holds no valid plan and record ({reason}); restore it, or "
+            "analyze into a new output"
         ) from error
 
 

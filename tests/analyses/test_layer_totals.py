@@ -141,7 +141,8 @@ def test_a_sample_of_the_data_is_named(tmp_path: Path) -> None:
     results = output(tmp_path / "out", np.full((20, 1), -1.0), np.zeros((20, 1)))
     assert notes_of(layer_totals(results)) == []
     drawn = replace(results.plan.splits[0], drawn_from=80, replicate_weights=(4.0, 4.0))
-    object.__setattr__(results, "plan", replace(results.plan, splits=(drawn,)))
+    plan = replace(results.plan, splits=(drawn,))
+    results = replace(results, record=replace(results.record, plan=plan))
     (note,) = notes_of(layer_totals(results))
     assert "train: 8 of 80 samples" in note and "confidence()" in note
 

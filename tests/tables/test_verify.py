@@ -98,11 +98,15 @@ def test_incomplete_tables_are_sound_but_for_what_is_missing(tmp_path: Path) -> 
     assert "tables hold other spans than are committed (00000006-00000008)" in problem
 
 
+def _flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
 DAMAGE = {
     "cut": lambda content: content[: len(content) // 2],
     "grown": lambda content: content + b"\0",
-    "flipped": lambda content: content[:60] + bytes([content[60] ^ 4]) + content[61:],
-    "flipped at the end": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+    "flipped": lambda content: _flipped(content, len(content) // 2),  # of a record, in its plan
+    "flipped at the end": lambda content: _flipped(content, len(content) - 9),
     "gone": None,
 }
 
