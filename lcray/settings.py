@@ -93,7 +93,7 @@ class Settings:
     rtol: float = option(1e-3, INTEGRAL, "Tolerance of the gap, relative to the loss change.")
     max_panels: int = option(16, INTEGRAL, "The most panels that refinement may reach.")
     splits: tuple[str, ...] | None = option(
-        None, DATA, "Only this split.", otherwise="all", flag="split", metavar="NAME"
+        None, DATA, "Only this split (repeatable).", otherwise="all", flag="split", metavar="NAME"
     )
     samples: int | None = option(
         None,
@@ -156,7 +156,7 @@ class Settings:
     trace: tuple[str, ...] = option(
         (),
         TABLES,
-        "Trace this element, in addition to a random sample of each layer.",
+        "Trace this element, in addition to a random sample of each layer (repeatable).",
         metavar="LAYER:INDEX",
     )
     trace_seed: int = option(0, TABLES, "Seed of the sample of traced elements.")

@@ -18,8 +18,7 @@ from lcray.cli.options import (
     Command,
     example,
     folders,
-    given,
-    take_resources,
+    keywords,
     together,
 )
 
@@ -55,16 +54,14 @@ def analyze(
     from lcray.cli.display.results import summary, totals
     from lcray.cli.progress import working
 
-    resources = take_resources(options)
     with working() as report:
         results = lcray.analyze(
             run,
             task,
             out,
             plan=saved,
-            resources=resources,
             on_progress=report,
-            **given(options),
+            **keywords(options),
         )
     data = records(totals(results))
     terminal.show({"out": str(out), "splits": data}, lambda: summary(results), as_json)

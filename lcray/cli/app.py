@@ -30,9 +30,15 @@ from lcray.cli.verify import verify
 from lcray.errors import LcrayError, UsageError
 from lcray.storage.interrupt import Stopped
 
+COMMANDS = (
+    demo, convert, inspect, plan, analyze, submit, status, reduce, verify, trace, report, findings,
+    compare, query, export,
+)  # fmt: skip
+
 
 @click.group(
     cls=Group,
+    commands=COMMANDS,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": terminal.HELP_WIDTH,
@@ -57,14 +63,6 @@ def app() -> None:
     The way: record (lcray.Recorder in the training loop, or any safetensors
     checkpoints) -> inspect -> plan -> analyze -> report.
     """  # noqa: D301 - click takes the backspace for a paragraph to be left as it is
-
-
-COMMANDS = (
-    demo, convert, inspect, plan, analyze, submit, status, reduce, verify, trace, report, findings,
-    compare, query, export,
-)  # fmt: skip
-for command in COMMANDS:
-    app.add_command(command)
 
 
 def main() -> None:

@@ -176,23 +176,21 @@ def _options(kind: type[Any]) -> list[Callable[[Any], Any]]:
 def _option_of(each: Field[Any], hint: Any) -> Callable[[Any], Any]:
     told, flag = option_of(each), f"--{flag_of(each)}"
     (kind,) = {hint} if not isinstance(hint, UnionType) else {*get_args(hint)} - {NoneType}
-    text, more = help_of(each), dict[str, Any](type=kind)
+    more: dict[str, Any] = {"section": told.section, "metavar": told.metavar}
     if kind is bool and each.default is not False:
-        flag, more = f"{flag}/--no-{flag_of(each)}", {}
+        flag += f"/--no-{flag_of(each)}"
     elif kind is bool:
-        more = {"is_flag": True}
+        more |= {"is_flag": True}
     elif get_origin(kind) is not None:  # several, or amounts by name
-        text = f"{text.removesuffix('.')} (repeatable)."
-        more = {"multiple": True, "callback": _amounts if get_origin(kind) is Mapping else None}
+        more |= {"multiple": True, "callback": _amounts if get_origin(kind) is Mapping else None}
+    else:
+        more |= {"type": kind}
     if told.bare is not None:
         more |= {"is_flag": False, "flag_value": told.bare}
     if told.choices:
-        more |= {"shell_complete": _choices(told.choices)}
-    metavar = told.metavar or (f"[{'|'.join(told.choices)}]" if told.choices else None)
-    names = (flag, each.name)
-    return click.option(
-        *names, cls=_Option, section=told.section, default=None, metavar=metavar, help=text, **more
-    )
+        more["metavar"] = told.metavar or f"[{'|'.join(told.choices)}]"
+        more["shell_complete"] = _choices(told.choices)
+    return click.option(flag, each.name, cls=_Option, default=None, help=help_of(each), **more)
 
 
 *PLACING, ADDRESS = _options(Resources)
@@ -245,15 +243,12 @@ COURSE = (
 )
 
 
-def given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given; the others keep the library's defaults."""
-    return {name: value for name, value in options.items() if value not in (None, ())}
-
-
-def take_resources(options: dict[str, Any]) -> Resources:
-    """Takes those of `Resources` out of a command's options."""
-    names = [each.name for each in fields(Resources) if each.name in options]
-    return Resources(**given({name: options.pop(name) for name in names}))
+def keywords(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given, for the library, which has the defaults of the others."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    placing = [each.name for each in fields(Resources) if each.name in given]
+    resources = Resources(**{name: given.pop(name) for name in placing})
+    return {"resources": resources, **given}
 
 
 def together(*options: Callable[[Decorated], Decorated]) -> Callable[[Decorated], Decorated]:

@@ -19,8 +19,7 @@ from lcray.cli.options import (
     RUN,
     Command,
     example,
-    given,
-    take_resources,
+    keywords,
     together,
 )
 
@@ -43,7 +42,7 @@ def plan(run: str, task: str, save: Path | None, as_json: bool, **options: Any) 
     from lcray.cli.display.plan import plan_table
 
     with redirect_stdout(sys.stderr):
-        report = lcray.plan(run, task, resources=take_resources(options), **given(options))
+        report = lcray.plan(run, task, **keywords(options))
     if save is not None:
         report.save(save)
     data = {

@@ -15,8 +15,7 @@ from lcray.cli.options import (
     COURSE,
     Command,
     example,
-    given,
-    take_resources,
+    keywords,
     together,
 )
 from lcray.errors import UsageError
@@ -83,14 +82,13 @@ def submit(
         out,
         address=address,
         plan=saved,
-        resources=take_resources(options),
         include=include,
         env=_variables(env),
         wait=not no_wait,
         on_package=lambda package: terminal.say(f"lcray: sending {package}", err=True),
         on_submit=lambda job: terminal.say(f"lcray: submitted {job.job}", err=True),
         on_log=lambda text: click.echo(text, file=sys.stdout, nl=False),
-        **given(options),
+        **keywords(options),
     )
     if no_wait:
         terminal.say(found.job)

@@ -16,7 +16,7 @@ from lcray.cli.options import (
     Command,
     example,
     folders,
-    take_resources,
+    keywords,
     together,
 )
 
@@ -53,7 +53,6 @@ def trace(run: str, task: str, out: str, **options: Any) -> None:
     """
     from lcray.cli.progress import reporting
 
-    resources = take_resources(options)
     with reporting() as report:
-        found = lcray.trace(run, task, out, resources=resources, on_progress=report, **options)
+        found = lcray.trace(run, task, out, on_progress=report, **keywords(options))
     terminal.say(f"tables: {found.path / 'tables'}/*.parquet")

@@ -41,7 +41,7 @@ def test_a_field_is_an_option(each: Field[Any], command: str) -> None:
         return
     assert type(option.type) is type(TYPES[str(each.type).removesuffix(" | None")])
     assert option.multiple == (str(each.type)[:5] in ("tuple", "Mappi"))
-    assert (option.help or "").startswith(told.help.removesuffix("."))
+    assert (option.help or "").startswith(told.help)
     assert bool(option.secondary_opts) == (
         isinstance(option.type, click.types.BoolParamType) and each.default is not False
     )

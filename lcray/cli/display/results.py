@@ -20,11 +20,9 @@ def layer_table(results: Results) -> Table:
     frame = frame[frame["split"] == results.plan.splits[0].name]
     sums = frame.groupby("layer", observed=True).sum(numeric_only=True).reset_index()
     sizes = {layer.name: layer.numel for layer in results.plan.layers}
-    table = Table(box=None, pad_edge=False, title_justify="left")
     split = visible(results.plan.splits[0].name)
-    table.title = f"Loss change allocated to each layer, split {split}"
-    for column in ("layer", "parameters", "LC", "helping", "hurting", "share helping"):
-        table.add_column(column, justify="left" if column == "layer" else "right")
+    columns = ("layer", "parameters", "LC", "helping", "hurting", "share helping")
+    table = _table(f"Loss change allocated to each layer, split {split}", *columns)
     for _, row in sums.iterrows():
         colour = "red" if row["lc"] > 0 else "green"
         table.add_row(
@@ -51,19 +49,9 @@ def totals(results: Results) -> pd.DataFrame:
 
 def closure_table(results: Results) -> Table:
     """Per split: the loss change, its allocation, and the gap between them."""
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = f"Closure, rule {results.plan.settings.rule}"
-    columns = (
-        "loss change",
-        "Σ LC",
-        "gap/|change|",
-        "Σ|gap|/Σ|change|",
-        "first order",
-        "share helping",
-    )
-    table.add_column("split")
-    for column in columns:
-        table.add_column(column, justify="right")
+    columns = ["split", "loss change", "Σ LC", "gap/|change|", "Σ|gap|/Σ|change|"]
+    columns += ["first order", "share helping"]
+    table = _table(f"Closure, rule {results.plan.settings.rule}", *columns)
     for _, row in totals(results).iterrows():
         table.add_row(
             visible(str(row["split"])),
@@ -81,15 +69,19 @@ def confidence_table(results: Results, level: float = 0.95) -> Table:
     """Per split: loss change and LC of all data, with the error that sampling adds."""
     found = results.confidence(level=level)
     found = found[found["layer"] == ""].assign(half=lambda rows: (rows["high"] - rows["low"]) / 2)
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = f"All of the data, {level:.0%} confidence"
-    table.add_column("split")
-    for column in ("loss change", "Σ LC"):
-        table.add_column(column, justify="right")
+    title = f"All of the data, {level:.0%} confidence"
+    table = _table(title, "split", "loss change", "Σ LC")
     for split in results.plan.splits:
         rows = found[found["split"] == split.name]
         cells = zip(rows["estimate"], rows["half"], strict=True)
         table.add_row(visible(split.name), *(_signed(value, half) for value, half in cells))
+    return table
+
+
+def _table(title: str, first: str, *numbers: str) -> Table:
+    table = Table(first, title=title, title_justify="left", box=None, pad_edge=False)
+    for column in numbers:
+        table.add_column(column, justify="right")
     return table
 
 

@@ -43,7 +43,7 @@ class Resources:
     custom: Mapping[str, float] = option(
         {},
         WORKERS,
-        "A custom resource of the cluster that each worker takes.",
+        "A custom resource of the cluster that each worker takes (repeatable).",
         flag="resource",
         metavar="NAME=AMOUNT",
     )
