@@ -126,7 +126,10 @@ ANYWHERE: dict[str, tuple[Callable[[Path], Any], type, str]] = {
         "format version 9, this lcray ",
     ),
 }
-HOLDS_NONE = r"not valid: it holds no valid plan and record \(.*\); restore it, or analyze into a new output$"
+HOLDS_NONE = (
+    r"not valid: it holds no valid plan and record \(.*\); "
+    r"restore it, or analyze into a new output$"
+)
 OF_THE_RECORD = {
     name: (make, CorruptionError, HOLDS_NONE)
     for name, make in {
