@@ -46,6 +46,16 @@ def draft(steps: Any = range(11), settings: Settings | None = None, **options: A
     return make_plan(list(steps), settings or Settings(), layers, splits, **options)
 
 
+def test_fisher_information_takes_its_part_of_an_interval() -> None:
+    # Of eleven steps 3, 6 and 9 have it, and 0, which is the first of all: four times 5 s.
+    plain, found = (
+        draft(settings=make_settings({"fisher": every}), seconds={"train": 1.0}, fisher_seconds=5.0)
+        for every in (None, 3)
+    )
+    assert plain.seconds is not None and found.seconds is not None
+    assert found.seconds - plain.seconds == pytest.approx(4 * 5.0 / 10, rel=1e-12)
+
+
 def refusal(**options: Any) -> str:
     with pytest.raises(UsageError) as caught:
         draft(settings=make_settings(options))
