@@ -322,7 +322,7 @@ def _fit_values(
     _, at = np.unique(when, return_inverse=True)
     scores = np.stack([np.bincount(at, part) for part in slope], axis=1).astype(np.float64)
     ordered = np.sort(y)
-    fitted = np.exp(family.log_cdf(found.theta, ordered))[0]
+    fitted = np.exp(family.log_tails(found.theta, ordered)[0])[0]
     rank = np.arange(len(y)) / len(y)
     ks = max(float((fitted - rank).max()), float((rank + 1 / len(y) - fitted).max()))
     return _estimate(found, 0, _spread(scores, draws)) | {"n": len(y), "ks": ks}

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 from scipy.special import gammainc, gammaincc, gammaln, log_ndtr, polygamma
 
 Floats = NDArray[np.float64]
@@ -38,16 +37,14 @@ class Family:
     Attributes:
         name: as in tables.
         has_shape: whether θ begins with the logarithm of a shape.
-        log_cdf: (θ, y) -> log F.
-        log_sf: (θ, y) -> log(1 − F).
+        log_tails: (θ, y) -> log F and log(1 − F).
         log_density: (θ, y) -> log of the density of y = log x.
         start: (means [H], standard deviations [H] of y) -> θ that has about these.
     """
 
     name: str
     has_shape: bool
-    log_cdf: Part
-    log_sf: Part
+    log_tails: Callable[[Floats, Floats], tuple[Floats, Floats]]
     log_density: Part
     start: Part
 
@@ -57,23 +54,17 @@ class Family:
         return 2 if self.has_shape else 1
 
     def log_mass(self, theta: Floats, edges: Floats) -> Floats:
-        """log(F(upper) − F(lower)) of the bins between neighbouring edges [E], [H, E − 1].
+        """log(F(upper) − F(lower)) of the bins between edges [E] or [H, E], [H, E − 1].
 
         From the side where the difference is of small numbers.
         """
-        below, above = self.log_cdf(theta, edges), self.log_sf(theta, edges)
-        left = _log_difference(below[:, 1:], below[:, :-1])
-        right = _log_difference(above[:, :-1], above[:, 1:])
-        return np.where(below[:, 1:] < -_LOG2, left, right)
-
-
-def _log_difference(large: Floats, small: Floats) -> Floats:
-    """log(exp(large) − exp(small)) for large >= small; -inf where they are equal."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        gap = np.where(np.isneginf(small), np.inf, large - small)
-        gap = np.maximum(gap, 0.0)
-        rest = np.where(gap < _LOG2, np.log(-np.expm1(-gap)), np.log1p(-np.exp(-gap)))
-        return np.asarray(np.where(np.isneginf(large), -np.inf, large + rest))
+        below, above = self.log_tails(theta, edges)
+        left = below[:, 1:] < -_LOG2
+        large = np.where(left, below[:, 1:], above[:, :-1])
+        small = np.where(left, below[:, :-1], above[:, 1:])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            gap = np.maximum(np.where(np.isneginf(small), np.inf, large - small), 0.0)
+            return np.asarray(large + np.log(-np.expm1(-gap)))
 
 
 def _log_hazard(theta: Floats, y: Floats) -> Floats:
@@ -83,14 +74,12 @@ def _log_hazard(theta: Floats, y: Floats) -> Floats:
     return np.exp(theta[:, :1]) * (y - theta[:, 1:])
 
 
-def _weibull_log_cdf(theta: Floats, y: Floats) -> Floats:
+def _weibull_log_tails(theta: Floats, y: Floats) -> tuple[Floats, Floats]:
     with np.errstate(over="ignore", divide="ignore"):
-        return np.asarray(np.log(-np.expm1(-np.exp(_log_hazard(theta, y)))))
-
-
-def _weibull_log_sf(theta: Floats, y: Floats) -> Floats:
-    with np.errstate(over="ignore"):
-        return np.asarray(-np.exp(_log_hazard(theta, y)))
+        z = _log_hazard(theta, y)
+        negative = -np.exp(z)
+        # far below, where exp(z) may be no float, F is exp(z)
+        return np.where(z < -40, z, np.log(-np.expm1(negative))), negative
 
 
 def _weibull_log_density(theta: Floats, y: Floats) -> Floats:
@@ -118,30 +107,24 @@ def _normal_log_density(theta: Floats, y: Floats) -> Floats:
     return np.asarray(-(_z(theta, y) ** 2) / 2 - theta[:, :1] - 0.5 * math.log(2 * math.pi))
 
 
-def _gaussian_log_cdf(theta: Floats, y: Floats) -> Floats:
-    """Log P(1/β, h) with h = (x/α)^β; for small h by P = h^a/Γ(a + 1)·(1 − h·a/(a + 1) + …)."""
+def _gaussian_log_tails(theta: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """Log P(1/β, h) and log Q(1/β, h) with h = (x/α)^β.
+
+    For small h by P = h^a/Γ(a + 1)·(1 − h·a/(a + 1) + …): for a large β, h may be less than any
+    float where Q is well below 1. Beyond what Q can hold by its asymptotic series (DLMF 8.11.2).
+    """
     a = np.exp(-theta[:, :1])
     log_h = _log_hazard(theta, y)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         h = np.exp(log_h)
         small = a * log_h - gammaln(a + 1) - h * a / (a + 1)
-        return np.asarray(np.where(h < 1e-8, small, np.log(gammainc(a, np.maximum(h, 1e-8)))))
-
-
-def _gaussian_log_sf(theta: Floats, y: Floats) -> Floats:
-    """Log Q(1/β, h); beyond what Q can hold by its asymptotic series (DLMF 8.11.2).
-
-    Of small h by P: for a large β, h = (x/α)^β may be less than any float where Q is well below 1.
-    """
-    a = np.exp(-theta[:, :1])
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        h = np.exp(_log_hazard(theta, y))
+        below = np.where(h < 1e-8, small, np.log(gammainc(a, np.maximum(h, 1e-8))))
         tail = gammaincc(a, h)
         series = np.log1p((a - 1) / h * (1 + (a - 2) / h * (1 + (a - 3) / h)))
         far = -h + (a - 1) * np.log(h) - gammaln(a) + series
         far = np.where(np.isinf(h), -np.inf, far)
-        near = np.log(-np.expm1(_gaussian_log_cdf(theta, y)))
-        return np.where(h < 1e-8, near, np.where(tail > 1e-280, np.log(tail), far))
+        above = np.where(tail > 1e-280, np.log(tail), far)
+        return below, np.where(h < 1e-8, np.log(-np.expm1(below)), above)
 
 
 def _gaussian_log_density(theta: Floats, y: Floats) -> Floats:
@@ -153,18 +136,19 @@ def _gaussian_log_density(theta: Floats, y: Floats) -> Floats:
 
 def _gaussian_start(mean: Floats, sd: Floats) -> Floats:
     """Log x = log α + log G/β, with G of a gamma distribution of shape 1/β."""
+    from scipy.optimize import brentq  # slow to import
 
     def excess(log_shape: float, target: float) -> float:
         inverse = math.exp(-log_shape)
         return float(inverse * math.sqrt(polygamma(1, inverse))) - target
 
+    low, high = -6.0, 3.0
     log_shape = np.empty(len(sd))
     for i, target in enumerate(sd):
-        low, high = -3.0, 3.0
         if excess(low, target) * excess(high, target) < 0:
             log_shape[i] = brentq(excess, low, high, args=(target,), xtol=1e-3)
         else:
-            log_shape[i] = 3.0 if excess(high, target) > 0 else -3.0
+            log_shape[i] = high if excess(high, target) > 0 else low
     inverse = np.exp(-log_shape)
     return np.stack([log_shape, mean - inverse * polygamma(0, inverse)], axis=1)
 
@@ -173,34 +157,18 @@ def _normal_start(mean: Floats, sd: Floats) -> Floats:
     return np.stack([np.log(sd), mean], axis=1)
 
 
-def _normal_log_cdf(theta: Floats, y: Floats) -> Floats:
-    return np.asarray(log_ndtr(_z(theta, y)))
+def _normal_log_tails(theta: Floats, y: Floats) -> tuple[Floats, Floats]:
+    z = _z(theta, y)
+    return log_ndtr(z), log_ndtr(-z)
 
 
-def _normal_log_sf(theta: Floats, y: Floats) -> Floats:
-    return np.asarray(log_ndtr(-_z(theta, y)))
-
-
+WEIBULL = Family("weibull", True, _weibull_log_tails, _weibull_log_density, _weibull_start)
 #: In the order of tables.
 FAMILIES: tuple[Family, ...] = (
+    WEIBULL,
+    Family("exponential", False, _weibull_log_tails, _weibull_log_density, _exponential_start),
+    Family("lognormal", True, _normal_log_tails, _normal_log_density, _normal_start),
     Family(
-        "weibull", True, _weibull_log_cdf, _weibull_log_sf, _weibull_log_density, _weibull_start
-    ),
-    Family(
-        "exponential",
-        False,
-        _weibull_log_cdf,
-        _weibull_log_sf,
-        _weibull_log_density,
-        _exponential_start,
-    ),
-    Family("lognormal", True, _normal_log_cdf, _normal_log_sf, _normal_log_density, _normal_start),
-    Family(
-        "generalized_gaussian",
-        True,
-        _gaussian_log_cdf,
-        _gaussian_log_sf,
-        _gaussian_log_density,
-        _gaussian_start,
+        "generalized_gaussian", True, _gaussian_log_tails, _gaussian_log_density, _gaussian_start
     ),
 )

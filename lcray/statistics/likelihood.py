@@ -1,9 +1,10 @@
-"""Maximum likelihood of many histograms, or many sets of samples, at once.
+"""Maximum likelihood of many histograms, or of samples.
 
 A histogram's likelihood is that of interval-censored data, Π_b (F(u_b) − F(l_b))^c_b; that of
 samples is the density's. Both are averages over cells of a term ℓ(θ) with a weight: for bins log
-masses, for samples log densities of log x. Fisher scoring climbs the first, Newton steps the
-second; derivatives by θ = (log shape, log scale) are central differences. Errors:
+masses, for samples log densities of log x. Newton steps, damped as by Levenberg and Marquardt
+where they do not ascend, climb them; derivatives by θ = (log shape, log scale) are differences.
+Errors, of which the first are too small for values of LC, which depend on each other:
 
     information matrix   I⁻¹, I = −∂²ℓ/∂θ², for independent values
     blocks               I⁻¹·Var(Σ scores)·I⁻¹ with the scores summed in blocks of iterations: the
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +27,13 @@ from lcray.statistics.families import Family
 
 Floats = NDArray[np.float64]
 Terms = Callable[[Floats], Floats]  # θ [H, p] -> ℓ [H, B]
+Cells = Callable[[Floats, Any], Floats]  # θ [h, p] of some rows, and which -> ℓ [h, B]
 
-_STEP = 1e-5  # of first differences, in log shape and log scale
-_WIDE = 1e-3  # of second differences
-_ROUNDS = 100
-_FARTHEST = 1.0  # a step of θ
+_STEP = 1e-5  # of the differences of single terms, in log shape and log scale
+_NARROW, _WIDE = 2e-4, 2e-3  # of those of their sums, in units of θ: on the way, at the maximum
+_ROUNDS, _DOUBLINGS = 200, 30
+_FLAT = 1e-7  # a curvature that is none, in units of θ
+_STEEPEST = 9.0  # log of a shape that no bins can tell from infinity
 
 
 @dataclass(frozen=True)
@@ -51,66 +55,82 @@ class Estimates:
         """Whether there is a maximum, [H]."""
         return np.asarray(np.isfinite(self.theta).all(axis=1))
 
+    @property
+    def errors(self) -> Floats:
+        """Standard errors of θ [H, p] if values were independent; NaN where there are none."""
+        with np.errstate(invalid="ignore"):
+            return np.sqrt([np.diag(covariance(one)) for one in self.information])
 
-def fit_bins(family: Family, edges: Floats, counts: Floats) -> Estimates:
+
+# what is beyond float64 on the way is refused there
+@np.errstate(over="ignore", invalid="ignore")
+def fit_bins(family: Family, edges: Floats, counts: Floats, *, spare: int = 1) -> Estimates:
     """Fits histograms that share their bins.
 
     Args:
         family: the distribution.
-        edges: log of the edges [E], ascending, the first may be -inf.
+        edges: log of the edges [E], ascending; the first may be -inf, the last inf.
         counts: [H, B], >= 0.
+        spare: how many bins more than parameters a histogram must have for a fit. With 0 the fit
+            may go through all bins; those that do so in a limit only have no maximum.
 
     Returns:
-        The fits. Those with fewer than two bins more than parameters have no maximum that says
-        anything, and are NaN.
+        The fits; NaN where there is no maximum, or too few bins.
     """
-    n = counts.sum(axis=1)
-    theta = np.full((len(counts), family.p), np.nan)
-    value = np.full(len(counts), np.nan)
-    information = np.full((len(counts), family.p, family.p), np.nan)
-    fit = np.flatnonzero((counts > 0).sum(axis=1) > family.p)
-    if len(fit):
-        weights = counts[fit] / n[fit, None]
-        begin = family.start(*_moments(edges, weights))
-        there, settled = _score(family, edges, weights, begin, n[fit])
-        fit, there, weights = fit[settled], there[settled], weights[settled]
-    if len(fit):
-        theta[fit] = there
-        value[fit], information[fit] = _bend(
-            lambda t: family.log_mass(t, edges), there, counts[fit]
-        )
-    return Estimates(theta, value, information)
+    n, filled = counts.sum(axis=1), (counts > 0).sum(axis=1)
+    enough = (filled >= family.p + spare) & (filled > 1)
+    enough &= ~((filled == 2) & (family.p == 2) & _any_shape(edges, counts))
+    found = Estimates(*(np.full((len(n), *shape), np.nan) for shape in _shapes(family)))
+    if enough.any():
+        own, counts = _filled(edges, counts[enough])
+        weights = counts / n[enough, None]
+        cells: Cells = lambda theta, rows: family.log_mass(theta, own[rows])  # noqa: E731
+        fitted = _Hill(family, *_moments(own, weights), cells, weights).climb(n[enough])
+        for name, values in vars(fitted).items():
+            getattr(found, name)[enough] = values
+    return found
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def fit_samples(family: Family, y: Floats) -> Estimates:
     """Fits samples, given as their logarithms y [n]; H = 1."""
-    weights = np.full((1, len(y)), 1.0)
-    nothing = Estimates(
-        *(np.full((1, *shape), np.nan) for shape in ((family.p,), (), (family.p,) * 2))
-    )
     if len(y) <= family.p or y.min() == y.max():
-        return nothing
-    theta = family.start(np.array([y.mean()]), np.array([y.std()]))
-    terms: Terms = lambda t: family.log_density(t, y)  # noqa: E731
-    here, bent = _bend(terms, theta, weights)
-    damping = 0.0
-    for _ in range(_ROUNDS):
-        gradient = (slopes(terms, theta) @ weights[0])[0]
-        damped = bent[0] + damping * (np.diag(np.abs(np.diag(bent[0]))) + 1e-9 * np.eye(family.p))
-        try:
-            step = np.linalg.solve(damped, gradient)
-        except np.linalg.LinAlgError:
-            step = gradient / len(y)
-        step = np.clip(step, -_FARTHEST, _FARTHEST)
-        there, bent_there = _bend(terms, theta + step, weights)
-        if gradient @ step >= 0 and there[0] >= here[0] - 1e-12 * abs(here[0]):
-            theta, here, bent = theta + step, there, bent_there
-            damping = damping / 8 if damping > 1e-3 else 0.0
-            if np.abs(step).max() * np.sqrt(len(y)) < 1e-5:
-                return Estimates(theta, here - y.sum(), bent)  # by x: the density of y over x
-        else:
-            damping = max(8 * damping, 1e-3)
-    return nothing
+        return Estimates(*(np.full((1, *shape), np.nan) for shape in _shapes(family)))
+    n, mean, sd = (np.array([value]) for value in (float(len(y)), y.mean(), y.std()))
+    cells: Cells = lambda theta, _: family.log_density(theta, y)  # noqa: E731
+    weights = np.full((1, len(y)), 1 / len(y))
+    found = _Hill(family, mean, sd, cells, weights).climb(n)
+    return Estimates(found.theta, found.value - y.sum(), found.information)  # by x: density over x
+
+
+def _shapes(family: Family) -> tuple[tuple[int, ...], ...]:
+    """Of one fit's θ, value and information."""
+    return (family.p,), (), (family.p,) * 2
+
+
+def _any_shape(edges: Floats, counts: Floats) -> NDArray[np.bool_]:
+    """Whether the two bins that hold values touch, or are open at both ends, [H].
+
+    Then the likelihood has its supremum at an infinite shape, or at none.
+    """
+    first = (counts > 0).argmax(axis=1)
+    last = counts.shape[1] - 1 - (counts > 0)[:, ::-1].argmax(axis=1)
+    open_ = np.isneginf(edges[first]) & np.isposinf(edges[last + 1])
+    return np.asarray((last == first + 1) | open_)
+
+
+def _filled(edges: Floats, counts: Floats) -> tuple[Floats, Floats]:
+    """Edges and counts of each row's own bins, [H, E] and [H, E − 1], with gaps as single bins.
+
+    Shorter rows end in bins of no width.
+    """
+    filled = np.pad(counts > 0, ((0, 0), (1, 1)))
+    used = filled[:, 1:] | filled[:, :-1]
+    order = np.argsort(~used, axis=1, kind="stable")[:, : used.sum(axis=1).max()]
+    used = np.take_along_axis(used, order, axis=1)
+    own = np.where(used, edges[order], -np.inf)
+    counts = np.take_along_axis(np.pad(counts, ((0, 0), (0, 1))), order, axis=1)
+    return np.maximum.accumulate(own, axis=1), np.where(used, counts, 0.0)[:, :-1]
 
 
 def slopes(terms: Terms, theta: Floats) -> Floats:
@@ -126,99 +146,150 @@ def slopes(terms: Terms, theta: Floats) -> Floats:
 
 
 def _moments(edges: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    """Mean and standard deviation of log x, from the middles of bins."""
-    low, high = edges[:-1].copy(), edges[1:]
-    low[0] = low[0] if np.isfinite(low[0]) else high[0] - np.log(2.0)
-    middle = (low + high) / 2
-    mean = weights @ middle
-    variance = (weights * (middle - mean[:, None]) ** 2).sum(axis=1)
-    return mean, np.sqrt(variance + ((high - low) ** 2).min() / 12)
+    """Mean and standard deviation of log x, [H] each, as if bins were filled evenly.
 
-
-def _total(weights: Floats, terms: Floats) -> Floats:
-    """Σ weight·ℓ over the cells that have any, [H]."""
-    with np.errstate(invalid="ignore"):
-        return np.asarray(np.where(weights > 0, weights * terms, 0.0).sum(axis=1))
-
-
-def _score(
-    family: Family, edges: Floats, weights: Floats, theta: Floats, n: Floats
-) -> tuple[Floats, NDArray[np.bool_]]:
-    """Fisher scoring, steps halved until they climb enough; where it settles, and whether so."""
-    theta = theta.copy()
-    settled = np.zeros(len(theta), np.bool_)
-    active = np.arange(len(theta))
-    value = _total(weights, family.log_mass(theta, edges))
-    for _ in range(_ROUNDS):
-        if not len(active):
-            break
-        here, w = theta[active], weights[active]
-        slope = slopes(lambda t: family.log_mass(t, edges), here)
-        mass = np.exp(family.log_mass(here, edges))
-        fisher = np.einsum("hpb,hb,hqb->hpq", slope, mass, slope)
-        fisher += 1e-12 * np.eye(family.p)
-        gradient = np.einsum("hpb,hb->hp", slope, w)
-        step = np.linalg.solve(fisher, gradient[..., None])[..., 0]
-        step /= np.maximum(1.0, np.abs(step).max(axis=1, keepdims=True) / _FARTHEST)
-        gain = np.einsum("hp,hp->h", gradient, step)  # no less than 0
-        theta[active], value[active] = _climb(family, edges, w, here, step, value[active], gain)
-        moved = np.abs(theta[active] - here).max(axis=1)
-        done = (np.maximum(n[active], 1e4) * gain < 1e-8) & (moved < 1e-3)
-        settled[active[done]] = True
-        active = active[~done & np.isfinite(value[active])]
-    return theta, settled
-
-
-def _climb(
-    family: Family,
-    edges: Floats,
-    weights: Floats,
-    here: Floats,
-    step: Floats,
-    value: Floats,
-    gain: Floats,
-) -> tuple[Floats, Floats]:
-    """The first of here + step, + step/2, … that climbs as the slope promises; else `here`.
-
-    A quarter of `gain`, which a step would climb if the slope stayed, has to be there (Armijo): of
-    few bins the likelihood may bend twice as much as scoring expects, so that whole steps end as
-    far behind the maximum as they began before it, and never settle.
+    What has no end is an octave long.
     """
-    best, best_value = here.copy(), value.copy()
-    left = np.arange(len(here))
-    size = 1.0
-    for _ in range(12):
-        there = here[left] + size * step[left]
-        reached = _total(weights[left], family.log_mass(there, edges))
-        least = value[left] + 0.25 * size * gain[left] - 1e-14 * np.abs(value[left])
-        fine = (reached >= least) | ~np.isfinite(value[left])
-        fine &= np.isfinite(reached)
-        best[left[fine]], best_value[left[fine]] = there[fine], reached[fine]
-        left = left[~fine]
-        if not len(left):
-            break
-        size /= 2
-    return best, best_value
+    low, high = edges[:, :-1], edges[:, 1:]
+    low = np.where(np.isfinite(low), low, high - np.log(2.0))
+    high = np.where(np.isfinite(high), high, low + np.log(2.0))
+    low, high = (np.where(weights > 0, edge, 0.0) for edge in (low, high))
+    mean = (weights * (low + high) / 2).sum(axis=1)
+    spread = ((low + high) / 2 - mean[:, None]) ** 2 + (high - low) ** 2 / 12
+    return mean, np.sqrt((weights * spread).sum(axis=1))
 
 
-def _bend(terms: Terms, theta: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    """Σ weight·ℓ [H] and minus its second derivatives [H, p, p], by central differences."""
-    p = theta.shape[1]
-    shifts = _WIDE * np.eye(p)
+class _Hill:
+    """Averaged log-likelihoods Σ weight·ℓ [H], and how they are climbed.
 
-    def at(shift: Floats) -> Floats:
-        return _total(weights, terms(theta + shift))
+    From where the distribution has this mean and deviation of log x. Steps u are in units, θ =
+    unit·u, in which the information is 1 wherever they came by.
+    """
 
-    here = at(np.zeros(p))
-    bent = np.empty((len(theta), p, p))
-    for i in range(p):
-        bent[:, i, i] = -(at(shifts[i]) - 2 * here + at(-shifts[i])) / _WIDE**2
-        for j in range(i):
-            a, b = shifts[i], shifts[j]
-            with np.errstate(invalid="ignore"):  # where there is no likelihood: no curvature
+    def __init__(
+        self, family: Family, mean: Floats, sd: Floats, cells: Cells, weights: Floats
+    ) -> None:
+        self._cells, self._weights = cells, weights
+        everywhere = np.arange(len(weights))
+        self.theta = family.start(mean, sd)
+        self.value = self.average(self.theta, everywhere)
+        for _ in range(_DOUBLINGS):  # outliers make hazards enormous, and steps tiny
+            wide = family.start(mean, 2 * sd)
+            of_wide = self.average(wide, everywhere)
+            better = ~((self.value >= of_wide) & np.isfinite(self.value))
+            if not better.any():
+                break
+            self.theta[better], self.value[better] = wide[better], of_wide[better]
+            sd = np.where(better, 2 * sd, sd)
+        self._unit = np.tile(np.eye(family.p), (len(weights), 1, 1))
+        if family.has_shape:
+            self._unit[:, 1, 1] = sd
+        self.gradient, self.information = self.derivatives(everywhere)
+        self._whiten(everywhere)
+
+    def average(self, theta: Floats, rows: Any) -> Floats:
+        """Σ weight·ℓ of some rows, over the cells that have any weight."""
+        weights = self._weights[rows]
+        terms = np.where(weights > 0, weights * self._cells(theta, rows), 0.0)
+        return np.asarray(terms.sum(axis=1))
+
+    def moved(self, u: Floats, rows: Any) -> Floats:
+        """θ of some rows after a step u, [p] or [h, p]."""
+        step = (self._unit[rows] @ np.broadcast_to(u, self.theta[rows].shape)[..., None])[..., 0]
+        return np.asarray(self.theta[rows] + step)
+
+    def derivatives(self, rows: Any, width: float = _NARROW) -> tuple[Floats, Floats]:
+        """Gradient [h, p] and minus the second derivatives [h, p, p] of some rows, by u."""
+        p = self.theta.shape[1]
+        gradient, bent = np.empty((len(rows), p)), np.empty((len(rows), p, p))
+        shifts = width * np.eye(p)
+
+        def at(shift: Floats) -> Floats:
+            return self.average(self.moved(shift, rows), rows)
+
+        twice = 2 * at(np.zeros(p))
+        for i, a in enumerate(shifts):
+            up, down = at(a), at(-a)
+            gradient[:, i] = (up - down) / (2 * width)
+            bent[:, i, i] = (twice - up - down) / width**2
+            for j, b in enumerate(shifts[:i]):
                 cross = at(a + b) - at(a - b) - at(b - a) + at(-a - b)
-            bent[:, i, j] = bent[:, j, i] = -cross / (4 * _WIDE**2)
-    return here, bent
+                bent[:, i, j] = bent[:, j, i] = -cross / (4 * width**2)
+        return gradient, bent
+
+    def _whiten(self, rows: Any) -> None:
+        """Units in which the information of these rows is 1, where it is positive."""
+        fine = _positive(self.information[rows])
+        rows = rows[fine]
+        root = np.linalg.inv(np.linalg.cholesky(self.information[rows]))
+        self._unit[rows] = self._unit[rows] @ root.swapaxes(1, 2)
+        self.gradient[rows] = (root @ self.gradient[rows][..., None])[..., 0]
+        self.information[rows] = np.eye(root.shape[-1])
+
+    def climb(self, n: Floats) -> Estimates:
+        """The maxima, of n values [H]; what does not settle is NaN."""
+        damping, settled = np.zeros(len(n)), np.zeros(len(n), np.bool_)
+        active = np.arange(len(n))
+        for _ in range(_ROUNDS):
+            fine = np.isfinite(self.value) & np.isfinite(self.information).all(axis=(1, 2))
+            active = active[fine[active] & ~settled[active]]
+            if not len(active):
+                break
+            gradient, damped = self.gradient[active], damping[active]
+            step = np.clip(_solved(self.information[active], gradient, damped), -1.0, 1.0)
+            gain = np.einsum("hp,hp->h", gradient, step)
+            there = self.moved(step, active)
+            reached = self.average(there, active)
+            # gain: the squared length of the step in standard errors of a single value; the next
+            # one's is about its square; a gain below the rounding of the value is not judged
+            near = (gain < 1e-12) & (damped == 0)
+            near &= np.abs(there - self.theta[active])[:, 0] < 1e-3
+            least = self.value[active] + 1e-4 * gain - 2e-15 * (1 + np.abs(self.value[active]))
+            climbs = (gain >= 0) & (near | (reached >= least))
+            up = active[climbs]
+            self.theta[up], self.value[up] = there[climbs], reached[climbs]
+            self.gradient[up], self.information[up] = self.derivatives(up)
+            self._whiten(up)
+            settled[active] = climbs & near
+            less = np.where(damped > 1e-3, damped / 8, 0.0)
+            damping[active] = np.where(climbs, less, np.maximum(8 * damped, 1e-3))
+        settled = self._refine(np.flatnonzero(settled))
+        back = np.linalg.inv(self._unit)
+        information = back.swapaxes(1, 2) @ self.information @ back
+        found = Estimates(self.theta, n * self.value, n[:, None, None] * information)
+        for values in vars(found).values():
+            values[~settled] = np.nan
+        return found
+
+    def _refine(self, rows: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """One more step of those that have settled, and the information; which have a maximum.
+
+        By differences of two widths, whose errors cancel to the fourth order.
+        """
+        fine, coarse = self.derivatives(rows, _WIDE), self.derivatives(rows, 2 * _WIDE)
+        gradient, bent = ((4 * f - c) / 3 for f, c in zip(fine, coarse, strict=True))
+        peaks = _positive(bent) & (self.theta[rows, 0] < _STEEPEST)
+        rows, bent = rows[peaks], bent[peaks]
+        self.information[rows] = bent
+        self.theta[rows] = self.moved(_solved(bent, gradient[peaks], np.zeros(len(rows))), rows)
+        settled = np.zeros(len(self.theta), np.bool_)
+        settled[rows] = True
+        return settled
+
+
+def _positive(information: Floats) -> NDArray[np.bool_]:
+    """Whether there is curvature in every direction, [h]."""
+    known = np.where(np.isfinite(information), information, 0.0)
+    return np.asarray(np.linalg.eigvalsh(known)[:, 0] > _FLAT)
+
+
+def _solved(information: Floats, gradient: Floats, damping: Floats) -> Floats:
+    """Newton steps [h, p], damped by so much of the diagonal [h]."""
+    size = np.abs(np.einsum("hpp->hp", information))
+    extra = damping[:, None] * size + 1e-12
+    eye = np.eye(information.shape[-1])
+    steps = np.linalg.solve(information + extra[:, None] * eye, gradient[..., None])
+    return np.asarray(steps[..., 0])
 
 
 def covariance(information: Floats) -> Floats:
@@ -261,5 +332,5 @@ def distance(family: Family, edges: Floats, theta: Floats, counts: Floats) -> Fl
     """Kolmogorov–Smirnov distances over the edges, of histograms [H, B] from their fits [H, p]."""
     below = np.concatenate([np.zeros((len(counts), 1)), np.cumsum(counts, axis=1)], axis=1)
     with np.errstate(invalid="ignore"):
-        fitted = np.exp(family.log_cdf(theta, edges))
+        fitted = np.exp(family.log_tails(theta, edges)[0])
         return np.asarray(np.abs(below / below[:, -1:] - fitted).max(axis=1))

@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lcray.errors import CorruptionError, IncompleteError, OutputError
-from lcray.statistics.histograms import bin_edges
-from lcray.statistics.weibull import fit_weibull
 from lcray.tables.reducing import merge
+from lcray.tables.reducing.fits import fit_weibulls
 from lcray.tables.reducing.reduce import name_intervals, reduce, repack
 from lcray.tables.schema import TABLES
 
@@ -100,6 +99,7 @@ def test_fits_are_of_the_histograms_by_window_and_run(tmp_path: Path) -> None:
     expected = []
     for split in world.plan.splits:
         for window in (-1, 0, 4, 8):
+            found: dict[tuple[str, int], dict[int, int]] = {}
             for layer in world.plan.layers:
                 for sign in (-1, 1):
                     bins: dict[int, int] = {}
@@ -107,32 +107,25 @@ def test_fits_are_of_the_histograms_by_window_and_run(tmp_path: Path) -> None:
                         here = (row["split"], row["layer"], row["sign"])
                         if here == (split.name, layer.name, sign) and window in (-1, row["window"]):
                             bins[row["bin"]] = bins.get(row["bin"], 0) + row["count"]
-                    order = sorted(bins)
-                    lower, upper = bin_edges(np.array(order, np.int64))
-                    fit = fit_weibull(lower, upper, [bins[b] for b in order])
-                    if fit is None:
-                        continue
-                    values = {
-                        "aic": (fit.aic, None),
-                        "k": (fit.parameters["k"], fit.standard_errors["k"]),
-                        "ks": (fit.ks, None),
-                        "lambda": (fit.parameters["lambda"], fit.standard_errors["lambda"]),
-                        "log_likelihood": (fit.log_likelihood, None),
-                        "n": (float(sum(bins.values())), None),
-                    }
-                    expected += [
-                        {
-                            "split": split.name,
-                            "window": window,
-                            "layer": layer.name,
-                            "sign": sign,
-                            "distribution": "weibull",
-                            "parameter": name,
-                            "value": value,
-                            "se": se,
-                        }
-                        for name, (value, se) in values.items()
-                    ]
+                    if bins:
+                        found[layer.name, sign] = bins
+            order = sorted({b for bins in found.values() for b in bins})
+            counts = np.array([[bins.get(b, 0) for b in order] for bins in found.values()], float)
+            fits = fit_weibulls(np.array(order, np.int64), counts)
+            expected += [
+                {
+                    "split": split.name,
+                    "window": window,
+                    "layer": name,
+                    "sign": sign,
+                    "distribution": "weibull",
+                    "parameter": parameter,
+                    "value": value,
+                    "se": se if parameter in ("k", "lambda") else None,
+                }
+                for (name, sign), fit in zip(found, fits, strict=True)
+                for parameter, (value, se) in sorted(fit.items())
+            ]
     assert len(expected) > 100
     assert_same(read(out, "fits"), expected, "fits")
     assert len(rows) < 2 * 4 * 4 * 2 * 6  # the buffer, for one, has none

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from lcray.statistics.histograms import bin_edges
-from lcray.statistics.weibull import fit_weibull
+from lcray.statistics.histograms import Floats, Integers, bin_edges
 from lcray.tables.arrow import make_table
 from lcray.tables.reducing.merge import Arrays, Source, merge_bins
 from lcray.tables.schema import WHOLE_RUN
@@ -41,11 +39,18 @@ class Fits:
             yield from self._windows[split]
 
     def _fit(self, split: int, bins: Arrays) -> pa.Table:
-        rows: list[tuple[int, int, str, str, float, float]] = []
-        for layer in np.unique(bins["layer"]):
-            for sign in (-1, 1):
-                here = (bins["layer"] == layer) & (bins["sign"] == sign)
-                rows += [(int(layer), sign, *row) for row in _fit_rows(bins, here)]
+        some = bins["sign"] != 0
+        edges, column = np.unique(bins["bin"][some], return_inverse=True)
+        histograms, row = np.unique(
+            np.stack([bins["layer"][some], bins["sign"][some]]), axis=1, return_inverse=True
+        )
+        counts = np.zeros((histograms.shape[1], len(edges)))
+        counts[row.ravel(), column] = bins["count"][some]
+        rows = [
+            (int(layer), int(sign), "weibull", name, *value)
+            for (layer, sign), fit in zip(histograms.T, fit_weibulls(edges, counts), strict=True)
+            for name, value in sorted(fit.items())
+        ]
         columns = list(zip(*rows, strict=True)) or [()] * 6
         return make_table(
             "fits",
@@ -68,12 +73,52 @@ def _bins(source: Source, table: pa.Table) -> Arrays:
     return columns | {"layer": source.codes(table, "layer")}
 
 
-def _fit_rows(bins: Arrays, here: Any) -> list[tuple[str, str, float, float]]:
-    """(distribution, parameter, value, se) of the fit to one histogram, by parameter."""
-    fit = fit_weibull(*bin_edges(bins["bin"][here]), bins["count"][here])
-    if fit is None:
-        return []
-    values = {name: (v, fit.standard_errors[name]) for name, v in fit.parameters.items()}
-    for name in ("n", "log_likelihood", "aic", "ks"):
-        values[name] = (float(getattr(fit, name)), float("nan"))
-    return [(fit.distribution, name, *values[name]) for name in sorted(values)]
+def fit_weibulls(bins: Integers, counts: Floats) -> list[dict[str, tuple[float, float]]]:
+    """Weibull distributions, location 0, by maximum likelihood; standard errors are too small.
+
+    Those take the samples to be independent, which values of LC are not.
+
+    Args:
+        bins: of the histograms, ascending, [B].
+        counts: in them, [H, B].
+
+    Returns:
+        Of each histogram value and standard error (NaN where there is none) of k, lambda, n,
+        log_likelihood, aic and ks, the largest |F_empirical − F_fit| at an edge. Nothing of those
+        whose likelihood has no maximum, or whose lambda is no float64.
+    """
+    from lcray.statistics.families import WEIBULL  # a driver, which imports this, needs no SciPy
+    from lcray.statistics.likelihood import distance, fit_bins
+
+    if not counts.size:
+        return [{} for _ in counts]
+    lower, upper = bin_edges(bins)
+    edges = np.unique([lower, upper])
+    # a power of two is split off exactly: LC scaled by 2^j then scales lambda exactly
+    exponent = int(bins[len(bins) // 2]) // 8
+    mantissa, power = np.frexp(edges)
+    with np.errstate(divide="ignore"):  # log 0 = -inf is wanted
+        logs = np.log(mantissa) + (power - exponent) * np.log(2.0)
+    dense = np.zeros((len(counts), len(edges) - 1))
+    dense[:, np.searchsorted(edges, lower)] = counts
+    found = fit_bins(WEIBULL, logs, dense, spare=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = np.exp(found.theta)
+        values[:, 1] = np.ldexp(values[:, 1], exponent)
+        errors = values * found.errors
+    n, ks = counts.sum(axis=1), distance(WEIBULL, logs, found.theta, dense)
+    possible = np.isfinite(values + errors).all(axis=1) & np.all(errors > 0, axis=1)
+    nan = float("nan")
+    return [
+        {
+            "k": (float(values[i, 0]), float(errors[i, 0])),
+            "lambda": (float(values[i, 1]), float(errors[i, 1])),
+            "n": (float(n[i]), nan),
+            "log_likelihood": (float(found.value[i]), nan),
+            "aic": (float(4 - 2 * found.value[i]), nan),
+            "ks": (float(ks[i]), nan),
+        }
+        if possible[i]
+        else {}
+        for i in range(len(n))
+    ]
