@@ -9,6 +9,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export OMP_NUM_THREADS ?= 1
 # Processes that share the slow tests without Ray.
 WORKERS ?= 2
+# Tests start hundreds of processes, which would compile the package each where PYTHONDONTWRITEBYTECODE is set.
+COMPILE := $(BIN)/python -m compileall -q lcray
 
 .PHONY: demo test test-slow fuzz soak coverage docs lint types bench setup clean
 
@@ -16,10 +18,12 @@ demo: $(VENV)/.demo
 	$(BIN)/lcray demo
 
 test: $(VENV)/.dev
+	$(COMPILE)
 	$(BIN)/python -m pytest
 
 # Those that start Ray have the machine to themselves: they wait for deaths, heartbeats and workers.
 test-slow: $(VENV)/.dev
+	$(COMPILE)
 	$(BIN)/python -m pytest -m "slow and not ray" -n $(WORKERS) --dist worksteal
 	$(BIN)/python -m pytest -m "slow and ray"
 
