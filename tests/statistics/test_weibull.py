@@ -14,7 +14,7 @@ import scipy.stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
-from synthetic import bin_of
+from planting import bin_of
 
 from lcray.statistics.families import FAMILIES, WEIBULL, Family
 from lcray.statistics.histograms import HIGHEST, LOWEST, UNDERFLOW, bin_edges
