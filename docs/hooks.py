@@ -18,7 +18,7 @@ import lcray
 from lcray.analyses.registry import FINDINGS
 from lcray.cli.app import app
 from lcray.cli.options import PATH
-from lcray.settings import Settings, flag_of, help_of
+from lcray.settings import flag_of, help_of
 from lcray.tables.reading.recipes import OPTIONS
 from lcray.tables.schema import TABLES
 
@@ -77,10 +77,10 @@ def columns(form: pa.Schema) -> str:
     return "\n".join(lines)
 
 
-def settings_table() -> str:
-    """Every setting of an analysis: its name in Python and on the command line, its meaning."""
+def options_table(kind: type[Any]) -> str:
+    """Every field of a dataclass of options: in Python, on the command line, its meaning."""
     lines = ["| Python | command line | |", "| --- | --- | --- |"]
-    for each in fields(Settings):
+    for each in fields(kind):
         lines.append(f"| `{each.name}` | `--{flag_of(each)}` | {help_of(each)} |")
     return "\n".join(lines)
 
@@ -91,9 +91,9 @@ def api_page() -> str:
     for name in lcray.__all__:
         public, shown = getattr(lcray, name), f"lcray.{name}"
         options = f"    options:\n      heading: {shown}\n      toc_label: {shown}"
-        if public is lcray.Resources:  # whose docstring is made from its fields
-            options += "\n      force_inspection: true"
         parts.append(f"::: {public.__module__}.{public.__qualname__}\n{options}")
+        if public is lcray.Resources:  # the fields end its docstring only once it is imported
+            parts.append(options_table(public))
     return "\n\n".join(parts) + "\n"
 
 

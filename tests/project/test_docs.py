@@ -81,6 +81,11 @@ def test_every_public_name_is_there(hooks: ModuleType) -> None:
         assert getattr(importlib.import_module(module), name).__doc__
 
 
+def test_every_field_of_resources_is_there(hooks: ModuleType) -> None:
+    text = hooks.api_page().partition("heading: lcray.Resources")[2].partition("\n:::")[0]
+    assert rows(text) == [each.name for each in fields(lcray.Resources)]
+
+
 def test_every_command_and_option_is_there(hooks: ModuleType) -> None:
     found = sections(hooks.cli_page())
     assert set(found) == {"lcray", *(f"lcray {name}" for name in app.commands)}
@@ -93,7 +98,7 @@ def test_every_command_and_option_is_there(hooks: ModuleType) -> None:
 def test_the_page_of_settings_has_them_all_as_their_fields_say(hooks: ModuleType) -> None:
     text = sections((DOCS / "settings.md").read_text())["Every setting"]
     assert rows(text) == [each.name for each in fields(Settings)]
-    assert text.strip().endswith(hooks.settings_table())
+    assert text.strip().endswith(hooks.options_table(Settings))
 
 
 def test_every_command_teaches_by_an_example() -> None:
