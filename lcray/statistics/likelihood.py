@@ -279,8 +279,10 @@ class _Hill:
 
 def _positive(information: Floats) -> NDArray[np.bool_]:
     """Whether there is curvature in every direction, [h]."""
-    known = np.where(np.isfinite(information), information, 0.0)
-    return np.asarray(np.linalg.eigvalsh(known)[:, 0] > _FLAT)
+    known = np.isfinite(information).all(axis=(1, 2))
+    eye = np.eye(information.shape[-1])
+    safe = np.where(known[:, None, None], information, -eye)
+    return np.asarray(np.linalg.eigvalsh(safe)[:, 0] > _FLAT)
 
 
 def _solved(information: Floats, gradient: Floats, damping: Floats) -> Floats:
