@@ -346,7 +346,7 @@ class TestRefusals:
 
         task = Task(scenes.build_plain, scenes.points, cross_entropy, sample_targets=guess)
         work = Workspace(task, str(plain_run), make_settings({"fisher": 1}))
-        with pytest.raises(TaskError, match="'train': other targets the second time; draw them"):
+        with pytest.raises(TaskError, match="'train': targets differ the second time; draw them"):
             work.probe()
 
     def test_batch_statistics(self) -> None:

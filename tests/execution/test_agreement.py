@@ -114,7 +114,7 @@ def test_a_worker_that_differs_from_the_plan_commits_nothing(run: Path, tmp_path
     commit = read_commit(tmp_path, plan.spans[0])
     assert commit is not None and len(commit.info["reference"]) == 16
     other = Workspace(replace(alike, model=partial(Features, 1)), str(run), make_settings({}))
-    with pytest.raises(DisagreementError, match="a worker differs from the one that planned"):
+    with pytest.raises(DisagreementError, match="a worker differs from the worker that planned"):
         other.run(plan, plan.spans[1], tmp_path, "b")
     assert read_commit(tmp_path, plan.spans[1]) is None
 

@@ -235,7 +235,7 @@ class TestDependent:
     def test_padding_that_counts(self) -> None:
         """Items of weight 1 for all places up to the longest sample of a batch."""
         message = refusal(padded_loss(weighted=False), build=embedder, **ragged())
-        assert "items have weight (that of padding must be 0)" in message
+        assert "items have weight (padding must have weight 0)" in message
 
     def test_a_gate_that_is_shut_at_first(self) -> None:
         """At initialisation nothing shows: the branch that normalises is multiplied by 0."""

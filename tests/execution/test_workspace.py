@@ -380,7 +380,7 @@ class TestPlanAndTask:
     def test_other_groups_than_in_the_plan(self, plain_task, plain_run, tmp_path) -> None:
         plan = draft(workspace(plain_task, plain_run), 4)
         other = workspace(replace(plain_task, groups=lambda b: b[1] + 1), plain_run)
-        with pytest.raises(TaskError, match=r"^task split 'train': other groups than in the plan"):
+        with pytest.raises(TaskError, match=r"^task split 'train': groups differ from the plan"):
             other.run(plan, plan.spans[0], tmp_path, "a")
         assert files_in(tmp_path) == []
 

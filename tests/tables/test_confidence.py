@@ -465,7 +465,7 @@ class TestRefusals:
         split: SplitPlan = replace(plan.splits[0], drawn_from=18)
         other = replace(plan, splits=(split, plan.splits[1]))
         work = Workspace(scenes.plain, str(plain_run), plan.settings)
-        with pytest.raises(TaskError, match="'train': another sample than in the plan"):
+        with pytest.raises(TaskError, match="'train': sample differs from the plan"):
             work.run(other, plan.spans[0], tmp_path / "out", "a")
 
     def test_batch_statistics(self) -> None:

@@ -1,1 +1,1 @@
-"""What one worker does with a span; knows nothing of Ray."""
+"""What one worker does with a span. This package does not use Ray."""

@@ -1,7 +1,7 @@
 """Whether workers compute the same: losses and gradients of a few samples at the first checkpoint.
 
-A model may hold what is in no state dict, such as random features in a plain tensor. Workers whose
-models differ in that would put two different losses into one table.
+A model may hold values that are in no state dict, such as random features in a plain tensor. If
+workers' models differed in them, one table would contain two different losses.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lcray.planning.plan import Reference, SplitPlan
 from lcray.tasks.layer import Layer
 
 _SAMPLES = 16  # of each split, at most
-_LOSS, _NORM = 1e-5, 1e-4  # relative: more than kernels of different processors differ by
-_NOISE = 1e-5  # of the norm of the whole gradient: layers whose own is nothing but rounding
+_LOSS, _NORM = 1e-5, 1e-4  # relative: above the differences between kernels of processors
+_NOISE = 1e-5  # of the norm of the whole gradient: smaller norms of layers are only rounding
 
 
 def measure(bench: Workbench, point: Point) -> dict[str, Reference]:
-    """Evaluate a few samples of every split at `point`, where the model is afterwards.
+    """Evaluate a few samples of every split at `point`; the model stays there.
 
     Raises:
         TaskError: if the task's loss fails or breaks the contract.
@@ -41,7 +41,7 @@ def measure(bench: Workbench, point: Point) -> dict[str, Reference]:
 
 
 def with_reference(split: SplitPlan, found: Reference) -> SplitPlan:
-    """`split` with what the worker that probed has found; without, where that is not finite."""
+    """`split` with the reference that the probing worker found; without it if it is not finite."""
     if not all(map(math.isfinite, (found.loss, *found.norms))):
         return split
     return replace(split, reference=found)
@@ -53,7 +53,7 @@ def check_agreement(
     """Refuse a worker that does not compute what the plan says.
 
     Raises:
-        DisagreementError: saying in what they differ.
+        DisagreementError: if they differ; it says where.
     """
     for split in splits:
         own, planned = found[split.name], split.reference
@@ -73,12 +73,13 @@ def check_agreement(
 
 def _error(what: str) -> DisagreementError:
     return DisagreementError(
-        f"task: a worker differs from the one that planned, at the same weights ({what}); model() "
-        "and loss must be the same everywhere: seed what is random, or register it as a buffer"
+        f"task: a worker differs from the worker that planned, at the same weights ({what}); "
+        "model() and loss must be the same everywhere: seed what is random, or register it as a "
+        "buffer"
     )
 
 
 def digest(found: Mapping[str, Reference]) -> str:
-    """A short name for the bits of `found`: those of another kind of processor may differ."""
+    """A short name for the bits of `found`: another kind of processor may give other bits."""
     numbers = [(name, one.loss, one.norms) for name, one in sorted(found.items())]
     return hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]

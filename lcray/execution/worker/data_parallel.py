@@ -1,7 +1,8 @@
-"""What a worker does for the lead of its team: sums over the parts of a split that it took.
+"""What a worker does for the lead of its team: sums over its parts of a split.
 
-It has the model and its own part of the data. Checkpoints come from the lead, each once; the points
-between them, and the directions of the groups' derivatives, follow from those as they do there.
+The worker has the model and its own part of the data. The lead sends each checkpoint once. The
+worker derives the points between them, and the directions of the groups' derivatives, as the lead
+does.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ class Members(Colleagues, Protocol):
     """The other workers of a team, as the workspace of its lead sees them."""
 
     def start(self, plan: Plan) -> None:
-        """A span of `plan` begins."""
+        """Prepare for a span of `plan`."""
 
     def measure(self, point: Point) -> Iterable[Mapping[str, Reference]]:
-        """What each of them finds for a few samples of every split at a checkpoint."""
+        """Evaluate a few samples of every split at a checkpoint, on each member."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Cut:
     """How the plan cuts data and sums.
 
     Attributes:
-        batch_size: the most samples a batch holds.
-        memory_format: of model and data.
-        partial_sums: parts that the batches of a split are summed in.
+        batch_size: the most samples per batch.
+        memory_format: memory format of model and data.
+        partial_sums: number of parts in which the batches of a split are summed.
     """
 
     batch_size: int
@@ -49,7 +50,7 @@ class Cut:
 
     @classmethod
     def of(cls, plan: Plan) -> Cut:
-        """That of `plan`."""
+        """The cut of `plan`."""
         return cls(plan.batch_size, plan.memory_format, plan.partial_sums)
 
 
@@ -58,13 +59,13 @@ class Order:
     """A part to compute.
 
     Attributes:
-        cut: of the plan.
+        cut: the cut of the plan.
         split: the name of the split.
-        number: of the part.
-        steps: of the checkpoints: both ends of the path, and the one after them if it counts.
-        s: where on the path.
+        number: the number of the part.
+        steps: steps of the checkpoints: both ends of the path, and the next one if it is needed.
+        s: the position on the path.
         share: the factor of Σ w ∂ℓ/∂θ.
-        gradient: whether the gradient is wanted.
+        gradient: whether to compute the gradient.
     """
 
     cut: Cut
@@ -78,7 +79,7 @@ class Order:
 
 @dataclass(frozen=True)
 class SentPoint:
-    """A checkpoint on its way: [P] in the compute dtype, and the tensors that do not move."""
+    """A checkpoint to send: [P] in the compute dtype, and the tensors that do not move."""
 
     step: int
     vector: NDArray[Any]
@@ -86,13 +87,13 @@ class SentPoint:
 
     @classmethod
     def of(cls, point: Point) -> SentPoint:
-        """`point`, on the CPU."""
+        """Copy `point` to the CPU."""
         constants = {name: value.cpu() for name, value in point.constants.items()}
         return cls(point.step, point.vector.cpu().numpy(), constants)
 
 
 def points_of(request: Request) -> dict[int, Point]:
-    """The checkpoints that an evaluation takes, by step, in order."""
+    """The checkpoints that an evaluation needs, by step, in order."""
     path, following = request.site.segment, request.site.following
     points = [path.start, path.end] + ([] if following is None else [following.end])
     return {point.step: point for point in points}
@@ -109,7 +110,7 @@ class Colleague:
     """A worker of a team that is not its lead.
 
     Args:
-        bench: model and data.
+        bench: the task's model and data.
     """
 
     def __init__(self, bench: Workbench) -> None:
@@ -121,11 +122,11 @@ class Colleague:
     def answer(
         self, order: Order, sent: Sequence[SentPoint]
     ) -> tuple[PartSums, NDArray[np.float64] | None]:
-        """The sums of a part, on the CPU, and its gradient [P]; that is valid until the next one.
+        """The sums of a part, on the CPU, and its gradient [P], valid until the next call.
 
         Args:
             order: what to compute.
-            sent: the checkpoints it takes that were in no order before.
+            sent: the checkpoints it needs that no earlier order had.
 
         Raises:
             TaskError: if the task's loss fails or breaks the contract.
@@ -143,7 +144,7 @@ class Colleague:
         return sums.to("cpu"), None if out is None else out.cpu().numpy()
 
     def measure(self, sent: SentPoint) -> dict[str, Reference]:
-        """What it finds for a few samples of every split at a checkpoint.
+        """Evaluate a few samples of every split at a checkpoint.
 
         Raises:
             TaskError: if the task's loss fails or breaks the contract.
@@ -169,7 +170,7 @@ class Colleague:
         return self._paths.setdefault((start, end), made)
 
     def _kept(self, sent: SentPoint) -> Point:
-        """A copy: what was sent is to leave the memory that workers share."""
+        """A copy of a sent checkpoint, so that it can leave the memory that workers share."""
         flat = self._bench.flat
         vector = zeros(len(flat.theta), flat.theta.dtype)
         np.copyto(vector.numpy(), sent.vector)

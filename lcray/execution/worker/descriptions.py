@@ -1,4 +1,4 @@
-"""What a worker finds before there is a plan: what decides the numbers, and what they cost."""
+"""What a worker finds before planning: the inputs that decide the numbers, and their cost."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lcray.tasks.layer import Layer
 
 @dataclass(frozen=True)
 class Description:
-    """What decides the numbers beside the settings, found without a gradient.
+    """The inputs that decide the numbers besides the settings, found without a gradient.
 
     Attributes:
-        layers: of the model.
+        layers: layers of the model.
         split_hashes: SHA-256 of each split's data, however it is cut into batches.
-        source_hash: of the task's and the model's source.
-        base_hash: of the model's own values where checkpoints are partial, else empty.
-        first_hash: of the first checkpoint's bytes.
+        source_hash: hash of the task's and the model's source.
+        base_hash: hash of the model's own values if checkpoints are partial, else empty.
+        first_hash: hash of the first checkpoint's bytes.
         device_kind: ``cpu`` or ``cuda``.
         device: the device in words.
         low_precision: layers that the first checkpoint stores in 16 bits or fewer.
         double_precision: layers that it stores in 64 bits.
         fixed_batches: whether batches are part of the loss, so that their size is never tuned.
-        drawn: samples taken and samples in the data set, of each split that is not taken whole.
+        drawn: samples taken and samples in the data set, for each split that is not taken whole.
         batch_loss: whether the task declares that batches are part of the loss.
     """
 
@@ -49,18 +49,19 @@ class Description:
 
 @dataclass(frozen=True)
 class Probe:
-    """The splits as they were found at the first checkpoint, and what a gradient costs.
+    """The splits at the first checkpoint, and the cost of a gradient.
 
     Attributes:
-        splits: with sizes, weights and first losses.
-        seconds: of one full-batch gradient, by split.
-        tuning: the batch size and memory format to plan with, and what they were chosen by.
-        resident: whether the data of a split stay on the device, by split; else they are streamed.
-        worker_bytes: memory of the worker with its data and the activations of a batch, but
-            without what it needs for each element of the model.
-        checkpoint_bytes: of the first checkpoint.
-        read_seconds: to read it.
-        fisher_seconds: of the Fisher information of all splits at a step, where it is asked for.
+        splits: the splits with sizes, weights and first losses.
+        seconds: duration of one full-batch gradient, by split.
+        tuning: the batch size and memory format to plan with, and the rates that decided them.
+        resident: whether the data stay on the device, by split; else they are streamed.
+        worker_bytes: memory of the worker with its data and the activations of a batch, without
+            the memory per element of the model.
+        checkpoint_bytes: size of the first checkpoint.
+        read_seconds: duration of reading it.
+        fisher_seconds: duration of the Fisher information of all splits at a step; 0 if not asked
+            for.
     """
 
     splits: tuple[SplitPlan, ...]
@@ -74,7 +75,7 @@ class Probe:
 
 
 def split_plan(split: SplitData, found: Evaluation) -> SplitPlan:
-    """How a split is evaluated, by its evaluation at the first checkpoint."""
+    """The plan of a split, from its evaluation at the first checkpoint."""
     return SplitPlan(
         name=split.name,
         n_samples=split.n_samples,
@@ -96,9 +97,9 @@ def check_repeatable(
     """Refuse a loss that is not a function of the weights.
 
     Args:
-        split: what was evaluated.
-        first: without a gradient.
-        second: with one.
+        split: the split.
+        first: its evaluation without a gradient.
+        second: its evaluation with a gradient.
         same: whether a batch had the same gradient twice.
         exact: whether losses must be equal in every bit.
 

@@ -1,16 +1,16 @@
-"""A model that is moved from point to point must be the model that would be built there.
+"""A model that is moved from point to point must equal a model that is newly built there.
 
-The loss at θ is defined as that of a model newly built, after ``load_state_dict(θ)`` and
+The loss at θ is defined as the loss of a newly built model, after ``load_state_dict(θ)`` and
 ``.eval()``. An analysis builds its model once, and then writes points into its tensors. The two
-differ, with LC that still adds up, where a model merges weights on ``.eval()``, keeps a copy or a
-view of a weight, caches what it derives from one, or derives buffers in a load hook. So a few
+differ, with LC that still adds up, if a model merges weights on ``.eval()``, keeps a copy or a
+view of a weight, caches values derived from one, or derives buffers in a load hook. So a few
 samples are evaluated both ways at the first and at a later checkpoint; and along the first interval
-the gradient is compared with a central difference of losses of models newly built:
+the gradient is compared with a central difference of losses of newly built models:
 
     L(θ + hΔ) − L(θ − hΔ)  =  2h · g(θ)·Δ + O(h³),        θ a point of the interval
 
-Where that is lost in rounding, the path to the later checkpoint is taken instead. What differs in
-float32 is compared with new models in float64, which tell how much of it is rounding.
+If rounding hides this difference, the path to the later checkpoint is used instead. Losses that
+differ in float32 are compared with new models in float64, which tell how much of it is rounding.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ from lcray.execution.worker.workbench import Workbench
 from lcray.tasks.data.split import SplitData
 from lcray.tasks.task import Task
 
-_SAMPLES = 32  # of each split that are compared, at most
-_MORE = 64  # times as many, to tell whether a layer gets a gradient at all
-_HALF_STEPS = (2.0**-5, 2.0**-8, 2.0**-11)  # h, of the interval
-_PLACES = (0.5, 0.37)  # of the interval; there may be a kink at one
-# How far losses may lie apart: of the largest loss in float32 and in float64, and without a
-# control in float64; and times what the control says is rounding, of which so much is believed.
+_SAMPLES = 32  # compared samples of each split, at most
+_MORE = 64  # this many times more samples tell whether a layer gets any gradient
+_HALF_STEPS = (2.0**-5, 2.0**-8, 2.0**-11)  # h, as a part of the interval
+_PLACES = (0.5, 0.37)  # positions in the interval; one of them may be at a kink
+# Bounds on differences of losses, relative to the largest loss: in float32, in float64, and without
+# a control in float64; then a factor on the rounding that the control finds, and a cap on that
+# rounding.
 _FLOAT32, _FLOAT64, _UNCONTROLLED = 1e-5, 1e-9, 1e-4
 _ROUNDING, _MOST_ROUNDING = 30.0, 3e-5
-_SLOPE = 0.02  # of Σ|g·Δ| over layers: how far the central difference may be from it
+_SLOPE = 0.02  # how far the central difference may be off, relative to Σ|g·Δ| over layers
 
 
 @dataclass(frozen=True)
 class Unexplained:
-    """Layers that the run moves and whose part of the loss change LC cannot tell.
+    """Layers that the run moves, but whose part of the loss change LC does not show.
 
     Attributes:
-        unreached: that require gradients, and that the loss gives none.
-        frozen: that require no gradients in the task's model.
+        unreached: layers that require gradients, but get none from the loss.
+        frozen: layers that require no gradients in the task's model.
     """
 
     unreached: tuple[str, ...] = ()
@@ -55,12 +56,12 @@ class Unexplained:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to say about them, one line each."""
+        """Messages about these layers, one line each."""
         notes = []
         if self.frozen:
             notes.append(
                 f"{_named(self.frozen)} moved during training, but the task's model freezes it: "
-                "it gets no LC, and what it did to the loss is in the gap; unfreeze it in model(), "
+                "it gets no LC, and its effect on the loss is in the gap; unfreeze it in model(), "
                 "and compute its part without no_grad() and detach()"
             )
         if self.unreached:
@@ -81,17 +82,17 @@ def check_model(
 ) -> Unexplained:
     """Compare the model at points of a run with models that are newly built there.
 
-    The model is at one of the points afterwards.
+    Afterwards the model is at one of the points.
 
     Args:
         bench: the task's model and data.
         task: the task.
         first: the first checkpoint.
-        second: the one after it; None leaves the gradient unchecked.
-        later: another one, with a finite loss if there is one; None leaves it out.
+        second: the checkpoint after it; None leaves the gradient unchecked.
+        later: another checkpoint, with a finite loss if possible; None leaves it out.
 
     Raises:
-        TaskError: saying which comparison failed.
+        TaskError: if a comparison fails; it says which.
     """
     check = _Check(bench, task, bench.few(_SAMPLES))
     for point in (first, later):
@@ -108,13 +109,13 @@ def check_model(
 
 @dataclass(frozen=True)
 class _Slope:
-    """Of a split's loss along an interval: Δ·g, and by central difference.
+    """The slope of a split's loss along an interval: Δ·g, and by central difference.
 
     Attributes:
         expected: Δ·g.
-        measured: by central difference.
+        measured: the central difference.
         apart: whether they differ by more than rounding.
-        tells: whether rounding is small enough for that to mean something.
+        tells: whether rounding is small enough for `apart` to be reliable.
     """
 
     expected: float
@@ -128,7 +129,7 @@ class _Slope:
 
 
 class _Check:
-    """The comparisons, on samples from all of every split."""
+    """The comparisons, on samples spread over each whole split."""
 
     def __init__(self, bench: Workbench, task: Task, count: int) -> None:
         self._bench, self._engine, self._flat = bench, bench.engine, bench.flat
@@ -136,8 +137,8 @@ class _Check:
         self._splits = [bench.sample(n, count) for n in range(len(bench.sources))]
         self._new = NewModels(bench, task, count)
         self._reached: set[int] = set()  # layers that have had a gradient
-        self._rounding = [0.0] * len(self._splits)  # of a loss in float32, as far as was seen
-        self._compared: list[Point] = []  # where that may still be seen
+        self._rounding = [0.0] * len(self._splits)  # of a loss in float32, as far as measured
+        self._compared: list[Point] = []  # where it may still be measured
 
     def losses_at(self, point: Point) -> None:
         """Compare the losses of the items at a checkpoint."""
@@ -159,7 +160,7 @@ class _Check:
         return as_losses(losses if weights is None else (losses, weights))
 
     def _bounds(self, new: list[Losses], control: list[Losses] | None) -> list[float]:
-        """How far losses may lie apart, by split, as far as a control tells what is rounding."""
+        """How far losses may lie apart, by split, given the rounding that a control finds."""
         scales = [_largest(found) for found in new]
         if self._flat.theta.dtype == torch.float64:
             return [_FLOAT64 * scale for scale in scales]
@@ -173,7 +174,7 @@ class _Check:
         return bounds
 
     def _measure_rounding(self) -> None:
-        """See how far losses in float32 are from those in float64, where they were compared."""
+        """Measure how far float32 losses are from float64 losses, at the compared points."""
         for point in self._compared:
             new, control = self._new.losses(point)
             self._bounds(new, control())
@@ -182,7 +183,7 @@ class _Check:
     def _differs(
         self, point: Point, number: int, here: Losses, new: Losses, bound: float
     ) -> TaskError:
-        """Why, as far as evaluating both once more can tell."""
+        """The cause, as far as evaluating both once more can tell."""
         split = self._splits[number]
         where = f"at step {point.step}, on {split.n_samples} samples of split {split.name!r}"
         again = self._items(split)
@@ -210,10 +211,10 @@ class _Check:
         """Compare the gradient in the middle of an interval with central differences.
 
         Returns:
-            Whether they tell.
+            Whether the comparison is reliable.
 
         Raises:
-            TaskError: if the gradient is not the slope, there and at another place.
+            TaskError: if the gradient differs from the slope there and at a second position.
         """
         problem = None
         for place in _PLACES:
@@ -224,10 +225,10 @@ class _Check:
         raise problem
 
     def _slope_at(self, path: Segment, place: float) -> tuple[TaskError | None, bool]:
-        """What is wrong with the gradient at a place of the path, and whether that can be told.
+        """The error of the gradient at a position of the path, and whether the test is reliable.
 
-        Smaller differences where the first does not agree: it may have had a kink of a ReLU in it.
-        What they miss by is a missing gradient only if it stays the same, and else rounding.
+        If the first difference does not agree, smaller ones follow: a kink of a ReLU may lie in it.
+        If their error stays the same, a gradient is missing; otherwise the error is rounding.
         """
         Site(path, place).enter(self._flat)
         moving = path.moving_buffers(self._flat)
@@ -272,13 +273,13 @@ class _Check:
             found[split.name] = _Slope(
                 expected=expected / (2 * half_step),
                 measured=change / (2 * half_step),
-                apart=miss > scale + noise,  # never where one is not finite
+                apart=miss > scale + noise,  # never if one is not finite
                 tells=noise <= scale,
             )
         return found
 
     def _around(self, path: Segment, moving: frozenset[int], half_step: float) -> Segment:
-        """From θ − hΔ to θ + hΔ, θ being where the model is; only what gets gradients moves."""
+        """From θ − hΔ to θ + hΔ, where the model is at θ; only layers with gradients move."""
         middle = self._flat.theta
         ends = [middle.clone(), middle.clone()]
         for number, (layer, where) in enumerate(
@@ -291,7 +292,7 @@ class _Check:
         return Segment(*(replace(path.start, vector=end) for end in ends))
 
     def unexplained(self, paths: Sequence[Segment]) -> Unexplained:
-        """The layers that move and are frozen, or get no gradient on many samples."""
+        """The layers that move but are frozen, or get no gradient on many samples."""
         flat = self._flat
         moved = {
             number: layer
@@ -323,7 +324,7 @@ def _weighted(found: Losses) -> Tensor:
 
 
 def _apart(a: Losses, b: Losses, bound: float) -> bool:
-    """Whether the losses of some item differ by more than `bound`, or the items themselves."""
+    """Whether the losses of an item differ by more than `bound`, or the items differ."""
     one, other = _weighted(a), _weighted(b)
     if one.shape != other.shape or not torch.equal(one.isfinite(), other.isfinite()):
         return True
@@ -332,7 +333,7 @@ def _apart(a: Losses, b: Losses, bound: float) -> bool:
 
 
 def _grain(found: Losses) -> float:
-    """How fine losses are, relative to the largest: those that came from float32 are not."""
+    """The resolution of losses, relative to the largest; it is coarse if they came from float32."""
     losses = _weighted(found)
     return 1e-6 if torch.equal(losses, losses.float().double()) else 1e-12
 

@@ -1,17 +1,19 @@
 """Whether items have losses of their own, and weights that come from the data.
 
 The loss of a split is Σ w ℓ / Σ w over its items. It is a function of the model's parameters alone
-only if ℓ and w of an item do not depend on the other items of its batch, and w not on the model.
+only if ℓ and w of an item do not depend on the other items of its batch, and w does not depend on
+the model.
 Otherwise the size of batches, and how they are sorted, would decide the answer.
 
-So items are compared between a batch and smaller batches of the same samples. At the first point a
-planned batch, in the order of its samples' losses: a loss that selects hard items selects others
-then. At both points a mixture of samples of several groups, each smaller batch of one group and in
-the order of the data; at the first one, only where planned batches are of one group. These pieces
-grow from two samples on, since statistics of small batches differ most. Items are compared as sets,
-because a batch may order its items as it likes, and without those of weight 0, because padding
-depends on the longest sample of a batch. Where a split was evaluated before, so was the planned
-batch: the rest takes one forward pass of a batch of each split, and two of a mixture.
+So items are compared between a batch and smaller batches of the same samples. At the first point,
+the batch is a planned batch, in the order of its samples' losses: a loss that selects hard items
+then selects others. At both points, the batch is also a mixture of samples of several groups, and
+each smaller batch has one group, in the order of the data; at the first point, only if planned
+batches have one group each. The smaller batches grow from two samples on, since statistics of small
+batches differ most. Items are compared as sets, because a batch may order its items in any way, and
+items of weight 0 are left out, because padding depends on the longest sample of a batch. If a split
+was evaluated before, so was the planned batch: the rest takes one forward pass of a batch of each
+split, and two of a mixture.
 
 Legend: B samples per batch, n items.
 """
@@ -41,12 +43,12 @@ from lcray.tasks.task import Task, call_model
 
 #: How far the loss of an item may differ between batches, relative to its own size and the mean
 #: |loss|. Kernels that round differently for other sizes of a batch are some 1e-6 apart in float32,
-#: which a float64 model may hold parts of. What differs by more is compared again in float64, where
-#: rounding nearly vanishes, also of losses that are small differences of large numbers.
+#: which a float64 model may hold parts of. Larger differences are compared again in float64, where
+#: rounding nearly vanishes, even if losses are small differences of large numbers.
 TOLERANCE = 1e-5
-_LOOSE = 10 * TOLERANCE  # where the model does not compute in float64
+_LOOSE = 10 * TOLERANCE  # if the model does not compute in float64
 _FEWEST, _MOST = 8, 64  # samples of a mixture; an eighth of a batch in between
-_GROUPS = 6  # groups that a mixture takes samples of
+_GROUPS = 6  # number of groups in a mixture
 
 CURE = "if batches are meant to be part of the loss, declare it: Task(batch_loss=True)"
 
@@ -58,7 +60,7 @@ class Independence:
     """Compares items between batches, and their weights between points.
 
     Args:
-        bench: the task on a device; batch size and memory format are those of the plan.
+        bench: the task on a device; it has the batch size and memory format of the plan.
         task: the task.
     """
 
@@ -92,10 +94,10 @@ class Independence:
     def check(self, points: Iterable[Point]) -> None:
         """Compare at some points of the run; the model stays at the last one.
 
-        Where batches are part of the loss, only weights are compared.
+        If batches are part of the loss, only weights are compared.
 
         Raises:
-            TaskError: naming the split, the difference, and what to do.
+            TaskError: if items or weights differ; it names the split, the difference and the cure.
         """
         for number, point in enumerate(points):
             Segment(point, point).set_point(self._bench.flat, 0.0)
@@ -110,15 +112,15 @@ class Independence:
                     self._check_mixture(source, point)
 
     def _planned_batch(self, source: SplitSource) -> Numbers:
-        """The samples of the first of the largest batches that the split is cut into."""
+        """The samples of the first of the split's largest batches."""
         size = self._bench.batch_size
         cuts = (cut for block in source.blocks for cut in cut_block(block, size))
         return np.asarray(max(cuts, key=len))
 
     def _check_first(self, source: SplitSource, point: Point) -> None:
-        """A planned batch; and a mixture, where batches are of one group and where it has weights.
+        """Compare a planned batch; and a mixture, if batches have one group or items have weights.
 
-        Where they are not, a planned batch is a mixture of more samples already.
+        Otherwise a planned batch already is a mixture of more samples.
         """
         batch = self._planned_batch(source)
         found = self._known.get(source.name) or self._items(source, [batch])
@@ -142,7 +144,7 @@ class Independence:
             self._compare(source, point, whole, pieces, found)
 
     def _check_weights(self, name: str, point: Point, found: Found) -> None:
-        """Refuse weights of a batch that are others than at an earlier point, in any bit."""
+        """Refuse weights of a batch that differ from an earlier point in any bit."""
         where, weights = f"task loss on split {name!r}", found[0][1]
         step, known = self._weights.setdefault(name, (point.step, weights))
         if weights is None or known is None or weights is known:
@@ -157,7 +159,7 @@ class Independence:
             raise TaskError(
                 f"{where}: an item has weight {float(known[item]):g} at step {step} and "
                 f"{float(weights[item]):g} at step {point.step}; weights must come from the data "
-                "alone, not from the model; multiply the losses by what depends on it"
+                "alone, not from the model; multiply the losses by factors that depend on it"
             )
 
     def _compare(
@@ -168,7 +170,7 @@ class Independence:
         pieces: Sequence[Numbers],
         found: Found,
     ) -> None:
-        """Refuse items that are others in `pieces` than in the batch `whole`, where `found`."""
+        """Refuse items of `pieces` that differ from `found`, the items of the batch `whole`."""
         where = f"task loss on split {source.name!r}"
         try:
             parts = self._items(source, pieces)
@@ -200,10 +202,10 @@ class Independence:
     def _difference(
         self, source: SplitSource, whole: Found, parts: Found, tolerance: float = TOLERANCE
     ) -> str | None:
-        """In words, what differs by more than rounding; None if nothing does."""
+        """The difference beyond rounding, in words; None if there is none."""
         one, other = _Items.of(whole), _Items.of(parts)
         if one.n != other.n:
-            return f"{one.n} and {other.n} items have weight (that of padding must be 0)"
+            return f"{one.n} and {other.n} items have weight (padding must have weight 0)"
         if len(one.losses) != len(other.losses):
             return f"{len(one.losses)} and {len(other.losses)} losses are finite"
         scale = max(_mean(one.losses), _mean(other.losses), self._scales.get(source.name, 0.0))
@@ -221,13 +223,13 @@ class Independence:
         return None
 
     def _items(self, source: SplitSource, cuts: Sequence[Numbers]) -> Found:
-        """Of batches that are read anew, because a loss may write into its batch."""
+        """The items of batches, which are read anew because a loss may write into its batch."""
         return self._bench.engine.items(self._bench.gather(source, cuts))
 
     def _in_float64(
         self, source: SplitSource, point: Point, whole: Numbers, pieces: Sequence[Numbers]
     ) -> tuple[Found, Found] | None:
-        """Both, by a model of double precision; None where there is none."""
+        """Both, by a model in double precision; None if that fails."""
         bench, settings = self._bench, self._bench.settings
         try:
             model = call_model(self._task)
@@ -245,13 +247,13 @@ class Independence:
 
 @dataclass(frozen=True)
 class _Items:
-    """The items of some batches that have weight, each column sorted.
+    """The items with weight in some batches, each column sorted.
 
     Attributes:
-        n: how many there are.
-        losses: those that are finite, float64.
-        weights: all of them, float64; 1 where the loss gives none.
-        products: weights times losses, where these are finite, float64.
+        n: number of items.
+        losses: finite losses, float64.
+        weights: all weights, float64; 1 if the loss gives none.
+        products: weights times losses, for finite losses, float64.
     """
 
     n: int
@@ -287,9 +289,9 @@ def two_points(steps: Sequence[int], read: Callable[[int], Point]) -> Iterator[P
 
 
 def growing(order: Numbers) -> Iterator[Numbers]:
-    """`order` in pieces of 2, 3, 5, 8, … numbers; the last takes a single one that would be left.
+    """`order` in pieces of 2, 3, 5, 8, … numbers; the last piece also takes a single remainder.
 
-    Up to three numbers make two pieces, of which one holds a single number.
+    Up to three numbers make two pieces, one of them with a single number.
     """
     sizes, edges, n = (2, 3), [0], len(order)
     if 1 < n < 4:
@@ -306,7 +308,7 @@ def mixture(blocks: Sequence[Index], most: int, rng: np.random.Generator) -> lis
 
     Args:
         blocks: the numbers of samples, by block.
-        most: samples.
+        most: number of samples, at most.
         rng: chooses blocks and samples.
     """
     sizes = np.array([len(block) for block in blocks])
@@ -320,7 +322,7 @@ def mixture(blocks: Sequence[Index], most: int, rng: np.random.Generator) -> lis
 
 
 def _by_loss(found: Found, n_samples: int) -> NDArray[np.int64]:
-    """The samples of a batch by their losses; as they are if items do not tell."""
+    """The samples of a batch sorted by loss; unchanged if items do not tell samples."""
     losses, weights = found[0]
     if not len(losses) or len(losses) % n_samples:
         return np.arange(n_samples)

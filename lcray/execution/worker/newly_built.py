@@ -1,6 +1,6 @@
-"""Models that are built for one point each, and the losses of their items: what is right there.
+"""Models that are built for one point each, and the losses of their items: the reference there.
 
-They are on the CPU, one at a time; on the device of the analysis where they need that.
+They are on the CPU, one at a time, or on the device of the analysis if they need it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class NewModels:
     Args:
         bench: the task's model and data.
         task: the task.
-        count: samples of each split, at most.
+        count: the most samples per split.
     """
 
     def __init__(self, bench: Workbench, task: Task, count: int) -> None:
@@ -41,7 +41,7 @@ class NewModels:
         self._exact = True  # whether the task works in float64, as far as is known
         self._device = torch.device("cpu")
         mode, fixed = bench.settings.batch_norm, bench.fixed_batches
-        # Else torch's own kernels: the formula that stands in for them is checked as well.
+        # Otherwise torch's own kernels, so that lcray's formula for them is checked as well.
         self._normalization: Callable[[], Any] = (
             partial(Normalization, mode, fixed_batches=True) if fixed else nullcontext
         )
@@ -55,7 +55,7 @@ class NewModels:
         }
 
     def losses(self, point: Point) -> tuple[list[Losses], Control]:
-        """Losses at `point`, by split; and what gives those of the same model in float64.
+        """Losses at `point`, by split; and a function for the same model's losses in float64.
 
         Raises:
             TaskError: if the model cannot be built or loaded, or its loss fails.
@@ -65,7 +65,7 @@ class NewModels:
         return new, partial(self._control, model, point, new)
 
     def _control(self, model: nn.Module, point: Point, new: list[Losses]) -> list[Losses] | None:
-        """None where the task does not work in float64."""
+        """The losses of a model in float64; None if the task does not work in float64."""
         if self._dtype == torch.float64:
             return new
         try:
@@ -75,7 +75,7 @@ class NewModels:
             return None
 
     def most_exact(self, points: Sequence[Point]) -> list[list[Losses]]:
-        """Losses at each of `points`, by split: in float64, where the task works in that.
+        """Losses at each of `points`, by split: in float64, if the task works in it.
 
         Raises:
             TaskError: if the model cannot be built or loaded, or its loss fails.
@@ -109,13 +109,13 @@ class NewModels:
         return model
 
     def _check_unshared(self, model: nn.Module) -> None:
-        """Refuse a model with tensors of the one that is moved: to load it would move that."""
+        """Refuse a model that shares tensors with the moved model: loading would change both."""
         own = self._flat.theta.untyped_storage().data_ptr()
         for name, tensor in model.named_parameters():
             if tensor.untyped_storage().data_ptr() == own:
                 raise TaskError(
                     f"model layer {name!r}: is the same tensor each time that model() is called; "
-                    "it must build its layers anew: copy.deepcopy what it takes from elsewhere"
+                    "it must build its layers anew: copy.deepcopy modules from elsewhere"
                 )
 
     def _losses(self, model: nn.Module, dtype: torch.dtype, point: Point) -> list[Losses]:
@@ -125,7 +125,7 @@ class NewModels:
         except TaskError:
             raise
         except Exception as error:
-            if self._device != self._flat.theta.device:  # made for a GPU, and nothing else
+            if self._device != self._flat.theta.device:  # the task works on a GPU only
                 self._device = self._flat.theta.device
                 return self._losses(model, dtype, point)
             raise TaskError(
@@ -146,7 +146,7 @@ class NewModels:
 
 
 def as_losses(result: Any) -> Losses:
-    """What a task's loss gave: the losses of the items and their weights, float64 on the CPU."""
+    """The result of a task's loss: losses of the items and weights, float64 on the CPU."""
     losses, weights = result if isinstance(result, tuple) else (result, None)
     exact = losses.detach().double().cpu()
     return exact, torch.ones_like(exact) if weights is None else weights.detach().double().cpu()
@@ -157,7 +157,7 @@ def _placed(dtype: torch.dtype, tensor: Tensor) -> Tensor:
 
 
 def _convert(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Move a model, and its floats to `dtype`; views of a tensor stay if it is neither."""
+    """Move a model, and its floats to `dtype`; without a change, views of a tensor stay views."""
     for tensor in (*model.parameters(), *model.buffers()):
         floating = dtype is not None and tensor.is_floating_point()
         tensor.data = tensor.data.to(device=device, dtype=dtype if floating else None)

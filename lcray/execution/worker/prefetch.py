@@ -16,16 +16,16 @@ from lcray.errors import CheckpointError
 from lcray.planning.plan import Span
 from lcray.tasks.model.flat import FlatModel
 
-_SMALL = 1 << 24  # bytes of a vector: up to that, two are read ahead, else one
-_KEEP = 1 << 24  # bytes of all vectors of a span: up to that, none is read twice
+_SMALL = 1 << 24  # bytes of a vector: up to this size two are read ahead, else one
+_KEEP = 1 << 24  # bytes of all vectors of a span: up to this size none is read twice
 Following = Callable[[], Segment | None]
 
 
 class Walk:
     """Reads the checkpoints of a span in order; a context manager.
 
-    Beside the two ends of the interval at hand, only the checkpoint after them is in memory; for
-    small models one more, or all of the span.
+    Besides the two ends of the current interval, only the next checkpoint is in memory; for
+    small models one more, or the whole span.
 
     Attributes:
         hashes: the sha256 of every checkpoint that was read, by step.
@@ -33,9 +33,9 @@ class Walk:
     Args:
         series: the run.
         flat: the model.
-        dtypes: what every checkpoint must store each tensor as.
-        hashes: of checkpoints that were read before, which must not have changed; added to.
-        stamps: what changes when a checkpoint does, by step; added to.
+        dtypes: the dtype in which every checkpoint must store each tensor.
+        hashes: hashes of checkpoints read before, which must not have changed; new ones are added.
+        stamps: a value that changes when a checkpoint does, by step; new ones are added.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Walk:
         self._reader.shutdown(cancel_futures=True)
 
     def segments(self, span: Span) -> Iterator[tuple[Segment, Following]]:
-        """Each segment, and a function that waits for the one after it.
+        """Each segment, and a function that waits for the next one.
 
         Raises:
             CheckpointError: for a checkpoint that cannot be read, or does not fit the model.
@@ -92,13 +92,13 @@ class Walk:
         segment: Segment | None = Segment(first, second)
         del first, second
         while segment is not None:
-            fill()  # only now: the checkpoint that has just been left makes room
+            fill()  # only now: the checkpoint that is no longer needed makes room
             following = _Once(take, segment.end)
             yield segment, following
             segment = following()
 
     def again(self, step: int) -> Tensor:
-        """The vector [P] of a checkpoint of the span, on the CPU; not the caller's to change.
+        """The vector [P] of a checkpoint of the span, on the CPU; the caller must not change it.
 
         Raises:
             CheckpointError: as `read`.
@@ -138,7 +138,7 @@ class Walk:
 
 
 class _Once:
-    """The segment that begins at `start`, made when it is asked for first."""
+    """The segment that begins at `start`, made on the first call."""
 
     def __init__(self, take: Callable[[], Point | None], start: Point) -> None:
         self._take, self._start = take, start

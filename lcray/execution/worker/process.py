@@ -4,8 +4,8 @@ Only CPU workers are tuned.
 
 Activations are freed and allocated anew in every batch. By default glibc gives memory of that size
 back to the kernel each time, and the kernel zeroes it page by page when it is asked for again,
-which costs convolutional networks up to half their time. Kept, it costs resident memory: a worker
-stays as large as it has been. In a user's own process nothing is changed.
+which costs convolutional networks up to half their time. Keeping it costs resident memory: a
+worker stays at its largest size. Nothing is changed in a user's own process.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from contextlib import contextmanager, suppress
 import psutil
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of malloc.h
-_NEVER = 2**31 - 1  # an int: more would be cut off to something small
+_NEVER = 2**31 - 1  # an int: a larger value would be truncated to a small one
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def tune_process(device: str) -> bool:
-    """Have this process keep the memory that it frees; to be called before it does anything.
+    """Have this process keep the memory that it frees; call this before anything else.
 
     Args:
         device: where the process computes; nothing is changed for ``cuda``.
 
     Returns:
-        Whether it took effect: with glibc on Linux, and on the CPU.
+        Whether it took effect: it does with glibc on Linux, and on the CPU.
     """
     if device.startswith("cuda") or sys.platform != "linux":
         return False
@@ -41,7 +41,7 @@ def tune_process(device: str) -> bool:
         mallopt = libc.mallopt
     except (OSError, AttributeError):
         return False
-    # Older versions refuse more than 32 MiB. One arena: others are mapped, and given back, anyhow.
+    # Older versions refuse more than 32 MiB. One arena: others are mapped, and always given back.
     kept = mallopt(_MMAP_THRESHOLD, 1 << 30) or mallopt(_MMAP_THRESHOLD, 1 << 25)
     return bool(kept and mallopt(_TRIM_THRESHOLD, _NEVER) and mallopt(_ARENA_MAX, 1))
 
@@ -54,7 +54,7 @@ def worker_environment(
     Args:
         device: where it will compute.
         threads: intra-op threads.
-        environment: what is set already; tunables of glibc in it are kept.
+        environment: the variables already set; tunables of glibc in it are kept.
     """
     found = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     if not device.startswith("cuda"):
@@ -85,7 +85,7 @@ def end_session(leader: int, *, patience: float = 5.0) -> None:
 
     Args:
         leader: the process that began the session.
-        patience: seconds to wait for.
+        patience: the most seconds to wait.
     """
     deadline = time.monotonic() + patience
     while (left := _members(leader)) and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""What becomes of spans: while one is computed, when it is done, and of all of them."""
+"""Progress and results of spans."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lcray.tables.shards.writer import Commit
 
 @dataclass(frozen=True, slots=True)
 class SpanReport:
-    """What came of one attempt at a span.
+    """The result of one attempt at a span.
 
     Attributes:
         committed: whether this attempt counts; another may have been first.
         n_gradients: full-batch gradients evaluated for the intervals' rules.
         seconds: wall time.
-        sums: (Σ loss change, Σ LC) over the intervals that have both, by split.
+        sums: (Σ loss change, Σ LC) over the intervals with both, by split.
     """
 
     committed: bool
@@ -29,7 +29,7 @@ class SpanReport:
 
 
 def report_of(commit: Commit) -> SpanReport:
-    """The report of a span that another attempt has committed, as far as it says so."""
+    """The report of a span that another attempt committed, as far as its commit has it."""
     try:
         sums = {name: (float(c), float(lc)) for name, (c, lc) in commit.info["sums"].items()}
         n_gradients, seconds = int(commit.info["n_gradients"]), float(commit.info["seconds"])
@@ -40,11 +40,11 @@ def report_of(commit: Commit) -> SpanReport:
 
 @dataclass
 class Outcome:
-    """What became of the spans of one call.
+    """The results of the spans of one call.
 
     Attributes:
-        reports: of the spans that are committed.
-        failures: the reason by span, for those that are not.
+        reports: reports of the committed spans.
+        failures: the reason by span, for spans that are not committed.
     """
 
     reports: dict[Span, SpanReport] = field(default_factory=dict)
@@ -53,13 +53,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class SpanInHand:
-    """A span that a worker is at.
+    """A span that a worker computes.
 
     Attributes:
         span: the span.
-        attempt: which try it is.
-        done: intervals that are done.
-        seconds: since it was begun.
+        attempt: the number of the attempt, from 1.
+        done: number of intervals done.
+        seconds: time since its start.
     """
 
     span: Span
@@ -70,12 +70,12 @@ class SpanInHand:
 
 @dataclass(frozen=True)
 class View:
-    """How far the spans of one call are.
+    """Progress of the spans of one call.
 
     Attributes:
-        workers: that are ready.
-        running: the spans in hand.
-        failures: the reason by span, for those that are given up.
+        workers: number of ready workers.
+        running: the spans that workers compute.
+        failures: the reason by span, for spans that are given up.
     """
 
     workers: int
@@ -84,13 +84,13 @@ class View:
 
 
 class Tally:
-    """What a span has come to so far.
+    """The progress and sums of a span so far.
 
     Args:
-        size: (interval, split) pairs in the span.
-        n_intervals: its intervals.
-        tell: called with the intervals that are done, split by split, and while tables are
-            written: a sign of life.
+        size: number of (interval, split) pairs in the span.
+        n_intervals: number of its intervals.
+        tell: called with the number of intervals done, split by split, and while tables are
+            written, as a sign of life.
     """
 
     def __init__(self, size: int, n_intervals: int, tell: Callable[[float], None]) -> None:
@@ -110,5 +110,5 @@ class Tally:
         self.tell(0.0)
 
     def tell(self, more: float) -> None:
-        """Say how far the span is; writing tables counts for `more` of an interval."""
+        """Report progress; writing tables counts as `more` of an interval."""
         self._tell(self._seen / self._size * self._n_intervals + more)

@@ -1,8 +1,8 @@
-"""How many samples a batch, and which memory format: a short probe of a worker's own rate.
+"""How many samples per batch, and which memory format: a short probe of a worker's own rate.
 
 A batch must be large enough to keep the arithmetic units busy, and small enough for its
-activations to fit into the caches and into the memory there is. Where that is depends on model and
-machine, so it is measured; what was chosen stands in the plan, and every worker follows that.
+activations to fit into the caches and the free memory. The best size depends on model and machine,
+so it is measured. The plan keeps the choice, and every worker follows the plan.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from lcray.planning.plan import DEFAULT_BATCH_SIZE, DEFAULT_MEMORY_FORMAT, MEMOR
 from lcray.tasks.data.pytree import map_tensors
 from lcray.tasks.data.split import SplitData
 
-_SMALLEST, _LARGEST = 16, 8192  # samples a batch
-_FEW = 64  # samples that a rate is measured over, at least
-_PAIR = 2  # samples that tell what memory one takes, and whether a format works at all
-_STEADY_SECONDS = 0.15  # of measuring one rate
-_PASS_SECONDS = 0.05  # a pass takes as many batches as that
-_NEAR, _FALLING = 0.97, 0.9  # of the best rate: as good; not worth going on
-_MARGIN = 2.0  # what a pass needs, over what it saves between its two halves
-_SHARE, _MOST_SECONDS = 0.1, 30.0  # of a long gradient's time that probing may take
+_SMALLEST, _LARGEST = 16, 8192  # samples per batch
+_FEW = 64  # samples to measure a rate over, at least
+_PAIR = 2  # samples that show the memory per sample, and whether a format works at all
+_STEADY_SECONDS = 0.15  # to measure one rate
+_PASS_SECONDS = 0.05  # a pass takes enough batches for this time
+_NEAR, _FALLING = 0.97, 0.9  # relative to the best rate: as good; not worth continuing
+_MARGIN = 2.0  # memory that a pass needs, relative to the memory it saves for backward
+_SHARE, _MOST_SECONDS = 0.1, 30.0  # of a long gradient's time: limit for probing; and in seconds
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a probe chose.
+    """The choices of a probe.
 
     Attributes:
-        batch_size: samples a batch.
+        batch_size: samples per batch.
         memory_format: ``contiguous`` or ``channels_last``.
-        rates: what was measured: batch size, memory format, and samples a second of forward and
+        rates: measurements: batch size, memory format, and samples per second of forward and
             backward pass.
         sample_bytes: memory for the activations of one sample, in bytes; 0 if unknown.
     """
@@ -53,13 +53,13 @@ class Tuning:
 def tune(bench: Workbench, *, seconds: float = 2.0) -> Tuning:
     """Choose what the settings leave open; the model must be at a point of the run.
 
-    The size of batches that are part of the loss is left as it is. Of splits of up to 256 samples
-    nothing is measured, so that small analyses do not depend on the time that passes take. A loss
-    that fails is no matter of this: evaluating the splits will say more.
+    If batches are part of the loss, their size stays unchanged. For splits of up to 256 samples
+    nothing is measured, so that small analyses do not depend on the time that passes take. If the
+    loss fails, this function ignores it: evaluating the splits will report the error.
 
     Args:
-        bench: the task; its batches and memory format are the caller's to adopt.
-        seconds: that it may take; more where a single gradient takes long.
+        bench: the task; the caller then adopts its batches and memory format.
+        seconds: time it may take; more if a single gradient takes long.
     """
     before = bench.memory_format
     try:
@@ -102,11 +102,11 @@ def activation_bytes(bench: Workbench, excerpt: SplitData) -> float:
 
 
 def processor_seconds(threads: int) -> Callable[[], float]:
-    """A watch: calling it gives the seconds since then that a pass takes on processors of its own.
+    """A stopwatch: calling it gives the seconds since then, as if the processors were free.
 
-    On a busy machine wall time is mostly the others'. This is the processor time of the calling
-    thread, or that of all threads of this process shared among `threads`, whichever is longer:
-    what only one thread does counts in full, and what all do together once.
+    On a busy machine, wall time mostly measures other processes. This is the processor time of the
+    calling thread, or the processor time of all threads of this process divided by `threads`,
+    whichever is longer: work of a single thread counts in full, and common work counts once.
     """
     own, every = time.thread_time(), time.process_time()
     return lambda: max(time.thread_time() - own, (time.process_time() - every) / threads)
@@ -125,7 +125,7 @@ class _Probe:
         self._rates: dict[tuple[int, str], float] = {}
 
     def choose(self) -> Tuning:
-        """What `tune` gives."""
+        """The result of `tune`."""
         bench, size = self._bench, self._bench.batch_size
         sample = activation_bytes(bench, bench.excerpt(self._number, self._trial(_PAIR)))
         free = bench.settings.batch_size is None and not bench.fixed_batches
@@ -144,7 +144,7 @@ class _Probe:
         return Tuning(size, bench.memory_format, rates, sample)
 
     def _trial(self, samples: int) -> int:
-        """`samples`, or the size of batches that are part of the loss: it may need them whole."""
+        """`samples`, or the batch size if batches are part of the loss: it may need whole ones."""
         return self._bench.batch_size if self._bench.fixed_batches else samples
 
     def _may_change_format(self) -> bool:
@@ -172,7 +172,7 @@ class _Probe:
         return [bench.engine.evaluate(excerpt, self._out).loss for excerpt in excerpts]
 
     def _keep_faster(self, batch_size: int) -> None:
-        """Set the memory format that is the faster one at this size of batches."""
+        """Set the memory format that is faster at this batch size."""
         rates = {}
         for memory_format in MEMORY_FORMATS:
             self._bench.set_memory_format(memory_format)
@@ -190,7 +190,7 @@ class _Probe:
         return min(size for size, rate in found.items() if rate >= _NEAR * best)
 
     def _rates_from(self, first: int, most: int) -> dict[int, float]:
-        """The rates of ever larger batches, while that pays and there is time."""
+        """The rates of ever larger batches, while rates improve and time is left."""
         found: dict[int, float] = {}
         size, slower, widest = first, 0, 0
         while size <= most:
@@ -214,7 +214,7 @@ class _Probe:
         return found
 
     def _has_time(self, seconds: float) -> bool:
-        """Whether so many seconds more stay within what probing may take."""
+        """Whether so many more seconds stay within the limit for probing."""
         rate = max(self._rates.values())
         limit = max(self._seconds, min(_MOST_SECONDS, _SHARE * self._n_samples / rate))
         return time.perf_counter() - self._begin + seconds <= limit
@@ -223,20 +223,20 @@ class _Probe:
         return self._bench.excerpt(self._number, batch_size, -(-_FEW // batch_size))
 
     def _rate(self, batch_size: int, excerpt: SplitData) -> float:
-        """Samples a second, forward and backward, in batches of this size."""
+        """Samples per second, forward and backward, in batches of this size."""
         key = batch_size, self._bench.memory_format
         if key not in self._rates:
             seconds, held = self._pass_seconds(excerpt), len(excerpt.batch_sizes)
             count = math.ceil(_PASS_SECONDS / max(seconds, 1e-6) * held)
             if count > held:
-                # The same few samples again and again would come from the cache; a split will not.
+                # Repeating the same few samples would read them from the cache; a split does not.
                 excerpt = self._bench.excerpt(self._number, batch_size, count)
                 seconds = self._pass_seconds(excerpt)
             self._rates[key] = excerpt.n_samples / seconds
         return self._rates[key]
 
     def _pass_seconds(self, excerpt: SplitData) -> float:
-        """The shortest time of a few passes: of processors, or of the wall on a GPU."""
+        """The shortest time of a few passes: processor time, or wall time on a GPU."""
         times: list[float] = []
         on_gpu = self._bench.device.type == "cuda"
         while len(times) < 2 or (len(times) < 6 and sum(times) < _STEADY_SECONDS):
@@ -250,6 +250,6 @@ class _Probe:
 
 
 def _fitting(room: int, sample_bytes: float) -> int:
-    """The largest power of two of samples that `room` bytes hold, from 1 to `_LARGEST`."""
+    """The largest power of two of samples that fit into `room` bytes, from 1 to `_LARGEST`."""
     count = int(min(_LARGEST, room / sample_bytes)) if sample_bytes else _LARGEST
     return 1 << max(0, count.bit_length() - 1)

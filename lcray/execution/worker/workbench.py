@@ -27,10 +27,10 @@ from lcray.tasks.model.precision import check_float32, exact_float32
 from lcray.tasks.task import Task, call_model, split_data
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-FISHER_BATCH = 64  # samples a batch of those that Fisher information takes
-_ELEMENTS, _FEWEST = 1 << 23, 2  # of the model times samples in checks; samples, at least
-CHECK_SEED = 0  # of the samples that checks take
-_SHARE = 0.8  # of the memory that is free; the rest is for what cannot be foreseen
+FISHER_BATCH = 64  # samples per batch for Fisher information
+_ELEMENTS, _FEWEST = 1 << 23, 2  # in checks: most elements × samples; fewest samples
+CHECK_SEED = 0  # seed of the samples in checks
+_SHARE = 0.8  # of the free memory; the rest is a reserve
 
 
 class Workbench:
@@ -38,28 +38,28 @@ class Workbench:
 
     Attributes:
         device: where it computes.
-        settings: of the analysis.
+        settings: settings of the analysis.
         flat: the model.
         engine: evaluates losses and gradients.
-        hashes: SHA-256 of each split's data, in the task's order; of what is drawn from it.
-        drawn: samples taken and samples in the data set, of each split that is not taken whole.
+        hashes: SHA-256 of each split's data, or of its drawn samples, in the task's order.
+        drawn: samples taken and samples in the data set, for each split that is not taken whole.
         seat: which worker of a team this is.
-        fisher_splits: the samples of each split that Fisher information takes, if asked for.
+        fisher_splits: the samples of each split for Fisher information, if asked for.
         fixed_batches: whether batches are part of the loss, so that their size must not be tuned.
-        batch_size: the most samples a batch holds.
-        memory_format: of the model and its data, ``contiguous`` or ``channels_last``.
+        batch_size: the most samples per batch.
+        memory_format: memory format of the model and its data, ``contiguous`` or ``channels_last``.
         base_bytes: memory of the process with model and task, before batches are made.
         room: bytes for batches and activations, half for each.
 
     Args:
         task: the task.
-        settings: of the analysis.
+        settings: settings of the analysis.
         device: where to compute.
         threads: intra-op threads; None leaves torch as it is.
         memory: bytes that this process may take, of the GPU's memory if it is on one; None for a
-            share of what is free.
-        sharers: processes that what is free is divided by.
-        partial_sums: parts to sum gradients in.
+            share of the free memory.
+        sharers: number of processes sharing the free memory.
+        partial_sums: number of parts in which gradients are summed.
         seat: which worker of a team this is.
 
     Raises:
@@ -88,7 +88,7 @@ class Workbench:
         self.engine = GradientEngine(self.flat, task, settings.batch_norm)
         self.engine.partial_sums = settings.partial_sums or partial_sums or 1
         self.seat = seat or Seat()
-        self._kept: int | None = None  # the parts that the seat's share was cut by; None: all
+        self._kept: int | None = None  # number of parts behind the seat's share; None: all
         self.fixed_batches = self.engine.fixed_batches
         self._sources: tuple[SplitSource, ...] | None = self._open()
         exact_float32()  # again: building the model, or opening the data, may have undone it
@@ -117,24 +117,24 @@ class Workbench:
 
     @property
     def splits(self) -> tuple[SplitData, ...]:
-        """The data in batches, in the task's order: resident where they fit, else streamed."""
+        """The data in batches, in the task's order: resident if they fit, else streamed."""
         if self._splits is None:
             self._splits = self._cut()
-            exact_float32()  # the last that the task does before there are gradients
+            exact_float32()  # the task's last action before gradients
             check_float32(self.device)
             if self._adopted and all(split.batches.resident for split in self._splits):
-                self._sources = None  # copies of what batches hold now
+                self._sources = None  # batches now hold copies of them
         return self._splits
 
     def adopt(
         self, batch_size: int, memory_format: str, partial_sums: int = 1, *, whole: bool = True
     ) -> None:
-        """Take what a plan says; data and model are laid out anew only where that differs.
+        """Adopt the choices of a plan; data and model are laid out anew only if they change.
 
         Args:
-            batch_size: the most samples a batch holds.
+            batch_size: the most samples per batch.
             memory_format: ``contiguous`` or ``channels_last``.
-            partial_sums: parts to sum gradients in.
+            partial_sums: number of parts in which gradients are summed.
             whole: whether all batches are needed, or only those of this seat.
 
         Raises:
@@ -148,7 +148,7 @@ class Workbench:
         self.set_memory_format(memory_format)
 
     def _serves(self, kept: int | None) -> bool:
-        """Whether the splits are at hand: only these batches, or all of them, resident."""
+        """Whether the splits are available: only these batches, or all of them, resident."""
         all_there = self._kept is None and self._splits is not None
         return self._kept == kept or (
             all_there and all(split.batches.resident for split in self.splits)
@@ -162,16 +162,16 @@ class Workbench:
             self.memory_format = memory_format
 
     def base_hash(self) -> str:
-        """SHA-256 of the model's own values where checkpoints are partial, else empty."""
+        """SHA-256 of the model's own values if checkpoints are partial, else empty."""
         base = self.flat.base
         return "" if base is None else hashlib.sha256(base.numpy().data).hexdigest()
 
     def few(self, most: int) -> int:
-        """How many samples stand for a split in checks: at most so many, fewer of large models."""
+        """Number of samples per split in checks: at most `most`, fewer for large models."""
         return max(_FEWEST, min(most, _ELEMENTS // max(1, self.flat.layout.size)))
 
     def sample(self, number: int, batch_size: int, count: int = 1) -> SplitData:
-        """Samples from all of a split, the same every time, in `count` batches without groups."""
+        """Samples spread over a split, the same every time, in `count` batches without groups."""
         source = self.sources[number]
         return source.pick(batch_size * count, CHECK_SEED, batch_size, place=self._place)
 
@@ -186,12 +186,12 @@ class Workbench:
     def gather(
         self, source: SplitSource, cuts: Sequence[Index], dtype: torch.dtype | None = None
     ) -> SplitData:
-        """Samples by their numbers, a batch of each of `cuts`, without groups.
+        """Samples by their numbers, one batch for each of `cuts`, without groups.
 
         Args:
             source: the split.
-            cuts: the numbers.
-            dtype: of floats, after they were rounded to the compute dtype; None for that.
+            cuts: the numbers of each batch.
+            dtype: dtype of floats, after rounding to the compute dtype; None for the compute dtype.
         """
 
         def place(tensor: Tensor) -> Tensor:

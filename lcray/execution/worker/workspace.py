@@ -1,4 +1,4 @@
-"""Everything that one worker does with one span, and with its set-up. No Ray.
+"""Everything that one worker does with one span, and its set-up, without Ray.
 
 A span's result depends on the span and the plan alone. Inside a span the gradient at an endpoint
 is computed once; while an interval computes, the next checkpoint is read.
@@ -55,14 +55,14 @@ class Workspace:
     Args:
         task: the task.
         run: the directory of checkpoints, or its URI.
-        settings: of the analysis.
+        settings: settings of the analysis.
         steps: the range of steps to analyze, ``a:b``.
         device: where to compute.
         threads: intra-op threads; None leaves torch as it is.
-        memory: bytes that this process may take; None for a share of what is free.
-        sharers: processes that what is free is divided by.
-        partial_sums: parts to sum gradients in, before there is a plan.
-        seat: which worker of a team this is; one that has colleagues is the lead.
+        memory: bytes that this process may take; None for a share of the free memory.
+        sharers: number of processes sharing the free memory.
+        partial_sums: number of parts in which gradients are summed, before there is a plan.
+        seat: which worker of a team this is; a workspace with colleagues is the lead.
 
     Raises:
         TaskError: if model or data break the contract.
@@ -86,7 +86,7 @@ class Workspace:
         if settings.fisher is not None:
             check_task(task, settings)
         self.series = open_series(run, steps)
-        self._whole = self.series.steps[-2]  # a checkpoint that others follow is written whole
+        self._whole = self.series.steps[-2]  # a checkpoint is complete once another follows it
         self._where = run, steps
         self.bench = Workbench(
             task,
@@ -106,10 +106,10 @@ class Workspace:
         self._meters: dict[str, FisherMeter] = {}
         self._reference: dict[str, Reference] = {}
         self._members: Members | None = None
-        self._agrees = False  # with the plan
+        self._agrees = False  # whether it agrees with the plan
 
     def describe(self) -> Description:
-        """What decides the numbers beside the settings."""
+        """The inputs that decide the numbers besides the settings."""
         return Description(
             layers=self.flat.layers,
             split_hashes=self.bench.hashes,
@@ -133,7 +133,7 @@ class Workspace:
         """Compare the model at points of the run with models newly built there.
 
         Raises:
-            TaskError: where they differ.
+            TaskError: if they differ.
         """
         steps = self.series.steps
         first, *others = two_points(steps, self._read)
@@ -143,7 +143,7 @@ class Workspace:
         return check_model(self.bench, self.task, first, second, later)
 
     def _try_to_read(self, step: int) -> Point | None:
-        """A checkpoint; None for one that its span will fail at, or pass over."""
+        """A checkpoint; None if its span will fail there, or skip it."""
         try:
             point = self._read(step)
         except CheckpointError:
@@ -153,7 +153,8 @@ class Workspace:
     def probe(self) -> Probe:
         """Choose what the settings leave open; evaluate every split twice at the first checkpoint.
 
-        Once without a gradient; that is taken twice of the first batch that has weight only.
+        The first evaluation is without a gradient. Of the first batch with weight, the gradient is
+        computed twice more.
 
         Raises:
             TaskError: if the loss is not a function of the weights, or breaks the contract.
@@ -190,7 +191,7 @@ class Workspace:
         )
 
     def _gradient_repeats(self, batch: SplitData, out: Tensor) -> bool:
-        """Whether a batch has the same gradient twice, or none that is finite."""
+        """Whether a batch has the same gradient twice, or a gradient that is not finite."""
         engine = self.bench.engine
         engine.evaluate(batch, out)
         before = out.clone()
@@ -198,25 +199,25 @@ class Workspace:
         return torch.equal(before, out) or not bool(torch.isfinite(out).all())
 
     def _fisher_seconds(self) -> float:
-        """What Fisher information takes at a step, beside a checkpoint to read; 0 without it."""
+        """Seconds of Fisher information at a step, with reading the checkpoint; 0 without it."""
         if self.settings.fisher is None:
             return 0.0
         point, meter = self._read_first(), self._fisher_meter()
         splits = self.bench.fisher_splits
-        first = [meter.measure(split, point) for split in splits]  # anything is slow at first
+        first = [meter.measure(split, point) for split in splits]  # first calls are slow
         start = time.perf_counter()
         again = [meter.measure(split, point) for split in splits]
         seconds = time.perf_counter() - start
         for split, one, other in zip(splits, first, again, strict=True):
             if self.settings.deterministic and not one.same_as(other):
                 raise TaskError(
-                    f"task sample_targets on split {split.name!r}: other targets the second time; "
-                    "draw them with the generator that it is given, and nothing else"
+                    f"task sample_targets on split {split.name!r}: targets differ the second "
+                    "time; draw them with the given generator only"
                 )
         return seconds + self._read_seconds
 
     def _fisher_meter(self) -> FisherMeter:
-        """One for each memory format: what it decides may depend on that, and on nothing else."""
+        """One meter per memory format: its choices may depend on the format, and nothing else."""
         bench = self.bench
         if bench.memory_format not in self._meters:
             self._meters[bench.memory_format] = FisherMeter(
@@ -236,11 +237,11 @@ class Workspace:
         return own + data + math.ceil(tuning.sample_bytes * widest)
 
     def lead(self, members: Members) -> None:
-        """Have `members` take parts of every evaluation from now on."""
+        """From now on, `members` compute parts of every evaluation."""
         self._members = self.bench.engine.colleagues = members
 
     def _agree(self, plan: Plan) -> None:
-        """Compare this worker, and its team, with the plan, before the first of its spans.
+        """Compare this worker, and its team, with the plan, before its first span.
 
         Raises:
             DisagreementError: if they differ.
@@ -299,11 +300,11 @@ class Workspace:
             span: one of its spans.
             out: the output directory.
             attempt: an id that no other attempt has.
-            tell: called with the number of intervals that are done, whenever that grows.
+            tell: called with the number of intervals done, whenever it grows.
 
         Raises:
-            TaskError, CheckpointError, OutputError: as computing, reading and writing raise them;
-                nothing is committed then.
+            TaskError, CheckpointError, OutputError: from computing, reading and writing; nothing is
+                committed then.
         """
         start = time.perf_counter()
         self._agree(plan)
@@ -312,14 +313,14 @@ class Workspace:
             self._members.start(plan)
         for split, planned in zip(self.bench.splits, plan.splits, strict=True):
             if (split.name, split.groups) != (planned.name, planned.groups):
-                raise TaskError(f"task split {split.name!r}: other groups than in the plan")
+                raise TaskError(f"task split {split.name!r}: groups differ from the plan")
             sample = split.drawn_from, split.n_replicates
             if sample != (planned.drawn_from, len(planned.replicate_weights)):
-                raise TaskError(f"task split {split.name!r}: another sample than in the plan")
-        if span.last > self._whole:  # since it was listed, it has grown or been finished
+                raise TaskError(f"task split {split.name!r}: sample differs from the plan")
+        if span.last > self._whole:  # the run has grown or ended since it was listed
             self.series = open_series(*self._where)
             self._whole = max(span.last, self.series.steps[-2])
-        release()  # what building, probing or the span before have left
+        release()  # memory left by building, probing or the span before
         hashes: dict[int, str] = {}
         stamps: dict[int, str] = {}
         n_intervals = span.n_intervals
@@ -356,7 +357,7 @@ class Workspace:
             writer.write("fisher", make_table("fisher", {**found[split.name], "split": split.name}))
 
     def _passes(self, plan: Plan) -> list[list[str]]:
-        """The splits that share a pass over the checkpoints: all, unless their state is large."""
+        """The splits of each pass over the checkpoints: all in one, unless their state is large."""
         names = [split.name for split in plan.splits]
         shared = shares_pass(self.flat.layout.size, len(names))
         return [names] if shared else [[name] for name in names]
@@ -370,7 +371,7 @@ class Workspace:
         tables_of: Callable[[SplitPlan], SplitTables],
         tally: Tally,
     ) -> None:
-        """Go along the span once, for some splits."""
+        """Walk along the span once, for some splits."""
         rule, scratch = get_rule(self.settings.rule), Scratch(self.bench.engine)
         with Walk(self.series, self.flat, self._dtypes, *read) as walk:
             allocators: list[SplitAllocator] = []
@@ -388,7 +389,7 @@ class Workspace:
                     result = allocator.advance(segment, following)
                     table.add(result, segment)
                     tally.add(name, result)
-                del segment, following, result  # the walk needs the room
+                del segment, following, result  # the walk needs the memory
             del allocators, allocator, scratch  # and so does the writing
             for number, table in enumerate(tables, 1):
                 table.write(walk.again)
