@@ -257,7 +257,7 @@ def test_how_a_job_ended(
 
 @pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "http://u:p@head:8265", "x"])
 def test_addresses_of_another_kind(address: str) -> None:
-    with pytest.raises(UsageError, match=r"must be that of the job server, http://HEAD:8265"):
+    with pytest.raises(UsageError, match=r"must be the job server's, http://HEAD:8265"):
         jobs.connect(address)
 
 

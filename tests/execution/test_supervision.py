@@ -258,7 +258,7 @@ class TestAddress:
 
     def test_that_of_a_dashboard(self, monkeypatch: pytest.MonkeyPatch) -> None:
         address = "http://127.0.0.1:8265"
-        option = rf"^address '{address}': is that of a dashboard.*; here give HEAD:6379"
+        option = rf"^address '{address}': is a dashboard's address.*; here give HEAD:6379"
         with pytest.raises(UsageError, match=option), workplace(Resources(address=address)):
             pass
         monkeypatch.setenv("RAY_ADDRESS", address)

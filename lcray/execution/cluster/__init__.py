@@ -1,9 +1,9 @@
-"""Ray: actors that hold a workspace each, and the loop that hands spans to them.
+"""Ray: actors with one workspace each, and the loop that hands spans to them.
 
-The only package that imports ray. The driver holds O(workers + spans) and never tensor data; actors
-are stateless between spans, so that losing one costs the span it was at. Ray ends the process that
-is connected to it where it ends itself, so the driver has a process of its own (`driver`), and the
-one that called lcray supervises it (`supervision`).
+This is the only package that imports ray. The driver's memory is O(workers + spans) and never holds
+tensor data. Actors are stateless between spans, so losing one costs only its current span. When Ray
+ends, it also ends the process connected to it. So the driver has a process of its own (`driver`),
+and the process that called lcray supervises it (`supervision`).
 """
 
 from __future__ import annotations

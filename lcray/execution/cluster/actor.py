@@ -1,4 +1,4 @@
-"""The actor that a worker is, and how a task gets there."""
+"""The actor of a worker, and how a task is sent to it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SECONDS_A_BEAT = 1.0
 
 @dataclass(frozen=True)
 class Shipment:
-    """A task on its way to a worker, with the folders that the driver imports from."""
+    """A task to send to a worker, with the folders that the driver imports from."""
 
     search_path: tuple[str, ...]
     pickled: bytes
@@ -53,7 +53,7 @@ class Shipment:
             ) from error
 
     def load(self) -> Task:
-        """The task, here; see `unpack`.
+        """Load the task in this process; see `unpack`.
 
         Raises:
             TaskError: if it cannot be loaded.
@@ -61,7 +61,7 @@ class Shipment:
         return self.unpack().load()
 
     def unpack(self) -> TaskSource:
-        """The source, importable here wherever the driver's folders exist here as well."""
+        """Unpack the source; it is importable here if the driver's folders exist here as well."""
         known = set(sys.path)
         sys.path += [p for p in self.search_path if p not in known and os.path.exists(p)]
         try:
@@ -74,7 +74,7 @@ class Shipment:
 
 
 class Worker:
-    """The actor: a workspace, and the calls that the driver makes on it."""
+    """The actor: a workspace, and the methods that the driver calls."""
 
     def __init__(self) -> None:
         self._device = "cuda" if ray.get_gpu_ids() else "cpu"
@@ -92,7 +92,7 @@ class Worker:
         placement: Placement,
         group: Any = None,
     ) -> Description:
-        """Build model and data; the lead of a team has its members do so meanwhile."""
+        """Build model and data; meanwhile, the members of a lead's team do so too."""
 
         def work() -> Description:
             team = None
@@ -119,7 +119,7 @@ class Worker:
         return plainly(work)
 
     def check(self) -> Unexplained:
-        """Compare the model with models newly built."""
+        """Compare the model with newly built models."""
         return plainly(self._ready().check)
 
     def probe(self) -> Probe:
@@ -140,12 +140,12 @@ class Worker:
             span: one of its spans.
             out: the output directory.
             attempt: an id that no other attempt has.
-            beats: the `Beats` to tell how far it is, if anybody is interested.
+            beats: the `Beats` to report progress to; None for no reports.
         """
         tell = (lambda done: None) if beats is None else _Telling(beats, attempt)
 
         def work() -> SpanReport:
-            # A call whose answer was lost may have done its work, and so may a copy elsewhere.
+            # An earlier call, whose answer was lost, or a copy may have committed this span.
             found = committed(place(out), [span]).get(span)
             if found is not None:
                 return report_of(found)
@@ -154,7 +154,7 @@ class Worker:
         return plainly(work)
 
     def reduce(self, out: str, allow_missing: bool) -> Reduction:
-        """Merge the shards of `out`, here rather than in the driver."""
+        """Merge the shards of `out` in this process, not in the driver."""
         return plainly(lambda: merge(out, allow_missing=allow_missing))
 
     def _ready(self) -> Workspace:
@@ -164,27 +164,27 @@ class Worker:
 
 
 class Beats:
-    """An actor of its own: how far the spans are that workers are at.
+    """Heartbeats: intervals done per attempt, in an actor of their own.
 
-    Workers tell it without waiting for an answer, and the driver asks it. So signs of life need no
-    second thread in a worker, nor a worker that answers while it computes.
+    Workers report without waiting for an answer, and the driver asks for the reports. So signs of
+    life need no second thread in a worker, and a worker need not answer while it computes.
     """
 
     def __init__(self) -> None:
         self._done: dict[str, float] = {}
 
     def tell(self, attempt: str, done: float) -> None:
-        """An attempt has done so many intervals."""
+        """Record that an attempt has done so many intervals."""
         self._done[attempt] = done
 
     def take(self) -> dict[str, float]:
-        """What has been told since the last time."""
+        """The reports since the last call."""
         found, self._done = self._done, {}
         return found
 
 
 class _Telling:
-    """Tells `Beats` of an attempt, once a second at most."""
+    """Reports the progress of an attempt to `Beats`, at most once per second."""
 
     def __init__(self, beats: Any, attempt: str) -> None:
         self._beats, self._attempt = beats, attempt

@@ -1,4 +1,4 @@
-"""Calls of actors: errors on their way out of a worker, and into whoever called it."""
+"""Calls of actors, and how errors travel from a worker to the caller."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Reference = Any  # of a result on the cluster: ray.ObjectRef
 
 
 def plainly(work: Callable[[], T]) -> T:
-    """Run `work`; what it raises leaves the worker as an error that any process can read."""
+    """Run `work`; an exception leaves the worker as an error that any process can read."""
     try:
         return work()
     except LcrayError as error:
@@ -27,15 +27,15 @@ def plainly(work: Callable[[], T]) -> T:
 
 
 def fetched(references: Sequence[Reference]) -> dict[Reference, Any]:
-    """What calls gave, all at once, which costs little more than one; nothing if one failed."""
+    """The results of calls, fetched together for little more than one; empty if one failed."""
     try:
         return dict(zip(references, ray.get([*references]), strict=True))
-    except RayError:  # of whichever: `result` tells of each
+    except RayError:  # of any of them: `result` raises it for its call
         return {}
 
 
 def result(reference: Reference) -> Any:
-    """What a call gave; an `LcrayError` of the worker's is raised as it was.
+    """The result of a call; an `LcrayError` in the worker is raised unchanged.
 
     Raises:
         RayError: if the worker is lost.

@@ -1,4 +1,4 @@
-"""Reaching a Ray: the one there is, or one's own."""
+"""Connecting to Ray: to an existing one, or to lcray's own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lcray.execution.cluster import private
 from lcray.execution.cluster.resources import Resources, usable_cores
 from lcray.execution.worker.process import environment, worker_environment
 
-_OBJECT_STORE = 128 * 2**20  # bytes; nothing but plans goes through it, unless there are teams
+_OBJECT_STORE = 128 * 2**20  # bytes; it carries only plans, unless there are teams
 
 
 class Address(NamedTuple):
@@ -31,7 +31,7 @@ class Address(NamedTuple):
 
     Attributes:
         text: ``local`` for a Ray of its own.
-        origin: what says so, where it is a variable of the environment.
+        origin: the environment variable with the address, if it comes from one.
     """
 
     text: str
@@ -39,17 +39,17 @@ class Address(NamedTuple):
 
     @classmethod
     def of(cls, resources: Resources) -> Address:
-        """The address that was asked for.
+        """The requested address.
 
         Raises:
-            UsageError: for that of a dashboard.
+            UsageError: for the address of a dashboard.
         """
         given, said = resources.address, os.environ.get("RAY_ADDRESS")
         found = cls(given) if given else cls(said, "RAY_ADDRESS") if said else cls("local")
         if re.match(r"https?://", found.text):
             raise UsageError(
-                f"{found.origin or 'address'} {found.text!r}: is that of a dashboard, which takes "
-                f"jobs (lcray submit --address); here "
+                f"{found.origin or 'address'} {found.text!r}: is a dashboard's address, which "
+                f"takes jobs (lcray submit --address); here "
                 + ("unset it for a Ray of lcray's own, or " if found.origin else "")
                 + "give HEAD:6379, the head's own address"
             )
@@ -57,7 +57,7 @@ class Address(NamedTuple):
 
     @property
     def is_own(self) -> bool:
-        """Whether it is a Ray of its own."""
+        """Whether the analysis starts its own Ray."""
         return self.text == "local"
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Address(NamedTuple):
         return f"Ray at {self.text!r}" + (f" ({self.origin})" if self.origin else "")
 
     def failed(self, why: str) -> ClusterError:
-        """The error where it cannot be reached or started."""
+        """The error if Ray cannot be reached or started."""
         if self.is_own:
             return ClusterError(
                 f"{self}: could not be started ({why}); is the machine short of memory, of "
@@ -77,12 +77,12 @@ class Address(NamedTuple):
 
 @contextmanager
 def connection(resources: Resources, prepared: Path | None = None) -> Iterator[None]:
-    """A Ray to work on: the one there is, or one's own, which ends with the block.
+    """Connect to an existing Ray, or start lcray's own, which ends with the block.
 
     Args:
-        resources: what may be used.
-        prepared: the folder of a Ray of one's own, where this process has been started with
-            `own_variables` of it; None to make one that ends with the block.
+        resources: the resources to use.
+        prepared: the folder of lcray's own Ray, if this process was started with its
+            `own_variables`; None to make a folder that is removed after the block.
 
     Raises:
         UsageError: for an address of another kind.
@@ -102,10 +102,10 @@ def connection(resources: Resources, prepared: Path | None = None) -> Iterator[N
         try:
             with environment(variables):
                 _start(address, resources, prepared)
-        except Exception as error:  # Ray raises all kinds of them, bare ones as well
+        except Exception as error:  # Ray raises many kinds, plain Exception among them
             raise address.failed(in_one_line(error)) from error
         try:
-            # Ray takes SIGTERM for itself, and would abort; a handler that was there comes back.
+            # Ray installs its own SIGTERM handler, which aborts; restore the earlier handler.
             if callable(handler) and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)
             with _plainly():
@@ -133,15 +133,15 @@ def _start(address: Address, resources: Resources, folder: Path | None) -> None:
 
 
 def own_variables(resources: Resources, folder: Path) -> dict[str, str]:
-    """Environment variables for the processes of a Ray of one's own, its workers among them.
+    """Environment variables for the processes of lcray's own Ray, its workers among them.
 
-    In a runtime environment of the actors they would cost Ray a start of processes anew.
+    In a runtime environment of the actors, they would make Ray start new processes.
 
     Args:
-        resources: what may be used.
-        folder: a private one.
+        resources: the resources to use.
+        folder: the private folder.
     """
-    import torch  # not needed by a process that was started with these variables
+    import torch  # processes started with these variables do not need it
 
     on_gpus = resources.gpus_per_worker != 0 and torch.cuda.device_count() > 0
     device = "cuda" if on_gpus else "cpu"
@@ -150,12 +150,12 @@ def own_variables(resources: Resources, folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """What Ray raises in the block for itself becomes one line."""
+    """Turn errors of Ray itself in the block into one line."""
     try:
         yield
     except RayError as error:
         raise ClusterError(
-            f"Ray: failed ({in_one_line(error)}); run the same command again to go on"
+            f"Ray: failed ({in_one_line(error)}); run the same command again to continue"
         ) from error
 
 
@@ -163,8 +163,8 @@ def _plainly() -> Iterator[None]:
 def _on_loopback() -> Iterator[None]:
     """A Ray that starts in the block listens on 127.0.0.1 alone, not on every interface.
 
-    Ray has one switch for that, meant for systems whose firewall would ask, and has read it when it
-    was imported. Its other processes are told the address by this one.
+    Ray has one switch for this, meant for systems whose firewall would ask, and reads it on import.
+    This process tells the address to Ray's other processes.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -175,9 +175,9 @@ def _on_loopback() -> Iterator[None]:
 
 
 def _end_autoscaler() -> None:
-    """End the autoscaler of a Ray of one's own, which has nothing to scale.
+    """End the autoscaler of lcray's own Ray, which has nothing to scale.
 
-    It does not heed the signal that Ray's shutdown sends, and so takes a second of it.
+    It ignores the signal of Ray's shutdown, and would delay the shutdown by a second.
     """
     node = getattr(ray_worker, "_global_node", None)
     end: Any = getattr(node, "kill_monitor", None)  # not public: a Ray without it ends by itself
@@ -186,7 +186,7 @@ def _end_autoscaler() -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise an OSError where nobody listens at ``host:port``: Ray would end the process."""
+    """Raise an OSError if nobody listens at ``host:port``: Ray would end the process."""
     host, _, port = address.rpartition(":")
     if host and "/" not in host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

@@ -1,4 +1,4 @@
-"""The loop that carries out what the scheduler decides, on Ray."""
+"""The loop that carries out the scheduler's decisions on Ray."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from lcray.planning.plan import Plan, Span
 from lcray.storage import Place
 
 _SECONDS_A_TICK = 1.0
-_SECONDS_TO_GATHER = 0.005  # of results that follow closely, so as to look at all workers once
-_SECONDS_A_LOOK = 5.0  # at the nodes there are
-_DEAF = 10.0  # seconds without hearing of any worker, after which none is blamed for silence
+_SECONDS_TO_GATHER = 0.005  # to gather results that arrive together, and check workers once
+_SECONDS_A_LOOK = 5.0  # between two looks at the cluster's nodes
+_DEAF = 10.0  # seconds without a sign of any worker; then none is blamed for silence
 
 
 OnTick = Callable[[View], None]
@@ -56,19 +56,19 @@ class Dispatch:
         )
         self._outcome = Outcome()
         self._metrics = metrics
-        self._plan = ray.put(plan.without_spans())  # workers read it anew with every span
+        self._plan = ray.put(plan.without_spans())  # workers read it again with every span
         self._busy: dict[Reference, int] = {}
-        self._names: dict[int, str] = {}  # the attempt that a worker is at
+        self._names: dict[int, str] = {}  # the current attempt of a worker
         self._beats = _start_beats()
         self._asked: Reference = None
         self._heard = self._looked = self._ticked = time.monotonic()
 
     def run(self) -> Outcome:
-        """Until every span is done or given up.
+        """Run until every span is done or given up.
 
         Raises:
             TaskError, CheckpointError, ClusterError: as setting up a worker raises them.
-            DisagreementError: if a worker computes other numbers than the plan's.
+            DisagreementError: if a worker's numbers differ from the plan's.
         """
         try:
             now = time.monotonic()
@@ -78,14 +78,14 @@ class Dispatch:
                 self._crew.fill(self._scheduler.unfinished)
                 self._take_results()
                 self._tick()
-            for number in set(self._busy.values()):  # copies that nobody waits for
+            for number in set(self._busy.values()):  # copies that are no longer needed
                 self._crew.end(number)
         finally:
             ray.kill(self._beats)
         return self._outcome
 
     def _take_results(self) -> None:
-        """Wait for something to happen, a tick at most, and take all that has."""
+        """Wait for an event, at most one tick, and handle all events that have happened."""
         waiting = [*self._busy, *self._crew.setting_up]
         if not waiting:
             time.sleep(_SECONDS_A_TICK)
@@ -164,12 +164,12 @@ class Dispatch:
         self._on_tick(self._view(now))
 
     def _listen(self, now: float) -> None:
-        """Hear how far the workers are, and judge those that are silent, unless all seem to be."""
+        """Take progress reports; replace silent workers, unless all seem to be silent."""
         if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
             asked, self._asked = self._asked, None
             try:
                 told: Any = ray.get(asked)
-            except RayError:  # it starts anew, on another node if need be
+            except RayError:  # it is started again, on another node if necessary
                 return
             if now - self._heard > _DEAF:
                 self._scheduler.forgive(now)
@@ -190,12 +190,12 @@ class Dispatch:
 
 
 def _seconds(plan: Plan, team: int) -> float | None:
-    """What an interval should take."""
+    """The expected duration of an interval."""
     return plan.seconds and plan.seconds * largest_share(plan.partial_sums, team)
 
 
 def _step_seconds(plan: Plan, team: int) -> float | None:
-    """The longest that one split of one interval should take: with all that refining may add."""
+    """The longest expected duration of one split of one interval, with all refinement."""
     seconds = _seconds(plan, team)
     if seconds is None:
         return None

@@ -1,10 +1,10 @@
-"""The process that is connected to Ray, and carries out the calls of the one that started it.
+"""The process that is connected to Ray, and carries out the calls of its parent process.
 
-Ray ends a process that is connected to it, without a word and past everything that Python could do,
-as soon as the node's raylet is gone. Here that costs a process that can be started again.
+When the node's raylet ends, Ray ends every process connected to it, without a message, and Python
+cannot prevent it. This process can be started again.
 
-It ends when the standard input does, that is when the process that started it closes the other
-end or dies, however that happens; and with it ends every process of a Ray of its own.
+It ends when its standard input ends, that is when the parent closes the other end or dies for any
+reason. Every process of its own Ray ends with it.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from lcray.execution.cluster.pool import Pool
 
 _PATIENCE = 5.0  # seconds for an orderly end
-_LOOK = 0.25  # seconds between two looks at who lives
+_LOOK = 0.25  # seconds between two checks of processes
 _VITAL = ("gcs_server", "raylet")
 
 
 class Orders(NamedTuple):
-    """What the process is to do.
+    """The orders of the process.
 
     Attributes:
-        resources: what may be used.
-        folder: the private folder of a Ray of one's own; None where there is another Ray.
+        resources: the resources to use.
+        folder: the private folder of lcray's own Ray; None for another Ray.
     """
 
     resources: Resources
@@ -52,13 +52,13 @@ class Orders(NamedTuple):
 def serve(wire: Connection) -> None:
     """Connect to Ray, and answer calls until the other side is gone.
 
-    What is sent is a pair: a word and what belongs to it. ``connecting`` and ``connected`` come
-    first; a call is answered by ``answer``, ``error`` (of lcray's) or ``lost`` (Ray's), after any
-    number of ``done`` and ``view``.
+    Each message is a pair: a word and its content. ``connecting`` and ``connected`` come first; a
+    call is answered by ``answer``, ``error`` (an error of lcray) or ``lost`` (an error of Ray),
+    after any number of ``done`` and ``view``.
     """
     os.set_inheritable(wire.fileno(), False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # The other process decides what a signal to both of them means.
+    # The other process decides how to react to a signal to both.
     signal.signal(signal.SIGTERM, lambda *_: None)
     side = _Side(wire)
     orders: Orders = wire.recv()
@@ -79,11 +79,11 @@ def serve(wire: Connection) -> None:
         pass
     finally:
         guard.clean_up()
-    os._exit(0)  # what Python and its libraries would do yet takes seconds
+    os._exit(0)  # the usual exit of Python and its libraries takes seconds
 
 
 class _Side:
-    """This end of the wire, for several threads. What nobody hears is not said."""
+    """This end of the wire, for several threads. Messages to a closed end are dropped."""
 
     def __init__(self, wire: Connection) -> None:
         self._wire, self._lock = wire, threading.Lock()
@@ -93,7 +93,7 @@ class _Side:
             self._wire.send((word, content))
 
     def receive(self) -> Any:
-        """Raises EOFError where the other side is gone."""
+        """Receive a message; raises EOFError if the other side is gone."""
         try:
             return self._wire.recv()
         except OSError as error:
@@ -101,7 +101,7 @@ class _Side:
 
 
 def _answer(side: _Side) -> None:
-    """Carry calls out: first that for a pool, then those on it."""
+    """Carry out calls: first the call that makes a pool, then calls of its methods."""
     from lcray.execution.cluster.pool import Pool
 
     with suppress(EOFError):
@@ -130,7 +130,7 @@ def _carry_out(
 
 
 def _result(side: _Side, work: Any) -> Any:
-    """What `work` gives; None where it failed, which has been said."""
+    """The result of `work`; None if it failed, after sending the error."""
     try:
         return work()
     except LcrayError as error:
@@ -141,10 +141,10 @@ def _result(side: _Side, work: Any) -> Any:
 
 
 class _Guard(threading.Thread):
-    """Sees to it that this process, and its Ray, end with the one that started it.
+    """Makes this process, and its Ray, end with the parent process.
 
-    It also tells that process when a part of Ray has ended that nothing works without: Ray itself
-    may take minutes to notice.
+    It also tells the parent when a vital part of Ray has ended: Ray itself may take minutes to
+    notice.
     """
 
     def __init__(self, side: _Side, folder: Path | None) -> None:
@@ -153,7 +153,7 @@ class _Guard(threading.Thread):
         self._vital: list[psutil.Process] = []
 
     def watch_ray(self) -> None:
-        """Ray has started: its vital parts, if they are this process's own, must not end."""
+        """Watch the vital parts of a started Ray, if they are this process's own."""
         if self._folder is not None:
             children = psutil.Process().children()
             self._vital = [child for child in children if child.name() in _VITAL]
@@ -171,7 +171,7 @@ class _Guard(threading.Thread):
         self._end_at_once()
 
     def _left_alone(self) -> bool:
-        """Whether nobody is on the other side; takes a moment where somebody is."""
+        """Whether the other side is gone; waits a moment if it is not."""
         if select.select([sys.stdin], [], [], _LOOK)[0]:
             return True
         return os.getppid() != self._parent
@@ -181,7 +181,7 @@ class _Guard(threading.Thread):
         os._exit(1)
 
     def clean_up(self) -> None:
-        """End what is left of a Ray of its own, and remove its folder."""
+        """End the remaining processes of lcray's own Ray, and remove its folder."""
         if self._folder is not None:
             end_session(os.getpid())
             private.remove(self._folder)

@@ -21,9 +21,9 @@ from lcray.execution.cluster.connect import in_one_line
 from lcray.execution.worker.process import environment
 
 LOCAL = "http://127.0.0.1:8265"  # where `ray start --head` puts the job server
-_PATIENCE = 60.0  # seconds without an answer after which a job counts as lost from sight
+_PATIENCE = 60.0  # seconds without an answer until contact with a job counts as lost
 _POLL = 1.0  # seconds
-_CHATTY = (  # loggers of Ray's that tell of every upload and connection
+_CHATTY = (  # loggers of Ray that report every upload and connection
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
@@ -49,7 +49,7 @@ def connect(address: str | None) -> Client:
     """A client of the job server at ``http://HEAD:8265``.
 
     Raises:
-        UsageError: for an address of another kind, or where the packages for it are missing.
+        UsageError: for an address of another kind, or if the necessary packages are missing.
         ClusterError: if nobody answers there, or a token is needed.
     """
     if importlib.util.find_spec("aiohttp") is None:
@@ -61,17 +61,16 @@ def connect(address: str | None) -> Client:
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or LOCAL
     if not re.match(r"https?://[^@/]+/?$", address):
         raise UsageError(
-            f"address {address!r}: must be that of the job server, http://HEAD:8265, without "
-            "credentials"
+            f"address {address!r}: must be the job server's, http://HEAD:8265, without credentials"
         )
     address = address.rstrip("/")
-    # Ray's client prefers these variables to what it is told; and RAY_ADDRESS names another server.
+    # Ray's client prefers these variables to its argument; and RAY_ADDRESS names another server.
     with _answered(address), environment({"RAY_API_SERVER_ADDRESS": address}):
         return Client(JobSubmissionClient(address), address)
 
 
 def submit(client: Client, command: str, working_dir: str, env: dict[str, str]) -> str:
-    """Have the cluster run a shell command in a copy of `working_dir`; gives the job's id.
+    """Have the cluster run a shell command in a copy of `working_dir`; returns the job's id.
 
     Raises:
         ClusterError: if the job server refuses.
@@ -84,11 +83,11 @@ def submit(client: Client, command: str, working_dir: str, env: dict[str, str]) 
 
 
 def follow(client: Client, job: str, on_log: Callable[[str], None]) -> Ended:
-    """Pass a job's log on until it ends; a connection that breaks is made anew.
+    """Pass on a job's log until it ends; a broken connection is made again.
 
     Raises:
         ClusterError: if the job server stays silent.
-        KeyboardInterrupt: as usual, with what can be done about the job, which goes on.
+        KeyboardInterrupt: as usual, with advice about the job, which continues.
     """
     try:
         return _follow(client, job, on_log)
@@ -126,19 +125,20 @@ def _follow(client: Client, job: str, on_log: Callable[[str], None]) -> Ended:
 
 
 def _pass_rest(client: Client, job: str, passed: int, on_log: Callable[[str], None]) -> None:
-    """The end of a log that its follower may have missed while the job ended."""
+    """Pass on the end of a log that the follower may have missed while the job ended."""
     with suppress(OSError, RuntimeError, RayError):
         if rest := client.jobs.get_job_logs(job)[passed:]:
             on_log(rest)
 
 
 def how_it_ended(status: str, message: str | None, exit_code: int | None) -> Ended:
-    """The exit code of a job that has ended, wherever its Ray says it.
+    """The exit code of a job that has ended, wherever its version of Ray gives it.
 
     Args:
         status: ``SUCCEEDED``, ``FAILED`` or ``STOPPED``.
-        message: of the status; older servers give the code only here.
-        exit_code: of the command; None if it never ran, was stopped, or the server is an older one.
+        message: message of the status; older servers give the code only here.
+        exit_code: exit code of the command; None if it never ran, was stopped, or the server is
+            older.
     """
     if status == "SUCCEEDED":
         return Ended(0, "")
@@ -150,7 +150,7 @@ def how_it_ended(status: str, message: str | None, exit_code: int | None) -> End
     if exit_code is None:
         lines = [line.strip() for line in (message or "").splitlines() if line.strip()]
         return Ended(1, f"did not run: {' '.join(lines[:1] + lines[1:][-1:])[:400]}")
-    if exit_code < 0:  # killed by a signal: as a shell says it
+    if exit_code < 0:  # killed by a signal: the code that a shell gives
         exit_code = 128 - exit_code
     hint = ""
     if exit_code == 127:
@@ -184,7 +184,7 @@ def _tail(client: Client, job: str) -> Iterator[str]:
         finally:
             loop.close()
 
-    # In a thread of its own, since a notebook's has a loop that runs already.
+    # In a thread of its own, since a notebook's thread already has a running loop.
     thread = threading.Thread(target=work, name="lcray-job-log", daemon=True)
     thread.start()
     try:
@@ -200,7 +200,7 @@ def _tail(client: Client, job: str) -> Iterator[str]:
 
 @contextmanager
 def _answered(address: str) -> Iterator[None]:
-    """Whatever the job server's client raises becomes one line."""
+    """Turn errors of the job server's client into one line."""
     try:
         yield
     except AuthenticationError as error:

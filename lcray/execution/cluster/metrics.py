@@ -1,4 +1,4 @@
-"""Metrics of an analysis for whatever scrapes the cluster: ``ray_lcray_…`` in Prometheus."""
+"""Metrics of an analysis for tools that scrape the cluster: ``ray_lcray_…`` in Prometheus."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Metrics:
         self._sums: dict[str, float] = {}
 
     def done(self, span: Span, report: SpanReport) -> None:
-        """A span is committed."""
+        """Count a committed span."""
         self._spans.inc()
         self._intervals.inc(span.n_intervals)
         if report.n_gradients:
@@ -32,5 +32,5 @@ class Metrics:
             self._gap.set(self._sums[split], {"split": split})
 
     def failed(self) -> None:
-        """A span was given up."""
+        """Count a span that was given up."""
         self._failed.inc()

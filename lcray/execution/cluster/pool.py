@@ -1,4 +1,4 @@
-"""The driver's side: a crew of workers, and the calls that an analysis makes on it."""
+"""The driver's side: a crew of workers, and the calls that an analysis makes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Pool:
     Args:
         source: where workers find the task.
         run: the directory of checkpoints.
-        settings: of the analysis.
-        resources: what may be used.
+        settings: settings of the analysis.
+        resources: the resources to use.
         steps: the range of steps to analyze, ``a:b``.
-        threads: intra-op threads a worker.
-        limit: the most workers, or teams, that there is work for.
-        partial_sums: parts to sum gradients in, before there is a plan.
+        threads: intra-op threads per worker.
+        limit: the most workers, or teams, that can be kept busy.
+        partial_sums: number of parts in which gradients are summed, before there is a plan.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Pool:
 
     @property
     def size(self) -> int:
-        """The number of workers, or teams of them, that were asked for, or fit."""
+        """The number of workers, or teams, that were asked for, or that fit."""
         return self._crew.wanted
 
     def __enter__(self) -> Pool:
@@ -67,10 +67,10 @@ class Pool:
         self._crew.dismiss()
 
     def describe(self) -> Description:
-        """What the first worker that is ready found.
+        """The description from the first ready worker.
 
         Raises:
-            TaskError, CheckpointError, ClusterError: as setting up raises them.
+            TaskError, CheckpointError, ClusterError: from setting up workers.
         """
         self._crew.await_one()
         assert self._crew.description is not None
@@ -80,7 +80,7 @@ class Pool:
         """Compare the model at points of the run with models newly built there, on one worker.
 
         Raises:
-            TaskError: where they differ.
+            TaskError: if they differ.
         """
         found: Unexplained = self._ask("check", "checking the model")
         return found
@@ -120,16 +120,16 @@ class Pool:
         on_done: Callable[[Span, SpanReport], None],
         on_tick: OnTick = lambda view: None,
     ) -> Outcome:
-        """Have `spans` computed, each by whichever worker is free.
+        """Have free workers compute `spans`.
 
-        A span that fails is tried again, up to a cap; a broken task is not. The rest goes on.
+        A failed span is tried again, up to a cap; a broken task is not. The other spans continue.
 
         Args:
             plan: the plan.
-            spans: those of its spans that are to be computed, in the order to begin them in.
-            out: the output directory; workers, whose folder is another, get its absolute path.
-            on_done: called for every span as it is done.
-            on_tick: called once a second or so with how far the others are.
+            spans: the spans of the plan to compute, in the order in which to begin them.
+            out: the output directory; workers run in another folder, so they get its absolute path.
+            on_done: called for every span when it is done.
+            on_tick: called about once per second with the progress of the others.
         """
         return Dispatch(
             self._crew, plan, spans, out.resolve(), on_done, on_tick, self._metrics
@@ -139,7 +139,7 @@ class Pool:
         """Reduce `out` on a worker, so that the driver stays small.
 
         Raises:
-            OutputError: as `lcray.tables.reducing.reduce.reduce` raises it.
+            OutputError: from `lcray.tables.reducing.reduce.reduce`.
         """
         try:
             found: Reduction = self._crew.ask("reduce", str(out.resolve()), allow_missing)

@@ -1,8 +1,8 @@
-"""The folder of a Ray of one's own: private, short, and gone afterwards.
+"""The folder of lcray's own Ray: it is private, has a short path, and is removed afterwards.
 
-Ray puts sockets into its folder, and the system limits the length of their paths; it opens that
-folder to everybody; and it keeps a token in the home folder, which may be read-only. So a Ray of
-one's own gets a subfolder of a folder that only this user can enter, and its token beside it.
+Ray puts sockets into its folder, and the system limits the length of their paths. Ray opens that
+folder to everybody, and keeps a token in the home folder, which may be read-only. So lcray's own
+Ray gets a subfolder of a folder that only this user can enter, with its token beside it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from lcray.errors import ClusterError
 _OF_RAY = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
 _OF_SYSTEM = 107 if sys.platform != "darwin" else 103
 _PREFIX = "lcray-"
-_LONGEST = _OF_SYSTEM - _OF_RAY - len(f"/{_PREFIX}12345678")  # bytes of the folder to make it in
+_LONGEST = _OF_SYSTEM - _OF_RAY - len(f"/{_PREFIX}12345678")  # bytes of the parent's path
 _FALLBACKS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def make_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """A new folder that only this user can enter, with a path that is short enough.
+    """Make a folder that only this user can enter, with a path that is short enough.
 
-    It is made where ``RAY_TMPDIR`` says, else in the folder for temporary files, or in another one
-    where that has too long a path.
+    It is made in ``RAY_TMPDIR`` if that is set, else in the folder for temporary files, or in
+    another one if the path of that folder is too long.
 
     Raises:
-        ClusterError: if there is no such place.
+        ClusterError: if no folder can be made.
     """
     wanted = environment.get("RAY_TMPDIR")
     if wanted and len(os.fsencode(os.path.abspath(wanted))) > _LONGEST:
@@ -62,7 +62,7 @@ def make_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 @contextmanager
 def folder_of_its_own() -> Iterator[Path]:
-    """A private folder, which is removed at the end of the block."""
+    """Make a private folder, and remove it at the end of the block."""
     folder = make_folder()
     try:
         yield folder
@@ -71,17 +71,17 @@ def folder_of_its_own() -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a private folder with all that Ray has left in it."""
+    """Remove a private folder with all files that Ray has left in it."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def temporary(folder: Path) -> str:
-    """The folder in it that Ray may open to everybody."""
+    """The subfolder that Ray may open to everybody."""
     return str(folder / "ray")
 
 
 def variables(folder: Path) -> dict[str, str]:
-    """Environment variables that have Ray keep its token there, and not in the home folder."""
+    """Environment variables that make Ray keep its token there, not in the home folder."""
     return {"RAY_AUTH_TOKEN_PATH": str(folder / "token")}
 
 

@@ -128,12 +128,12 @@ def _quotas(
 
 
 def _quota(group: Path) -> float | None:
-    """Of one control group; None where it has no limit, or is not seen from here."""
+    """The limit of one control group; None if it has none, or is not visible from here."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
             words = " ".join((group / name).read_text() for name in names).split()
             quota, period = map(float, words)
-        except (OSError, ValueError):  # "max" among them
+        except (OSError, ValueError):  # "max" included
             continue
         if quota > 0 and period > 0:
             return quota / period
@@ -214,7 +214,7 @@ def _check(resources: Resources) -> None:
 
 
 def _room(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
-    """The number of workers that fit on a node; 1 where they need nothing."""
+    """The number of workers that fit on a node; 1 if they need nothing."""
     # With a small tolerance, since 0.3 / 0.1 < 3.
     fitting = [int(node.get(k, 0) / v + 1e-9) for k, v in needs.items() if v]
     return min(fitting, default=1)

@@ -1,9 +1,9 @@
-"""Which worker takes which span, and what to do about failures: a state machine, without Ray.
+"""Which worker takes which span, and how to react to failures: a state machine, without Ray.
 
-Spans are numbers, in the order in which they are to be begun; workers are any keys. Events come in
-with the time (seconds of any clock that does not jump), decisions come out. An event costs O(1), or
-O(log n) with spans that wait for another try; `tick`, `overdue`, and events once every span has
-been begun, cost O(workers). Memory is O(workers) and two bytes a span.
+Spans are numbers, in the order in which to begin them; workers are any keys. Events come in with
+the time (seconds of any clock that does not jump), decisions come out. An event costs O(1), or
+O(log n) with spans that wait for another try; `tick`, `overdue`, and events after every span has
+begun cost O(workers). Memory is O(workers) and two bytes per span.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Policy:
-    """How much to put up with.
+    """Limits of patience with spans and workers.
 
     Attributes:
-        attempts: tries that may fail before a span is given up; more would only repeat what fails.
-        backoff: seconds before a span that failed is tried again; four times as many after each.
-        patience: the least seconds without progress after which a worker is taken to hang.
-        slack: likewise, in units of the longest time that a step of progress should take.
-        straggling: how many times longer than expected a span must take until it is given to an
-            idle worker as well; only once nothing else is left to begin.
-        straggling_seconds: the least that this takes.
+        attempts: failed tries before a span is given up.
+        backoff: seconds before a failed span is tried again; four times as many after each try.
+        patience: the fewest seconds without progress until a worker counts as hanging.
+        slack: the same limit, in units of the longest expected time of a step of progress.
+        straggling: how many times longer than expected a span must take until an idle worker also
+            gets it; only if no other span is left to begin.
+        straggling_seconds: the fewest seconds until then.
     """
 
     attempts: int = 3
@@ -47,7 +47,7 @@ class Assign:
 
 @dataclass(frozen=True)
 class Replace:
-    """End `worker`, which hangs, and start another one."""
+    """End `worker`, which hangs, and start another worker."""
 
     worker: Hashable
     reason: str
@@ -66,14 +66,14 @@ Decision = Assign | Replace | GiveUp
 
 @dataclass
 class Running:
-    """A span in the hands of a worker.
+    """A span that a worker computes.
 
     Attributes:
         span: its number.
-        attempt: which try it is.
-        started: when.
-        heard: when the last sign of progress came.
-        done: intervals that are done.
+        attempt: the number of the try.
+        started: time of the start.
+        heard: time of the last sign of progress.
+        done: number of intervals done.
     """
 
     span: int
@@ -87,11 +87,11 @@ class Scheduler:
     """Hands spans to workers.
 
     Args:
-        intervals: of each span, in the order in which spans are to be begun.
-        policy: how much to put up with.
-        seconds: that an interval is expected to take; None where nobody knows.
-        step_seconds: the longest that a step of progress should take. Without it workers are
-            judged by what has been seen of them.
+        intervals: number of intervals of each span, in the order in which to begin spans.
+        policy: limits of patience.
+        seconds: expected duration of an interval; None if unknown.
+        step_seconds: the longest expected duration of a step of progress; None to judge workers by
+            the pace seen so far.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class Scheduler:
         self.unfinished = len(intervals)
         self._intervals = intervals
         self._seconds, self._step_seconds = seconds, step_seconds
-        self._begun = 0  # spans that have been handed out once
+        self._begun = 0  # spans that have been handed out at least once
         self._over = bytearray(len(intervals))  # 1 for spans that are done or given up
-        self._issued = bytearray(len(intervals))  # tries that were begun; stays at 255
-        self._failed: dict[int, int] = {}  # tries that failed, of spans that have one
+        self._issued = bytearray(len(intervals))  # tries begun; stays at 255
+        self._failed: dict[int, int] = {}  # failed tries, of spans with any
         self._waiting: list[tuple[float, int]] = []  # a heap of (due, span)
         self._idle: OrderedDict[Hashable, None] = OrderedDict()
         self._holders: dict[int, int] = {}  # workers at each running span
@@ -121,12 +121,12 @@ class Scheduler:
         return self.unfinished == 0
 
     def worker_ready(self, worker: Hashable, now: float) -> list[Decision]:
-        """A worker has set up."""
+        """Handle a worker that has set up."""
         self._idle[worker] = None
         return self._assign(now)
 
     def worker_lost(self, worker: Hashable, reason: str, now: float) -> list[Decision]:
-        """A worker has died; its span is tried again at once."""
+        """Handle the death of a worker; its span is tried again at once."""
         self._idle.pop(worker, None)
         decisions: list[Decision] = []
         if (held := self._take(worker)) is not None:
@@ -134,13 +134,13 @@ class Scheduler:
         return decisions + self._assign(now)
 
     def span_done(self, worker: Hashable, now: float) -> list[Decision]:
-        """A worker has finished its span, whether or not it was the first to."""
+        """Handle a finished span, whether or not this worker finished it first."""
         held = self._take(worker)
         self._idle[worker] = None
         if held is not None and not self._over[held.span]:
             self._end(held.span)
             each = (now - held.started) / self._intervals[held.span]
-            # The pace of the last dozen spans or so.
+            # The pace of about the last dozen spans.
             old = each if self._seconds is None else self._seconds
             self._seconds = old + (each - old) / 12
         return self._assign(now)
@@ -148,7 +148,7 @@ class Scheduler:
     def span_failed(
         self, worker: Hashable, reason: str, now: float, *, final: bool = False
     ) -> list[Decision]:
-        """A worker could not compute its span, and lives; `final` if no retry can help."""
+        """Handle a failed span of a worker that lives; `final` if no retry can help."""
         held = self._take(worker)
         self._idle[worker] = None
         decisions: list[Decision] = []
@@ -159,7 +159,7 @@ class Scheduler:
         return decisions + self._assign(now)
 
     def progress(self, worker: Hashable, done: float, now: float) -> None:
-        """A sign of life from within a span: `done` intervals of it so far."""
+        """Handle a sign of life from within a span: `done` of its intervals are done."""
         held = self.running.get(worker)
         if held is not None and done > held.done:
             longest = self._step_seconds or 0.0
@@ -167,14 +167,14 @@ class Scheduler:
             held.done, held.heard = done, now
 
     def forgive(self, now: float) -> None:
-        """Signs of life could not be heard: nobody is to blame for silence until now."""
+        """Forgive all silence until now, since signs of life could not be received."""
         for held in self.running.values():
             held.heard = now
 
     def overdue(self, now: float) -> list[Decision]:
-        """Workers that have made no progress for too long; each counts as lost."""
+        """Replace workers without progress for too long; each counts as lost."""
         if self._step_seconds is None and self.policy.slack:
-            return []  # nobody knows what to expect
+            return []  # nothing is known to compare with
         limit = max(self.policy.patience, self.policy.slack * (self._step_seconds or 0.0))
         late = [worker for worker, held in self.running.items() if now - held.heard > limit]
         decisions: list[Decision] = []
@@ -185,7 +185,7 @@ class Scheduler:
         return decisions
 
     def tick(self, now: float) -> list[Decision]:
-        """Time has passed: spans may be due again, others may straggle."""
+        """Handle the passing of time: spans may be due again, others may straggle."""
         return self._assign(now)
 
     def _take(self, worker: Hashable) -> Running | None:
@@ -206,7 +206,7 @@ class Scheduler:
             return
         self._failed[span] = self._failed.get(span, 0) + 1
         if span in self._holders and not final:
-            return  # another worker is at it still
+            return  # another worker still computes it
         if final or self._failed[span] >= self.policy.attempts:
             self._end(span)
             yield GiveUp(span, reason)
@@ -214,7 +214,7 @@ class Scheduler:
             heapq.heappush(self._waiting, (due, span))
 
     def _assign(self, now: float) -> list[Decision]:
-        """Give idle workers what there is: retries, new spans, copies of stragglers."""
+        """Give idle workers spans: retries, new spans, copies of stragglers."""
         decisions: list[Decision] = []
         while self._idle and (span := self._next(now)) is not None:
             worker, _ = self._idle.popitem(last=False)
@@ -235,7 +235,7 @@ class Scheduler:
         return None if self._waiting else self._straggler(now)
 
     def _straggler(self, now: float) -> int | None:
-        """The running span that is latest against what was expected, if one is late."""
+        """The running span that is most behind its expected duration, if any is late."""
         if self._seconds is None:
             return None
         latest, found = self.policy.straggling, None

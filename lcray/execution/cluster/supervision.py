@@ -1,8 +1,8 @@
-"""The side of a Ray driver's process that calls it: a pool of workers that outlives its Ray.
+"""The calling side of a Ray driver's process: a pool of workers that outlives its Ray.
 
-Whoever calls lcray must not end because Ray does, and should go on where that is possible. So the
-process that is connected to Ray is another one (`lcray.execution.cluster.driver`). If a Ray of
-lcray's own ends, another one is started, once; what is committed is kept.
+The caller of lcray must not end because Ray ends, and should continue if possible. So the process
+that is connected to Ray is another one (`lcray.execution.cluster.driver`). If lcray's own Ray ends,
+another one is started, once; committed spans are kept.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from lcray.tables.reducing.reduce import Reduction
 from lcray.tasks.task import TaskSource
 
 _TO_CONNECT = 25.0  # seconds for a cluster to answer
-_TO_START = 300.0  # for a Ray of one's own, which gives up by itself before
+_TO_START = 300.0  # for lcray's own Ray, which gives up earlier by itself
 _TO_END = 10.0
 
-# The folder of `-c`, the current one, goes: what lies there must not come before the library.
+# Remove the current folder, which `-c` adds: its files must not come before the library.
 _PROGRAM = """
 import sys
 del sys.path[0]
@@ -60,18 +60,18 @@ serve(wire)
 
 
 class _Lost(Exception):
-    """The driver's process has ended, or its Ray has."""
+    """The driver's process has ended, or its Ray has ended."""
 
 
 @contextmanager
 def workplace(
     resources: Resources, on_restart: Callable[[], None] = lambda: None
 ) -> Iterator[Callable[..., Pool | SupervisedPool]]:
-    """Gives what makes a pool: in this process if it is connected to a Ray, else in another one.
+    """A function that makes a pool: in this process if it is connected to Ray, else in another one.
 
     Args:
-        resources: what may be used.
-        on_restart: called when a Ray of its own has ended, before another one is started.
+        resources: the resources to use.
+        on_restart: called when lcray's own Ray has ended, before another one is started.
 
     Raises:
         UsageError: for an address of another kind.
@@ -101,7 +101,7 @@ class _Driver:
         self._said: IO[bytes] | None = None
 
     def start(self) -> None:
-        """Have it connect to Ray.
+        """Start the process and have it connect to Ray.
 
         Raises:
             ClusterError: if it cannot.
@@ -121,7 +121,7 @@ class _Driver:
                 stdout=self._said,
                 stderr=self._said,
                 pass_fds=[other.fileno()],
-                start_new_session=True,  # by which its processes are known; and Ctrl-C is ours
+                start_new_session=True,  # identifies its processes; and Ctrl-C stays here
             )
         main = getattr(sys.modules["__main__"], "__file__", None)
         try:
@@ -149,11 +149,11 @@ class _Driver:
     def call(
         self, order: Any, hear: Callable[[str, Any], None] = lambda word, content: None
     ) -> Any:
-        """What the answer to an order is; `hear` is told what comes before it.
+        """The answer to an order; `hear` gets the messages before it.
 
         Raises:
-            LcrayError: as the call raises it.
-            _Lost: if the process has ended, or its Ray has.
+            LcrayError: from the call.
+            _Lost: if the process or its Ray has ended.
         """
         self._send(order)
         while True:
@@ -176,13 +176,13 @@ class _Driver:
         return word, content
 
     def _send(self, order: Any) -> None:
-        """Nobody to hear it is what `_receive` tells of."""
+        """Send a message; if the process is gone, `_receive` reports it."""
         assert self._wire is not None
         with suppress(OSError):
             self._wire.send(order)
 
     def _last_words(self) -> str:
-        """The last line that the process wrote, but for Ray's own logs."""
+        """The last line that the process wrote, without Ray's own logs."""
         assert self._said is not None
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").splitlines()
@@ -190,7 +190,7 @@ class _Driver:
         return found[-1][:200] if found else ""
 
     def end(self) -> None:
-        """End it with everything that it has started; does nothing where it never began."""
+        """End the process with everything it has started; does nothing if it never began."""
         process, folder = self._process, self._folder
         self._process = self._folder = None
         try:
@@ -211,7 +211,7 @@ class _Driver:
 
 
 def _words(folder: Path | None) -> IO[bytes]:
-    """A file for what the process writes; where there is none, it is lost."""
+    """A file for the output of the process; if none can be made, the output is lost."""
     try:
         return open(folder / "said", "w+b") if folder is not None else tempfile.TemporaryFile()
     except OSError:
@@ -219,7 +219,7 @@ def _words(folder: Path | None) -> IO[bytes]:
 
 
 def _await_end(pid: int) -> None:
-    """Wait until a child has ended, but leave it to be waited for: its number stays its own."""
+    """Wait until a child has ended, without reaping it, so that its number is not reused."""
     deadline = time.monotonic() + _TO_END
     with suppress(psutil.NoSuchProcess):
         child = psutil.Process(pid)
@@ -228,16 +228,18 @@ def _await_end(pid: int) -> None:
 
 
 class SupervisedPool:
-    """A `lcray.execution.cluster.Pool` in another process: the same calls. Made by `workplace`.
+    """A `lcray.execution.cluster.Pool` in another process, with the same methods.
+
+    `workplace` makes it.
 
     Args:
         driver: that process.
         on_restart: see `workplace`.
         source: where workers find the task.
         run: the directory of checkpoints.
-        settings: of the analysis.
-        resources: what may be used.
-        **options: as of `lcray.execution.cluster.Pool`.
+        settings: settings of the analysis.
+        resources: the resources to use.
+        **options: options of `lcray.execution.cluster.Pool`.
     """
 
     def __init__(
@@ -268,11 +270,11 @@ class SupervisedPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Nothing: its workers end with the driver's process."""
+        """Do nothing: its workers end with the driver's process."""
 
     @property
     def size(self) -> int:
-        """The number of workers, or teams of them, that were asked for, or fit."""
+        """The number of workers, or teams, that were asked for, or that fit."""
         size: int = self._ask("size")
         return size
 
@@ -337,10 +339,10 @@ class SupervisedPool:
                 self._restart(lost)
 
     def _restart(self, lost: _Lost) -> None:
-        """Start another Ray of its own, once, with workers that find what the others found.
+        """Start lcray's own Ray again, once; its workers must match the earlier ones.
 
         Raises:
-            ClusterError: for another Ray, or a second time.
+            ClusterError: if the Ray is not lcray's own, or the second time.
         """
         address = self._driver.address
         if self._restarted or not address.is_own:
@@ -348,7 +350,7 @@ class SupervisedPool:
             raise ClusterError(
                 f"{address}: has ended{again} in the middle of the analysis ({lost}); was one of "
                 "its processes killed, or is the machine short of memory? Run the same command "
-                "again to go on: what is committed is kept"
+                "again to continue: committed spans are kept"
             ) from None
         self._restarted = True
         self._driver.end()
@@ -366,5 +368,5 @@ class SupervisedPool:
             self._restart(again_lost)
 
 
-#: What makes no difference to an analysis.
+#: Fields of a description that make no difference to an analysis.
 Workers = Pool | SupervisedPool

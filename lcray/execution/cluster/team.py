@@ -1,7 +1,7 @@
 """Workers that share the gradients of one span: a lead, and the members that it starts.
 
 A team is placed as a whole, in one placement group: it works with all of its workers or not at all.
-If one is lost, so is the team: the driver removes the group, with whoever is left in it.
+If one worker is lost, the team is lost: the driver removes the group with all remaining workers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lcray.tasks.task import Task
 
 
 def reserve(placed: Placement) -> PlacementGroup:
-    """Room for a team, on as few nodes as there are for it; given back by `give_back`."""
+    """Reserve room for a team, on as few nodes as possible; `give_back` releases it."""
     needs = {"CPU": placed.cpus, "GPU": placed.gpus, **placed.custom}
     bundle = {name: amount for name, amount in needs.items() if amount}
     room: PlacementGroup = placement_group([bundle] * placed.team, strategy="PACK")
@@ -47,12 +47,12 @@ def reserve(placed: Placement) -> PlacementGroup:
 
 
 def give_back(group: PlacementGroup) -> None:
-    """End a team: Ray kills what still runs in its room."""
+    """End a team: Ray kills all processes in its room."""
     remove_placement_group(group)
 
 
 def options_of(placed: Placement, group: PlacementGroup, index: int) -> dict[str, Any]:
-    """How to start the worker at a seat of a team."""
+    """Options of Ray to start the worker at a seat of a team."""
     return {
         "num_cpus": placed.cpus,
         "num_gpus": placed.gpus,
@@ -65,7 +65,7 @@ def options_of(placed: Placement, group: PlacementGroup, index: int) -> dict[str
 
 
 class Member:
-    """The actor that a worker of a team is, but for its lead."""
+    """The actor of a worker of a team, except its lead."""
 
     def __init__(self) -> None:
         self._device = "cuda" if ray.get_gpu_ids() else "cpu"
@@ -81,7 +81,7 @@ class Member:
         placed: Placement,
         seat: Seat,
     ) -> tuple[Any, ...]:
-        """Build model and data; gives their likeness."""
+        """Build model and data; returns their likeness."""
 
         def work() -> tuple[Any, ...]:
             task = load()
@@ -101,12 +101,12 @@ class Member:
         return plainly(work)
 
     def measure(self, sent: SentPoint) -> Any:
-        """What it finds for a few samples of every split at a checkpoint."""
+        """Evaluate a few samples of every split at a checkpoint."""
         assert self._colleague is not None
         return plainly(partial(self._colleague.measure, sent))
 
     def answer(self, order: Order, *sent: SentPoint) -> Any:
-        """The sums and the gradient of a part."""
+        """Compute the sums and the gradient of a part."""
         assert self._colleague is not None
         return plainly(partial(self._colleague.answer, order, sent))
 
@@ -138,8 +138,8 @@ class Team:
         """Wait until all members have set up, as the lead has.
 
         Raises:
-            TaskError: if one found another model, other data or another kind of device.
-            TeamError: if one has died.
+            TaskError: if a member has another model, other data or another kind of device.
+            TeamError: if a member has died.
         """
         self._device = bench.device
         own = likeness(bench, task)
@@ -151,18 +151,18 @@ class Team:
         self._starting = []
 
     def start(self, plan: Plan) -> None:
-        """A span of `plan` begins."""
+        """Prepare for a span of `plan`."""
         self._cut = Cut.of(plan)
         for known in self._known:
             known.clear()
 
     def measure(self, point: Point) -> Iterator[Any]:
-        """What each member finds at a checkpoint; see `Members`."""
+        """Evaluate a few samples on each member; see `Members`."""
         sent = ray.put(SentPoint.of(point))
         return map(_result, [member.measure.remote(sent) for member in self._members])
 
     def share_out(self, request: Request, n_parts: int) -> tuple[range, Iterator[Answer]]:
-        """Have the members begin with their parts; see `Members`."""
+        """Start the members on their parts; see `Members`."""
         own, *others = deal(n_parts, len(self._members) + 1)
         put: dict[int, Reference] = {}
         calls: list[Reference] = []
@@ -175,7 +175,7 @@ class Team:
     def _orders(
         self, request: Request, numbers: range, known: set[int], put: dict[int, Reference]
     ) -> Iterator[tuple[Any, ...]]:
-        """The arguments of a member's calls; the first one brings the checkpoints that it lacks."""
+        """The arguments of a member's calls; the first call sends its missing checkpoints."""
         assert self._cut is not None
         points = points_of(request)
         for number in numbers:
@@ -202,7 +202,7 @@ class Team:
             return Answer(sums.to(self._device), None)
 
         def gradient(where: slice) -> Tensor:
-            # A copy of a block, since torch wants memory that may be written to.
+            # A copy of a block, since torch needs writable memory.
             return torch.tensor(array[where], device=self._device)
 
         return Answer(sums.to(self._device), gradient)

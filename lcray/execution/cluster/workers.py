@@ -1,4 +1,4 @@
-"""The workers there are: starting and ending them, and following the nodes of the cluster."""
+"""The crew of workers: starting and ending them, and following the nodes of the cluster."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from lcray.execution.cluster.resources import Placement, Resources, place_worker
 from lcray.execution.cluster.team import give_back, options_of, reserve
 from lcray.execution.worker.workspace import Description
 
-_EARLY_DEATHS = 3  # a worker, in a row and while they set up, until the analysis ends
+_EARLY_DEATHS = 3  # per worker, in a row and during set-up, until the analysis ends
 
-_ASKED = 3  # workers for the same, until it is taken to be what kills them
+_ASKED = 3  # workers for the same call, until the call counts as the cause of death
 
 
 class Crew:
-    """Workers by number: those that are ready, and those that set up.
+    """Workers by number: ready workers, and workers that set up.
 
-    Where workers share gradients, a worker here is the lead of a team, which is placed, lost and
-    ended with it.
+    If workers share gradients, a worker here is the lead of a team, which is placed, lost and ended
+    with it.
 
     Args:
         setup: the first arguments of `Worker.set_up`.
-        resources: what may be used.
-        limit: the most workers that there is work for.
+        resources: the resources to use.
+        limit: the most workers that can be kept busy.
 
     Raises:
-        UsageError: for resources that cannot be had.
+        UsageError: if the cluster does not have the resources.
     """
 
     def __init__(self, setup: tuple[Any, ...], resources: Resources, limit: int) -> None:
         self._setup, self._resources, self.limit = setup, resources, limit
         self._placed = place_workers(resources, _nodes(), limit)
-        # Which kind of device is used is decided once, by the nodes that were there first.
+        # The kind of device is decided once, by the first nodes.
         self._resources = replace(resources, gpus_per_worker=self._placed.gpus)
         self._numbers = itertools.count()
         self.ready: dict[int, Any] = {}  # actors
@@ -51,7 +51,7 @@ class Crew:
 
     @property
     def wanted(self) -> int:
-        """The number of workers, or teams, that were asked for, or fit."""
+        """The number of workers, or teams, that were asked for, or that fit."""
         return self._placed.workers
 
     @property
@@ -61,23 +61,23 @@ class Crew:
 
     @property
     def patience(self) -> float | None:
-        """What the user says about workers that make no progress."""
+        """The user's limit for workers without progress, in seconds; None for the default."""
         return self._resources.patience
 
     @property
     def setting_up(self) -> list[Reference]:
-        """What tells that a worker has set up."""
+        """References that are ready when a worker has set up."""
         return list(self._starting)
 
     def follow(self) -> None:
-        """See what nodes there are now: some may have joined or left.
+        """Look at the nodes: some may have joined or left.
 
-        Workers that were to start on a node that is gone are not waited for, unless they were
-        asked for by number: then there is room as soon as a node joins.
+        Workers that should start on a node that is gone are not waited for, unless the user gave
+        their number: then there is room when a node joins.
         """
         try:
             self._placed = place_workers(self._resources, _nodes(), self.limit)
-        except UsageError:  # no node that fits is left for now
+        except UsageError:  # no suitable node is left for now
             return
         surplus = len(self.ready) + len(self._starting) - self.wanted
         if self._resources.workers is None:
@@ -85,7 +85,7 @@ class Crew:
                 self._let_go(*self._starting.pop(reference))
 
     def fill(self, most: int) -> None:
-        """Start workers until there are as many as are wanted, or `most`."""
+        """Start workers until their number is `wanted` or `most`, whichever is smaller."""
         while len(self.ready) + len(self._starting) < min(self.wanted, most):
             number, placed, room = next(self._numbers), self._placed, None
             if placed.team > 1:
@@ -100,11 +100,11 @@ class Crew:
             give_back(self._rooms.pop(number))
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """What a worker that is ready answers; another one is asked where it dies.
+        """The answer of a ready worker; if it dies, another one is asked.
 
         Raises:
-            RayError: if all have died that were asked.
-            LcrayError: as the call raises it.
+            RayError: if all workers that were asked have died.
+            LcrayError: from the call.
         """
         for left in reversed(range(_ASKED)):
             number = self.await_one()
@@ -117,10 +117,10 @@ class Crew:
         raise AssertionError("unreachable")
 
     def await_one(self) -> int:
-        """A worker that is ready.
+        """The number of a ready worker, after waiting for one if necessary.
 
         Raises:
-            TaskError, CheckpointError, ClusterError: as setting up raises them.
+            TaskError, CheckpointError, ClusterError: from setting up workers.
         """
         while not self.ready:
             self.fill(max(1, self.wanted))
@@ -130,13 +130,13 @@ class Crew:
         return first
 
     def welcome(self, reference: Reference) -> int | None:
-        """Take in a worker that has set up: it must have found what the others found.
+        """Add a worker that has set up; its description must equal the others'.
 
         Returns:
-            its number; None if it has died, and others may be needed.
+            Its number; None if it has died, so that others may be needed.
 
         Raises:
-            TaskError, CheckpointError, ClusterError: as setting up raises them.
+            TaskError, CheckpointError, ClusterError: from setting up workers.
         """
         number, actor = self._starting.pop(reference)
         try:
@@ -152,7 +152,7 @@ class Crew:
             return None
         self.ready[number] = actor
         self._early = 0
-        # The first one's, even where that worker is gone: others may have computed with the same.
+        # The first worker's, even if it is gone: others may have computed with the same.
         self.description = self.description or found
         if found != self.description:
             raise TaskError(
@@ -166,7 +166,7 @@ class Crew:
         self._let_go(number, self.ready.pop(number))
 
     def dismiss(self) -> None:
-        """End all of them."""
+        """End all workers."""
         for number, actor in [*self.ready.items(), *self._starting.values()]:
             self._let_go(number, actor)
         self.ready.clear()
