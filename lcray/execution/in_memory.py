@@ -1,4 +1,4 @@
-"""Loss change allocation between two states in memory: no run, no Ray, no files."""
+"""Loss change allocation between two states in memory, without a run, Ray or files."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Allocation:
         split: the split.
         loss_start: mean loss before.
         loss_end: mean loss after.
-        elements: LC of each element by layer, in the layer's shape, float64.
-        groups: LC of each group's own mean loss by layer; empty without groups.
+        elements: LC of each element, by layer, in the layer's shape, float64.
+        groups: LC of each group's own mean loss, by group and layer; empty without groups.
         layer_error: |Σ_i (rule_i − embedded_i)| by layer; empty without an embedded rule.
         converged: whether |gap| met the tolerance.
-        panels: of the rule in the end.
-        replication: the sample that was drawn; None where all data were taken.
+        panels: final number of panels of the rule.
+        replication: the drawn sample; None if all data were taken.
         replicates: loss change, LC and LC of each layer on each replicate, [2 + L, R] float64.
-        notes: layers that move and whose part of the change LC cannot tell, one line a kind.
+        notes: layers that move, but whose part of the change LC does not show; one line per kind.
     """
 
     split: str
@@ -79,13 +79,13 @@ class Allocation:
         return self.lc - self.loss_change
 
     def confidence(self, *, level: float = 0.95) -> pd.DataFrame:
-        """Loss change and LC with how far a sample of the data may be off.
+        """Loss change and LC with the uncertainty from sampling the data.
 
-        Columns quantity (``loss_change``, ``lc``), layer (empty for all of them together), and
-        estimate, se, low and high as `lcray.tables.reading.confidence` has them.
+        The columns are quantity (``loss_change``, ``lc``), layer (empty for all layers together),
+        and estimate, se, low and high as in `lcray.tables.reading.confidence`.
 
         Args:
-            level: of confidence.
+            level: level of confidence.
 
         Raises:
             UsageError: for a level that is not between 0 and 1.
@@ -98,7 +98,7 @@ class Allocation:
         return pd.DataFrame({**names, **found})
 
     def layers(self) -> pd.DataFrame:
-        """One row a layer: lc, lc_helping, lc_hurting, n_helping, n_hurting, n_zero."""
+        """One row per layer: lc, lc_helping, lc_hurting, n_helping, n_hurting, n_zero."""
         rows = {
             name: {
                 "lc": float(values.sum()),
