@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-#: What an interval's `status` may be; everything but ``ok`` leaves its numbers null.
+#: Values of an interval's `status`; its numbers are null unless it is ``ok``.
 STATUSES = ("ok", "nonfinite_checkpoint", "nonfinite_loss", "nonfinite_gradient")
 
-#: What the column `unit` holds.
+#: Description of the column `unit`.
 UNIT = "output: position along the output axis; group * (outputs of a group) + j where grouped"
 
 #: The type of dictionary columns.
 STRING = pa.dictionary(pa.int32(), pa.string())
 COUNT, SIGN, FLOAT, _SINGLE = pa.int64(), pa.int8(), pa.float64(), pa.float32()
-_LOSS = "loss"  # nats for cross-entropy; else whatever the task's loss is measured in
+_LOSS = "loss"  # nats for cross-entropy; else the unit of the task's loss
 
 
 def column(

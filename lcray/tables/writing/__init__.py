@@ -1,1 +1,1 @@
-"""From LC to the rows of a span."""
+"""Turn LC into the rows of a span."""

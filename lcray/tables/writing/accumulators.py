@@ -2,10 +2,10 @@
 
 Legend: P elements, L layers, U units, T intervals of a span; m stretches of layers in a block.
 
-Every vector is in the order of the elements in memory. An interval is taken block by block, so that
-what is computed on the way stays in the cache and nothing else of size P is allocated. Sums are
-float64 and added in the order of the blocks: they depend on the layout alone. What is kept by
-element is small: a sign is two bits, and how far elements moved is left to the checkpoints.
+Every vector is in the order of the elements in memory. An interval is processed block by block, so
+that intermediate values stay in the cache and no other vector of size P is allocated. Sums are
+float64 and added in the order of the blocks: they depend on the layout alone. Little is kept per
+element: a sign takes two bits, and movements are read from the checkpoints.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Bits = NDArray[Any]  # uint8
 #: Takes the elements of some rows out of a vector [P].
 Take = Callable[[NDArray[Any]], NDArray[Any]]
 
-#: What has a sign, and counts of its flips; a code has two bits of each, the lowest first.
+#: Quantities with a sign, and counts of their flips; a code has two bits of each, lowest first.
 SIGNED = ("lc", "displacement", "gradient")
 FLIPS = ("n_flips", "displacement_flips", "gradient_flips")
 
@@ -55,7 +55,7 @@ class _Block:
     Attributes:
         where: the block.
         layers: the stretches of layers.
-        units: the stretches of units; U for elements of none. None if there are no units at all.
+        units: the stretches of units; U for elements without a unit. None if there are no units.
         detail: runs of layers with histograms, each as a slice of the block and its stretches.
     """
 
@@ -74,10 +74,10 @@ class LayerSums:
         hurting: sum of the positive LC, [L].
         update: sum of the squared movement, [L].
         gradient: sum of the squared gradient at the start, [L]; 0 without one.
-        units: LC by unit, and of all elements without one, [U + 1].
+        units: LC by unit, and of all elements without a unit, [U + 1].
         n_helping: elements of parameters with LC < 0, [L].
         n_hurting: elements with LC > 0, [L].
-        n_flips: elements whose LC has the opposite sign of that in the interval before, [L].
+        n_flips: elements whose LC has the opposite sign in the interval before, [L].
     """
 
     helping: Floats
@@ -91,18 +91,18 @@ class LayerSums:
 
     @classmethod
     def zero(cls, layers: int, units: int) -> LayerSums:
-        """Sums of nothing."""
+        """Sums over no elements: all 0."""
         a, b, c, d = (np.zeros(layers) for _ in range(4))
         e, f, g = (np.zeros(layers, np.int64) for _ in range(3))
         return cls(a, b, c, d, np.zeros(units), e, f, g)
 
 
 class Units:
-    """Where the units of some layers are.
+    """Positions of the units of some layers.
 
     Args:
-        layout: of the flat vectors.
-        numbers: of the layers, ascending.
+        layout: layout of the flat vectors.
+        numbers: numbers of the layers, ascending.
 
     Attributes:
         size: U.
@@ -118,7 +118,7 @@ class Units:
         self.size = int(stops[-1])
         self.numbers = np.repeat(np.asarray(list(numbers), np.int32), sizes)
         self.index = np.arange(self.size) - np.repeat(stops[:-1], sizes)
-        # Units along another axis than the first are no stretches.
+        # Units along an axis other than the first are not stretches.
         self._across = [n for n in numbers if layout.layers[n].unit_axis not in (None, 0)]
 
     def stretches(self, block: slice, pieces: list[tuple[int, slice]]) -> _Stretches | None:
@@ -158,11 +158,11 @@ class Accumulators:
     """The sums of one split over the intervals of a span.
 
     Args:
-        layout: of the flat vectors.
-        intervals: T at most.
+        layout: layout of the flat vectors.
+        intervals: the largest T.
         units: the units to sum.
         detail: numbers of the layers with histograms, ascending.
-        by_element: whether to keep sums by element, and not only the signs.
+        by_element: whether to keep sums by element as well as the signs.
 
     Attributes:
         by_element: the sums by element, or None.
@@ -193,13 +193,13 @@ class Accumulators:
         gradient: Tensor | None,
         histograms: LayerHistograms | None = None,
     ) -> LayerSums:
-        """Take the next interval; all tensors are on the CPU.
+        """Add the next interval; all tensors are on the CPU.
 
         Args:
             lc: LC, [P] float64; None if the interval is not ok.
             segment: the path.
-            gradient: at the start of an interval that is ok, [P]; None if it is not known.
-            histograms: of the layers with histograms, to which |LC| is added.
+            gradient: gradient at the start of an interval that is ok, [P]; None if unknown.
+            histograms: histograms to which |LC| is added, of the layers that have them.
         """
         sums = LayerSums.zero(len(self._layout.layers), self._units.size + 1)
         values = None if lc is None else lc.numpy()
@@ -238,12 +238,12 @@ class Accumulators:
         if slope is not None:
             codes |= _codes(slope) << 4
         flips = codes ^ self._last[where]
-        flips &= flips >> 1  # both bits of a sign differ just where it is opposite
+        flips &= flips >> 1  # both bits of a sign differ exactly if it is opposite
         self._last[where] = codes
         if not self._n_intervals:
             self._first[where] = codes
         magnitude = np.abs(lc)
-        # x - |x| is exactly 2x where x < 0, else 0: much faster than minimum.
+        # x - |x| is exactly 2x for x < 0, else 0: much faster than minimum.
         sums.helping[layers.numbers] += _summed(lc - magnitude, layers) / 2
         sums.hurting[layers.numbers] += _summed(lc + magnitude, layers) / 2
         sums.n_helping[layers.numbers] += _counted(helping, layers)
@@ -272,7 +272,7 @@ class ElementSums:
 
     Args:
         size: P.
-        intervals: T at most.
+        intervals: the largest T.
     """
 
     def __init__(self, size: int, intervals: int) -> None:
@@ -309,11 +309,11 @@ class ElementSums:
     def columns(self, take: Take, n_ok: int, has_gradient: bool) -> dict[str, NDArray[Any]]:
         """The columns of `parameters` for the elements that `take` takes of a vector [P].
 
-        Displacement and path length are not among them: checkpoints tell those.
+        Displacement and path length are not among them: they come from the checkpoints.
 
         Args:
             take: takes n of P elements.
-            n_ok: intervals that were added.
+            n_ok: number of intervals added.
             has_gradient: whether gradients at the start are known.
         """
         columns: dict[str, NDArray[Any]] = {name: take(total) for name, total in self._lc.items()}

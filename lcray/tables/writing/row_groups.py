@@ -1,4 +1,4 @@
-"""Rows on their way to the shards: held until they fill a row group, or written by a thread."""
+"""Buffers of rows for the shards: rows wait for a full row group, or a thread writes them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Columns = Mapping[str, Any]
 
 
 class IntervalRows:
-    """Rows of one table and split of which every interval brings equally many, [n].
+    """Rows of one table and split, with the same number of rows in every interval, [n].
 
     Args:
-        table: its name.
+        table: name of the table.
         fixed: the columns that are the same in every interval, [n] each; a string column as
             (codes [n], names).
         write: takes the table's name and the columns of a row group.
@@ -48,7 +48,7 @@ class IntervalRows:
             self._held.append((numbers, columns))
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write the waiting rows."""
         if not self._held:
             return
         times = len(self._held)
@@ -68,24 +68,24 @@ def _tiled(part: Any, times: int) -> Any:
 
 
 class Piece(NamedTuple):
-    """Rows of a table by element: those of the elements `start` to `stop` of a layer."""
+    """Rows of a table by element: the elements `start` to `stop` of a layer."""
 
     number: int
     start: int
     stop: int
 
 
-#: Handed over but not begun; so at most one more is in memory.
+#: Blocks of rows handed over but not begun; so at most one more block is in memory.
 _WAITING = 2
 
 
 class ElementsWriter:
-    """Writes `elements` for all splits of a span in one thread, the only one at that table.
+    """Writes `elements` for all splits of a span in one thread, which alone writes that table.
 
-    A context manager, to be left before the writer of the shards is.
+    This is a context manager; leave it before the writer of the shards.
 
     Args:
-        writer: of the span's shards.
+        writer: writer of the span's shards.
     """
 
     def __init__(self, writer: ShardWriter) -> None:
@@ -107,31 +107,31 @@ class ElementsWriter:
     def put(
         self, split: str, start_step: int, parts: Sequence[tuple[str, int, NDArray[np.float32]]]
     ) -> None:
-        """Hand over rows of one interval; waits while others wait already.
+        """Hand over rows of one interval; blocks while too many rows wait.
 
         Args:
             split: the split.
-            start_step: of the interval.
-            parts: layer, index of its first element, and LC [n]; they are the thread's from now on.
+            start_step: start step of the interval.
+            parts: layer, index of its first element, and LC [n]; the thread owns them afterwards.
 
         Raises:
-            OutputError: if the disk has refused rows that came before.
+            OutputError: if writing earlier rows to disk failed.
         """
         while self._pending and (len(self._pending) > _WAITING or self._pending[0].done()):
             self._pending.popleft().result()
         self._pending.append(self._thread.submit(self._write, split, start_step, parts))
 
     def drain(self) -> None:
-        """Wait until all is written.
+        """Wait until all rows are written.
 
         Raises:
-            OutputError: if the disk has refused some of it.
+            OutputError: if writing rows to disk failed.
         """
         while self._pending:
             self._pending.popleft().result()
 
     def close(self) -> None:
-        """Stop; what waits is dropped."""
+        """Stop, and drop waiting rows."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _write(

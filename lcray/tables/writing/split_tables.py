@@ -1,10 +1,10 @@
-"""From interval LC to the rows of a span's shards.
+"""Turn interval LC into the rows of a span's shards.
 
 Legend: T intervals of the span, P elements, L layers, G groups, U units, S traced elements.
 
-Everything is kept by split, since row groups never mix splits. Rows that come with every interval
-are written as soon as they fill a row group, histograms when their window is over, `elements` by a
-thread of its own, and the rest when the span is done. Nothing of size P is made on the way.
+Rows are kept by split, since row groups never mix splits. Rows of every interval are written when
+they fill a row group, histograms when their window ends, `elements` by a separate thread, and all
+other rows when the span is done. No vector of size P is made for this.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class SplitTables:
     """The rows of one split in one span.
 
     Args:
-        plan: what was chosen.
+        plan: the plan.
         split: the split.
-        writer: of the span's shards.
+        writer: writer of the span's shards.
         elements: writes `elements` for all splits of the span.
     """
 
@@ -90,7 +90,7 @@ class SplitTables:
         """Add one interval; intervals come in the order of their steps.
 
         Raises:
-            OutputError: if the disk refuses rows of this interval or of one before.
+            OutputError: if writing rows of this or an earlier interval to disk fails.
         """
         ok = result.status == OK
         segment = _on_host(segment)
@@ -112,13 +112,13 @@ class SplitTables:
                 self._add_elements(result.start_step, lc)
 
     def write(self, read: Callable[[int], Tensor]) -> None:
-        """Write what was added; the split's turn comes in the plan's order.
+        """Write the added rows; splits must be written in the plan's order.
 
         Args:
             read: gives the flat vector [P] of the checkpoint at a step, in the order in memory.
 
         Raises:
-            OutputError: if the disk refuses, now or for `elements` before.
+            OutputError: if writing to disk fails, now or earlier for `elements`.
         """
         by_interval = (self._layers, self._unit_rows, self._groups)
         for rows in (*by_interval, self._replicates, self._replicate_layers):
@@ -133,7 +133,7 @@ class SplitTables:
         for number, columns in self._traces.columns(TABLES["traces"].row_group_size):
             self._write("traces", {**columns, "layer": self._plan.layers[number].name})
         self._elements.drain()
-        # The rows refer to this object: the vectors would stay until they are collected.
+        # The rows refer to this object: the vectors would stay until garbage collection.
         del self._sums, self._traces
 
     def _fixed_layers(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class SplitTables:
     def _fixed_parts(
         self, part: str, numbers: Sequence[int], shares: NDArray[Any]
     ) -> dict[str, Any]:
-        """Of the table ``<part>s`` by layer: every group or replicate of the first, and so on."""
+        """Fixed columns of the table ``<part>s``: all groups or replicates, layer by layer."""
         layers = np.arange(len(self._plan.layers), dtype=np.int32)
         if {"group": "groups", "replicate": "replicate_layers"}[part] not in self._plan.tables:
             layers = layers[:0]
@@ -197,7 +197,7 @@ class SplitTables:
         )
 
     def _listed(self, values: Tensor | None = None) -> NDArray[np.float64]:
-        """A number by layer, [L]; NaN where there is none."""
+        """One number per layer, [L]; NaN for no number."""
         if values is None:
             return np.full(len(self._plan.layers), math.nan)
         return values.cpu().numpy().astype(np.float64)
@@ -228,7 +228,7 @@ class SplitTables:
             self._intervals[name].append(value)
 
     def _add_elements(self, start_step: int, lc: Tensor) -> None:
-        """Hand over float32 copies, small layers together."""
+        """Hand over float32 copies; small layers are put together."""
         limit = TABLES["elements"].row_group_size
         parts: list[tuple[str, int, NDArray[np.float32]]] = []
         size = 0
@@ -243,7 +243,7 @@ class SplitTables:
             self._elements.put(self._split.name, start_step, parts)
 
     def _open_window(self, start_step: int) -> None:
-        """Write the histograms of the window before if `start_step` is in another one."""
+        """Write the histograms of the previous window if `start_step` is in another one."""
         window = self._plan.window_of(start_step)
         if window != self._window:
             self._write_histograms()
@@ -271,7 +271,7 @@ class SplitTables:
             self._write_piece("parameters", piece, {**columns, **movement.rows(piece)})
 
     def _pieces(self, table: str, numbers: Iterable[int]) -> Iterator[Piece]:
-        """The elements of some layers, cut into at most a row group each."""
+        """The elements of some layers, in pieces of at most one row group."""
         size = TABLES[table].row_group_size
         for number in numbers:
             numel = self._plan.layers[number].numel
@@ -293,10 +293,10 @@ class SplitTables:
 
 
 class _Movement:
-    """How far elements have moved in the intervals that are ok: net, and all the way.
+    """Movement of elements over the intervals that are ok: net, and along the path.
 
     Args:
-        layout: of the flat vectors.
+        layout: layout of the flat vectors.
         intervals: (start, end) step of each.
         read: gives the vector [P] of a step.
     """
@@ -330,7 +330,7 @@ def _segment(start: Tensor, end: Tensor) -> Segment:
 
 
 def _on_host(segment: Segment) -> Segment:
-    """The segment with its vectors in the host's memory, brought there once."""
+    """The segment with its vectors in the host's memory, copied at most once."""
     ends = segment.start, segment.end
     if all(point.vector.device.type == "cpu" for point in ends):
         return segment

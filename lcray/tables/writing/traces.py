@@ -1,4 +1,4 @@
-"""Elements whose weight, gradient and LC are kept step by step.
+"""Traced elements, whose weight, gradient and LC are kept at each step.
 
 Legend: P elements, S traced elements, T intervals of a span.
 """
@@ -25,7 +25,7 @@ def trace_indices(plan: Plan, *, sample_only: bool = False) -> dict[int, NDArray
     """The elements to trace, ascending, by the number of the layer: a seeded sample and named ones.
 
     The sample of a layer depends on the seed and the layer's name alone. With `sample_only`, the
-    named ones are left out: statistics are to be of elements that nobody chose.
+    named ones are left out: statistics should cover elements that nobody chose.
     """
     named: dict[str, list[int]] = defaultdict(list)
     for item in () if sample_only else plan.settings.trace:
@@ -51,10 +51,10 @@ class Traces:
     """Weight, gradient and LC of some elements, interval by interval, [S, T] each.
 
     Args:
-        layout: of the flat vectors.
+        layout: layout of the flat vectors.
         samples: the indices of the elements, by the number of the layer.
-        intervals: T at most.
-        dtype: of weights and gradients.
+        intervals: the largest T.
+        dtype: dtype of weights and gradients.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Traces:
         self._n += 1
 
     def columns(self, most: int) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
-        """The columns of `traces` with at most `most` rows at once, each with its layer."""
+        """The layer's number and the columns of `traces`, in blocks of at most `most` rows."""
         steps, row = self._steps[: self._n], 0
         size = max(1, most // max(1, self._n))
         for number, index in self._samples.items():
