@@ -1,4 +1,4 @@
-"""What a plan will take: gradients, time, memory and disk. Pure."""
+"""Costs of a plan: gradients, time, memory and disk. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from lcray.allocation.quadrature import QuadratureRule, get_rule
 from lcray.planning.plan import Plan, SplitPlan
 
-#: Bytes per row of a shard, and of the merged table, without what a file or a group of rows takes
-#: whatever it holds. Measured on LeNet, a vision transformer and a GPT:
+#: Bytes per row of a shard, and of the merged table, without the constant bytes per file or group
+#: of rows. Measured on LeNet, a vision transformer and a GPT:
 #: tests/planning/test_disk_estimate.py.
 ROW_BYTES = {
     "intervals": (65, 65),
@@ -30,34 +30,34 @@ ROW_BYTES = {
     "borders": (1.4, 0),
     "fits": (0, 13),
 }
-#: More of them for every doubling of the intervals: counts and flips get wider.
+#: Additional bytes per row for every doubling of the intervals: counts and flips get wider.
 _WIDER = {"parameters": (1.4, 1.2)}
-#: Bytes of a group of rows in a shard, beside its rows.
+#: Bytes of a group of rows in a shard, besides its rows.
 _GROUP_BYTES = {"parameters": 2200, "traces": 1400, "borders": 900}
 _FILE_BYTES = 9000  # schema, units, descriptions
 _PLAN_BYTES, _PLAN_LAYER_BYTES, _SPAN_BYTES = 20_000, 250, 3000  # plan, manifests and commits
-_FIT_ROWS = 6  # of a layer, sign and window
-# Bins of a layer, sign and window that are not empty, by the decimal logarithm of its values.
+_FIT_ROWS = 6  # per layer, sign and window
+# Nonempty bins of a layer, sign and window, by the decimal logarithm of its number of values.
 _BINS_SLOPE, _BINS_FROM, _BINS_OF_FEW, _FEW = 68.0, 88.0, 0.55, 50
-# Bytes a worker needs for each element of the model, in float32, the gradient that a backward pass
-# hands on among them: for one split, and for each
-# further one that shares a pass over the checkpoints.
+# Bytes that a worker needs per element of the model, in float32, with the gradient of a backward
+# pass: for one split, and for each further split that shares a pass over the checkpoints.
 _VECTOR_BYTES, _STATE_BYTES = 63, 27
-_PART_BYTES = 8  # more where gradients are summed in parts: the sum of the part at hand
-_SHARED_BYTES = 1 << 26  # above, reading the checkpoints again is the smaller cost
+_PART_BYTES = 8  # more if gradients are summed in parts: the sum of the current part
+_SHARED_BYTES = 1 << 26  # above this, reading the checkpoints again costs less
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an analysis will take.
+    """The expected costs of an analysis.
 
     Attributes:
-        n_intervals: to integrate.
-        n_gradients: full-batch gradients, over all splits; a lower bound where `is_least`.
-        seconds: wall time of the gradients over all workers, likewise; None without a probe.
-        disk_bytes: shards and tables together.
-        rows: of each table.
-        memory_bytes: of one worker; None without a probe.
+        n_intervals: number of intervals to integrate.
+        n_gradients: full-batch gradients, over all splits; a lower bound if `is_least`.
+        seconds: wall time of the gradients over all workers; a lower bound if `is_least`; None
+            without a probe.
+        disk_bytes: size of shards and tables together.
+        rows: number of rows of each table.
+        memory_bytes: memory of one worker; None without a probe.
         is_least: whether intervals may take more gradients, by refinement or the rule's choice.
     """
 
@@ -83,18 +83,18 @@ def estimate(
 
     Args:
         plan: the plan.
-        workers: workers, or teams of them, that share the spans.
-        team: workers that share a gradient.
-        seconds: of one gradient, by split, as a probe measured them.
-        worker_bytes: of a worker without vectors of the model's size, as a probe found them.
-        fisher_seconds: of the Fisher information of all splits at a step.
+        workers: number of workers, or teams, that share the spans.
+        team: number of workers that share a gradient.
+        seconds: duration of one gradient, by split, as a probe measured it.
+        worker_bytes: memory of a worker without vectors of the model's size, from a probe.
+        fisher_seconds: duration of the Fisher information of all splits at a step.
     """
     rule = get_rule(plan.settings.rule)
     shared = len(plan.spans) if rule.has_left and rule.has_right else 0
     passes = _passes(plan, rule) + shared
     time = None
     if seconds is not None:
-        # Idle workers at the end: the longest share counts.
+        # Workers may idle at the end: the longest share counts.
         share = math.ceil(len(plan.spans) / workers) / len(plan.spans)
         gradients = passes * pass_seconds(plan, team, seconds)
         time = share * (gradients + n_fisher(plan) * fisher_seconds)
@@ -117,9 +117,9 @@ def estimate(
 
 
 def pass_seconds(plan: Plan, team: int, seconds: Mapping[str, float]) -> float:
-    """What one gradient of every split takes a team, by what it takes a single worker.
+    """Seconds of a team for one gradient of every split, from the seconds of a single worker.
 
-    Moving points and gradients is left out.
+    The time to send points and gradients is left out.
     """
     return sum(
         passes_by_group(split)
@@ -130,22 +130,22 @@ def pass_seconds(plan: Plan, team: int, seconds: Mapping[str, float]) -> float:
 
 
 def seconds_an_interval(plan: Plan, team: int = 1) -> float | None:
-    """What an interval takes a worker or a team; None if the plan does not know."""
+    """Seconds of a worker or a team per interval; None if the plan has no measurement."""
     return None if plan.seconds is None else plan.seconds * largest_share(plan.partial_sums, team)
 
 
 def n_fisher(plan: Plan) -> int:
-    """Steps that get rows in `fisher`."""
+    """Number of steps with rows in `fisher`."""
     return sum(len(plan.fisher_steps(span)) for span in plan.spans)
 
 
 def passes_by_group(split: SplitPlan) -> int:
-    """Backward passes that one evaluation of a split takes for its groups."""
+    """Number of backward passes in one evaluation of a split, due to its groups."""
     return 1 if split.sorted_by_group else max(1, len(split.groups))
 
 
 def _passes(plan: Plan, rule: QuadratureRule) -> int:
-    """Gradients of all intervals; what a rule may leave out is left out."""
+    """Gradients of all intervals, without gradients that the rule may skip."""
     if not rule.probe_every:
         return plan.n_intervals * rule.n_gradients
     probes = sum(-(-span.n_intervals // rule.probe_every) for span in plan.spans)
@@ -177,10 +177,10 @@ def _rows(plan: Plan) -> dict[str, int]:
 
 
 def _bins(plan: Plan, parts: Iterable[Sequence[int]]) -> int:
-    """Rows of `histograms` for one split, windows being cut where `parts`, runs of steps, meet."""
+    """Rows of `histograms` for one split; windows are cut between `parts`, runs of steps."""
     layers = {layer.name: layer for layer in plan.layers}
     sizes = [layers[name].numel for name in plan.detail_layers]
-    lengths: Counter[int] = Counter()  # windows by the intervals that they have
+    lengths: Counter[int] = Counter()  # windows by their number of intervals
     for steps in parts:
         windows = np.asarray(steps[:-1], np.int64) // plan.window
         lengths.update(np.unique(windows, return_counts=True)[1].tolist())
@@ -192,14 +192,14 @@ def _bins(plan: Plan, parts: Iterable[Sequence[int]]) -> int:
 
 
 def _filled(values: float) -> float:
-    """Bins with at least one of so many values of one sign."""
+    """Number of nonempty bins for so many values of one sign."""
     if values <= _FEW:
         return _BINS_OF_FEW * values
     return _BINS_SLOPE * math.log10(values) - _BINS_FROM
 
 
 def _disk_bytes(plan: Plan, rows: Mapping[str, int]) -> int:
-    """What shards and tables take together: rows, groups of rows, files, and what describes them.
+    """Bytes of shards and tables: rows, groups of rows, files, and their descriptions.
 
     Shards have `parameters` and `borders` for every span, and bins for each part of a window.
     """
@@ -236,18 +236,18 @@ def shares_pass(size: int, n_splits: int) -> bool:
 
 
 def largest_share(partial_sums: int, team: int) -> float:
-    """The part of a gradient that the busiest of a team computes, where it is summed in parts."""
+    """The largest share of a gradient that one worker of a team computes, if summed in parts."""
     return -(-partial_sums // team) / max(1, partial_sums)
 
 
 def vector_bytes(size: int, n_splits: int, dtype: str, partial_sums: int = 1) -> int:
-    """Memory that a worker needs for vectors of the model's size, whatever the rule.
+    """Memory that a worker needs for vectors of the model's size, under any rule.
 
     Args:
-        size: elements of all layers.
-        n_splits: splits that are analyzed.
+        size: number of elements of all layers.
+        n_splits: number of analyzed splits.
         dtype: ``float32`` or ``float64``.
-        partial_sums: of the plan.
+        partial_sums: number of partial sums of the plan.
     """
     shared = n_splits - 1 if shares_pass(size, n_splits) else 0
     part = _PART_BYTES if partial_sums > 1 else 0

@@ -1,4 +1,4 @@
-"""Makes plans: checks settings, cuts spans, chooses windows and tables. Pure."""
+"""Makes plans: checks settings, cuts spans, chooses windows and tables. Pure functions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_settings(options: Mapping[str, object]) -> Settings:
     """`Settings` from keyword arguments.
 
     Raises:
-        UsageError: for one that does not exist or cannot be used.
+        UsageError: for an option that does not exist or cannot be used.
     """
     valid = [field.name for field in fields(Settings)]
     for name in options:
@@ -66,18 +66,18 @@ def make_plan(
     """Plan an analysis.
 
     Args:
-        steps: of the checkpoints, ascending.
-        settings: what was asked for.
-        layers: of the model.
-        splits: as a probe found them.
-        crew: the workers that there will be.
-        probed: what a probe measured and chose.
-        partial_sums: number of partial sums of a gradient, where the settings leave it open.
-        span_length: intervals per span; `lcray.planning.spans` chooses where it is None.
-        grows: whether the run is followed, so that later steps may be multiples.
+        steps: steps of the checkpoints, ascending.
+        settings: settings of the analysis.
+        layers: layers of the model.
+        splits: the splits from a probe.
+        crew: the workers of the analysis.
+        probed: measurements and choices of a probe.
+        partial_sums: number of partial sums of a gradient, if the settings leave it open.
+        span_length: intervals per span; None lets `lcray.planning.spans` choose.
+        grows: whether the run is followed, so that later steps may be multiples of `fisher`.
 
     Raises:
-        UsageError: for settings that cannot be used, or name layers that do not exist.
+        UsageError: for settings that cannot be used, or that name missing layers.
     """
     check_settings(settings)
     n_intervals = len(steps) - 1
@@ -123,12 +123,12 @@ def make_plan(
 
 
 def extend_plan(plan: Plan, steps: Sequence[int], length: int | None = None) -> Plan:
-    """`plan` with spans for the steps that follow its last one; the spans it has stay.
+    """`plan` with additional spans for the steps after its last one; its spans stay.
 
     Args:
         plan: the plan.
-        steps: of the checkpoints that there are now.
-        length: intervals of the new spans; those of the plan's longest where it is None.
+        steps: steps of all checkpoints so far.
+        length: number of intervals of the new spans; None for the length of the longest span.
     """
     last = plan.steps[-1]
     later = [last, *(step for step in steps if step > last)]
@@ -139,7 +139,7 @@ def extend_plan(plan: Plan, steps: Sequence[int], length: int | None = None) -> 
 
 
 def following_length(plan: Plan) -> int:
-    """Intervals of the spans to add to `plan` while its run still grows."""
+    """The number of intervals of new spans for `plan`, while its run still grows."""
     longest = max(span.n_intervals for span in plan.spans)
     every = get_rule(plan.settings.rule).probe_every
     return max(longest, 1 if plan.seconds is None else timed_length(plan.seconds, every))
@@ -148,7 +148,7 @@ def following_length(plan: Plan) -> int:
 def _interval_seconds(
     settings: Settings, splits: Sequence[SplitPlan], seconds: Mapping[str, float]
 ) -> float:
-    """What the gradients of an interval take, where none is refined."""
+    """Seconds of the gradients of an interval, without refinement."""
     passes = get_rule(settings.rule).n_gradients
     return sum(passes * passes_by_group(split) * seconds[split.name] for split in splits)
 
@@ -181,7 +181,7 @@ def _spans(
 def _with_units(
     settings: Settings, layers: Sequence[Layer], detail: Sequence[str]
 ) -> tuple[str, ...]:
-    """The layers that the units table has."""
+    """The layers in the units table."""
     return tuple(
         layer.name
         for layer in layers

@@ -1,16 +1,16 @@
-"""How a run is cut into spans: the unit of work, retry and commit. Pure.
+"""Cut a run into spans: the unit of work, retry and commit. Pure functions.
 
-Short spans pay one more gradient each, and a few bytes an element of the model; long ones lose more
-in a crash, and leave workers idle at the end. So a span takes about three minutes, within bounds:
+Each span costs one more gradient, and a few bytes per element of the model. Long spans lose more in
+a crash, and leave workers idle at the end. So a span takes about three minutes, within bounds:
 
-- at least 8 intervals and about a minute, or an equal share of the intervals where that is less;
-- at most 255, which are counted in 8 bits an element;
-- at most a quarter of a worker's share, so that each worker gets several;
-- no shorter than keeps the rows of `parameters` shards (elements of the model × spans) under a
+- at least 8 intervals and about a minute, or an equal share of the intervals if that is less;
+- at most 255 intervals, which fit into 8 bits per element;
+- at most a quarter of a worker's share, so that each worker gets several spans;
+- long enough that the rows of `parameters` shards (elements of the model × spans) stay under a
   billion, as far as the bounds above allow.
 
-The last quarter of the intervals is cut in halves of that, the last eighth in quarters, where that
-leaves 8 or more.
+Spans in the last quarter of the intervals have half this length, in the last eighth a quarter, if
+that leaves 8 intervals or more.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from lcray.planning.plan import Span
 
 TARGET_SECONDS = 180.0
-_SHORT_SECONDS = 60.0  # a crash loses little then, and the first gradient weighs the more
+_SHORT_SECONDS = 60.0  # below this a crash loses little, and the additional gradient weighs more
 MAX_ELEMENT_ROWS = 1_000_000_000  # of `parameters` shards: elements of the model × spans
 _SHORTEST, _LONGEST = 8, 255  # intervals
 _SPANS_A_WORKER = 4
@@ -35,14 +35,14 @@ def choose_length(
     seconds: float | None = None,
     size: int = 0,
 ) -> int:
-    """Intervals of a span, before the last ones are cut shorter.
+    """The number of intervals per span, before the last spans are cut shorter.
 
     Args:
-        n_intervals: in all.
-        workers: that share them.
-        every: spans are whole blocks of so many intervals, where that is not 0.
-        seconds: an interval; None where nobody knows.
-        size: elements of the model.
+        n_intervals: number of all intervals.
+        workers: number of workers that share them.
+        every: spans are whole blocks of so many intervals, if not 0.
+        seconds: seconds per interval; None if unknown.
+        size: number of elements of the model.
     """
     short = max(_SHORTEST, int(min(_SHORT_SECONDS / seconds, _LONGEST))) if seconds else _SHORTEST
     low = min(short, math.ceil(n_intervals / workers))
@@ -56,12 +56,12 @@ def choose_length(
 
 
 def timed_length(seconds: float | None, every: int = 0) -> int:
-    """Intervals of a span by its duration alone, for a run of unknown length."""
+    """The number of intervals per span by duration alone, for a run of unknown length."""
     return choose_length(1 << 40, workers=1, every=every, seconds=seconds or TARGET_SECONDS)
 
 
 def cut(steps: Sequence[int], length: int) -> tuple[Span, ...]:
-    """Spans of `length` intervals, the last one shorter."""
+    """Spans of `length` intervals; the last one may be shorter."""
     starts = range(0, len(steps) - 1, length)
     return tuple(Span(tuple(steps[i : i + length + 1])) for i in starts)
 
@@ -70,9 +70,9 @@ def cut_tapering(steps: Sequence[int], length: int, every: int = 0) -> tuple[Spa
     """Spans of `length` intervals that get shorter towards the end.
 
     Args:
-        steps: of the checkpoints.
-        length: of the first spans.
-        every: spans are whole blocks of so many intervals, where that is not 0.
+        steps: steps of the checkpoints.
+        length: number of intervals of the first spans.
+        every: spans are whole blocks of so many intervals, if not 0.
     """
     spans = []
     start, last = 0, len(steps) - 1
@@ -84,7 +84,7 @@ def cut_tapering(steps: Sequence[int], length: int, every: int = 0) -> tuple[Spa
 
 
 def _due(length: int, left: float, every: int) -> int:
-    """The length of the next span, where a part `left` of all intervals is left."""
+    """The length of the next span, when a fraction `left` of all intervals remains."""
     for part in (4, 2):
         shorter = -(-length // part)
         shorter = shorter if not every else -(-shorter // every) * every
