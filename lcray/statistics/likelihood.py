@@ -279,10 +279,9 @@ class _Hill:
 
 def _positive(information: Floats) -> NDArray[np.bool_]:
     """Whether there is curvature in every direction, [h]."""
-    known = np.isfinite(information).all(axis=(1, 2))
-    eye = np.eye(information.shape[-1])
-    safe = np.where(known[:, None, None], information, -eye)
-    return np.asarray(np.linalg.eigvalsh(safe)[:, 0] > _FLAT)
+    known = np.isfinite(information).all(axis=(1, 2), keepdims=True)
+    curvature = np.linalg.eigvalsh(np.where(known, information, 0.0))
+    return np.asarray(curvature[:, 0] > np.maximum(_FLAT, 1e-12 * curvature[:, -1]))
 
 
 def _solved(information: Floats, gradient: Floats, damping: Floats) -> Floats:
