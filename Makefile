@@ -24,8 +24,8 @@ test: $(VENV)/.dev
 # Those that start Ray have the machine to themselves: they wait for deaths, heartbeats and workers.
 test-slow: $(VENV)/.dev
 	$(COMPILE)
-	$(BIN)/python -m pytest -m "slow and not ray" -n $(WORKERS) --dist worksteal
-	$(BIN)/python -m pytest -m "slow and ray"
+	$(BIN)/python -m pytest -m "slow and not ray and not alone" -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m "slow and (ray or alone)"
 
 fuzz: $(VENV)/.dev
 	LCRAY_FUZZ=100000 $(BIN)/python -m pytest -m slow tests/project/test_fuzz.py
