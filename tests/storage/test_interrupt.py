@@ -54,7 +54,7 @@ def wait_until_at_work(process: subprocess.Popen[str]) -> None:
     raise AssertionError("the query never began")
 
 
-@pytest.mark.alone  # a signal that comes while a busy machine still starts the query is another case
+@pytest.mark.alone  # on a busy machine a query has not begun when the signal comes
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("query", ENDLESS)
