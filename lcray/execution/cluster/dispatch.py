@@ -20,7 +20,7 @@ from lcray.execution.cluster.metrics import Metrics
 from lcray.execution.cluster.scheduler import Assign, Decision, GiveUp, Policy, Replace, Scheduler
 from lcray.execution.cluster.workers import Crew
 from lcray.execution.worker.reports import Outcome, SpanInHand, SpanReport, View
-from lcray.planning.costs import largest_share
+from lcray.planning.costs import seconds_an_interval
 from lcray.planning.plan import Plan, Span
 from lcray.storage import Place
 
@@ -51,7 +51,7 @@ class Dispatch:
         self._scheduler = Scheduler(
             [span.n_intervals for span in spans],
             policy=Policy() if crew.patience is None else Policy(patience=crew.patience, slack=0.0),
-            seconds=_seconds(plan, crew.team),
+            seconds=seconds_an_interval(plan, crew.team),
             step_seconds=_step_seconds(plan, crew.team),
         )
         self._outcome = Outcome()
@@ -189,14 +189,9 @@ class Dispatch:
         return View(len(self._crew.ready) * self._crew.team, running, self._outcome.failures)
 
 
-def _seconds(plan: Plan, team: int) -> float | None:
-    """The expected duration of an interval."""
-    return plan.seconds and plan.seconds * largest_share(plan.partial_sums, team)
-
-
 def _step_seconds(plan: Plan, team: int) -> float | None:
     """The longest expected duration of one split of one interval, with all refinement."""
-    seconds = _seconds(plan, team)
+    seconds = seconds_an_interval(plan, team)
     if seconds is None:
         return None
     refines = plan.settings.refine or get_rule(plan.settings.rule).probe_every > 0
