@@ -135,12 +135,7 @@ def compare(
     rows: list[dict[str, Any]] = []
     for s, split in enumerate(first[0].plan.splits):
         for w, item in enumerate(chosen):
-            head = {
-                "split": split.name,
-                "window": item.name,
-                "first_step": item.first,
-                "end_step": item.end,
-            }
+            head = {"split": split.name, **item.columns}
             samples = [total[:, s, w] for total in totals]
             for condition, tests, n in _conditions(samples, paired, level, seed):
                 rows += _rows(head | {"condition": condition, "n": n}, layers, tests, adjust)

@@ -108,9 +108,7 @@ def _rows(
         worst = int(np.abs(gap).argmax())
         row = {
             "split": split,
-            "window": item.name,
-            "first_step": item.first,
-            "end_step": item.end,
+            **item.columns,
             "rule": rule,
             "n_intervals": len(here),
             "gradients": gradients,

@@ -260,9 +260,7 @@ def _row(
 ) -> dict[str, Any]:
     return {
         "split": split,
-        "window": item.name,
-        "first_step": item.first,
-        "end_step": item.end,
+        **item.columns,
         "layer": key[0],
         "sign": key[1],
         "distribution": family.name,

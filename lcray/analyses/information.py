@@ -89,9 +89,7 @@ def _rows(
     for layer, row in zip(map(str, means.index), means.to_dict("records"), strict=True):
         yield {
             "split": split,
-            "window": item.name,
-            "first_step": item.first,
-            "end_step": item.end,
+            **item.columns,
             "layer": layer,
             "numel": sizes[layer],
             "lc": float(sums[layer]),

@@ -139,13 +139,7 @@ def _lag(
 
 
 def _head(sample: Sampled, item: Window) -> dict[str, Any]:
-    return {
-        "split": sample.split,
-        "layer": sample.layer,
-        "window": item.name,
-        "first_step": item.first,
-        "end_step": item.end,
-    }
+    return {"split": sample.split, "layer": sample.layer, **item.columns}
 
 
 def _summary(found: Lag) -> dict[str, Any]:

@@ -112,9 +112,7 @@ def _rows(
             for k, (name, (kind, numel)) in enumerate(zip(names, about, strict=True)):
                 row = {
                     "split": split,
-                    "window": item.name,
-                    "first_step": item.first,
-                    "end_step": item.end,
+                    **item.columns,
                     "layer": name,
                     "kind": kind,
                     "numel": numel,

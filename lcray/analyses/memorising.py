@@ -225,8 +225,7 @@ def _window(
     until = pair[:2, series.starts < item.end].sum(axis=1)
     lc, bound = (values[:, here].sum(axis=1) for values in (pair, error))
     found = _columns(series, names, resolution, lc, bound, until)
-    times: dict[str, str | int] = {"window": item.name, "first_step": item.first}
-    times |= {"end_step": item.end, "n_intervals": int(here.sum())}
+    times = item.columns | {"n_intervals": int(here.sum())}
     rows = len(found["layer"])
     found |= {name: _repeated(value, rows) for name, value in times.items()}
     resampled = _resampled(pair[:, here], draws)

@@ -204,9 +204,7 @@ def _row(
     return {
         "split": split,
         "layer": layer,
-        "window": window.name,
-        "first_step": window.first,
-        "end_step": window.end,
+        **window.columns,
         "quantity": quantity,
         "source": source,
         "n_elements": n_elements,

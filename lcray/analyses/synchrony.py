@@ -136,8 +136,7 @@ def synchrony(
             if len(flags) < _FEWEST:
                 continue
             found = total_coincidences(flags, block=block, permutations=permutations, seed=seed)
-            place = {"window": item.name, "first_step": item.first, "end_step": item.end}
-            rows.append(_head(bundle) | place | _total(flags, block, found))
+            rows.append(_head(bundle) | item.columns | _total(flags, block, found))
     more = {"seed": seed, "permutations": permutations}
     return tidy.table(_TOTAL, rows, parameters=options.named | more)
 

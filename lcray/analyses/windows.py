@@ -35,6 +35,11 @@ class Window:
     first: int
     end: int
 
+    @property
+    def columns(self) -> dict[str, str | int]:
+        """What a finding's rows have of it: window, first_step, end_step."""
+        return {"window": self.name, "first_step": self.first, "end_step": self.end}
+
     def holds(self, starts: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which intervals are in the window, by their start steps [T]; [T]."""
         return np.asarray((starts >= self.first) & (starts < self.end))

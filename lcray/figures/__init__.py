@@ -10,6 +10,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+_MODULES = {
+    "class_layers": "classes",
+    "densities": "densities",
+    "layer_matrix": "matrices",
+    "reconstruction": "reconstruction",
+    "tracks": "tracks",
+    "unit_matrix": "matrices",
+}
 __all__ = [
     "class_layers",
     "densities",
@@ -20,19 +28,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lcray.figures.data import class_layers as class_layers
-    from lcray.figures.data import densities as densities
-    from lcray.figures.data import layer_matrix as layer_matrix
-    from lcray.figures.data import reconstruction as reconstruction
-    from lcray.figures.data import tracks as tracks
-    from lcray.figures.data import unit_matrix as unit_matrix
+    from lcray.figures.data.classes import class_layers
+    from lcray.figures.data.densities import densities
+    from lcray.figures.data.matrices import layer_matrix, unit_matrix
+    from lcray.figures.data.reconstruction import reconstruction
+    from lcray.figures.data.tracks import tracks
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use, since exports and the report need none of these functions."""
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module 'lcray.figures' has no attribute {name!r}")
-    return getattr(import_module("lcray.figures.data"), name)
+    return getattr(import_module(f"lcray.figures.data.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

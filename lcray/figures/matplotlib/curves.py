@@ -13,7 +13,7 @@ from lcray.analyses import shares as helping
 from lcray.analyses import trajectories as cumulative
 from lcray.analyses.tables import require, split_of
 from lcray.errors import InapplicableError, UsageError, suggest
-from lcray.figures.data import reconstruction
+from lcray.figures.data.reconstruction import reconstruction
 from lcray.figures.matplotlib.styling import (
     FAINT,
     HELPS,

@@ -9,7 +9,7 @@ import numpy as np
 
 from lcray.analyses.tables import layer_of, require, split_of
 from lcray.errors import InapplicableError, UsageError, suggest
-from lcray.figures.data import densities
+from lcray.figures.data.densities import densities
 from lcray.figures.matplotlib.styling import HELPS, HURTS, LOSS, axis, note, shortened, title
 from lcray.statistics.families import FAMILIES
 from lcray.tables.reading.results import Results

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from lcray.analyses.tables import split_of
 from lcray.analyses.tidy import notes_of
-from lcray.figures.data import tracks as traced
+from lcray.figures.data.tracks import tracks as traced
 from lcray.figures.matplotlib.styling import (
     INK,
     LOSS,

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from lcray.analyses import synchrony, tidy
 from lcray.analyses.tables import require, split_of
 from lcray.errors import InapplicableError, UsageError
-from lcray.figures.data import class_layers as by_class
-from lcray.figures.data import layer_matrix, unit_matrix
+from lcray.figures.data.classes import class_layers as by_class
+from lcray.figures.data.matrices import layer_matrix, unit_matrix
 from lcray.figures.matplotlib.styling import (
     HURTS,
     INK,
