@@ -219,9 +219,6 @@ _ALL = (
 #: Every table by name; `borders` exists in shards only, `fits` in the reduced tables only.
 TABLES: Mapping[str, TableSchema] = MappingProxyType({table.name: table for table in _ALL})
 
-#: Tables that the reducer takes from shards one for one, in the order they are written.
-SHARD_TABLES = tuple(name for name in TABLES if name not in ("fits", "borders"))
-
 
 def table_schema(name: str) -> TableSchema:
     """The schema of the table called `name`.

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lcray.errors import TaskError
 from lcray.tasks.data.pytree import Digest
-from lcray.tasks.data.split import SplitData, SplitSource, open_split, prepare_split
+from lcray.tasks.data.split import SplitData, SplitSource, open_split
 from lcray.tasks.task import Task
 
 
@@ -30,9 +30,7 @@ def prepare(
     name: str = "train",
 ) -> SplitData:
     task = Task(lambda: nn.Linear(1, 1), {name: data}, lambda net, b: b, groups, collate)
-    return prepare_split(
-        name, data, task, batch_size=batch_size, fixed_seed=fixed_seed, place=place
-    )
+    return open_split(name, data, task, fixed_seed=fixed_seed).cut(batch_size, place=place)
 
 
 def source_of(

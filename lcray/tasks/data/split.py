@@ -357,10 +357,3 @@ def _divided(
         tuple(replicate for _, replicate, _ in parts),
         None if constants is None else tuple(constants[b] for b, _, _ in parts),
     )
-
-
-def prepare_split(
-    name: str, data: Data, task: Task, *, batch_size: int, fixed_seed: int | None, place: Place
-) -> SplitData:
-    """Open a split and cut it into resident batches; see `open_split` and `SplitSource.cut`."""
-    return open_split(name, data, task, fixed_seed=fixed_seed).cut(batch_size, place=place)

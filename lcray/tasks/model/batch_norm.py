@@ -23,8 +23,6 @@ from torch.overrides import TorchFunctionMode
 
 from lcray.errors import TaskError
 
-MODES = ("running", "batch")
-
 
 class Normalization(TorchFunctionMode):
     """While active, `torch.nn.functional.batch_norm` and `instance_norm` follow `mode`.
