@@ -7,11 +7,11 @@ from typing import Any
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.sampled import literal
 from lcray.analyses.windows import Ranges
 from lcray.errors import UsageError
 from lcray.storage.json_types import LIMIT
 from lcray.tables.reading.results import Results
+from lcray.tables.reading.views import literal
 
 _FORM = tidy.schema(
     "extremes",

@@ -12,14 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcray.tables.reading.results import Results
+from lcray.tables.reading.views import literal
 from lcray.tables.writing.traces import trace_indices
 
 Floats = NDArray[np.float64]
-
-
-def literal(text: str) -> str:
-    """`text` as a literal in SQL."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import psutil
@@ -264,12 +263,7 @@ class SupervisedPool:
             self._restart(lost)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Do nothing: its workers end with the driver's process."""
 
     @property

@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -89,12 +88,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abort()
 
     def write(self, table: str, data: pa.Table) -> None:
