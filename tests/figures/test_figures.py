@@ -15,6 +15,7 @@ from lcray import figures
 from lcray.analyses import tidy
 from lcray.analyses.fits import fits as fits_of
 from lcray.errors import InapplicableError, UsageError
+from lcray.figures.html.along_the_run import loss_curves
 from lcray.figures.html.source import read_source
 from lcray.tables.reading.results import Results
 
@@ -43,22 +44,42 @@ def test_the_loss_is_rebuilt_from_lc(results: Results) -> None:
         )
 
 
-def test_after_an_interval_without_lc_sums_begin_from_the_measured_loss(tmp_path: Path) -> None:
+def test_the_measured_change_stands_in_for_an_interval_without_lc(tmp_path: Path) -> None:
     plan = planting.make_plan({"w": 2}, 5, 5, ("train",), ("intervals",))
     lc = np.array([[-1.0, -2.0, np.nan, -0.5, -0.25]])
     loss = np.array([10.0, 9.1, 7.2, 5.0, 4.4, 4.2])
-    columns = planting.interval_columns(plan, lc, np.zeros((1, 5)))
-    columns |= {"loss_start": loss[:-1], "loss_end": loss[1:]}
+    gap = lc - np.diff(loss)
+    columns = planting.interval_columns(plan, lc, gap)
+    columns |= {"loss_start": loss[:-1], "loss_end": loss[1:], "loss_change": np.diff(loss)}
     columns["status"] = ["ok", "ok", "nonfinite_gradient", "ok", "ok"]
     out = planting.write_tables(tmp_path / "out", plan, {"intervals": columns})
     frame = figures.reconstruction(lcray.open(out)).to_pandas()
-    assert frame["reconstructed"].tolist() == pytest.approx(
-        [10.0, 9.0, 7.0, np.nan, 4.5, 4.25], nan_ok=True
-    )
+    # -2.2 is measured of the third; by the second LC had missed the loss by -0.2
+    assert frame["reconstructed"].tolist() == pytest.approx([10.0, 9.0, 7.0, 4.8, 4.3, 4.05])
+    assert frame["gap"].tolist() == pytest.approx([0.0, -0.1, -0.2, -0.2, -0.1, -0.15])
     assert frame["loss"].tolist() == loss.tolist()
     assert frame["first_order"].isna().all()
     few = figures.reconstruction(lcray.open(out), points=2).to_pandas()
     assert few["step"].tolist() == [0, 5]
+
+
+def test_beyond_an_unknown_loss_the_reconstruction_is_known_again(tmp_path: Path) -> None:
+    """And that of the report is the same."""
+    plan = planting.make_plan({"w": 2}, 4, 4, ("train",), ("intervals", "layers"))
+    loss = np.array([10.0, 9.1, np.nan, 5.0, 4.4])
+    lc = np.array([[-1.0, np.nan, np.nan, -0.5]])
+    intervals = planting.interval_columns(plan, lc, lc - np.diff(loss))
+    intervals |= {"loss_start": loss[:-1], "loss_end": loss[1:], "loss_change": np.diff(loss)}
+    intervals["status"] = ["ok", "nonfinite_loss", "nonfinite_loss", "ok"]
+    layers = planting.layer_columns(plan, np.ones((1, 4, 1, 3), np.int64), lc[..., None])
+    out = planting.write_tables(tmp_path / "out", plan, {"intervals": intervals, "layers": layers})
+    frame = figures.reconstruction(lcray.open(out)).to_pandas()
+    expected = [10.0, 9.0, np.nan, 4.9, 4.4]
+    assert frame["reconstructed"].tolist() == pytest.approx(expected, nan_ok=True)
+    assert frame["gap"].tolist() == pytest.approx([0.0, -0.1, -0.1, -0.1, 0.0], abs=1e-15)
+    _, rebuilt, gap = loss_curves(read_source(lcray.open(out)))
+    np.testing.assert_array_equal(rebuilt[0], frame["reconstructed"])
+    np.testing.assert_array_equal(gap[0], frame["gap"])
 
 
 @pytest.mark.parametrize(("columns", "cuts"), [(200, range(T)), (4, (0, 3, 6, 9)), (1, (0,))])

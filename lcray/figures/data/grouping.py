@@ -103,6 +103,12 @@ def total(column: str) -> str:
     return f"sum({column}::DOUBLE ORDER BY start_step) AS {column}"
 
 
+def cumulative(values: Floats) -> Floats:
+    """Sums up to every point along the last axis, from 0 on; what is missing counts 0."""
+    zero = np.zeros((*values.shape[:-1], 1))
+    return np.concatenate([zero, np.cumsum(np.nan_to_num(values), axis=-1)], axis=-1)
+
+
 def positions(table: pa.Table, column: str, names: Sequence[str]) -> NDArray[np.int64]:
     """The position in `names` of each text of a column; -1 for other texts."""
     found = pd.Index([*names], dtype=object).get_indexer(table[column].to_pandas().astype(object))

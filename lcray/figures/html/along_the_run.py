@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcray.errors import one_line
+from lcray.figures.data.grouping import cumulative
 from lcray.figures.html.sections import (
     LOSS,
     Control,
@@ -36,21 +37,13 @@ def along(source: Source) -> NDArray[np.int64]:
     return np.append(source.starts[:1], source.ends)
 
 
-def cumulative(values: Floats) -> Floats:
-    """Sums up to every point along the last axis, from 0 on; missing values count as 0."""
-    zero = np.zeros((*values.shape[:-1], 1))
-    return np.concatenate([zero, np.cumsum(np.nan_to_num(values), axis=-1)], axis=-1)
-
-
 def loss(source: Source, store: Store) -> Section:
     """The measured loss, its reconstruction from LC, and the difference."""
     figures = {}
     x = store.add(along(source))
     measured, rebuilt, gap = loss_curves(source)
-    known = np.isfinite(source.intervals["loss_start"][:, 0])
     for s in range(len(source.splits)):
-        what = "loss" if known[s] else "loss change"
-        figures[str(s)] = _loss_figure(store, x, (measured[s], rebuilt[s], gap[s]), what)
+        figures[str(s)] = _loss_figure(store, x, (measured[s], rebuilt[s], gap[s]))
     worst = float(np.abs(gap[0]).max())
     change = abs(float(np.nansum(source.intervals["loss_change"][0])))
     bad = np.nansum(source.intervals["n_bad"]) > 0
@@ -76,20 +69,15 @@ def loss(source: Source, store: Store) -> Section:
 def loss_curves(source: Source) -> tuple[Floats, Floats, Floats]:
     """Measured loss, first loss plus LC so far, and their difference, each [S, B + 1].
 
-    Where an interval has no LC, its measured change is used instead.
+    As in `lcray.figures.reconstruction`.
     """
     values = source.intervals
-    first = np.nan_to_num(values["loss_start"][:, :1])
-    change = np.concatenate([first, values["loss_end"]], axis=1)
-    measured = np.where(
-        np.isfinite(values["loss_start"][:, :1]), change, cumulative(values["loss_change"])
-    )
+    measured = np.concatenate([values["loss_start"][:, :1], values["loss_end"]], axis=1)
     gap = cumulative(values["gap"])
-    broken = np.nansum(values["n_bad"], axis=1, keepdims=True) > 0
-    return measured, np.where(broken, measured + gap, first + cumulative(values["lc"])), gap
+    return measured, measured + gap, gap
 
 
-def _loss_figure(store: Store, x: Any, curves: tuple[Any, ...], what: str) -> Figure:
+def _loss_figure(store: Store, x: Any, curves: tuple[Any, ...]) -> Figure:
     measured, rebuilt, gap = (store.put(values) for values in curves)
     line = {"x": x.whole, "type": "scatter", "mode": "lines"}
     hover = f"step %{{x}}<br>%{{fullData.name}} %{{y:.5g}} ({LOSS})<extra></extra>"
@@ -97,7 +85,7 @@ def _loss_figure(store: Store, x: Any, curves: tuple[Any, ...], what: str) -> Fi
         {
             **line,
             "y": measured,
-            "name": f"measured {what}",
+            "name": "measured loss",
             "line": {"color": "@measured", "width": 4},
         },
         {
@@ -119,13 +107,13 @@ def _loss_figure(store: Store, x: Any, curves: tuple[Any, ...], what: str) -> Fi
     ]
     layout = {
         "xaxis": {**STEP, "anchor": "y2"},
-        "yaxis": {"title": {"text": what}, "domain": [0.36, 1]},
+        "yaxis": {"title": {"text": "loss"}, "domain": [0.36, 1]},
         "yaxis2": {"title": {"text": "gap"}, "domain": [0, 0.24], "zeroline": True, "nticks": 4},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     }
     columns = [
         column("step", x.whole, "step"),
-        column(f"measured_{what.replace(' ', '_')}", measured, "loss"),
+        column("measured_loss", measured, "loss"),
         column("first_loss_plus_lc", rebuilt, "loss"),
         column("gap", gap, "loss"),
     ]

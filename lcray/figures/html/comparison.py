@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from lcray.analyses.titles import WHAT_HAPPENED
 from lcray.errors import one_line
-from lcray.figures.html.along_the_run import STEP, along, cumulative, heat_trace, loss_curves
+from lcray.figures.data.grouping import cumulative
+from lcray.figures.html.along_the_run import STEP, along, heat_trace, loss_curves
 from lcray.figures.html.head import run_name, totals_table
 from lcray.figures.html.layers import dots
 from lcray.figures.html.page import links_to, render, table

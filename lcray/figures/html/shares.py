@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcray.errors import InapplicableError, one_line
-from lcray.figures.html.along_the_run import STEP, along, cumulative
+from lcray.figures.data.grouping import cumulative
+from lcray.figures.html.along_the_run import STEP, along
 from lcray.figures.html.sections import (
     LOSS,
     Control,
