@@ -42,8 +42,10 @@ def loss(source: Source, store: Store) -> Section:
     figures = {}
     x = store.add(along(source))
     measured, rebuilt, gap = loss_curves(source)
+    known = np.isfinite(source.intervals["loss_start"][:, 0])
     for s in range(len(source.splits)):
-        figures[str(s)] = _loss_figure(store, x, (measured[s], rebuilt[s], gap[s]))
+        what = "loss" if known[s] else "loss change"
+        figures[str(s)] = _loss_figure(store, x, (measured[s], rebuilt[s], gap[s]), what)
     worst = float(np.abs(gap[0]).max())
     change = abs(float(np.nansum(source.intervals["loss_change"][0])))
     bad = np.nansum(source.intervals["n_bad"]) > 0
@@ -69,15 +71,17 @@ def loss(source: Source, store: Store) -> Section:
 def loss_curves(source: Source) -> tuple[Floats, Floats, Floats]:
     """Measured loss, first loss plus LC so far, and their difference, each [S, B + 1].
 
-    As in `lcray.figures.reconstruction`.
+    As in `lcray.figures.reconstruction`; where the first loss is not known, from 0 on.
     """
     values = source.intervals
-    measured = np.concatenate([values["loss_start"][:, :1], values["loss_end"]], axis=1)
+    first = values["loss_start"][:, :1]
+    losses = np.concatenate([first, values["loss_end"]], axis=1)
+    measured = np.where(np.isfinite(first), losses, cumulative(values["loss_change"]))
     gap = cumulative(values["gap"])
     return measured, measured + gap, gap
 
 
-def _loss_figure(store: Store, x: Any, curves: tuple[Any, ...]) -> Figure:
+def _loss_figure(store: Store, x: Any, curves: tuple[Any, ...], what: str) -> Figure:
     measured, rebuilt, gap = (store.put(values) for values in curves)
     line = {"x": x.whole, "type": "scatter", "mode": "lines"}
     hover = f"step %{{x}}<br>%{{fullData.name}} %{{y:.5g}} ({LOSS})<extra></extra>"
@@ -85,7 +89,7 @@ def _loss_figure(store: Store, x: Any, curves: tuple[Any, ...]) -> Figure:
         {
             **line,
             "y": measured,
-            "name": "measured loss",
+            "name": f"measured {what}",
             "line": {"color": "@measured", "width": 4},
         },
         {
@@ -107,13 +111,13 @@ def _loss_figure(store: Store, x: Any, curves: tuple[Any, ...]) -> Figure:
     ]
     layout = {
         "xaxis": {**STEP, "anchor": "y2"},
-        "yaxis": {"title": {"text": "loss"}, "domain": [0.36, 1]},
+        "yaxis": {"title": {"text": what}, "domain": [0.36, 1]},
         "yaxis2": {"title": {"text": "gap"}, "domain": [0, 0.24], "zeroline": True, "nticks": 4},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     }
     columns = [
         column("step", x.whole, "step"),
-        column("measured_loss", measured, "loss"),
+        column(f"measured_{what.replace(' ', '_')}", measured, "loss"),
         column("first_loss_plus_lc", rebuilt, "loss"),
         column("gap", gap, "loss"),
     ]
