@@ -11,13 +11,14 @@ import pytest
 from click.testing import CliRunner
 
 import lcray
+from lcray.analyses.closure import closures
 from lcray.cli.app import app
 from lcray.errors import UsageError
 from lcray.figures.html import along_the_run
 from lcray.figures.html.comparison import compared
 from lcray.figures.html.source import Source, read_source
 from lcray.figures.html.store import Store
-from lcray.figures.html.totals import cards, lede, totals
+from lcray.figures.html.totals import cards, lede
 from lcray.figures.html.windows import windows
 
 LOSS = np.array([3.0, 2.5, 2.0, 1.0, 0.5])
@@ -45,14 +46,14 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 def test_a_change_without_lc_is_not_held_against_lc(broken: Source) -> None:
-    (found,) = totals(broken)
-    assert found.change == pytest.approx(-1.5)  # the whole loss fell by 2.5
+    (found,) = closures(broken.results)
+    assert found.loss_change == pytest.approx(-1.5)  # the whole loss fell by 2.5
     assert found.lc == pytest.approx(-1.5 + 3 * GAP) and found.gap == pytest.approx(3 * GAP)
     closure = broken.results.sql("SELECT loss_change, lc, gap FROM closure").iloc[0]
-    assert [found.change, found.lc, found.gap] == pytest.approx([*closure])
+    assert [found.loss_change, found.lc, found.gap] == pytest.approx([*closure])
     assert "25" in cards(found)[2][1] and "over the intervals that have LC" in cards(found)[0][2]
     assert "fell from 3 to 0.5" in lede(broken, found)
-    assert found.bad == 1
+    assert found.n_bad == 1
 
 
 def test_the_reconstruction_misses_the_loss_by_the_gap_alone(broken: Source) -> None:

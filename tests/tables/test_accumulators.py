@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from synthetic import bin_of
+from planting import bin_of
 from torch import Tensor
 from twin import sign
 

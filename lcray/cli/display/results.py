@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, fields
 
 import pandas as pd
 from rich.console import Group, RenderableType
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lcray.allocation.quadrature import MAX_PANELS
+from lcray.analyses.closure import Closure, closures
 from lcray.errors import visible
 from lcray.tables.reading.results import Results
 
@@ -37,14 +39,10 @@ def layer_table(results: Results) -> Table:
 
 
 def totals(results: Results) -> pd.DataFrame:
-    """Per split over the run: changes, LC, gaps and counts of the intervals that are ok."""
-    frame = results.intervals()
-    frame = frame[frame["status"] == "ok"].assign(
-        abs_gap=lambda rows: rows["gap"].abs(), abs_change=lambda rows: rows["loss_change"].abs()
-    )
-    columns = ["loss_change", "lc", "gap", "abs_gap", "abs_change", "first_order_lc"]
-    columns += ["n_helping", "n_hurting", "n_zero", "n_gradients"]
-    return frame.groupby("split", observed=True)[columns].sum(min_count=1).reset_index()
+    """The closure of each split that has LC, as a script reads it: sums and counts over the run."""
+    rows = [asdict(one) for one in closures(results) if math.isfinite(one.lc)]
+    names = [field.name for field in fields(Closure)]
+    return pd.DataFrame(rows, columns=names).drop(columns=["loss_start", "loss_end", "n_bad"])
 
 
 def closure_table(results: Results) -> Table:
@@ -52,15 +50,15 @@ def closure_table(results: Results) -> Table:
     columns = ["split", "loss change", "Σ LC", "gap/|change|", "Σ|gap|/Σ|change|"]
     columns += ["first order", "share helping"]
     table = _table(f"Closure, rule {results.plan.settings.rule}", *columns)
-    for _, row in totals(results).iterrows():
+    for one in closures(results):
         table.add_row(
-            visible(str(row["split"])),
-            _signed(row["loss_change"]),
-            _signed(row["lc"]),
-            _share(row["gap"], abs(row["loss_change"])),
-            _share(row["abs_gap"], row["abs_change"]),
-            _signed(row["first_order_lc"]),
-            _share(row["n_helping"], row["n_helping"] + row["n_hurting"] + row["n_zero"], 1),
+            visible(one.split),
+            _signed(one.loss_change),
+            _signed(one.lc),
+            _share(one.gap, abs(one.loss_change)),
+            _share(one.abs_gap, one.abs_change),
+            _signed(one.first_order_lc),
+            _share(one.helping, 1.0, 1),
         )
     return table
 

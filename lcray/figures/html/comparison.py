@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lcray.analyses.closure import closures
 from lcray.analyses.titles import WHAT_HAPPENED
 from lcray.errors import one_line
 from lcray.figures.data.grouping import cumulative
@@ -33,7 +34,7 @@ from lcray.figures.html.sections import (
 )
 from lcray.figures.html.source import Source, read_source
 from lcray.figures.html.store import Store, column
-from lcray.figures.html.totals import settings, totals
+from lcray.figures.html.totals import settings
 from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
@@ -70,8 +71,10 @@ def distinct_names(results: Sequence[Results]) -> list[str]:
 
 
 def _head(sources: Sequence[Source], names: Sequence[str]) -> str:
-    found = [totals(source)[0] for source in sources]
-    order = sorted(range(len(names)), key=lambda i: (found[i].lc != found[i].lc, found[i].change))
+    found = [closures(source.results)[0] for source in sources]
+    order = sorted(
+        range(len(names)), key=lambda i: (found[i].lc != found[i].lc, found[i].loss_change)
+    )
     best = order[0]
     rows = [dict(settings(one.results.plan, one.n_intervals)) for one in sources]
     facts = [
@@ -91,8 +94,8 @@ def _head(sources: Sequence[Source], names: Sequence[str]) -> str:
     )
     lede = (
         f"{names[best]} lowered its {one_line(found[best].split)} loss most, "
-        f"{signed(found[best].change)}; {names[order[-1]]} least, "
-        f"{signed(found[order[-1]].change)}."
+        f"{signed(found[best].loss_change)}; {names[order[-1]]} least, "
+        f"{signed(found[order[-1]].loss_change)}."
     )
     header = ["setting", *names, ""]
     return (

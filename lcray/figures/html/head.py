@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import PurePosixPath
 
+from lcray.analyses.closure import Closure
 from lcray.analyses.titles import WHAT_HAPPENED
 from lcray.errors import one_line
 from lcray.figures.html.page import table
 from lcray.figures.html.sections import percent, signed
 from lcray.figures.html.source import Source
-from lcray.figures.html.totals import Total, cards, lede, settings
+from lcray.figures.html.totals import cards, lede, settings
 from lcray.tables.reading.results import Results
 
 _PLAIN_FOLDERS = ("run", "checkpoints", "ckpt", "out")
@@ -26,7 +27,7 @@ def run_name(results: Results) -> str:
     return one_line("/".join(parts[-2:])) or "run"
 
 
-def head(source: Source, found: Sequence[Total], name: str) -> str:
+def head(source: Source, found: Sequence[Closure], name: str) -> str:
     """The HTML before the sections: name, sentence, cards, totals and settings."""
     tiles = "".join(
         f"<div class=card><div class=label>{escape(label)}</div><div class=value>{escape(value)}"
@@ -38,7 +39,7 @@ def head(source: Source, found: Sequence[Total], name: str) -> str:
         for label, value in settings(source.results.plan, source.n_intervals)
     )
     notes = [*source.results.notes]
-    bad = max(total.bad for total in found)
+    bad = max(total.n_bad for total in found)
     if bad:
         notes.append(f"{bad} intervals have no LC: a checkpoint, loss or gradient is not finite.")
     warned = "".join(f"<p class=warning>{escape(one_line(note))}</p>" for note in notes)
@@ -52,21 +53,23 @@ def head(source: Source, found: Sequence[Total], name: str) -> str:
     )
 
 
-def totals_table(found: Sequence[Total], names: Sequence[str] | None = None) -> str:
+def totals_table(found: Sequence[Closure], names: Sequence[str] | None = None) -> str:
     """The headline numbers of every split, or of every run, as a table."""
     header = ["split" if names is None else "run", "loss change", "Σ LC", "gap", "|gap| / |change|"]
     header += ["Σ|gap| / Σ|change|", "first order", "helping", "gradients"]
     rows = [
         [
             names[i] if names else total.split,
-            signed(total.change, 5),
+            signed(total.loss_change, 5),
             signed(total.lc, 5),
             signed(total.gap, 3),
-            percent(abs(total.gap), abs(total.change)),
+            percent(abs(total.gap), abs(total.loss_change)),
             percent(total.abs_gap, total.abs_change),
-            signed(total.first_order, 4) if total.first_order == total.first_order else "–",
+            signed(total.first_order_lc, 4)
+            if total.first_order_lc == total.first_order_lc
+            else "–",
             percent(total.helping, 1),
-            f"{total.gradients:,}",
+            f"{total.n_gradients:,}",
         ]
         for i, total in enumerate(found)
     ]

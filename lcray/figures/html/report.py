@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from lcray.analyses.closure import closures
 from lcray.errors import InapplicableError, UsageError, one_line
 from lcray.figures.html import along_the_run, elements, layers, shares, synchrony
 from lcray.figures.html.comparison import compared
@@ -14,7 +15,6 @@ from lcray.figures.html.page import links_to, plotly_source, render
 from lcray.figures.html.sections import Absent, Section
 from lcray.figures.html.source import Source, read_source
 from lcray.figures.html.store import Store
-from lcray.figures.html.totals import totals
 from lcray.figures.html.windows import windows
 from lcray.storage import Place, PlaceLike, place, storage_of
 from lcray.storage.files import writing
@@ -89,7 +89,7 @@ def _real(out: Place) -> str:
 def single(results: Results, page: Path) -> bytes:
     """The page of one output, for a file at `page`; raises as `report`."""
     source, store = read_source(results), Store()
-    found = totals(source)
+    found = closures(source.results)
     sections = [_made(source, store, *item) for item in SECTIONS]
     data = {
         "splits": [one_line(name) for name in source.splits],

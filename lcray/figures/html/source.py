@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from lcray.analyses.closure import ALLOCATED
 from lcray.errors import InapplicableError, OutputError
 from lcray.figures.data.grouping import Columns, numbers, positions, total
 from lcray.figures.data.matrices import layer_sums
@@ -23,12 +24,7 @@ Floats = NDArray[np.float64]
 #: The most columns of a time axis, and the most cells of a chart of layers by time.
 MOST_COLUMNS, MOST_CELLS = 1000, 200_000
 
-_SUMS = ("loss_change", "lc", "gap", "first_order_lc", "n_helping", "n_hurting", "n_zero")
-#: The table `intervals`, with a loss change only where there is LC, so that both sums compare.
-ALLOCATED = (
-    "(SELECT * REPLACE (CASE WHEN lc IS NOT NULL THEN loss_change END AS loss_change) "
-    "FROM intervals)"
-)
+_SUMS = ("loss_change", "lc", "gap", "first_order_lc")
 _LAYER_SUMS = ("lc", "lc_error", "n_helping", "n_hurting", "n_zero")
 
 
@@ -145,9 +141,6 @@ def _intervals(results: Results, splits: tuple[str, ...], grid: Columns) -> dict
     more = {
         "loss_start": "arg_min(loss_start, start_step)",
         "loss_end": "arg_max(loss_end, start_step)",
-        "abs_gap": "sum(abs(gap) ORDER BY start_step)",
-        "abs_change": "sum(abs(loss_change) ORDER BY start_step)",
-        "n_gradients": "sum(n_gradients)::DOUBLE",
         "n_bad": "count(*) FILTER (status <> 'ok')::DOUBLE",
     }
     what = [*map(total, _SUMS), *(f"{sql} AS {name}" for name, sql in more.items())]

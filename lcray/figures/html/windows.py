@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from lcray.analyses.closure import ALLOCATED
 from lcray.figures.data.grouping import numbers, positions
-from lcray.figures.html.source import ALLOCATED, Source
+from lcray.figures.html.source import Source
 from lcray.figures.html.store import Store
 
 MOST_WINDOWS = 1000

@@ -1,0 +1,85 @@
+"""Closure: the loss change of each split over the run, its LC, and the gap between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lcray.tables.reading.results import Results
+
+#: The table `intervals`, with a loss change only where there is LC, so that both sums compare.
+ALLOCATED = (
+    "(SELECT * REPLACE (CASE WHEN lc IS NOT NULL THEN loss_change END AS loss_change) "
+    "FROM intervals)"
+)
+
+
+@dataclass(frozen=True)
+class Closure:
+    """The sums of one split over the run; NaN where there is no value.
+
+    Attributes:
+        split: its name.
+        loss_start: the loss at the first checkpoint.
+        loss_end: the loss at the last checkpoint.
+        loss_change: the measured change of the loss, over the intervals that have LC.
+        lc: the sum of all LC.
+        gap: LC minus the change.
+        abs_gap: Σ|gap| over intervals.
+        abs_change: Σ|change| over intervals.
+        first_order_lc: LC by the gradients at the starts of the intervals.
+        n_helping: number of (parameter, interval) pairs with LC < 0.
+        n_hurting: those with LC > 0.
+        n_zero: those with LC = 0.
+        n_gradients: number of full-batch gradients.
+        n_bad: number of intervals without LC.
+    """
+
+    split: str
+    loss_start: float
+    loss_end: float
+    loss_change: float
+    lc: float
+    gap: float
+    abs_gap: float
+    abs_change: float
+    first_order_lc: float
+    n_helping: int
+    n_hurting: int
+    n_zero: int
+    n_gradients: int
+    n_bad: int
+
+    @property
+    def helping(self) -> float:
+        """The share of (parameter, interval) pairs that help."""
+        whole = self.n_helping + self.n_hurting + self.n_zero
+        return self.n_helping / whole if whole else float("nan")
+
+
+def closures(results: Results) -> list[Closure]:
+    """The closure of each split that has intervals, in the plan's order.
+
+    Raises:
+        CorruptionError: if the table cannot be read.
+    """
+    sums = ("loss_change", "lc", "gap", "abs_gap", "abs_change", "first_order_lc")
+    counts = ("n_helping", "n_hurting", "n_zero", "n_gradients")
+    what = (
+        "first(loss_start ORDER BY start_step) AS loss_start",
+        "last(loss_end ORDER BY start_step) AS loss_end",
+        *(f"sum({name}::DOUBLE ORDER BY start_step) AS {name}" for name in sums),
+        *(f"coalesce(sum({name}), 0)::BIGINT AS {name}" for name in counts),
+        "count(*) FILTER (status <> 'ok') AS n_bad",
+    )
+    found = results.sql_arrow(
+        f"SELECT split, {', '.join(what)} FROM (SELECT *, abs(gap) AS abs_gap, abs(loss_change) AS "
+        f"abs_change FROM {ALLOCATED}) GROUP BY split"
+    )
+    order = {split.name: number for number, split in enumerate(results.plan.splits)}
+    rows = sorted(found.to_pylist(), key=lambda row: order[row["split"]])
+    nan = float("nan")
+    known: list[dict[str, Any]] = [
+        {k: nan if v is None else v for k, v in row.items()} for row in rows
+    ]
+    return [Closure(**row) for row in known]
