@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lcray.errors import UsageError, suggest
-from lcray.storage.numerals import brief, whole_number
+from lcray.storage.numbers import brief, whole_number
 
 #: The most panels of a composite, and of any refinement: more would take too much memory and time.
 MAX_PANELS = 4096

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lcray.analyses.registry import FINDINGS, Finding
-from lcray.analyses.tables import require
+from lcray.analyses.requirements import require
 from lcray.analyses.windows import Ranges
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.storage import Place, PlaceLike, storage_of

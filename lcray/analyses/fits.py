@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lcray.analyses import tidy
-from lcray.analyses.binned import Histograms, aligned, held, read_histograms
+from lcray.analyses.histogram_arrays import Histograms, aligned, held, read_histograms
 from lcray.analyses.series import codes
 from lcray.analyses.windows import RUN, Ranges, Window, Windows
 from lcray.statistics.bootstrap import Bootstrap, block_length

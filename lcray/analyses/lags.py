@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.sampled import Sampled, sampled_layers
+from lcray.analyses.trace_arrays import Sampled, sampled_layers
 from lcray.analyses.windows import Ranges, Window, Windows
 from lcray.errors import InapplicableError
 from lcray.statistics.bootstrap import Bootstrap

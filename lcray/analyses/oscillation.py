@@ -10,8 +10,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.analyses import tidy
-from lcray.analyses.sampled import sampled_layers
 from lcray.analyses.series import Series, layer_series
+from lcray.analyses.trace_arrays import sampled_layers
 from lcray.analyses.windows import Ranges, Window, Windows
 from lcray.statistics.bootstrap import Bootstrap
 from lcray.statistics.sign_runs import flips, net_share

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.sampled import sampled_layers
+from lcray.analyses.trace_arrays import sampled_layers
 from lcray.analyses.windows import Ranges
 from lcray.statistics.sign_runs import run_lengths as lengths_of
 from lcray.tables.reading.results import Results

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcray.errors import UsageError
-from lcray.storage.numerals import step_range
+from lcray.storage.numbers import step_range
 from lcray.tables.reading.results import Results
 
 #: The name of the window that contains every interval; it comes first.

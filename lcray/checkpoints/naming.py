@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from lcray.errors import CheckpointError
 from lcray.storage.json_types import LIMIT
-from lcray.storage.numerals import whole_number
+from lcray.storage.numbers import whole_number
 
 _INTEGER = re.compile(r"([0-9]+)")
 _SHARD = re.compile(r"-\d+-of-\d+$")

@@ -23,7 +23,7 @@ from lcray.checkpoints.reading import read_checkpoint as read_checkpoint
 from lcray.checkpoints.reading import sha256_of_checkpoint as sha256_of_checkpoint
 from lcray.errors import CheckpointError, UsageError
 from lcray.storage import Place, PlaceLike, place
-from lcray.storage.numerals import step_range
+from lcray.storage.numbers import step_range
 
 # Within one checkpoint folder, in the order in which `from_pretrained` tries them.
 _MODEL_FILES = (

@@ -17,7 +17,7 @@ from lcray.planning.costs import ROW_BYTES
 from lcray.planning.plan import MEMORY_FORMATS, Plan, SplitPlan, memory_format_of
 from lcray.settings import Settings, flag_of, option_of
 from lcray.storage.json_types import LIMIT, MAX_AXES
-from lcray.storage.numerals import whole_number
+from lcray.storage.numbers import whole_number
 from lcray.tasks.layer import Layer
 
 DTYPES = ("float32", "float64")

@@ -6,13 +6,12 @@ kind, whose `strerror` is one line without secrets. Nothing is renamed on an obj
 is written whole, or created if absent.
 """
 
+from lcray.storage.base import Item, Storage
 from lcray.storage.cache import Cache, shared_cache
-from lcray.storage.choosing import storage_of
-from lcray.storage.contract import Item, Storage
 from lcray.storage.copies import local_copies
-from lcray.storage.cures import cure
 from lcray.storage.local import sync_folder
 from lcray.storage.places import Place, PlaceLike, Remote, place
+from lcray.storage.resolve import storage_of
 from lcray.storage.streams import (
     ObjectReader,
     current,
@@ -21,6 +20,7 @@ from lcray.storage.streams import (
     open_uncached,
     sha256_of,
 )
+from lcray.storage.write_errors import cure
 
 __all__ = [
     "Cache",

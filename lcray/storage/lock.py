@@ -33,8 +33,8 @@ from lcray.errors import LcrayError, OutputError
 from lcray.storage import Place, Remote, storage_of
 from lcray.storage.files import confined, writing
 from lcray.storage.json_types import build
-from lcray.storage.liveness import exists, start_ticks
-from lcray.storage.liveness import machine as _machine
+from lcray.storage.processes import exists, start_ticks
+from lcray.storage.processes import machine as _machine
 
 LOCK = ".locks"  # the name of the folder in an output
 BEAT = 5.0  # seconds between two beats

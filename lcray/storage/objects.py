@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from lcray.errors import OutputError
-from lcray.storage.contract import Item
+from lcray.storage.base import Item
 from lcray.storage.places import Remote
 from lcray.storage.retries import Changed, code_of, persistently
 

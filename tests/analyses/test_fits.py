@@ -9,8 +9,8 @@ import pytest
 from scipy import optimize, stats
 
 import lcray
-from lcray.analyses.binned import aligned, read_histograms
 from lcray.analyses.fits import fits
+from lcray.analyses.histogram_arrays import aligned, read_histograms
 from lcray.analyses.tidy import notes_of
 from lcray.analyses.windows import Window, Windows
 from lcray.errors import InapplicableError

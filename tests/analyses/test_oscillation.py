@@ -16,7 +16,7 @@ import lcray
 from lcray.analyses.extremes import extremes
 from lcray.analyses.oscillation import oscillation
 from lcray.analyses.run_length import run_lengths
-from lcray.analyses.sampled import sampled_layers
+from lcray.analyses.trace_arrays import sampled_layers
 from lcray.errors import UsageError
 from lcray.tables.reading.results import Results
 
@@ -42,7 +42,7 @@ WORLD = make_world()
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("oscillation") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lcray.analyses.sampled.trace_indices", ends)
+        patch.setattr("lcray.analyses.trace_arrays.trace_indices", ends)
         planting.write_reduced(out, WORLD)
         yield lcray.open(out)
 

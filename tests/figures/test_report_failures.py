@@ -16,10 +16,10 @@ from lcray.cli.app import app
 from lcray.errors import UsageError
 from lcray.figures.html import along_the_run
 from lcray.figures.html.comparison import compared
+from lcray.figures.html.slider import windows
 from lcray.figures.html.source import Source, read_source
 from lcray.figures.html.store import Store
 from lcray.figures.html.totals import cards, lede
-from lcray.figures.html.windows import windows
 
 LOSS = np.array([3.0, 2.5, 2.0, 1.0, 0.5])
 GAP = 0.125  # of every interval but the third, whose gradient is not finite: it has no LC

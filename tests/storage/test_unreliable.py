@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from lcray.checkpoints import open_series
 from lcray.errors import CheckpointError, LcrayError, OutputError
 from lcray.storage import Place, Remote, open_binary, place, sha256_of, storage_of
-from lcray.storage.contract import Storage
+from lcray.storage.base import Storage
 from lcray.storage.files import read_json, write_json_atomic
 
 

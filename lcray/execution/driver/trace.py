@@ -15,7 +15,7 @@ from lcray.planning.check import check_traces
 from lcray.planning.plan import Plan
 from lcray.storage import PlaceLike, place
 from lcray.storage.files import writing
-from lcray.storage.numerals import whole_number
+from lcray.storage.numbers import whole_number
 from lcray.tables.output import Output
 from lcray.tables.reading.results import Results, open_output
 from lcray.tasks.task import Task

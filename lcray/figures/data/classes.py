@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.tables import require
+from lcray.analyses.requirements import require
 from lcray.tables.reading.results import Results
 
 _FORM = tidy.schema(

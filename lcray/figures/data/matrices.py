@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.tables import layer_of, require, split_of
+from lcray.analyses.requirements import layer_of, require, split_of
 from lcray.figures.data.grouping import Columns, Floats, numbers, positions, total
 from lcray.tables.columns import COUNT, UNIT, column
 from lcray.tables.reading.results import Results

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.tables import require
+from lcray.analyses.requirements import require
 from lcray.errors import UsageError
 from lcray.figures.data.grouping import cumulative
 from lcray.tables.reading.results import Results

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.tables import layer_of, only, require, split_of
+from lcray.analyses.requirements import layer_of, only, require, split_of
 from lcray.errors import InapplicableError, UsageError
 from lcray.tables.columns import column
 from lcray.tables.reading.results import Results

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lcray.errors import OutputError, UsageError, suggest
 from lcray.figures.exports.csv_files import write_csv_files
-from lcray.figures.exports.offline import write_wandb
 from lcray.figures.exports.tensorboard_events import write_events
+from lcray.figures.exports.wandb_run import write_wandb
 from lcray.storage import PlaceLike, Remote, place
 from lcray.tables.reading.results import open_output
 

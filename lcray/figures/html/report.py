@@ -13,9 +13,9 @@ from lcray.figures.html.comparison import compared
 from lcray.figures.html.head import head, run_name
 from lcray.figures.html.page import links_to, plotly_source, render
 from lcray.figures.html.sections import Absent, Section
+from lcray.figures.html.slider import windows
 from lcray.figures.html.source import Source, read_source
 from lcray.figures.html.store import Store
-from lcray.figures.html.windows import windows
 from lcray.storage import Place, PlaceLike, place, storage_of
 from lcray.storage.files import writing
 from lcray.tables.reading.results import Results, open_output

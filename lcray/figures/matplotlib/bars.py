@@ -10,7 +10,7 @@ import pandas as pd
 from lcray.analyses import information
 from lcray.analyses import layer_totals as totals
 from lcray.analyses import memorising as learning
-from lcray.analyses.tables import require, split_of
+from lcray.analyses.requirements import require, split_of
 from lcray.analyses.windows import RUN
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.figures.matplotlib.styling import (

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lcray.analyses import shares as helping
 from lcray.analyses import trajectories as cumulative
-from lcray.analyses.tables import require, split_of
+from lcray.analyses.requirements import require, split_of
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.figures.data.reconstruction import reconstruction
 from lcray.figures.matplotlib.styling import (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lcray.analyses.tables import layer_of, require, split_of
+from lcray.analyses.requirements import layer_of, require, split_of
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.figures.data.densities import densities
 from lcray.figures.matplotlib.styling import HELPS, HURTS, LOSS, axis, note, shortened, title

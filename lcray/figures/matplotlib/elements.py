@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from lcray.analyses.tables import split_of
+from lcray.analyses.requirements import split_of
 from lcray.analyses.tidy import notes_of
 from lcray.figures.data.tracks import tracks as traced
 from lcray.figures.matplotlib.styling import (

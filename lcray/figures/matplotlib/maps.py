@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.analyses import synchrony, tidy
-from lcray.analyses.tables import require, split_of
+from lcray.analyses.requirements import require, split_of
 from lcray.errors import InapplicableError, UsageError
 from lcray.figures.data.classes import class_layers as by_class
 from lcray.figures.data.matrices import layer_matrix, unit_matrix

@@ -18,7 +18,7 @@ from lcray.errors import CorruptionError, UsageError, suggest
 from lcray.planning.plan import Plan
 from lcray.storage import Place, PlaceLike, Remote, local_copies, open_seekable, place
 from lcray.storage.files import exists
-from lcray.storage.numerals import step_range
+from lcray.storage.numbers import step_range
 from lcray.tables.manifest import read_manifest
 from lcray.tables.output import Output
 from lcray.tables.reading.confidence import frame, sums

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcray.planning.plan import Plan
-from lcray.storage.numerals import whole_number
+from lcray.storage.numbers import whole_number
 from lcray.tasks.model.layout import Layout
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lcray.storage.contract import Storage
+from lcray.storage.base import Storage
 from lcray.storage.local import LOCAL
 from lcray.storage.objects import object_storage
 from lcray.storage.places import Place, Remote
