@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # One thread a process: two of them share the machine with Ray's workers.
 export OMP_NUM_THREADS ?= 1
-# Processes that share the slow tests without Ray.
+# Processes that share the tests without Ray.
 WORKERS ?= 2
+# Tests that start Ray have the machine to themselves: they wait for deaths, heartbeats and workers.
 # Tests start hundreds of processes, which would compile the package each where PYTHONDONTWRITEBYTECODE is set.
 COMPILE := $(BIN)/python -m compileall -q lcray
 
@@ -19,9 +20,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(COMPILE)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow and not ray and not alone" -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m "not slow and (ray or alone)"
 
-# Those that start Ray have the machine to themselves: they wait for deaths, heartbeats and workers.
 test-slow: $(VENV)/.dev
 	$(COMPILE)
 	$(BIN)/python -m pytest -m "slow and not ray and not alone" -n $(WORKERS) --dist worksteal
