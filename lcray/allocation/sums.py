@@ -35,7 +35,6 @@ class Evaluation:
             then of each replicate's, by layer, [D, G + R, L] float64; None without groups and
             replicates, or without directions.
         replicate_weights: Σ w of each replicate, [R]; empty unless samples were drawn.
-        replicate_losses: the mean loss of each, [R]; 0 where it has no weight.
         replicate_losses: the mean loss of each replicate, [R]; 0 if it has no weight.
         first_weighted: number of the first batch with weight.
         weight_marks: a hash of the weights of each batch that has weights, item by item.

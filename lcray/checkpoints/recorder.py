@@ -61,9 +61,10 @@ class Recorder:
         queue_mib: bound on the memory for queued snapshots in MiB (at least one is held); `step`
             waits if the disk is slower than training.
         trainable_only: leave out parameters that do not require gradients now (adapters on a
+            fixed base).
         task: the reference of the task, ``package.module:attribute``, stored in `run.json`.
         metadata: any JSON value, stored in `run.json`.
-        metadata: anything JSON can hold, kept in `run.json`.
+        start: the step that training begins or resumes from.
         overwrite: remove the checkpoints later than `start`.
         every_rank: write on every rank, each into a directory of its own; for ranks that each train
             a model of their own.
