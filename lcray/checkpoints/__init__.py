@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 # Name -> module, imported on first use: reading tables needs no torch.
 _PUBLIC = {
     "Audit": "audit",
-    "Checkpoint": "series",
     "CheckpointSeries": "series",
-    "Finding": "audit",
     "Recorder": "recorder",
-    "State": "series",
+    "State": "reading",
     "inspect": "audit",
     "open_series": "series",
 }
@@ -21,12 +19,10 @@ __all__ = [*_PUBLIC]
 
 if TYPE_CHECKING:
     from lcray.checkpoints.audit import Audit as Audit
-    from lcray.checkpoints.audit import Finding as Finding
     from lcray.checkpoints.audit import inspect as inspect
+    from lcray.checkpoints.reading import State as State
     from lcray.checkpoints.recorder import Recorder as Recorder
-    from lcray.checkpoints.series import Checkpoint as Checkpoint
     from lcray.checkpoints.series import CheckpointSeries as CheckpointSeries
-    from lcray.checkpoints.series import State as State
     from lcray.checkpoints.series import open_series as open_series
 
 

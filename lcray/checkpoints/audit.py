@@ -13,7 +13,8 @@ import torch
 
 from lcray.checkpoints import naming
 from lcray.checkpoints.bits import count_unchanged, same_bits
-from lcray.checkpoints.series import CheckpointSeries, State, open_series
+from lcray.checkpoints.reading import State
+from lcray.checkpoints.series import CheckpointSeries, open_series
 from lcray.errors import CheckpointError, one_line, suggest
 from lcray.storage import Place, PlaceLike
 
@@ -23,16 +24,6 @@ OUTLIER_NEIGHBOURS = 5  # on each side
 HIDDEN_SHARE = 0.1  # of the element updates of a low-precision tensor
 IRREGULAR_SHARE = 0.2  # more gaps than this share of the intervals are reported as one
 _CHUNK = 1 << 22  # elements
-_LOW_PRECISION = frozenset(
-    {
-        torch.float16,
-        torch.bfloat16,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-        torch.float8_e4m3fnuz,
-        torch.float8_e5m2fnuz,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -318,7 +309,7 @@ def _outliers(norms: Sequence[tuple[int, int, float]]) -> Iterator[Finding]:
 
 def _hidden(pass_: _Pass) -> Iterator[Finding]:
     for name, track in pass_.tracks.items():
-        if track.dtype not in _LOW_PRECISION or not track.moved:
+        if track.dtype.itemsize > 2 or not track.moved:
             continue
         share = track.unchanged / track.updates
         if share > HIDDEN_SHARE:

@@ -13,7 +13,7 @@ def as_integers(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two contiguous CPU tensors agree in shape, dtype and every bit."""
+    """Whether two contiguous tensors of one device agree in shape, dtype and every bit."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(as_integers(a), as_integers(b))

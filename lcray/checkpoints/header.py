@@ -143,11 +143,9 @@ def _whole(value: object) -> bool:
 def _overflows(shape: list[int]) -> bool:
     """Whether strides of such a shape exceed 64 bits, even if an axis of 0 makes it empty."""
     # Few axes, and none that is large itself: the product of a million axes is a huge number.
-    return len(shape) > MAX_AXES or max(shape, default=0) >= 2**63 or _volume(shape) >= 2**63
-
-
-def _volume(shape: list[int]) -> int:
-    return math.prod(max(n, 1) for n in shape)
+    if len(shape) > MAX_AXES or max(shape, default=0) >= 2**63:
+        return True
+    return math.prod(max(n, 1) for n in shape) >= 2**63
 
 
 def _entry(name: str, value: object) -> Entry:

@@ -241,7 +241,9 @@ class _Reading:
             if piece.dtype == stored and piece.is_contiguous():
                 self._take(file, piece)
             else:
-                passing = self._passing(piece.numel() * stored.itemsize)
+                if self._buffer is None:
+                    self._buffer = torch.empty(CHUNK, dtype=torch.uint8, device="cpu")
+                passing = self._buffer[: piece.numel() * stored.itemsize]
                 self._take(file, passing)
                 piece.copy_(passing.view(stored).view(piece.shape))
 
@@ -252,11 +254,6 @@ class _Reading:
         if file.readinto(view) != len(view):
             raise ValueError(_CHANGED)
         self._count(view)
-
-    def _passing(self, size: int) -> Tensor:
-        if self._buffer is None:
-            self._buffer = torch.empty(CHUNK, dtype=torch.uint8, device="cpu")
-        return self._buffer[:size]
 
     def _count(self, data: bytes | memoryview) -> None:
         self.digest.update(data)

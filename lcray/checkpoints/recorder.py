@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lcray.checkpoints import ranks
-from lcray.checkpoints.recording import Session, Settings, check_settings, expected_start
+from lcray.checkpoints.recording import Session, Settings, expected_start
 from lcray.checkpoints.recording import file_name as file_name
 from lcray.checkpoints.snapshot import contents_of, tensors_of
 from lcray.errors import RecorderError
@@ -90,8 +90,8 @@ class Recorder:
         overwrite: bool = False,
         every_rank: bool = False,
     ):
-        settings = check_settings(
-            every, queue_mib, trainable_only, task, metadata, start, overwrite
+        settings = Settings(
+            every, queue_mib, trainable_only, task, dict(metadata or {}), start, overwrite
         )
         self._model, self._every = model, every
         self._gathered = ranks.Gathered(model) if ranks.is_sharded(model) else None

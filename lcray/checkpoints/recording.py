@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,9 @@ from torch import Tensor
 from lcray.checkpoints import runfile
 from lcray.checkpoints.bits import same_bits
 from lcray.checkpoints.directory import LockedDirectory
-from lcray.checkpoints.series import Checkpoint, list_checkpoints, read_checkpoint
-from lcray.checkpoints.snapshot import Contents, Layout, Slot, layout_of, on_accelerator, snapshot
+from lcray.checkpoints.reading import Checkpoint, read_checkpoint
+from lcray.checkpoints.series import list_checkpoints
+from lcray.checkpoints.snapshot import Contents, Layout, Slot, layout_of, snapshot
 from lcray.checkpoints.writer import BackgroundWriter
 from lcray.errors import CheckpointError, RecorderError, UsageError
 from lcray.storage import Remote, place
@@ -29,7 +30,7 @@ def file_name(step: int) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a recorder, checked."""
+    """The settings of a recorder; a `UsageError` if one is out of range."""
 
     every: int
     queue_mib: float
@@ -39,6 +40,24 @@ class Settings:
     start: int | None
     overwrite: bool
 
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UsageError(f"every={self.every}: record every k-th step with k at least 1")
+        if not self.queue_mib > 0:
+            raise UsageError(f"queue_mib={self.queue_mib}: must be above 0")
+        if self.start is not None and self.start < 0:
+            raise UsageError(f"start={self.start}: steps begin at 0")
+        if self.overwrite and self.start is None:
+            raise UsageError(
+                "overwrite=True removes the checkpoints after start=N: give start as well"
+            )
+        if self.task is not None and not isinstance(self.task, str):
+            raise UsageError("task: give its reference, 'package.module:attribute'")
+        try:
+            runfile.encode(self.metadata)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"metadata: JSON cannot hold it ({error})") from error
+
     @property
     def kept(self) -> dict[str, Any]:
         """The settings that `run.json` records."""
@@ -46,7 +65,7 @@ class Settings:
             "every": self.every,
             "trainable_only": self.trainable_only,
             "task": self.task,
-            "metadata": dict(self.metadata),
+            "metadata": self.metadata,
         }
 
 
@@ -69,20 +88,23 @@ class Session:
         self, directory: str | os.PathLike[str], contents: Contents, settings: Settings
     ) -> None:
         self._layout = layout = layout_of(contents, trainable_only=settings.trainable_only)
-        self._directory = LockedDirectory(_local(directory))
-        pinned = on_accelerator(contents.tensors)
+        self._directory = locked = LockedDirectory(_local(directory))
+        pinned = any(tensor.is_cuda for tensor in contents.tensors.values())
         try:
             first = Slot(layout, pinned=pinned)
             snapshot(layout, contents.tensors, first)
-            self.start, self._content = _begin(self._directory, layout, first, settings)
+            self.start, self._content = _begin(locked, layout, first, settings)
         except BaseException:
-            self._directory.close()
+            locked.close()
             raise
-        write = _file_writer(self._directory, layout)
+
+        # Neither this nor the finalizer, which runs at interpreter exit too, refers to the session.
+        def write(step: int, slot: Slot) -> None:
+            locked.write(file_name(step), [layout.head, slot.memory])
+
         limit = max(1, int(settings.queue_mib * 2**20) // max(1, layout.nbytes))
         self.writer = BackgroundWriter(write, lambda: Slot(layout, pinned=pinned), limit)
-        # Runs at interpreter exit too; it must not refer to the session itself.
-        self._finalizer = weakref.finalize(self, _finish, self.writer, self._directory)
+        self._finalizer = weakref.finalize(self, _finish, self.writer, locked)
 
     @property
     def is_open(self) -> bool:
@@ -137,13 +159,6 @@ def _finish(writer: BackgroundWriter, directory: LockedDirectory) -> None:
         directory.close()
 
 
-def _file_writer(directory: LockedDirectory, layout: Layout) -> Callable[[int, Slot], None]:
-    def write(step: int, slot: Slot) -> None:
-        directory.write(file_name(step), [layout.head, slot.memory])
-
-    return write
-
-
 def _write(directory: LockedDirectory, name: str, *chunks: bytes | memoryview) -> None:
     try:
         directory.write(name, chunks)
@@ -151,38 +166,6 @@ def _write(directory: LockedDirectory, name: str, *chunks: bytes | memoryview) -
         raise RecorderError(
             f"{directory.path / name}: cannot be written: {error.strerror}"
         ) from error
-
-
-def check_settings(
-    every: int,
-    queue_mib: float,
-    trainable_only: bool,
-    task: str | None,
-    metadata: Mapping[str, Any] | None,
-    start: int | None,
-    overwrite: bool,
-) -> Settings:
-    """The settings of a recorder.
-
-    Raises:
-        UsageError: a setting is out of range.
-    """
-    if every < 1:
-        raise UsageError(f"every={every}: record every k-th step with k at least 1")
-    if not queue_mib > 0:
-        raise UsageError(f"queue_mib={queue_mib}: must be above 0")
-    if start is not None and start < 0:
-        raise UsageError(f"start={start}: steps begin at 0")
-    if overwrite and start is None:
-        raise UsageError("overwrite=True removes the checkpoints after start=N: give start as well")
-    if task is not None and not isinstance(task, str):
-        raise UsageError("task: give its reference, 'package.module:attribute'")
-    kept = dict(metadata or {})
-    try:
-        runfile.encode(kept)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"metadata: JSON cannot hold it ({error})") from error
-    return Settings(every, queue_mib, trainable_only, task, kept, start, overwrite)
 
 
 @dataclass(frozen=True)

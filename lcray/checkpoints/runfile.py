@@ -7,6 +7,7 @@ import json
 import platform
 import stat
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,7 @@ def describe(
         "format_version": FORMAT_VERSION,
         "ended": False,
         **settings,
-        "layers": [
-            {
-                "name": layer.name,
-                "shape": list(layer.shape),
-                "dtype": layer.dtype,
-                "kind": layer.kind,
-                "requires_grad": layer.requires_grad,
-            }
-            for layer in layout.layers
-        ],
+        "layers": [asdict(layer) for layer in layout.layers],
         "aliases": dict(layout.aliases),
         "sessions": [*(previous or {}).get("sessions", []), session],
     }

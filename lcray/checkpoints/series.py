@@ -14,13 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lcray.checkpoints import naming
-from lcray.checkpoints.header import CANONICAL_KEY as CANONICAL_KEY
 from lcray.checkpoints.listing import Folders, open_folders
-from lcray.checkpoints.reading import Checkpoint as Checkpoint
-from lcray.checkpoints.reading import State as State
-from lcray.checkpoints.reading import joined
-from lcray.checkpoints.reading import read_checkpoint as read_checkpoint
-from lcray.checkpoints.reading import sha256_of_checkpoint as sha256_of_checkpoint
+from lcray.checkpoints.reading import Checkpoint, State, joined, read_checkpoint
 from lcray.errors import CheckpointError, UsageError
 from lcray.storage import Place, PlaceLike, place
 from lcray.storage.numbers import step_range

@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lcray.checkpoints import header, naming
-from lcray.checkpoints.series import CANONICAL_KEY
 from lcray.errors import RecorderError
 
 EXTRA = "_extra_state"  # torch's name for extra states
@@ -141,14 +140,9 @@ def layout_of(contents: Contents, *, trainable_only: bool = False) -> Layout:
             + (" that require gradients, or trainable_only=False" if trainable_only else "")
         )
     entries, nbytes = _place({name: tensors[key] for name, key in keys.items()})
-    head = header.build(entries, {"format": "pt", CANONICAL_KEY: "canonical"})
+    head = header.build(entries, {"format": "pt", header.CANONICAL_KEY: "canonical"})
     aliases = {names[alias]: names[key] for alias, key in tied.items()}
     return Layout(keys, aliases, tied, frozenset(tensors), tuple(layers), entries, head, nbytes)
-
-
-def on_accelerator(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether any tensor is on a CUDA device (snapshots then use pinned memory)."""
-    return any(tensor.is_cuda for tensor in tensors.values())
 
 
 def snapshot(layout: Layout, tensors: Mapping[str, torch.Tensor], slot: Slot) -> None:

@@ -17,8 +17,9 @@ from lcray.checkpoints.bits import same_bits
 from lcray.checkpoints.convert.opening import Saved, read_source
 from lcray.checkpoints.convert.sources import find_sources
 from lcray.checkpoints.directory import LockedDirectory
+from lcray.checkpoints.reading import Checkpoint, read_checkpoint
 from lcray.checkpoints.recording import file_name
-from lcray.checkpoints.series import Checkpoint, list_checkpoints, read_checkpoint
+from lcray.checkpoints.series import list_checkpoints
 from lcray.checkpoints.snapshot import Contents, Layout, Slot, layout_of, snapshot
 from lcray.errors import CheckpointError, RecorderError, UsageError
 from lcray.storage import Remote, place

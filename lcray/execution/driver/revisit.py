@@ -7,7 +7,7 @@ differs from what the commit says is the checkpoint read again, and compared by 
 from __future__ import annotations
 
 from lcray.checkpoints import CheckpointSeries
-from lcray.checkpoints.series import sha256_of_checkpoint
+from lcray.checkpoints.reading import sha256_of_checkpoint
 from lcray.errors import CheckpointError, OutputError
 from lcray.execution.driver.repair import remove
 from lcray.planning.plan import Plan

@@ -16,6 +16,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from lcray.checkpoints.bits import same_bits
 from lcray.errors import CheckpointError, TaskError, brief
 from lcray.tasks.layer import Layer
 from lcray.tasks.model.derivatives import use_derivatives
@@ -301,7 +302,7 @@ class FlatModel:
         for layer, where in zip(self.layers, self.slices, strict=True):
             for first in range(where.start, where.stop, self.block):
                 part = slice(first, min(first + self.block, where.stop))
-                if not _same_bits(self.theta[part], vector[part].to(self.theta.device)):
+                if not same_bits(self.theta[part], vector[part].to(self.theta.device)):
                     raise _written(layer)
 
 
@@ -311,11 +312,6 @@ def _written(layer: Layer) -> TaskError:
         "nor a forward pass in evaluation mode may change parameters or float buffers (max_norm "
         "and observers of quantization do)"
     )
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    whole = torch.int32 if a.element_size() == 4 else torch.int64
-    return torch.equal(a.view(whole), b.view(whole))
 
 
 def _in_evaluation_mode(model: nn.Module) -> nn.Module:
