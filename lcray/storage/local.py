@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from lcray.storage.base import Item
 
@@ -59,39 +61,19 @@ class LocalStorage:
 
     def write(self, file: Path, data: bytes) -> None:
         """Puts a file, whole or not at all."""
-        self._put(file, data, exclusive=False)
+        with _temporary(file, io.BytesIO(data)) as whole:
+            _replace(whole, file)
 
     def create(self, file: Path, data: bytes) -> bool:
         """Puts a file, whole or not at all, if there is none."""
-        return self._put(file, data, exclusive=True)
-
-    def _put(self, path: Path, data: bytes, *, exclusive: bool) -> bool:
-        temporary = path.with_name(f"{path.name}-{uuid.uuid4().hex}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write_synced(temporary, data)
-            if exclusive:
-                return _link(temporary, path, data)
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-            return True
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _temporary(file, io.BytesIO(data)) as whole:
+            return _link(whole, file, data)
 
     def upload(self, source: int, file: Path) -> None:
         """Puts the contents of an open file."""
-        temporary = file.with_name(f"{file.name}-{uuid.uuid4().hex}.tmp")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.lseek(source, 0, os.SEEK_SET)
-            with open(temporary, "xb") as target, os.fdopen(os.dup(source), "rb") as opened:
-                shutil.copyfileobj(opened, target, 1 << 20)
-                target.flush()
-                os.fsync(target.fileno())
-            os.replace(temporary, file)
-            sync_folder(file.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        os.lseek(source, 0, os.SEEK_SET)
+        with os.fdopen(os.dup(source), "rb") as opened, _temporary(file, opened) as whole:
+            _replace(whole, file)
 
     def delete(self, files: Sequence[Path]) -> None:
         """Removes files."""
@@ -107,11 +89,28 @@ def _unless_absent(error: OSError) -> None:
         raise error
 
 
-def _write_synced(path: Path, text: bytes) -> None:
+@contextmanager
+def _temporary(path: Path, content: BinaryIO) -> Iterator[Path]:
+    """A synced file beside `path` with this content; what is left of it goes with the block."""
+    temporary = path.with_name(f"{path.name}-{uuid.uuid4().hex}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_synced(temporary, content)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_synced(path: Path, content: BinaryIO) -> None:
     with open(path, "xb") as file:
-        file.write(text)
+        shutil.copyfileobj(content, file, 1 << 20)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def _link(temporary: Path, path: Path, text: bytes) -> bool:
@@ -127,7 +126,7 @@ def _link(temporary: Path, path: Path, text: bytes) -> bool:
         if error.errno not in _NO_LINKS:
             raise
         try:  # no links here: an exclusive create is as exclusive, but may be torn by a crash
-            _write_synced(path, text)
+            _write_synced(path, io.BytesIO(text))
         except FileExistsError:
             return False
     sync_folder(path.parent)

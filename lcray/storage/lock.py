@@ -141,8 +141,7 @@ class Lock:
         if not holders or max(holders) != self.number:
             self._lost = "the lock was lost to another lcray process, so this one has stopped"
             return
-        holder = {**asdict(self._holder), "beat": self._holder.beat + 1}
-        self._holder = Holder(**holder)
+        self._holder = replace(self._holder, beat=self._holder.beat + 1)
         _storage_write(self.out, self.number, self._holder)
 
     def _beat_on(self, every: float, stale: float, main: int | None) -> None:
@@ -165,7 +164,7 @@ class Lock:
         with self._guard:
             self._ended.set()
         thread.join()
-        holder = Holder(**{**asdict(self._holder), "released": True})
+        holder = replace(self._holder, released=True)
         if self._lost:
             return
         try:
@@ -248,9 +247,7 @@ def pulse(out: Place) -> tuple[int, int]:
     Both are 0 if there is no lock, or none that can be read.
     """
     with suppress(OSError, LcrayError):
-        confined(out, out / LOCK)
-        last = max(_numbers(out), default=0)
-        holder = _read(out, last) if last else None
+        last, holder = _latest(out)
         return last, holder.beat if holder is not None else 0
     return 0, 0
 
@@ -261,9 +258,7 @@ def driver_has_ended(out: Place) -> bool:
     It has released the lock, or was a process of this machine that has ended.
     """
     with suppress(OSError, LcrayError):
-        confined(out, out / LOCK)
-        last = max(_numbers(out), default=0)
-        holder = _read(out, last) if last else None
+        _, holder = _latest(out)
         return holder is not None and (holder.released or (bool(holder.host) and holder.is_dead))
     return False
 
@@ -275,9 +270,7 @@ def _acquire(out: Place, stale: float, alone: bool) -> Lock:
     """
     me, storage = Holder.this(), storage_of(out)
     while True:
-        numbers = _numbers(out)
-        last = max(numbers, default=0)
-        holder = _read(out, last) if last else None
+        last, holder = _latest(out)
         if holder is not None and not _is_free(out, last, holder, stale, alone):
             raise _refusal(out, holder)
         mine = _file(out, last + 1)
@@ -289,7 +282,7 @@ def _acquire(out: Place, stale: float, alone: bool) -> Lock:
                 f"{out}: this storage overwrites files that must be created only if absent, so it "
                 "cannot keep two analyses apart; use another storage for the output"
             )
-        storage.delete([_file(out, number) for number in numbers if number < last])
+        storage.delete([_file(out, number) for number in _numbers(out) if number < last])
         return Lock(out, last + 1, me)
 
 
@@ -337,10 +330,10 @@ def _flocked(out: Path) -> Iterator[bool]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            holder = None
             with suppress(OSError):
-                numbers = _numbers(out)
-                raise _refusal(out, _read(out, max(numbers)) if numbers else None) from error
-            raise _refusal(out, None) from error
+                _, holder = _latest(out)
+            raise _refusal(out, holder) from error
         except OSError:
             held = False
         yield held
@@ -366,6 +359,13 @@ def _overwrite(out: Place, number: int, holder: Holder) -> None:
 def _numbers(out: Place) -> list[int]:
     found = storage_of(out).find(out / LOCK)
     return [int(match[1]) for item in found if (match := _NAME.fullmatch(item.name))]
+
+
+def _latest(out: Place) -> tuple[int, Holder | None]:
+    """The highest number, 0 if there is none, and its holder."""
+    confined(out, out / LOCK)
+    last = max(_numbers(out), default=0)
+    return last, _read(out, last) if last else None
 
 
 def _read(out: Place, number: int) -> Holder | None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from lcray.errors import OutputError
@@ -36,7 +36,10 @@ class ObjectStorage:
     def find(self, folder: Remote) -> list[Item]:
         """Every object below `folder`, by name."""
         top = self._path(folder).strip("/") + "/"
-        found = persistently(lambda: self._find(folder))
+        try:
+            found = persistently(lambda: self._system.find(self._path(folder), detail=True))
+        except FileNotFoundError:
+            return []
         items = []
         for path, info in found.items():
             name = path.strip("/").removeprefix(top)
@@ -45,13 +48,6 @@ class ObjectStorage:
             if info.get("type") != "directory" and not path.endswith("/"):
                 items.append(Item(name, int(info.get("size") or 0), _stamp(info)))
         return sorted(items, key=lambda item: item.name)
-
-    def _find(self, folder: Remote) -> dict[str, Any]:
-        try:
-            found: dict[str, Any] = self._system.find(self._path(folder), detail=True)
-        except FileNotFoundError:
-            return {}
-        return found
 
     def size(self, file: Remote) -> int:
         """Bytes of an object."""
@@ -107,17 +103,13 @@ class ObjectStorage:
         def put() -> bool:
             try:
                 self._system.pipe_file(self._path(file), data, mode="create")
-            except (FileExistsError, OSError) as error:
+            except OSError as error:
                 if not isinstance(error, FileExistsError) and code_of(error) not in _TAKEN:
                     raise
-                return self._read_whole(file) == data
+                return bool(self._system.cat_file(self._path(file)) == data)
             return True
 
         return persistently(put)
-
-    def _read_whole(self, file: Remote) -> bytes:
-        data: bytes = self._system.cat_file(self._path(file))
-        return data
 
     def upload(self, source: int, file: Remote) -> None:
         """Writes the contents of an open file; in parts if it is large."""
@@ -129,23 +121,17 @@ class ObjectStorage:
         def put() -> None:
             os.lseek(source, 0, os.SEEK_SET)
             self._system.put_file(f"/dev/fd/{source}", self._path(file))
-            self._check_size(file, size)
+            there = self._system.info(self._path(file))["size"]
+            if there != size:
+                raise OSError(errno.EIO, f"{there} bytes arrived, of {size}")
 
         persistently(put)
-
-    def _check_size(self, file: Remote, size: int) -> None:
-        there = self._system.info(self._path(file))["size"]
-        if there != size:
-            raise OSError(errno.EIO, f"{there} bytes arrived, of {size}")
 
     def delete(self, files: Sequence[Remote]) -> None:
         """Removes objects."""
         for file in files:
-            persistently(lambda file=file: self._delete(file))  # type: ignore[misc]
-
-    def _delete(self, file: Remote) -> None:
-        with suppress(FileNotFoundError):
-            self._system.rm_file(self._path(file))
+            with suppress(FileNotFoundError):
+                persistently(partial(self._system.rm_file, self._path(file)))
 
     def _path(self, file: Remote) -> str:
         path: str = self._system._strip_protocol(str(file))

@@ -39,15 +39,6 @@ class Changed(OSError):
     """The object is no longer the one that was listed."""
 
 
-def patience() -> float:
-    """How long an operation is repeated before it counts as failed, in seconds.
-
-    Raises:
-        UsageError: if ``LCRAY_STORAGE_PATIENCE`` is not a number.
-    """
-    return positive_setting("LCRAY_STORAGE_PATIENCE", PATIENCE)
-
-
 def positive_setting(name: str, default: float) -> float:
     """A number from the environment.
 
@@ -73,9 +64,11 @@ def persistently(what: Callable[[], T]) -> T:
         what: the operation; repeating it must do no harm.
 
     Raises:
-        OSError: of the fitting kind, in one line; at once for a final error, else after `patience`.
+        OSError: of the fitting kind, in one line; at once for a final error, else after
+            ``LCRAY_STORAGE_PATIENCE`` seconds, `PATIENCE` by default.
+        UsageError: if that variable is not a number.
     """
-    end = time.monotonic() + patience()
+    end = time.monotonic() + positive_setting("LCRAY_STORAGE_PATIENCE", PATIENCE)
     wait = _FIRST
     while True:
         try:

@@ -122,14 +122,8 @@ def sha256_of(where: Place) -> str:
     Raises:
         OSError: if it cannot be read.
     """
-    if not isinstance(where, Remote):
-        with open(where, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    digest, reader = hashlib.sha256(), reader_of(where)
-    piece = bytearray(1 << 20)
-    while taken := reader.readinto(piece):
-        digest.update(memoryview(piece)[:taken])
-    return digest.hexdigest()
+    with reader_of(where) if isinstance(where, Remote) else open(where, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fetch(storage: ObjectStorage, file: Remote, target: FileIO) -> None:
