@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from lcray.errors import UsageError
@@ -14,27 +13,35 @@ _LOCAL = ("file", "local")
 _REFUSED = ("simplecache", "filecache", "blockcache", "cached", "reference", "dir")
 
 
-@dataclass(frozen=True, repr=False, slots=True)
 class Remote:
     """An object or a prefix on a file system that fsspec knows; behaves as a pure path.
 
-    Attributes:
+    Args:
         protocol: as in the URI, without ``://``.
         path: the rest of the URI, without a slash at the end.
         size: bytes, if a listing has given them.
         stamp: a value that changes with the contents (etag, modification time), if known.
     """
 
-    protocol: str
-    path: str
-    size: int | None = field(default=None, compare=False)
-    stamp: str | None = field(default=None, compare=False)
+    __slots__ = ("path", "protocol", "size", "stamp")
+
+    def __init__(
+        self, protocol: str, path: str, size: int | None = None, stamp: str | None = None
+    ) -> None:
+        self.protocol, self.path = protocol, path
+        self.size, self.stamp = size, stamp
 
     def __str__(self) -> str:
         return f"{self.protocol}://{self.path}"
 
     def __repr__(self) -> str:
         return f"Remote({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Remote) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
 
     def __lt__(self, other: Remote) -> bool:
         return str(self) < str(other)
