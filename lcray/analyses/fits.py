@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lcray.analyses import tidy
 from lcray.analyses.histogram_arrays import Histograms, aligned, held, read_histograms
-from lcray.analyses.series import codes
+from lcray.analyses.series import positions
 from lcray.analyses.windows import RUN, Ranges, Window, Windows
 from lcray.statistics.bootstrap import Bootstrap, block_length
 from lcray.statistics.families import FAMILIES, Family
@@ -283,7 +283,7 @@ def _of_values(
         filters=pc.field("split").cast(pa.string()) == split,
     )
     lc = rows["lc"].to_numpy().astype(np.float64)
-    layer, start = codes(rows, "layer", names), rows["start_step"].to_numpy()
+    layer, start = positions(rows, "layer", names), rows["start_step"].to_numpy()
     some = np.isfinite(lc) & (lc != 0) & (layer >= 0)
     lc, layer, start = lc[some], layer[some], start[some]
     for item in chosen:

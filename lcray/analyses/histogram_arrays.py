@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lcray.analyses.series import codes
+from lcray.analyses.series import positions
 from lcray.analyses.windows import Window, Windows
 from lcray.errors import InapplicableError
 from lcray.statistics.histograms import LOWEST, UNDERFLOW, bin_edges
@@ -27,8 +27,8 @@ class Histograms:
     """The histograms of one split: C[window, layer, sign, bin], base windows in order.
 
     Attributes:
+        edges: logarithms of the bins' edges, [E]; the first is -inf.
         windows: first steps of the base windows, [W].
-        counts: [W, L, 2, B].
         counts: [W, L, 2, B].
     """
 
@@ -78,7 +78,7 @@ def read_histograms(results: Results, split: str, names: Sequence[str]) -> Histo
     column = np.where(normal, bins - lo + 1, 0)
     windows, at = np.unique(rows["window"].to_numpy(), return_inverse=True)
     dense = np.zeros((len(windows), len(names), 2, hi - lo + 2))
-    layer = codes(rows, "layer", names)
+    layer = positions(rows, "layer", names)
     sign = (rows["sign"].to_numpy() > 0).astype(int)
     known = layer >= 0
     dense[at[known], layer[known], sign[known], column[known]] = counts[known]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lcray.analyses.series import codes, layer_series
+from lcray.analyses.series import layer_series, positions, scattered
 from lcray.planning.plan import SplitPlan
 from lcray.tables.reading.results import Results
 
@@ -77,12 +77,11 @@ def _by_group(
     """LC of each group's own mean loss, [T, G, L]."""
     columns = ["split", "layer", "start_step", "group", "lc"]
     table = results.arrow("groups", columns=columns)
-    layer, mine = codes(table, "layer", layers), codes(table, "split", [split.name])
+    layer, mine = positions(table, "layer", layers), positions(table, "split", [split.name])
     groups = np.array(split.groups)
     group, start = table["group"].to_numpy(), table["start_step"].to_numpy()
     g = np.minimum(np.searchsorted(groups, group), len(groups) - 1)
     t = np.minimum(np.searchsorted(starts, start), len(starts) - 1)
     here = (mine == 0) & (layer >= 0) & (groups[g] == group) & (starts[t] == start)
-    grid = np.full((len(starts), len(groups), len(layers)), np.nan)
-    grid[t[here], g[here], layer[here]] = table["lc"].to_numpy()[here]
-    return grid
+    shape, place = (len(starts), len(groups), len(layers)), (t[here], g[here], layer[here])
+    return scattered(shape, place, table["lc"].to_numpy()[here])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lcray.tables.reading.results import Results
@@ -60,7 +61,7 @@ def layer_series(
     table = results.arrow("layers", columns=list(dict.fromkeys([*keys, *columns])))
     splits = tuple(split.name for split in results.plan.splits)
     layers = tuple(layer.name for layer in results.plan.layers if layer.kind in kinds)
-    split, layer = codes(table, "split", splits), codes(table, "layer", layers)
+    split, layer = positions(table, "split", splits), positions(table, "layer", layers)
     start = table["start_step"].to_numpy()
     starts, row = np.unique(start, return_index=True)
     t = np.searchsorted(starts, start)
@@ -68,18 +69,20 @@ def layer_series(
     place = split[here], t[here], layer[here]
     values = {}
     for name in ("lc", *columns):
-        grid = np.full((len(splits), len(starts), len(layers)), np.nan)
-        grid[place] = table[name].to_numpy().astype(np.float64)[here]
-        values[name] = grid
-    ok = np.isfinite(values["lc"]).all(axis=2)
+        found = table[name].to_numpy().astype(np.float64)[here]
+        values[name] = scattered((len(splits), len(starts), len(layers)), place, found)
+    ok = np.asarray(np.isfinite(values["lc"]).all(axis=2))
     return Series(splits, layers, starts, table["end_step"].to_numpy()[row], ok, values)
 
 
-def codes(table: pa.Table, column: str, names: Sequence[str]) -> NDArray[Any]:
-    """The position in `names` of each value of a dictionary column; -1 for others."""
-    array = table[column].unify_dictionaries().combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # without rows, or from older versions of pyarrow
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    position = {name: i for i, name in enumerate(names)}
-    lookup = [position.get(name, -1) for name in array.dictionary.to_pylist()]
-    return np.array(lookup, np.int64)[array.indices.to_numpy()] if lookup else np.zeros(0, np.int64)
+def scattered(shape: tuple[int, ...], place: Any, values: Any) -> Floats:
+    """An array of this shape that has `values` at the indices `place`, and NaN elsewhere."""
+    grid: Floats = np.full(shape, np.nan)
+    grid[place] = values
+    return grid
+
+
+def positions(table: pa.Table, column: str, names: Sequence[str]) -> NDArray[np.int64]:
+    """The position in `names` of each text of a column; -1 for other texts."""
+    found = pc.index_in(table[column], value_set=pa.array(names, pa.string()))
+    return np.asarray(pc.fill_null(found, -1).to_numpy(), np.int64)

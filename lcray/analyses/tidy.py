@@ -81,10 +81,9 @@ def table(
 
 def from_columns(form: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
     """Like `table`, from columns (see `lcray.tables.arrow.make_table`) and without parameters."""
-    name = form.metadata[b"lcray.finding"].decode()
-    if not columns or not any(len(values) for values in columns.values()):
+    if not columns:
         return form.empty_table()
-    return fill(name, form, columns)
+    return fill(form.metadata[b"lcray.finding"].decode(), form, columns)
 
 
 def stamped(

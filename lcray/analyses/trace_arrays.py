@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lcray.analyses.series import scattered
 from lcray.tables.reading.results import Results
 from lcray.tables.reading.views import literal
 from lcray.tables.writing.traces import trace_indices
@@ -74,11 +75,10 @@ def _read(results: Results, split: str, layer: str, index: NDArray[np.int64]) ->
     here = (index[n] == element) & (steps[t] == step)
     if not here.any():
         return None
-    grids = {}
-    for name in ("weight", "gradient", "lc"):
-        grid = np.full((len(steps), len(index)), np.nan)
-        grid[t[here], n[here]] = table[name].to_numpy()[here]
-        grids[name] = grid
-    lc = grids["lc"][:-1]
-    displacement = np.where(np.isnan(lc), np.nan, np.diff(grids["weight"], axis=0))
-    return Sampled(split, layer, steps[:-1], lc, displacement, grids["gradient"][:-1])
+    shape, place = (len(steps), len(index)), (t[here], n[here])
+    weight, gradient, lc = (
+        scattered(shape, place, table[name].to_numpy()[here])
+        for name in ("weight", "gradient", "lc")
+    )
+    displacement = np.where(np.isnan(lc[:-1]), np.nan, np.diff(weight, axis=0))
+    return Sampled(split, layer, steps[:-1], lc[:-1], displacement, gradient[:-1])

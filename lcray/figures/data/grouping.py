@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -109,10 +108,12 @@ def cumulative(values: Floats) -> Floats:
     return np.concatenate([zero, np.cumsum(np.nan_to_num(values), axis=-1)], axis=-1)
 
 
-def positions(table: pa.Table, column: str, names: Sequence[str]) -> NDArray[np.int64]:
-    """The position in `names` of each text of a column; -1 for other texts."""
-    found = pd.Index([*names], dtype=object).get_indexer(table[column].to_pandas().astype(object))
-    return np.asarray(found, np.int64)
+def colour_limit(lc: Floats, percentile: float = 98.0) -> float:
+    """The largest |LC| that colours tell apart: a percentile of |LC|, but always above 0."""
+    size = np.abs(lc[np.isfinite(lc)])
+    if not size.any():
+        return 1.0
+    return float(np.percentile(size, percentile)) or float(size.max())
 
 
 def numbers(table: pa.Table, column: str) -> Floats:

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from lcray.analyses import tidy
 from lcray.analyses.requirements import layer_of, require, split_of
-from lcray.figures.data.grouping import Columns, Floats, numbers, positions, total
+from lcray.analyses.series import positions, scattered
+from lcray.figures.data.grouping import Columns, Floats, numbers, total
 from lcray.tables.columns import COUNT, UNIT, column
 from lcray.tables.reading.results import Results
 from lcray.tables.reading.views import literal
@@ -29,13 +30,7 @@ _LAYERS = tidy.schema(
 _UNITS = tidy.schema(
     "unit_matrix",
     "split layer unit first_step",
-    (
-        tidy.SPLIT,
-        tidy.LAYER,
-        tidy.count("unit", UNIT),
-        *_TIMES,
-        _LC,
-    ),
+    (tidy.SPLIT, tidy.LAYER, tidy.count("unit", UNIT), *_TIMES, _LC),
     "LC of the units of one layer",
 )
 
@@ -85,11 +80,8 @@ def layer_sums(
     split, layer = positions(found, "split", splits), positions(found, "layer", layers)
     here = (split >= 0) & (layer >= 0)
     place = split[here], layer[here], found["col"].to_numpy()[here]
-    sums = {}
-    for name in names:
-        sums[name] = np.full((len(splits), len(layers), len(times)), np.nan)
-        sums[name][place] = numbers(found, name)[here]
-    return sums
+    shape = len(splits), len(layers), len(times)
+    return {name: scattered(shape, place, numbers(found, name)[here]) for name in names}
 
 
 def unit_matrix(
@@ -117,12 +109,12 @@ def unit_matrix(
     times = Columns.of(results, mine, columns)
     table = times.read(results, mine, [total("lc")], ("unit",))
     units, row = np.unique(table["unit"].to_numpy(), return_inverse=True)
-    lc: Floats = np.full((len(units), len(times)), np.nan)
-    lc[row, table["col"].to_numpy()] = numbers(table, "lc")
+    place = row, table["col"].to_numpy()
+    lc = scattered((len(units), len(times)), place, numbers(table, "lc"))
     which, at = (i.ravel() for i in np.indices(lc.shape))
     found = {
-        "split": (np.zeros(lc.size, np.int64), [split]),
-        "layer": (np.zeros(lc.size, np.int64), [layer]),
+        "split": split,
+        "layer": layer,
         "unit": units[which],
         "first_step": times.firsts[at],
         "end_step": times.ends[at],

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcray.errors import one_line
-from lcray.figures.data.grouping import cumulative
+from lcray.figures.data.grouping import colour_limit, cumulative
+from lcray.figures.html.charts import LEGEND, STEP, axis, heat_of_lc, hover, line, rows
 from lcray.figures.html.sections import (
     LOSS,
     Control,
@@ -26,7 +27,6 @@ from lcray.figures.html.store import Store, column
 
 Floats = NDArray[np.float64]
 
-STEP = {"title": {"text": "step"}}
 _HIGHLIGHTED = 6
 #: Percentiles of |LC| at which the colours of a heat map may end.
 PERCENTILES = (98, 90, 95, 99.5, 100)
@@ -83,37 +83,23 @@ def loss_curves(source: Source) -> tuple[Floats, Floats, Floats]:
 
 def _loss_figure(store: Store, x: Any, curves: tuple[Any, ...], what: str) -> Figure:
     measured, rebuilt, gap = (store.put(values) for values in curves)
-    line = {"x": x.whole, "type": "scatter", "mode": "lines"}
-    hover = f"step %{{x}}<br>%{{fullData.name}} %{{y:.5g}} ({LOSS})<extra></extra>"
+    text = hover("step %{x}", f"%{{fullData.name}} %{{y:.5g}} ({LOSS})")
+    filled: dict[str, Any] = {
+        "yaxis": "y2",
+        "fill": "tozeroy",
+        "fillcolor": "@faint",
+        "showlegend": False,
+    }
     traces = [
-        {
-            **line,
-            "y": measured,
-            "name": f"measured {what}",
-            "line": {"color": "@measured", "width": 4},
-        },
-        {
-            **line,
-            "y": rebuilt,
-            "name": "first loss + Σ LC",
-            "line": {"color": "@s0", "width": 2, "dash": "dash"},
-        },
-        {
-            **line,
-            "y": gap,
-            "name": "gap",
-            "yaxis": "y2",
-            "fill": "tozeroy",
-            "fillcolor": "@faint",
-            "line": {"color": "@s2", "width": 1.5},
-            "showlegend": False,
-        },
+        line(x.whole, measured, f"measured {what}", "@measured", text, width=4),
+        line(x.whole, rebuilt, "first loss + Σ LC", "@s0", text, dash="dash"),
+        line(x.whole, gap, "gap", "@s2", text, width=1.5, **filled),
     ]
     layout = {
         "xaxis": {**STEP, "anchor": "y2"},
-        "yaxis": {"title": {"text": what}, "domain": [0.36, 1]},
-        "yaxis2": {"title": {"text": "gap"}, "domain": [0, 0.24], "zeroline": True, "nticks": 4},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "yaxis": axis(what, domain=[0.36, 1]),
+        "yaxis2": axis("gap", domain=[0, 0.24], zeroline=True, nticks=4),
+        "legend": LEGEND,
     }
     columns = [
         column("step", x.whole, "step"),
@@ -121,7 +107,7 @@ def _loss_figure(store: Store, x: Any, curves: tuple[Any, ...], what: str) -> Fi
         column("first_loss_plus_lc", rebuilt, "loss"),
         column("gap", gap, "loss"),
     ]
-    return Figure([{**t, "hovertemplate": hover} for t in traces], layout, 430, columns, x.shape[0])
+    return Figure(traces, layout, 430, columns, x.shape[0])
 
 
 def heat_map(source: Source, store: Store) -> Section:
@@ -131,11 +117,11 @@ def heat_map(source: Source, store: Store) -> Section:
     names, n = list(source.layers), len(source.starts)
     figures = {}
     for s in range(len(source.splits)):
-        limits = colour_limits(source.by_layer["lc"][s])
-        for p, _ in enumerate(PERCENTILES):
+        for p, percentile in enumerate(PERCENTILES):
+            limit = colour_limit(source.by_layer["lc"][s], percentile)
             figures[f"{s}.{p}"] = Figure(
-                [heat_trace(lc.matrix(s), edges.whole, names, limits[p])],
-                {"xaxis": STEP, "yaxis": {"names": names, "autorange": "reversed"}},
+                [heat_of_lc(edges.whole, names, lc.matrix(s), limit)],
+                {"xaxis": STEP, "yaxis": rows(names)},
                 bars_height(len(names), 18, 240),
                 [
                     column("layer", names, each=n),
@@ -170,47 +156,6 @@ def _percentile(p: float) -> str:
     return "the largest |LC|" if p == 100 else f"percentile {p:g} of |LC|"
 
 
-def colour_limits(lc: Floats) -> list[float]:
-    """The limit of the colours for each of `PERCENTILES`; always above 0."""
-    found = np.abs(lc[np.isfinite(lc)])
-    if not len(found) or not found.max():
-        return [1.0] * len(PERCENTILES)
-    limits = np.percentile(found, PERCENTILES)
-    return [float(limit) if limit > 0 else float(found.max()) for limit in limits]
-
-
-def heat_trace(
-    z: Any,
-    x: Any,
-    names: list[str],
-    limit: float,
-    *,
-    across: str = "steps %{customdata}",
-) -> dict[str, Any]:
-    """A heat map with diverging colours about 0, and named rows.
-
-    Along the run, `x` has the edges of the columns, one more than there are columns: a cell reaches
-    from the first step of its interval to the last. The page turns `customdata` into these edges.
-    """
-    return {
-        "type": "heatmap",
-        "x": x,
-        "y": [plotted(name) for name in names],
-        "z": z,
-        "zmin": -limit,
-        "zmax": limit,
-        "zmid": 0,
-        "colorscale": "@diverging",
-        "colorbar": {
-            "title": {"text": "LC (loss)", "side": "right"},
-            "thickness": 10,
-            "outlinewidth": 0,
-            "tickformat": ".2~g",
-        },
-        "hovertemplate": f"%{{y}}<br>{across}<br>LC %{{z:.4g}} ({LOSS})<extra></extra>",
-    }
-
-
 def trajectories(source: Source, store: Store) -> Section:
     """Cumulative LC of the layers."""
     sums, x = store.add(cumulative(source.by_layer["lc"])), store.add(along(source))
@@ -223,8 +168,8 @@ def trajectories(source: Source, store: Store) -> Section:
             trajectory_traces(names, reach, x.whole, [sums.row(s, i) for i in range(len(names))]),
             {
                 "xaxis": STEP,
-                "yaxis": {"title": {"text": "LC so far (loss)"}, "zeroline": True},
-                "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+                "yaxis": axis("LC so far (loss)", zeroline=True),
+                "legend": LEGEND,
             },
             400,
             [
@@ -262,29 +207,20 @@ def _colouring(n: int) -> str:
     )
 
 
-def trajectory_traces(names: list[str], reach: Floats, x: Any, rows: list[Any]) -> list[Any]:
+def trajectory_traces(names: list[str], reach: Floats, x: Any, curves: list[Any]) -> list[Any]:
     """One line per layer; lines that reach furthest from 0 are on top, in colours."""
     order = np.argsort(-reach, kind="stable")
     chosen = np.sort(order[:_HIGHLIGHTED])
     colours = dict(zip(chosen.tolist(), depths(len(chosen)), strict=True))
     dashes = ("solid", "dash", "dot", "dashdot", "longdash", "solid")
+    text = hover("%{fullData.name}", "step %{x}", f"LC so far %{{y:.4g}} ({LOSS})")
     traces = []
     for rank, i in reversed([*enumerate(order)]):
         shown = rank < _HIGHLIGHTED
-        line = {"color": colours[i], "width": 2, "dash": dashes[rank]} if shown else None
-        name = plotted(names[i])
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "x": x,
-                "y": rows[i],
-                "name": name,
-                "legendrank": rank,
-                "showlegend": shown,
-                "line": line or {"color": "@rest", "width": 1},
-                "hovertemplate": f"%{{fullData.name}}<br>step %{{x}}<br>LC so far %{{y:.4g}} "
-                f"({LOSS})<extra></extra>",
-            }
-        )
+        place = (x, curves[i], plotted(names[i]))
+        more = {"legendrank": rank, "showlegend": shown}
+        if shown:
+            traces.append(line(*place, colours[i], text, dash=dashes[rank], **more))
+        else:
+            traces.append(line(*place, "@rest", text, width=1, **more))
     return traces

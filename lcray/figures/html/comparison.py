@@ -9,13 +9,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from lcray.analyses.closure import closures
+from lcray.analyses.shares import ratio
 from lcray.analyses.titles import WHAT_HAPPENED
 from lcray.errors import one_line
-from lcray.figures.data.grouping import cumulative
-from lcray.figures.html.along_the_run import STEP, along, heat_trace, loss_curves
+from lcray.figures.data.grouping import colour_limit, cumulative
+from lcray.figures.html.along_the_run import along, loss_curves
+from lcray.figures.html.charts import LEGEND, STEP, axis, heat_of_lc, hover, line, rows
 from lcray.figures.html.head import run_name, totals_table
 from lcray.figures.html.layers import dots
 from lcray.figures.html.page import links_to, render, table
@@ -39,6 +42,7 @@ from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
 
+_KEYS = ("run", "layer", "start_step")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
@@ -76,15 +80,11 @@ def _head(sources: Sequence[Source], names: Sequence[str]) -> str:
         range(len(names)), key=lambda i: (found[i].lc != found[i].lc, found[i].loss_change)
     )
     best = order[0]
-    rows = [dict(settings(one.results.plan, one.n_intervals)) for one in sources]
-    facts = [
-        [
-            label,
-            *(row[label] for row in rows),
-            "differs" if len({r[label] for r in rows}) > 1 else "",
-        ]
-        for label in rows[0]
-    ]
+    each = [dict(settings(one.results.plan, one.n_intervals)) for one in sources]
+    facts = []
+    for label in each[0]:
+        values = [one[label] for one in each]
+        facts.append([label, *values, "differs" if len(set(values)) > 1 else ""])
     other = [row[0] for row in facts if row[-1] and row[0] in ("Rule", "Precision", "BatchNorm")]
     warned = (
         f"<p class=warning>{escape(listed(other))} differ: LC of these outputs answers different "
@@ -109,78 +109,44 @@ def _head(sources: Sequence[Source], names: Sequence[str]) -> str:
     )
 
 
-def _line(x: Any, y: Any, k: int, name: str, what: str, unit: str) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "x": x,
-        "y": y,
-        "name": plotted(name),
-        "line": {"color": category(k), "width": 2, "dash": _DASHES[k % 6]},
-        "hovertemplate": f"%{{fullData.name}}<br>step %{{x}}<br>{what} %{{y:.4g}} ({unit})"
-        "<extra></extra>",
-    }
-
-
-def _legend() -> dict[str, Any]:
-    return {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
-
-
-def _long(
-    names: Sequence[str], xs: Sequence[Any], ys: Sequence[Any], store: Store, what: str, unit: str
-) -> tuple[list[dict[str, Any]], int]:
-    """A tidy table of curves of different lengths."""
-    sizes = [len(x) for x in xs]
-    run = [name for name, size in zip(names, sizes, strict=True) for _ in range(size)]
-    columns = [
-        column("run", run),
-        column("step", store.put(np.concatenate(xs)), "step"),
-        column(what, store.put(np.concatenate(ys)), unit),
-    ]
-    return columns, sum(sizes)
-
-
 def _figure(
-    sources: Sequence[Source],
     names: Sequence[str],
     store: Store,
     curves: Sequence[Floats],
     xs: Sequence[Any],
     what: str,
+    title: str,
     unit: str = LOSS,
 ) -> Figure:
+    """One line per run, and a tidy table of curves of different lengths."""
+    text = hover("%{fullData.name}", "step %{x}", f"{what} %{{y:.4g}} ({unit})")
     traces = [
-        _line(store.put(x), store.put(y), k, name, what, unit)
+        line(store.put(x), store.put(y), plotted(name), category(k), text, dash=_DASHES[k % 6])
         for k, (name, x, y) in enumerate(zip(names, xs, curves, strict=True))
     ]
-    layout = {
-        "xaxis": STEP,
-        "yaxis": {
-            "title": {
-                "text": what
-                if what.endswith("loss")
-                else f"{what} ({'%' if unit == '%' else 'loss'})"
-            }
-        },
-        "legend": _legend(),
-    }
-    columns, rows = _long(names, xs, curves, store, what.replace(" ", "_"), unit)
-    return Figure(traces, layout, 380, columns, rows)
+    layout = {"xaxis": STEP, "yaxis": axis(title), "legend": LEGEND}
+    run = np.repeat(np.array(names, object), [len(x) for x in xs]).tolist()
+    columns = [
+        column("run", run),
+        column("step", store.put(np.concatenate(xs)), "step"),
+        column(what.replace(" ", "_"), store.put(np.concatenate(curves)), unit),
+    ]
+    return Figure(traces, layout, 380, columns, len(run))
 
 
 def _curves(sources: Sequence[Source], names: Sequence[str], store: Store) -> Section:
     xs = [along(source) for source in sources]
     found = [loss_curves(source) for source in sources]
+    losses, gaps = ([curves[i][0] for curves in found] for i in (0, 2))
     figures = {
-        str(i): _figure(sources, names, store, [curves[j][0] for curves in found], xs, what)
-        for i, (j, what) in enumerate(((0, "measured loss"), (2, "gap so far")))
+        "0": _figure(names, store, losses, xs, "measured loss", "measured loss"),
+        "1": _figure(names, store, gaps, xs, "gap so far", "gap so far (loss)"),
     }
     changes = [float(np.nansum(source.intervals["loss_change"][0])) for source in sources]
-    closing = [
-        percent(abs(float(gap[0, -1])), abs(change), 2)
-        for (_, _, gap), change in zip(found, changes, strict=True)
-    ]
-    said = "; ".join(f"{name} {gap}" for name, gap in zip(names, closing, strict=True))
+    said = "; ".join(
+        f"{name} {percent(abs(float(gap[-1])), abs(change), 2)}"
+        for name, gap, change in zip(names, gaps, changes, strict=True)
+    )
     return Section(
         "loss",
         "Loss, and how well LC adds up to it",
@@ -195,15 +161,15 @@ def _curves(sources: Sequence[Source], names: Sequence[str], store: Store) -> Se
 
 
 def _layers(sources: Sequence[Source], names: Sequence[str], store: Store) -> Section:
-    rows = list(dict.fromkeys(name for source in sources for name in source.layers))
+    layers = list(dict.fromkeys(name for source in sources for name in source.layers))
     values = {}
     for source, name in zip(sources, names, strict=True):
         lc = dict(zip(source.layers, source.totals[0], strict=True))
-        values[name] = np.array([lc.get(row, np.nan) for row in rows])
+        values[name] = np.array([lc.get(layer, np.nan) for layer in layers])
     grid = np.stack([*values.values()])
     some = np.isfinite(grid).all(axis=0)
     apart = [
-        rows[i] for i in np.flatnonzero(some & (grid.min(axis=0) < 0) & (grid.max(axis=0) > 0))
+        layers[i] for i in np.flatnonzero(some & (grid.min(axis=0) < 0) & (grid.max(axis=0) > 0))
     ]
     verb = "helps" if len(apart) == 1 else "help"
     return Section(
@@ -218,25 +184,22 @@ def _layers(sources: Sequence[Source], names: Sequence[str], store: Store) -> Se
         "six runs on.",
         ("layers",),
         "SELECT split, layer, sum(lc) AS lc FROM layers GROUP BY split, layer",
-        {"": dots(store, rows, values)},
+        {"": dots(store, layers, values)},
         by_split=False,
     )
 
 
 def _heat_maps(sources: Sequence[Source], names: Sequence[str], store: Store) -> Section:
     cells = np.concatenate([source.by_layer["lc"][0].ravel() for source in sources])
-    cells = np.abs(cells[np.isfinite(cells)])
-    limit = (float(np.percentile(cells, 98)) if len(cells) else 0.0) or 1.0
     traces: list[dict[str, Any]] = []
     layout: dict[str, Any] = {"annotations": [], "margin": {"t": 24}}
-    columns = [[], [], [], []]  # type: list[list[Any]]
+    tables: list[pd.DataFrame] = []
     each = [bars_height(len(source.layers), 14, 150) + 20 for source in sources]
     top, whole = 0.0, float(sum(each))
     for k, (source, name) in enumerate(zip(sources, names, strict=True)):
         n = "" if k == 0 else str(k + 1)
-        trace = heat_trace(
-            store.put(source.by_layer["lc"][0]), store.put(along(source)), [*source.layers], limit
-        )
+        lc, layers = source.by_layer["lc"][0], source.layers
+        trace = heat_of_lc(store.put(along(source)), layers, store.put(lc), colour_limit(cells))
         trace |= {"xaxis": f"x{n}", "yaxis": f"y{n}", "showscale": k == 0, "name": plotted(name)}
         trace["hovertemplate"] = "%{fullData.name}<br>" + trace["hovertemplate"]
         traces.append(trace)
@@ -244,23 +207,17 @@ def _heat_maps(sources: Sequence[Source], names: Sequence[str], store: Store) ->
         room = 52 / whole
         layout[f"xaxis{n}"] = {"anchor": f"y{n}"} | (STEP if k == len(names) - 1 else {})
         layout["annotations"].append(_caption(plotted(name), 1 - top))
-        layout[f"yaxis{n}"] = {
-            "names": [*source.layers],
-            "autorange": "reversed",
-            "domain": [max(0.0, 1 - low + room), 1 - top],
-            "anchor": f"x{n}",
-        }
+        domain = [max(0.0, 1 - low + room), 1 - top]
+        layout[f"yaxis{n}"] = rows(layers, domain=domain, anchor=f"x{n}")
         top = low
-        size = source.by_layer["lc"][0].size
-        columns[0] += [name] * size
-        columns[1] += list(np.repeat(source.layers, len(source.starts)))
-        columns[2].append(np.tile(source.starts, len(source.layers)))
-        columns[3].append(source.by_layer["lc"][0].ravel())
-    listing = [
-        column("run", columns[0]),
-        column("layer", [str(name) for name in columns[1]]),
-        column("start_step", store.put(np.concatenate(columns[2])), "step"),
-        column("lc", store.put(np.concatenate(columns[3])), "loss"),
+        index = pd.MultiIndex.from_product(([name], layers, source.starts), names=_KEYS)
+        tables.append(pd.DataFrame({"lc": lc.ravel()}, index).reset_index())
+    table = pd.concat(tables)
+    columns = [
+        column("run", table["run"].tolist()),
+        column("layer", table["layer"].tolist()),
+        column("start_step", store.put(table["start_step"].to_numpy()), "step"),
+        column("lc", store.put(table["lc"].to_numpy()), "loss"),
     ]
     notes = [note for source in sources for note in source.coarse]
     return Section(
@@ -271,7 +228,7 @@ def _heat_maps(sources: Sequence[Source], names: Sequence[str], store: Store) ->
         "|LC| over all runs.",
         ("layers",),
         "SELECT split, layer, start_step, lc FROM layers ORDER BY ALL",
-        {"": Figure(traces, layout, int(whole), listing, len(columns[0]))},
+        {"": Figure(traces, layout, int(whole), columns, len(table))},
         by_split=False,
         notes=tuple(dict.fromkeys(notes)),
     )
@@ -286,13 +243,9 @@ def _caption(name: str, y: float) -> dict[str, Any]:
 def _shares(sources: Sequence[Source], names: Sequence[str], store: Store) -> Section:
     curves = []
     for source in sources:
-        n = {
-            k: np.nansum(source.by_layer[f"n_{k}"][0], axis=0)
-            for k in ("helping", "hurting", "zero")
-        }
-        whole = n["helping"] + n["hurting"] + n["zero"]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            curves.append(100 * n["helping"] / whole)
+        counts = [source.by_layer[f"n_{k}"][0] for k in ("helping", "hurting", "zero")]
+        sums = np.nansum(counts, axis=1)
+        curves.append(100 * ratio(sums[0], sums.sum(axis=0)))
     xs = [source.starts for source in sources]
     lc = [cumulative(source.intervals["lc"])[0] for source in sources]
     ends = [along(source) for source in sources]
@@ -306,8 +259,10 @@ def _shares(sources: Sequence[Source], names: Sequence[str], store: Store) -> Se
         "  sum(n_helping) / sum(n_helping + n_hurting + n_zero) AS helping\n"
         "FROM layers GROUP BY split, start_step ORDER BY ALL",
         {
-            "0": _figure(sources, names, store, curves, xs, "parameters helping", "%"),
-            "1": _figure(sources, names, store, lc, ends, "LC so far"),
+            "0": _figure(
+                names, store, curves, xs, "parameters helping", "parameters helping (%)", "%"
+            ),
+            "1": _figure(names, store, lc, ends, "LC so far", "LC so far (loss)"),
         },
         by_split=False,
         controls=(Control("Show", ["share helping", "Σ LC so far"]),),

@@ -8,10 +8,23 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lcray.analyses.requirements import require
+from lcray.analyses.series import scattered
 from lcray.errors import InapplicableError, one_line
-from lcray.figures.data.grouping import total
-from lcray.figures.html.along_the_run import STEP, heat_trace
-from lcray.figures.html.sections import LOSS, Control, Figure, Section, plain, plotted
+from lcray.figures.data.grouping import colour_limit, total
+from lcray.figures.html.charts import (
+    LC,
+    LEGEND,
+    STEP,
+    axis,
+    heat_of_lc,
+    hover,
+    in_hover,
+    line,
+    marks,
+    rows,
+)
+from lcray.figures.html.sections import LOSS, Control, Figure, Section, plain
 from lcray.figures.html.source import Source
 from lcray.figures.html.store import Store, column
 from lcray.tables.reading.views import literal
@@ -21,17 +34,18 @@ Floats = NDArray[np.float64]
 #: Limits for a page: rows and cells of units, and the elements whose traces are shown.
 MOST_UNITS, MOST_UNIT_CELLS, MOST_TRACES, MOST_LAYERS = 96, 600_000, 24, 60
 _SIGNS = {-1: ("helping", "@helps", "circle"), 1: ("hurting", "@hurts", "diamond")}
+_BINS = {"lower": "loss", "upper": "loss", "count": "", "density": "1/loss"}
 
 
 def distribution(source: Source, store: Store) -> Section:
     """Histograms of |LC| on logarithmic axes, with the fitted Weibull densities."""
-    source.need("histograms", "fits")
-    bins = source.sql(
+    require(source.results, "histograms", "fits")
+    bins = source.results.sql_arrow(
         "SELECT split, layer, sign, bin, any_value(lower) AS lower, any_value(upper) AS upper, "
         "sum(count)::DOUBLE AS n FROM histograms WHERE sign <> 0 AND lower > 0 "
         "AND upper IS NOT NULL GROUP BY split, layer, sign, bin ORDER BY split, layer, sign, bin"
     ).to_pandas()
-    fits = source.sql(
+    fits = source.results.sql_arrow(
         "SELECT split, layer, sign, parameter, value FROM fits "
         "WHERE \"window\" = -1 AND distribution = 'weibull'"
     ).to_pandas()
@@ -79,53 +93,39 @@ def _density(
     store: Store, split: str, layer: str, groups: dict[Any, pd.DataFrame], fits: dict[Any, float]
 ) -> Figure:
     traces: list[dict[str, Any]] = []
-    table: list[tuple[str, float, float, float, float]] = []
+    bins: list[pd.DataFrame] = []
     for sign, (word, colour, symbol) in _SIGNS.items():
-        rows = groups.get((split, layer, sign))
-        if rows is None:
+        if (split, layer, sign) not in groups:
             continue
-        lower, upper, n = _merged(rows)
+        lower, upper, n = _merged(groups[split, layer, sign])
         density, middle = n / n.sum() / (upper - lower), np.sqrt(lower * upper)
-        table += zip([word] * len(n), lower, upper, n, density, strict=True)
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": store.put(middle),
-                "y": store.put(density),
-                "customdata": store.put(n),
-                "name": word,
-                "marker": {"color": colour, "symbol": symbol, "size": 5},
-                "hovertemplate": f"{plotted(layer).replace('{', '&#123;')}, {word}<br>whole run, "
-                f"all iterations<br>|LC| %{{x:.3g}} ({LOSS})<br>density %{{y:.3g}}, "
-                "%{customdata:,} values<extra></extra>",
-            }
+        bins.append(
+            pd.DataFrame(
+                {"sign": word, "lower": lower, "upper": upper, "count": n, "density": density}
+            )
         )
+        text = hover(
+            f"{in_hover(layer)}, {word}",
+            "whole run, all iterations",
+            f"|LC| %{{x:.3g}} ({LOSS})",
+            "density %{y:.3g}, %{customdata:,} values",
+        )
+        marker = {"color": colour, "symbol": symbol, "size": 5}
+        place = store.put(middle), store.put(density)
+        traces.append(marks(*place, marker, text, customdata=store.put(n), name=word))
         shape, scale = (fits.get((split, layer, sign, key)) for key in ("k", "lambda"))
         if shape and scale and shape == shape and scale == scale:
             traces.append(_weibull(store, middle, density, (shape, scale), word, colour))
+    powers = {"type": "log", "exponentformat": "power", "nticks": 8}
     layout = {
-        "xaxis": {
-            "type": "log",
-            "title": {"text": "|LC| (loss)"},
-            "exponentformat": "power",
-            "nticks": 8,
-        },
-        "yaxis": {
-            "type": "log",
-            "title": {"text": "density"},
-            "exponentformat": "power",
-            "nticks": 8,
-        },
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "xaxis": axis("|LC| (loss)", **powers),
+        "yaxis": axis("density", **powers),
+        "legend": LEGEND,
     }
-    words, *rest = zip(*table, strict=True) if table else ((), (), (), (), ())
-    columns = [column("sign", [*words])]
-    names = ("lower", "upper", "count", "density")
-    units = ("loss", "loss", "", "1/loss")
+    table = pd.concat(bins) if bins else pd.DataFrame(columns=["sign", *_BINS])
+    columns = [column("sign", table["sign"].tolist())]
     columns += [
-        column(name, store.put(np.array(v, float)), unit)
-        for name, v, unit in zip(names, rest, units, strict=True)
+        column(name, store.put(table[name].to_numpy(float)), unit) for name, unit in _BINS.items()
     ]
     return Figure(traces, layout, 420, columns, len(table))
 
@@ -150,22 +150,16 @@ def _weibull(
     t = (at / scale) ** shape
     y = shape / at * t * np.exp(-t)
     y[y < density[density > 0].min() / 10] = np.nan  # a line far below all marks makes them small
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "x": store.put(at),
-        "y": store.put(y),
-        "name": f"Weibull, {word}: k = {shape:.2f}",
-        "line": {"color": colour, "width": 2, "dash": "solid" if word == "helping" else "dash"},
-        "hovertemplate": f"Weibull density, {word}<br>k = {shape:.3g}, λ = {scale:.3g}"
-        "<extra></extra>",
-    }
+    text = hover(f"Weibull density, {word}", f"k = {shape:.3g}, λ = {scale:.3g}")
+    dash = "solid" if word == "helping" else "dash"
+    name = f"Weibull, {word}: k = {shape:.2f}"
+    return line(store.put(at), store.put(y), name, colour, text, dash=dash)
 
 
 def units(source: Source, store: Store) -> Section:
     """LC of units by iteration, layer by layer."""
-    source.need("units")
-    present = source.sql(
+    require(source.results, "units")
+    present = source.results.sql_arrow(
         "SELECT layer, count(DISTINCT unit) AS n FROM units "
         f"WHERE split = {literal(source.splits[0])} GROUP BY layer"
     ).to_pandas()
@@ -173,8 +167,8 @@ def units(source: Source, store: Store) -> Section:
     layers = [name for name in source.layers if sizes.get(name, 0) > 1][:MOST_LAYERS]
     if not layers:
         raise InapplicableError(f"no layer has LC of several units on {source.splits[0]}")
-    rows = sum(min(sizes[name], MOST_UNITS) for name in layers)
-    columns = max(20, min(len(source.starts), MOST_UNIT_CELLS // rows))
+    n_rows = sum(min(sizes[name], MOST_UNITS) for name in layers)
+    columns = max(20, min(len(source.starts), MOST_UNIT_CELLS // n_rows))
     each = -(-len(source.starts) // columns)
     found = _unit_rows(source, each)
     figures = {
@@ -205,54 +199,47 @@ def units(source: Source, store: Store) -> Section:
 
 def _unit_rows(source: Source, each: int) -> dict[str, pd.DataFrame]:
     """LC of the largest units by layer; `each` columns of the grid are summed into one."""
-    split = source.splits[0].replace("'", "''")
+    split = literal(source.splits[0])
     largest = (
         "SELECT layer, unit FROM units "
-        f"WHERE split = '{split}' GROUP BY layer, unit QUALIFY row_number() OVER "
+        f"WHERE split = {split} GROUP BY layer, unit QUALIFY row_number() OVER "
         "(PARTITION BY layer ORDER BY sum(abs(lc) ORDER BY start_step) DESC NULLS LAST, unit) "
         f"<= {MOST_UNITS}"
     )
-    found = source.sql(
+    found = source.results.sql_arrow(
         f"{source.grid.sql}, largest AS ({largest}) "
         f"SELECT layer::VARCHAR AS layer, unit, col // {each} AS col, {total('lc')} "
         "FROM units JOIN grid USING (start_step) JOIN largest USING (layer, unit) "
-        f"WHERE split = '{split}' GROUP BY ALL ORDER BY ALL"
+        f"WHERE split = {split} GROUP BY ALL ORDER BY ALL"
     ).to_pandas()
     return dict(iter(found.groupby("layer")))
 
 
-def _unit_figure(source: Source, store: Store, rows: pd.DataFrame, each: int) -> Figure:
-    unit, starts = rows["unit"].to_numpy(np.int64), source.starts[::each]
-    kept = np.unique(unit)
-    z = np.full((len(kept), len(starts)), np.nan)
-    at = rows["col"].to_numpy(np.int64)
-    z[np.searchsorted(kept, unit), at] = rows["lc"].to_numpy(float)
+def _unit_figure(source: Source, store: Store, found: pd.DataFrame, each: int) -> Figure:
+    starts, edges = source.starts[::each], np.append(source.starts[::each], source.ends[-1:])
+    kept, row = np.unique(found["unit"].to_numpy(np.int64), return_inverse=True)
+    place = row, found["col"].to_numpy(np.int64)
+    z = scattered((len(kept), len(starts)), place, found["lc"].to_numpy(float))
     packed, x = store.add(z), store.add(starts)
-    sizes_ = np.abs(z[np.isfinite(z)])
-    limit = float(np.percentile(sizes_, 98)) if len(sizes_) else 0.0
     names = [f"unit {u}" for u in kept]
-    layout = {
-        "xaxis": STEP,
-        "yaxis": {"names": names, "autorange": "reversed", "sparse": True},
-    }
     columns = [
         column("unit", store.put(kept), each=len(starts)),
         column("start_step", x.whole, "step"),
         column("lc", packed.flat, "loss"),
     ]
-    edges = store.put(np.append(starts, source.ends[-1:]))
-    traces = [heat_trace(packed.whole, edges, names, limit or 1.0)]
+    traces = [heat_of_lc(store.put(edges), names, packed.whole, colour_limit(z))]
+    layout = {"xaxis": STEP, "yaxis": rows(names, sparse=True)}
     height = max(240, min(620, 70 + 14 * len(kept)))
     return Figure(traces, layout, height, columns, z.size)
 
 
 def traces(source: Source, store: Store) -> Section:
     """Weight, gradient and LC of some elements along the run."""
-    source.need("traces")
-    split = source.splits[0].replace("'", "''")
-    chosen = source.sql(
+    require(source.results, "traces")
+    split = literal(source.splits[0])
+    chosen = source.results.sql_arrow(
         "WITH sums AS (SELECT layer::VARCHAR AS layer, index, sum(lc ORDER BY step) AS lc "
-        f"FROM traces WHERE split = '{split}' GROUP BY ALL), ranked AS (SELECT *, "
+        f"FROM traces WHERE split = {split} GROUP BY ALL), ranked AS (SELECT *, "
         "row_number() OVER (PARTITION BY layer ORDER BY lc, index) AS low, "
         "row_number() OVER (PARTITION BY layer ORDER BY lc DESC, index) AS high FROM sums) "
         "SELECT layer, index, lc, low = 1 AS helps FROM ranked WHERE low = 1 OR high = 1"
@@ -264,18 +251,18 @@ def traces(source: Source, store: Store) -> Section:
     if not len(big):
         raise InapplicableError("the table traces has no elements")
     listing = " OR ".join(
-        f"(layer = '{str(layer).replace(chr(39), chr(39) * 2)}' AND index = {index})"
+        f"(layer = {literal(layer)} AND index = {index})"
         for layer, index in zip(big["layer"], big["index"], strict=True)
     )
-    found = source.sql(
+    found = source.results.sql_arrow(
         f"SELECT layer::VARCHAR AS layer, index, step, weight, gradient, lc FROM traces "
-        f"WHERE split = '{split}' AND ({listing}) ORDER BY ALL"
+        f"WHERE split = {split} AND ({listing}) ORDER BY ALL"
     ).to_pandas()
     groups = dict(iter(found.groupby(["layer", "index"])))
     figures, options = {}, []
     for k, (layer, index, lc) in enumerate(big[["layer", "index", "lc"]].itertuples(index=False)):
-        rows, end = groups[layer, index], int(source.ends[-1])
-        figures[str(k)] = _trace_figure(store, f"{layer}[{index}]", rows, source.each, end)
+        steps, end = groups[layer, index], int(source.ends[-1])
+        figures[str(k)] = _trace_figure(store, f"{layer}[{index}]", steps, source.each, end)
         verb = "helps" if lc < 0 else "hurts"
         options.append(f"{one_line(layer)}[{index}] {verb}, Σ LC {plain(lc, 2)}")
     return Section(
@@ -298,53 +285,39 @@ def traces(source: Source, store: Store) -> Section:
     )
 
 
-def _trace_figure(store: Store, name: str, rows: pd.DataFrame, each: int, end: int) -> Figure:
-    step = rows["step"].to_numpy(np.int64)
+def _trace_figure(store: Store, name: str, steps: pd.DataFrame, each: int, end: int) -> Figure:
+    step, lc = steps["step"].to_numpy(np.int64), steps["lc"].to_numpy(float)
     kept = np.arange(0, len(step), each)
-    lc = rows["lc"].to_numpy(float)
     sums = np.add.reduceat(np.nan_to_num(lc), kept)
     sums[np.array([not np.isfinite(lc[a : a + each]).any() for a in kept])] = np.nan
     x = store.put(step[kept])
-    weight = store.put(rows["weight"].to_numpy(float)[kept])
-    gradient = store.put(rows["gradient"].to_numpy(float)[kept])
+    weight, gradient = (store.put(steps[k].to_numpy(float)[kept]) for k in ("weight", "gradient"))
     lc_sums = store.put(sums)
-    shown = plotted(name).replace("{", "&#123;")
-    line = {"type": "scatter", "mode": "lines", "x": x}
-    colours = ["@hurts" if value > 0 else "@helps" for value in sums]
-    made: list[dict[str, Any]] = [
-        {**line, "y": weight, "line": {"color": "@ink", "width": 1.8}},
-        {**line, "y": gradient, "yaxis": "y2", "line": {"color": "@s2", "width": 1.8}},
-        {
-            "type": "bar",
-            "x": x,
-            "offset": 0,  # a bar begins at its interval's first step
-            "y": lc_sums,
-            "yaxis": "y3",
-            "marker": {"color": colours},
-        },
+
+    def text(what: str, unit: str) -> str:
+        return hover(in_hover(name), "step %{x}", f"{what} %{{y:.4g}} ({unit})")
+
+    slope = text("gradient", "loss/parameter")
+    bars = {
+        "type": "bar",
+        "x": x,
+        "offset": 0,  # a bar begins at its interval's first step
+        "y": lc_sums,
+        "yaxis": "y3",
+        "marker": {"color": ["@hurts" if value > 0 else "@helps" for value in sums]},
+        "name": "LC",
+        "hovertemplate": text("LC", LOSS),
+    }
+    made = [
+        line(x, weight, "weight", "@ink", text("weight", "parameter"), width=1.8),
+        line(x, gradient, "gradient", "@s2", slope, width=1.8, yaxis="y2"),
+        bars,
     ]
-    for trace, what, unit in zip(
-        made, ("weight", "gradient", "LC"), ("parameter", "loss/parameter", LOSS), strict=True
-    ):
-        trace["name"] = what
-        trace["hovertemplate"] = (
-            f"{shown}<br>step %{{x}}<br>{what} %{{y:.4g}} ({unit})<extra></extra>"
-        )
     layout = {
         "xaxis": {**STEP, "anchor": "y3", "range": [int(step[0]), end]},
-        "yaxis": {"title": {"text": "weight"}, "domain": [0.7, 1], "nticks": 4},
-        "yaxis2": {
-            "title": {"text": "gradient"},
-            "domain": [0.36, 0.64],
-            "nticks": 4,
-            "zeroline": True,
-        },
-        "yaxis3": {
-            "title": {"text": "LC (loss)"},
-            "domain": [0, 0.3],
-            "nticks": 4,
-            "zeroline": True,
-        },
+        "yaxis": axis("weight", domain=[0.7, 1], nticks=4),
+        "yaxis2": axis("gradient", domain=[0.36, 0.64], nticks=4, zeroline=True),
+        "yaxis3": {**LC, "domain": [0, 0.3], "nticks": 4},
         "showlegend": False,
         "bargap": 0.1,
     }

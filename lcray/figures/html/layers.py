@@ -9,8 +9,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lcray.analyses.information import fisher as fisher_finding
+from lcray.analyses.requirements import require
 from lcray.analyses.windows import RUN
 from lcray.errors import InapplicableError, one_line
+from lcray.figures.html.charts import LC, LEGEND, axis, hover, line, marks, rows
 from lcray.figures.html.sections import (
     LOSS,
     MATERIAL,
@@ -30,6 +32,7 @@ from lcray.figures.html.store import Store, column
 
 Floats = NDArray[np.float64]
 
+_SHARES = {"lc_share": "LC", "true_share": "true Fisher", "empirical_share": "empirical Fisher"}
 _SHAPES = ("circle", "diamond", "square", "triangle-up", "x", "star")
 
 
@@ -56,6 +59,7 @@ def totals(source: Source, store: Store) -> Section:
             f"{one_line(source.layers[order[0]])} lowered the loss most ({signed(lc[order[0]])}); "
         )
     says += _hurting(source, lc, within[0])
+    left_out = f"Left out: {count(source.left_out, 'buffer')} whose LC is 0 at every iteration."
     note = (
         "Whiskers are bounds: the possible errors of the quadrature, summed over the intervals. "
         "They are about this run; `lcray compare` is for other seeds."
@@ -72,67 +76,53 @@ def totals(source: Source, store: Store) -> Section:
         ("layers",),
         "SELECT split, layer, sum(lc) AS lc FROM layers GROUP BY split, layer ORDER BY lc",
         figures,
-        notes=(note, *_left_out(source)),
+        notes=(note, left_out) if source.left_out else (note,),
     )
-
-
-def _left_out(source: Source) -> tuple[str, ...]:
-    if not source.left_out:
-        return ()
-    return (f"Left out: {count(source.left_out, 'buffer')} whose LC is 0 at every iteration.",)
 
 
 def _bars(source: Source, store: Store, lc: Floats, bound: Floats) -> Figure:
     known = {layer.name: layer.numel for layer in source.results.plan.layers}
     sizes = [known[name] for name in source.layers]
-    n = len(lc)
-    custom = [[f"{size:,}", _within(some)] for size, some in zip(sizes, bound, strict=True)]
     bar: dict[str, Any] = {
         "type": "bar",
         "orientation": "h",
         "y": [plotted(name) for name in source.layers],
         "x": store.put(lc),
         "marker": {"color": ["@hurts" if value > 0 else "@helps" for value in lc]},
-        "customdata": custom,
-        "hovertemplate": f"%{{y}}<br>whole run<br>LC %{{x:.4g}} ({LOSS})%{{customdata[1]}}<br>"
-        "%{customdata[0]} elements<extra></extra>",
+        "customdata": [[f"{n:,}", _within(b)] for n, b in zip(sizes, bound, strict=True)],
+        "hovertemplate": hover(
+            "%{y}",
+            "whole run",
+            f"LC %{{x:.4g}} ({LOSS})%{{customdata[1]}}",
+            "%{customdata[0]} elements",
+        ),
     }
     if np.isfinite(bound).any():
-        bar["error_x"] = {
-            "type": "data",
-            "array": store.put(bound),
-            "color": "@ink",
-            "thickness": 1.2,
-            "width": 3,
-        }
-    notes = [
-        {
-            "xref": "paper",
-            "x": 1.01,
-            "y": i,
-            "xanchor": "left",
-            "showarrow": False,
-            "text": f"{signed(value)} ▲" if value > 0 else signed(value),
-            "font": {"color": "@hurts_text" if value > 0 else "@muted"},
-        }
-        for i, value in enumerate(lc)
-    ]
+        whisker = {"type": "data", "array": store.put(bound), "thickness": 1.2, "width": 3}
+        bar["error_x"] = {**whisker, "color": "@ink"}
     layout = {
-        "xaxis": {"title": {"text": "LC (loss)"}, "zeroline": True},
-        "yaxis": {"names": [*source.layers], "autorange": "reversed"},
-        "annotations": notes,
+        "xaxis": LC,
+        "yaxis": rows(source.layers),
+        "annotations": [_value(i, value) for i, value in enumerate(lc)],
         "margin": {"r": 90},
         "bargap": 0.3,
     }
-    verdict = [_verdict(v, b) for v, b in zip(lc, bound, strict=True)]
     columns = [
         column("layer", [*source.layers]),
         column("lc", store.put(lc), "loss"),
         column("lc_bound", store.put(bound), "loss"),
-        column("verdict", verdict),
+        column("verdict", [_verdict(v, b) for v, b in zip(lc, bound, strict=True)]),
         column("elements", store.put(np.array(sizes, np.int64))),
     ]
-    return Figure([bar], layout, bars_height(n), columns, n)
+    return Figure([bar], layout, bars_height(len(lc)), columns, len(lc))
+
+
+def _value(row: int, lc: float) -> dict[str, Any]:
+    """The number at the right end of a bar."""
+    place = {"xref": "paper", "x": 1.01, "y": row, "xanchor": "left", "showarrow": False}
+    if lc > 0:
+        return {**place, "text": f"{signed(lc)} ▲", "font": {"color": "@hurts_text"}}
+    return {**place, "text": signed(lc), "font": {"color": "@muted"}}
 
 
 def _verdict(lc: float, bound: float) -> str:
@@ -168,11 +158,8 @@ def splits(source: Source, store: Store) -> Section:
             "the output has one split: give the task another, such as val, and analyze into a new "
             "output"
         )
-    figure = dots(
-        store,
-        [*source.layers],
-        {name: source.totals[s] for s, name in enumerate(source.splits)},
-    )
+    values = dict(zip(source.splits, source.totals, strict=True))
+    figure = dots(store, [*source.layers], values)
     train, other = source.totals[0], source.totals[1]
     large = np.abs(train - other) >= MATERIAL * abs(train.sum())
     apart = [source.layers[i] for i in np.flatnonzero((train < 0) & (other > 0) & large)]
@@ -199,68 +186,43 @@ def splits(source: Source, store: Store) -> Section:
     )
 
 
-def dots(
-    store: Store,
-    rows: list[str],
-    values: dict[str, Floats],
-    *,
-    unit: str = LOSS,
-    axis: str = "LC (loss)",
-    percent: bool = False,
-) -> Figure:
-    """One row per layer, with one mark for each of `values` [L], joined by a line."""
-    n = len(rows)
+def dots(store: Store, names: list[str], values: dict[str, Floats], *, of: str = "") -> Figure:
+    """One row per layer, with one mark for each of `values` [L], joined by a line.
+
+    Values are LC, or percentages `of` something.
+    """
+    n = len(names)
     table = np.stack([*values.values()])
-    line_x: list[float | None] = []
-    line_y: list[int | None] = []
+    joined_x: list[float | None] = []
+    joined_y: list[int | None] = []
     for i in range(n):
         some = table[:, i][np.isfinite(table[:, i])]
         if len(some):
-            line_x += [float(some.min()), float(some.max()), None]
-            line_y += [i, i, None]
-    traces: list[dict[str, Any]] = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "x": line_x,
-            "y": line_y,
-            "hoverinfo": "skip",
-            "showlegend": False,
-            "line": {"color": "@rest", "width": 2},
-        }
-    ]
-    columns = [column("layer", rows)]
+            joined_x += [float(some.min()), float(some.max()), None]
+            joined_y += [i, i, None]
+    more: dict[str, Any] = {"hoverinfo": "skip", "showlegend": False}
+    traces = [line(joined_x, joined_y, "", "@rest", "", **more)]
+    columns = [column("layer", names)]
+    seen = "%{fullData.name} %{x:.4g}" + (" %" if of else f" ({LOSS})")
     for k, (name, found) in enumerate(values.items()):
         reference = store.put(found)
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": reference,
-                "y": [*range(n)],
-                "text": [plotted(row) for row in rows],
-                "name": plotted(name),
-                "marker": {
-                    "color": category(k),
-                    "symbol": _SHAPES[k % 6],
-                    "size": 9 if n <= 30 else 7,
-                },
-                "hovertemplate": f"%{{text}}<br>whole run<br>%{{fullData.name}} %{{x:.4g}}"
-                f"{' %' if percent else f' ({unit})'}<extra></extra>",
-            }
-        )
-        columns.append(column(name, reference, "%" if percent else "loss"))
+        size = 9 if n <= 30 else 7
+        marker = {"color": category(k), "symbol": _SHAPES[k % 6], "size": size}
+        text = hover("%{text}", "whole run", seen)
+        said = {"text": [plotted(row) for row in names], "name": plotted(name)}
+        traces.append(marks(reference, [*range(n)], marker, text, **said))
+        columns.append(column(name, reference, "%" if of else "loss"))
     layout = {
-        "xaxis": {"title": {"text": axis}, "zeroline": True},
-        "yaxis": {"names": rows, "range": [n - 0.5, -0.5], "rows": True},
-        "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+        "xaxis": axis(f"{of} (%)", zeroline=True) if of else LC,
+        "yaxis": {"names": names, "range": [n - 0.5, -0.5], "rows": True},
+        "legend": {**LEGEND, "y": 1.0},
     }
     return Figure(traces, layout, bars_height(n) + 20, columns, n)
 
 
 def fisher(source: Source, store: Store) -> Section:
     """Shares of LC next to shares of the Fisher information."""
-    source.need("fisher")
+    require(source.results, "fisher")
     last = source.results.plan.steps[-1]
     frame = fisher_finding(source.results, window=last + 1).to_pandas()
     frame = frame[frame["window"] == RUN]
@@ -272,17 +234,13 @@ def fisher(source: Source, store: Store) -> Section:
     figures = {}
     for s, split in enumerate(source.splits):
         here = frame[frame["split"] == split]
-        rows = [str(name) for name in here["layer"]]
-        shares = {"LC": 100 * here["lc_share"].to_numpy(float)}
-        kinds = {"true_share": "true Fisher", "empirical_share": "empirical Fisher"}
-        shares |= {
+        shares = {
             name: 100 * here[key].to_numpy(float)
-            for key, name in kinds.items()
-            if here[key].notna().any()
+            for key, name in _SHARES.items()
+            if key == "lc_share" or here[key].notna().any()
         }
-        figures[str(s)] = dots(
-            store, rows, shares, unit="%", axis="share of all layers (%)", percent=True
-        )
+        names = [str(name) for name in here["layer"]]
+        figures[str(s)] = dots(store, names, shares, of="share of all layers")
     return Section(
         "fisher",
         "Fisher information beside LC",

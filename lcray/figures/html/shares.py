@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lcray.analyses.shares import ratio
 from lcray.errors import InapplicableError, one_line
 from lcray.figures.data.grouping import cumulative
-from lcray.figures.html.along_the_run import STEP, along
+from lcray.figures.html.along_the_run import along
+from lcray.figures.html.charts import LEGEND, STEP, axis, hover, in_hover, line
 from lcray.figures.html.sections import (
     LOSS,
     Control,
@@ -36,9 +38,8 @@ def shares(source: Source, store: Store) -> Section:
     if not keep:
         raise InapplicableError("the tables count no parameters that help or hurt")
     counts, all_of = counts[:, :, keep], all_of[:, keep]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = store.add(100 * counts / all_of)  # [3, S, K, B]
-        means, edges, width = _window_shares(source, counts)
+    found = store.add(100 * ratio(counts, all_of))  # [3, S, K, B]
+    means, edges, width = _window_shares(source, counts)
     window, steps, x = store.add(means), store.add(edges), store.add(source.starts)
     names = [("all layers", *source.layers)[i] for i in keep]
     figures = {
@@ -78,42 +79,27 @@ def _window_shares(source: Source, counts: Floats) -> tuple[Floats, NDArray[np.i
     sums = np.add.reduceat(np.nan_to_num(counts), first, axis=3)
     last = np.append(first[1:], len(source.starts)) - 1
     edges = np.column_stack([source.starts[first], source.ends[last]]).ravel()
-    return np.repeat(100 * sums / sums.sum(axis=0), 2, axis=3), edges, width
+    return np.repeat(100 * ratio(sums, sums.sum(axis=0)), 2, axis=3), edges, width
 
 
 def _share_figure(
     found: Any, window: Any, steps: Any, x: Any, at: tuple[int, int], layer: str, span: str
 ) -> Figure:
     traces = []
-    name = plotted(layer).replace("{", "&#123;")
-    for i, (kind, colour) in enumerate((("helping", "@helps"), ("hurting", "@hurts"))):
-        base = {"type": "scatter", "mode": "lines"}
-        hover = f"{name}<br>step %{{x}}<br>{kind} %{{y:.1f}} % of parameters<extra></extra>"
-        dash = ("solid", "dot")[i]
-        traces += [
-            {
-                **base,
-                "x": x.whole,
-                "y": found.row(i, *at),
-                "name": f"{kind}, {span}",
-                "opacity": 0.6,
-                "line": {"color": colour, "width": 1},
-                "hovertemplate": hover,
-            },
-            {
-                **base,
-                "x": steps.whole,
-                "y": window.row(i, *at),
-                "name": f"{kind}, window",
-                "line": {"color": colour, "width": 3, "dash": dash},
-                "hoverinfo": "skip",
-            },
-        ]
+    for i, (kind, colour, dash) in enumerate(
+        (("helping", "@helps", "solid"), ("hurting", "@hurts", "dot"))
+    ):
+        text = hover(in_hover(layer), "step %{x}", f"{kind} %{{y:.1f}} % of parameters")
+        thin, thick = found.row(i, *at), window.row(i, *at)
+        name = f"{kind}, {span}"
+        traces.append(line(x.whole, thin, name, colour, text, width=1, opacity=0.6))
+        name, more = f"{kind}, window", {"hoverinfo": "skip"}
+        traces.append(line(steps.whole, thick, name, colour, "", width=3, dash=dash, **more))
     layout = {
         "xaxis": STEP,
-        "yaxis": {"title": {"text": "parameters (%)"}, "rangemode": "tozero"},
+        "yaxis": axis("parameters (%)", rangemode="tozero"),
         "half": 50,
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "legend": LEGEND,
     }
     columns = [column("start_step", x.whole, "step")]
     kinds = ("helping", "hurting", "zero")
@@ -164,27 +150,19 @@ def _claims(store: Store, x: Packed, curves: dict[str, Floats], rule: str) -> Fi
     """Cumulative measured change, the rule's LC, and the first order's LC."""
     rows = {name: store.put(values) for name, values in curves.items()}
     style = {
-        "measured": ("measured change", "@measured", "solid"),
-        "rule": (f"Σ LC, {plotted(rule)}", "@s0", "dash"),
-        "first order": ("first order, g(start)·Δ", "@s1", "dot"),
+        "measured": ("measured change", "@measured", "solid", 4),
+        "rule": (f"Σ LC, {plotted(rule)}", "@s0", "dash", 2),
+        "first order": ("first order, g(start)·Δ", "@s1", "dot", 2),
     }
+    text = hover("step %{x}", f"%{{fullData.name}} %{{y:.4g}} ({LOSS})")
     traces = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "x": x.whole,
-            "y": rows[key],
-            "name": name,
-            "line": {"color": colour, "width": 4 if key == "measured" else 2, "dash": dash},
-            "hovertemplate": f"step %{{x}}<br>%{{fullData.name}} %{{y:.4g}} ({LOSS})"
-            "<extra></extra>",
-        }
-        for key, (name, colour, dash) in style.items()
+        line(x.whole, rows[key], name, colour, text, width=width, dash=dash)
+        for key, (name, colour, dash, width) in style.items()
     ]
     layout = {
         "xaxis": STEP,
-        "yaxis": {"title": {"text": "loss change so far"}, "zeroline": True},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "yaxis": axis("loss change so far", zeroline=True),
+        "legend": LEGEND,
     }
     columns = [column("step", x.whole, "step")]
     columns += [column(key.replace(" ", "_"), rows[key], "loss") for key in rows]

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from lcray.analyses.closure import ALLOCATED
-from lcray.figures.data.grouping import numbers, positions
+from lcray.analyses.series import Floats, positions, scattered
+from lcray.figures.data.grouping import numbers
 from lcray.figures.html.source import Source
 from lcray.figures.html.store import Store
 
@@ -24,58 +25,54 @@ def window_widths(source: Source) -> list[int]:
 
 def windows(source: Source, store: Store) -> list[dict[str, Any]]:
     """LC of layers and the network for each column and window that the slider can show."""
-    n_layers = len(source.layers)
-    lc = store.add(source.by_layer["lc"])
-    totals = {k: store.add(source.intervals[k]) for k in ("loss_change", "lc")}
-    found = [
-        {
-            "label": f"single {source.span}" if source.each == 1 else source.span,
-            "starts": store.put(source.starts),
-            "ends": store.put(source.ends),
-            "lc": [lc.matrix(s) for s in range(len(source.splits))],
-            "change": [totals["loss_change"].row(s) for s in range(len(source.splits))],
-            "total": [totals["lc"].row(s) for s in range(len(source.splits))],
-        }
-    ]
-    origin = 0
-    for width in window_widths(source):
-        whole = width == window_widths(source)[-1]
-        origin = source.results.plan.steps[0] if whole else 0
-        found.append(_window(source, store, width, origin, n_layers))
+    label = f"single {source.span}" if source.each == 1 else source.span
+    sums = (source.intervals["loss_change"], source.intervals["lc"])
+    found = [_shown(store, label, (source.starts, source.ends), source.by_layer["lc"], *sums)]
+    widths = window_widths(source)
+    for width in widths:
+        origin = source.results.plan.steps[0] if width == widths[-1] else 0
+        found.append(_window(source, store, width, origin))
     return found
 
 
-def _window(source: Source, store: Store, width: int, origin: int, n: int) -> dict[str, Any]:
+def _shown(
+    store: Store, label: str, ends: tuple[Any, Any], lc: Floats, change: Floats, total: Floats
+) -> dict[str, Any]:
+    """Intervals or windows for the slider: LC is [S, L, W], the sums are [S, W]."""
+    packed, changes, totals = (store.add(values) for values in (lc, change, total))
+    splits = range(len(lc))
+    return {
+        "label": label,
+        "starts": store.put(ends[0]),
+        "ends": store.put(ends[1]),
+        "lc": [packed.matrix(s) for s in splits],
+        "change": [changes.row(s) for s in splits],
+        "total": [totals.row(s) for s in splits],
+    }
+
+
+def _window(source: Source, store: Store, width: int, origin: int) -> dict[str, Any]:
     group = f"(start_step - {origin}) // {width}"
-    layers = source.sql(
+    layers = source.results.sql_arrow(
         f"SELECT split, layer, {group} AS part, sum(lc ORDER BY start_step) AS lc "
         "FROM layers GROUP BY ALL"
     )
-    sums = source.sql(
+    sums = source.results.sql_arrow(
         f"SELECT split, {group} AS part, min(start_step) AS starts, max(end_step) AS ends, "
         "sum(loss_change ORDER BY start_step) AS change, sum(lc ORDER BY start_step) AS lc "
         f"FROM {ALLOCATED} GROUP BY ALL ORDER BY ALL"
     )
-    parts, number = np.unique(sums["part"].to_numpy(), return_inverse=True)
-    shape = len(source.splits), len(parts)
-    lc = np.full((shape[0], n, shape[1]), np.nan)
+    parts, first, number = np.unique(
+        sums["part"].to_numpy(), return_index=True, return_inverse=True
+    )
     split, at = positions(layers, "split", source.splits), positions(layers, "layer", source.layers)
     here, part = at >= 0, np.searchsorted(parts, layers["part"].to_numpy())
-    lc[split[here], at[here], part[here]] = numbers(layers, "lc")[here]
-    of = {name: np.full(shape, np.nan) for name in ("change", "lc")}
-    for name, values in of.items():
-        values[positions(sums, "split", source.splits), number] = numbers(sums, name)
-    edges = {name: np.zeros(shape[1], np.int64) for name in ("starts", "ends")}
-    for name, ends in edges.items():
-        ends[number] = sums[name].to_numpy()
-    packed = store.add(lc)
-    change, total = store.add(of["change"]), store.add(of["lc"])
-    run = len(parts) == 1
-    return {
-        "label": "whole run" if run else f"window of {width:,} steps",
-        "starts": store.put(edges["starts"]),
-        "ends": store.put(edges["ends"]),
-        "lc": [packed.matrix(s) for s in range(shape[0])],
-        "change": [change.row(s) for s in range(shape[0])],
-        "total": [total.row(s) for s in range(shape[0])],
-    }
+    shape = len(source.splits), len(source.layers), len(parts)
+    lc = scattered(shape, (split[here], at[here], part[here]), numbers(layers, "lc")[here])
+    place = positions(sums, "split", source.splits), number
+    change, total = (
+        scattered((shape[0], shape[2]), place, numbers(sums, name)) for name in ("change", "lc")
+    )
+    label = "whole run" if len(parts) == 1 else f"window of {width:,} steps"
+    ends = sums["starts"].to_numpy()[first], sums["ends"].to_numpy()[first]
+    return _shown(store, label, ends, lc, change, total)

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.analyses.closure import ALLOCATED
-from lcray.errors import InapplicableError, OutputError
-from lcray.figures.data.grouping import Columns, numbers, positions, total
+from lcray.analyses.series import positions, scattered
+from lcray.errors import OutputError
+from lcray.figures.data.grouping import Columns, numbers, total
 from lcray.figures.data.matrices import layer_sums
-from lcray.tables.reading.recipes import recipe_for
 from lcray.tables.reading.results import Results
 
 Floats = NDArray[np.float64]
@@ -90,16 +89,6 @@ class Source:
         """The word for one column of the grid."""
         return "interval" if self.each == 1 else f"{self.each} intervals"
 
-    def need(self, *tables: str) -> None:
-        """Raise InapplicableError unless the output has these tables."""
-        for table in tables:
-            if table not in self.results.tables:
-                raise InapplicableError(f"there is no table {table}: {recipe_for(table)}")
-
-    def sql(self, query: str) -> pa.Table:
-        """The result of one of lcray's own queries."""
-        return self.results.sql_arrow(query)
-
 
 def read_source(results: Results) -> Source:
     """Read the data that most sections need.
@@ -109,7 +98,6 @@ def read_source(results: Results) -> Source:
         CorruptionError: if its tables cannot be read.
     """
     splits = tuple(split.name for split in results.plan.splits)
-    known = tuple(layer.name for layer in results.plan.layers)
     layers = _with_lc(results)
     most = max(10, min(MOST_COLUMNS, MOST_CELLS // len(layers)))
     grid = Columns.of(results, "intervals", most)
@@ -117,15 +105,8 @@ def read_source(results: Results) -> Source:
         raise OutputError(f"{results.path}: has no intervals; run the analysis again to finish it")
     intervals = _intervals(results, splits, grid)
     by_layer = layer_sums(results, grid, _LAYER_SUMS, splits, layers)
-    return Source(
-        results,
-        splits,
-        layers,
-        len(known) - len(layers),
-        grid,
-        intervals,
-        by_layer,
-    )
+    left_out = len(results.plan.layers) - len(layers)
+    return Source(results, splits, layers, left_out, grid, intervals, by_layer)
 
 
 def _with_lc(results: Results) -> tuple[str, ...]:
@@ -146,8 +127,5 @@ def _intervals(results: Results, splits: tuple[str, ...], grid: Columns) -> dict
     what = [*map(total, _SUMS), *(f"{sql} AS {name}" for name, sql in more.items())]
     found = grid.read(results, ALLOCATED, what, ("split",))
     split, col = positions(found, "split", splits), found["col"].to_numpy()
-    values = {}
-    for name in (*_SUMS, *more):
-        values[name] = np.full((len(splits), len(grid)), np.nan)
-        values[name][split, col] = numbers(found, name)
-    return values
+    shape, place = (len(splits), len(grid)), (split, col)
+    return {name: scattered(shape, place, numbers(found, name)) for name in (*_SUMS, *more)}

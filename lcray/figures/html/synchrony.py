@@ -9,10 +9,13 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from lcray.analyses.requirements import require
+from lcray.analyses.series import scattered
 from lcray.analyses.synchrony import coincidences, peaks_of_learning
 from lcray.errors import InapplicableError, one_line
-from lcray.figures.data.grouping import total
-from lcray.figures.html.along_the_run import STEP, along, heat_trace
+from lcray.figures.data.grouping import colour_limit, total
+from lcray.figures.html.along_the_run import along
+from lcray.figures.html.charts import STEP, axis, heat, heat_of_lc, hover, marks, rows
 from lcray.figures.html.sections import (
     LOSS,
     Control,
@@ -49,8 +52,8 @@ def synchrony(source: Source, store: Store) -> Section:
     for s, split in enumerate(source.splits):
         here = peaks[peaks["split"] == split]
         figures[f"{s}.0"] = _peak_figure(store, here, parameters, source.results.plan.steps)
-        rows = pairs[pairs["split"] == split]
-        figures[f"{s}.1"] = _matrix_figure(store, rows, parameters[:MOST_LAYERS])
+        matrix = pairs[pairs["split"] == split]
+        figures[f"{s}.1"] = _matrix_figure(store, matrix, parameters[:MOST_LAYERS])
     first = pairs[(pairs["split"] == source.splits[0]) & (pairs["a"] != pairs["b"])]
     sure = first[first["p_adjusted"] < 0.05]
     n = len(first) // 2
@@ -89,22 +92,12 @@ def _peak_figure(store: Store, here: Any, layers: list[str], known: Sequence[int
         f"{plotted(name)}<br>steps {start:,} to {end:,}"
         for name, start, end in zip(names, steps, ends, strict=True)
     ]
-    trace = {
-        "type": "scatter",
-        "mode": "markers",
-        "x": store.put((steps + ends) / 2),  # the middle of the interval
-        "y": [int(i) for i in at],
-        "text": said,
-        "customdata": store.put(lc),
-        "marker": {
-            "color": "@helps",
-            "symbol": "line-ns",
-            "size": 11,
-            "line": {"width": 2, "color": "@helps"},
-        },
-        "hovertemplate": "%{text}<br>peak of learning, LC %{customdata:.4g} "
-        f"({LOSS})<extra></extra>",
-    }
+    marker = {"color": "@helps", "symbol": "line-ns", "size": 11}
+    marker["line"] = {"width": 2, "color": "@helps"}
+    text = hover("%{text}", f"peak of learning, LC %{{customdata:.4g}} ({LOSS})")
+    more = {"text": said, "customdata": store.put(lc)}
+    middle = store.put((steps + ends) / 2)  # of the interval
+    trace = marks(middle, [int(i) for i in at], marker, text, **more)
     layout = {
         "xaxis": {**STEP, "range": [known[0], known[-1]]},
         "yaxis": {"names": layers, "range": [len(layers) - 0.5, -0.5], "rows": True},
@@ -118,51 +111,36 @@ def _peak_figure(store: Store, here: Any, layers: list[str], known: Sequence[int
     return Figure([trace], layout, bars_height(len(layers), 18, 220), columns, len(names))
 
 
-def _matrix_figure(store: Store, rows: Any, layers: list[str]) -> Figure:
-    rows = rows[rows["a"].isin(layers) & rows["b"].isin(layers)]
+def _matrix_figure(store: Store, pairs: Any, layers: list[str]) -> Figure:
+    pairs = pairs[pairs["a"].isin(layers) & pairs["b"].isin(layers)]
     n = len(layers)
     place = {name: i for i, name in enumerate(layers)}
-    i, j = (rows[k].astype(str).map(place).to_numpy(np.int64) for k in ("a", "b"))
-    extra = np.full((n, n), np.nan)
-    together, expected = (rows[k].to_numpy(float) for k in ("coincidences", "expected"))
-    extra[i, j] = together - expected
-    extra[np.diag_indices(n)] = np.nan
-    limit = float(np.nanmax(np.abs(extra))) if np.isfinite(extra).any() else 1.0
-    trace = {
-        "type": "heatmap",
-        "x": [plotted(name) for name in layers],
-        "y": [plotted(name) for name in layers],
-        "z": store.put(extra),
-        "zmin": -(limit or 1.0),
-        "zmax": limit or 1.0,
-        "colorscale": "@contrast",
-        "colorbar": {
-            "title": {"text": "shared peaks above chance", "side": "right"},
-            "thickness": 10,
-            "outlinewidth": 0,
-        },
-        "hovertemplate": "%{y} and %{x}<br>whole run<br>%{z:.3g} shared peaks above chance"
-        "<extra></extra>",
-    }
+    at = tuple(pairs[k].astype(str).map(place).to_numpy(np.int64) for k in ("a", "b"))
+    together, expected = (pairs[k].to_numpy(float) for k in ("coincidences", "expected"))
+    extra = scattered((n, n), at, together - expected)
+    text = hover("%{y} and %{x}", "whole run", "%{z:.3g} shared peaks above chance")
+    colours = {"colours": "@contrast", "bar": "shared peaks above chance"}
+    names = [plotted(name) for name in layers]
+    trace = heat(names, layers, store.put(extra), colour_limit(extra, 100), text, **colours)
     layout = {
         "xaxis": {"names": layers, "tickangle": -60},
-        "yaxis": {"names": layers, "autorange": "reversed"},
+        "yaxis": rows(layers),
         "untimed": True,
     }
     columns = [
-        column("layer", [str(name) for name in rows["a"]]),
-        column("other", [str(name) for name in rows["b"]]),
+        column("layer", [str(name) for name in pairs["a"]]),
+        column("other", [str(name) for name in pairs["b"]]),
         column("coincidences", store.put(together), "intervals"),
         column("expected", store.put(expected), "intervals"),
-        column("p_adjusted", store.put(rows["p_adjusted"].to_numpy(float))),
+        column("p_adjusted", store.put(pairs["p_adjusted"].to_numpy(float))),
     ]
-    return Figure([trace], layout, min(900, 160 + 20 * n), columns, len(rows))
+    return Figure([trace], layout, min(900, 160 + 20 * n), columns, len(pairs))
 
 
 def classes(source: Source, store: Store) -> Section:
     """LC by class and layer, and by class along the run."""
-    source.need("groups")
-    over_run = source.sql(
+    require(source.results, "groups")
+    over_run = source.results.sql_arrow(
         f'SELECT split, layer, "group", {total("lc")} FROM groups '
         'GROUP BY split, layer, "group" ORDER BY split, layer, "group"'
     ).to_pandas()
@@ -198,50 +176,36 @@ def classes(source: Source, store: Store) -> Section:
     )
 
 
-def _grid(rows: Any, labels: list[int], at: Any, width: int) -> Floats:
-    z = np.full((len(labels), width), np.nan)
-    z[np.searchsorted(labels, rows["group"].to_numpy()), at] = rows["lc"].to_numpy(float)
-    return z
+def _by_class(found: Any, at: Any, width: int) -> tuple[list[int], Floats]:
+    """The classes, and LC of each at the positions `at`, [classes, width]."""
+    labels, row = np.unique(found["group"].to_numpy(), return_inverse=True)
+    z = scattered((len(labels), width), (row, at), found["lc"].to_numpy(float))
+    return labels.tolist(), z
 
 
-def _limit(z: Floats, percentile: float) -> float:
-    found = np.abs(z[np.isfinite(z)])
-    return (float(np.percentile(found, percentile)) if len(found) else 0.0) or 1.0
-
-
-def _class_layer(source: Source, store: Store, rows: Any) -> Figure:
-    labels = sorted({int(g) for g in rows["group"]})
-    rows = rows[rows["layer"].isin(source.layers)]
-    at = rows["layer"].astype(str).map({name: i for i, name in enumerate(source.layers)})
-    z = _grid(rows, labels, at.to_numpy(np.int64), len(source.layers)).T
-    x = [f"class {label}" for label in labels]
-    names = [*source.layers]
-    trace = heat_trace(store.put(z), x, names, _limit(z, 100), across="whole run, %{x}")
-    layout = {
-        "xaxis": {
-            "title": {"text": "class"},
-            "ticktext": [str(k) for k in labels],
-            "tickvals": x,
-            "type": "category",
-        },
-        "yaxis": {"names": names, "autorange": "reversed"},
-        "untimed": True,
-    }
+def _class_layer(source: Source, store: Store, found: Any) -> Figure:
+    found = found[found["layer"].isin(source.layers)]
+    at = found["layer"].astype(str).map({name: i for i, name in enumerate(source.layers)})
+    labels, z = _by_class(found, at.to_numpy(np.int64), len(source.layers))
+    x, packed = [f"class {label}" for label in labels], store.add(z.T)
+    limit = colour_limit(z, 100)
+    trace = heat_of_lc(x, source.layers, packed.whole, limit, "whole run, %{x}")
+    ticks = {"ticktext": [str(k) for k in labels], "tickvals": x, "type": "category"}
+    layout = {"xaxis": axis("class", **ticks), "yaxis": rows(source.layers), "untimed": True}
     columns = [
-        column("layer", names, each=len(labels)),
+        column("layer", [*source.layers], each=len(labels)),
         column("class", labels),
-        column("lc", store.add(z).flat, "loss"),
+        column("lc", packed.flat, "loss"),
     ]
-    return Figure([trace], layout, bars_height(len(names), 20, 240), columns, z.size)
+    return Figure([trace], layout, bars_height(len(source.layers), 20, 240), columns, z.size)
 
 
-def _class_time(source: Source, store: Store, rows: Any) -> Figure:
-    labels = sorted({int(g) for g in rows["group"]})
-    z = _grid(rows, labels, rows["col"].to_numpy(np.int64), len(source.starts))
+def _class_time(source: Source, store: Store, found: Any) -> Figure:
+    labels, z = _by_class(found, found["col"].to_numpy(np.int64), len(source.starts))
     names = [f"class {label}" for label in labels]
     packed, x = store.add(z), store.add(source.starts)
-    trace = heat_trace(packed.whole, store.put(along(source)), names, _limit(z, 98))
-    layout = {"xaxis": STEP, "yaxis": {"names": names, "autorange": "reversed"}}
+    trace = heat_of_lc(store.put(along(source)), names, packed.whole, colour_limit(z))
+    layout = {"xaxis": STEP, "yaxis": rows(names)}
     columns = [
         column("class", labels, each=len(source.starts)),
         column("start_step", x.whole, "step"),
