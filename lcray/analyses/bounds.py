@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lcray.analyses.series import Floats, with_network
 from lcray.tables.reading.results import Results
-
-Floats = NDArray[np.float64]
 
 #: The description of a column of bounds.
 BOUND = "its bound: lc_error added up over the intervals; null where the rule has none"
@@ -32,8 +31,7 @@ def bounds(errors: Floats) -> Floats:
     Returns:
         [1 + L], the network first; NaN if an interval has no lc_error.
     """
-    each = errors.sum(axis=0)
-    return np.concatenate([[each.sum()], each])
+    return with_network(errors.sum(axis=0))
 
 
 def verdicts(totals: Floats, within: Floats) -> NDArray[np.int64]:

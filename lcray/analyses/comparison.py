@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from scipy.stats import (
     false_discovery_control,
     permutation_test,
@@ -18,13 +17,11 @@ from scipy.stats import (
 )
 
 from lcray.analyses import tidy
-from lcray.analyses.series import layer_series
+from lcray.analyses.series import Floats, layer_series, with_network
 from lcray.analyses.windows import Ranges, Windows
 from lcray.errors import UsageError
 from lcray.storage import PlaceLike
 from lcray.tables.reading.results import Results, open_output
-
-Floats = NDArray[np.float64]
 
 #: The least number of runs per condition that gives a p-value.
 FEWEST_RUNS = 6
@@ -209,8 +206,7 @@ def _totals(group: Sequence[Results], chosen: Windows, notes: list[str]) -> Floa
                 notes.append(
                     f"{results.path}: {split}: {without} intervals have no LC and count as 0"
                 )
-        lc = np.where(series.ok[..., None], series["lc"], 0.0)
-        lc = np.concatenate([lc.sum(axis=2, keepdims=True), lc], axis=2)
+        lc = with_network(np.where(series.ok[..., None], series["lc"], 0.0))
         found.append(np.stack([lc[:, w.holds(series.starts)].sum(axis=1) for w in chosen], axis=1))
     return np.stack(found)
 

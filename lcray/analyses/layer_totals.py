@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 
 from lcray.analyses import tidy
 from lcray.analyses.bounds import BOUND, bounds, notes, verdicts
-from lcray.analyses.series import Series, layer_series
+from lcray.analyses.series import Series, layer_series, with_network
 from lcray.analyses.windows import RUN, Ranges, Windows
 from lcray.statistics.bootstrap import RESAMPLED, Bootstrap
 from lcray.tables.columns import SIGN, column
@@ -104,7 +104,7 @@ def _rows(
             lc, error = (series[name][s][here] for name in ("lc", "lc_error"))
             if not len(lc):
                 continue
-            lc = np.column_stack([lc.sum(axis=1), lc])
+            lc = with_network(lc)
             found: dict[str, Any] = {"lc": lc.sum(axis=0), "lc_bound": bounds(error)}
             found["hurts"] = verdicts(found["lc"], found["lc_bound"])
             found |= draws.spread(lc)

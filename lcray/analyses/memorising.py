@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from lcray.analyses import tidy
 from lcray.analyses.bounds import BOUND
-from lcray.analyses.series import Series, layer_series
-from lcray.analyses.windows import RUN, Ranges, Window, Windows
+from lcray.analyses.series import Floats, Series, intervals, layer_series, with_network
+from lcray.analyses.windows import RUN, Ranges, Windows
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.statistics.bootstrap import RESAMPLED, Bootstrap, block_length
 from lcray.tables.reading.results import Results
 
-Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 
 _PAIR = (
     tidy.text("train", "the split that the loss was trained on"),
@@ -102,17 +102,20 @@ def memorising(
     series = layer_series(results, ["lc_error"], ("parameter", "buffer"))
     chosen = Windows.of(results, window, windows)
     draws = Bootstrap(seed, level=level)
-    pieces: list[dict[str, Any]] = []
+    blocks: list[dict[str, Any]] = []
     errors = [error for _, error, _ in _pairs(series, train, "lc_error")]
     for (names, pair, ok), error in zip(_pairs(series, train), errors, strict=True):
         error[2] = error[0] + error[1]
         for item in chosen:
-            pieces += _window(series, names, pair, error, ok, item, draws)
+            here = ok & item.holds(series.starts)
+            if here.any():
+                found = _window(pair, error, here, series.starts < item.end, draws)
+                head = {"resolution": "run" if item.name == RUN else "window", **item.columns}
+                blocks.append(names | {"layer": _layers(series)} | head | found)
         if ok.any():
-            pieces.append(_intervals(series, names, pair, error, ok))
-    form = _SIDE_BY_SIDE
-    columns = {name: np.concatenate([p[name] for p in pieces]) for name in form.names if pieces}
-    return tidy.stamped(tidy.from_columns(form, columns), parameters={"seed": seed, "level": level})
+            blocks.append(names | _intervals(series, pair, error, ok))
+    parameters = {"seed": seed, "level": level}
+    return tidy.from_columns(_SIDE_BY_SIDE, blocks, parameters=parameters)
 
 
 def overfitting(
@@ -185,7 +188,7 @@ def _layers(series: Series) -> list[str]:
 
 def _pairs(
     series: Series, train: str | None, column: str = "lc"
-) -> Iterator[tuple[dict[str, str], Floats, NDArray[np.bool_]]]:
+) -> Iterator[tuple[dict[str, str], Floats, Flags]]:
     """For each other split: names, `column` of train, other and difference [3, T, 1 + L], ok [T].
 
     The network comes first; values that are not ok are 0.
@@ -202,80 +205,38 @@ def _pairs(
     for i, other in enumerate(series.splits):
         if i != first:
             ok = series.ok[first] & series.ok[i]
-            both = np.where(ok[:, None], series[column][[first, i]], 0.0)
-            both = np.concatenate([both.sum(axis=2, keepdims=True), both], axis=2)
+            both = with_network(np.where(ok[:, None], series[column][[first, i]], 0.0))
             pair = np.concatenate([both, both[1:] - both[:1]])
             yield {"train": train, "other": other}, pair, ok
 
 
 def _window(
-    series: Series,
-    names: dict[str, str],
-    pair: Floats,
-    error: Floats,
-    ok: NDArray[np.bool_],
-    item: Window,
-    draws: Bootstrap,
-) -> Iterator[dict[str, Any]]:
-    """The columns of one window, one row per layer; empty if it has no interval."""
-    here = ok & item.holds(series.starts)
-    if not here.any():
-        return
-    resolution = "run" if item.name == RUN else "window"
-    until = pair[:2, series.starts < item.end].sum(axis=1)
+    pair: Floats, error: Floats, here: Flags, until: Flags, draws: Bootstrap
+) -> dict[str, Any]:
+    """The columns of one window, one row per layer: intervals `here`, and all `until` its end."""
     lc, bound = (values[:, here].sum(axis=1) for values in (pair, error))
-    found = _columns(series, names, resolution, lc, bound, until)
-    times = item.columns | {"n_intervals": int(here.sum())}
-    rows = len(found["layer"])
-    found |= {name: _repeated(value, rows) for name, value in times.items()}
+    found = _columns(lc, bound, pair[:2, until].sum(axis=1))
     resampled = _resampled(pair[:, here], draws)
     for end, values in zip(_ENDS, resampled or (), strict=False):
         found |= {f"{name}_{end}": values[i] for i, name in enumerate(_OF)}
-    yield found
+    return found | {"n_intervals": int(here.sum())}
 
 
-def _intervals(
-    series: Series, names: dict[str, str], pair: Floats, error: Floats, ok: NDArray[np.bool_]
-) -> dict[str, Any]:
+def _intervals(series: Series, pair: Floats, error: Floats, ok: Flags) -> dict[str, Any]:
     """The columns of all intervals at once; within each interval, layer after layer."""
-    until = np.cumsum(pair[:2], axis=1)[:, ok].reshape(2, -1)
-    lc, bound = (values[:, ok].reshape(3, -1) for values in (pair, error))
-    found = _columns(series, names, "interval", lc, bound, until)
-    starts, ends = series.starts[ok], series.ends[ok]
-    windows = np.array([f"{a}:{b}" for a, b in zip(starts, ends, strict=True)], object)
-    n_layers = pair.shape[2]
-    return found | {
-        "window": np.repeat(windows, n_layers),
-        "first_step": np.repeat(starts, n_layers),
-        "end_step": np.repeat(ends, n_layers),
-        "n_intervals": np.ones(len(starts) * n_layers, np.int64),
-    }
+    sums = np.cumsum(pair[:2], axis=1)
+    lc, bound, until = (v[:, ok].reshape(len(v), -1) for v in (pair, error, sums))
+    return intervals(series, ok) | _columns(lc, bound, until)
 
 
-def _columns(
-    series: Series, names: dict[str, str], resolution: str, lc: Floats, bound: Floats, until: Floats
-) -> dict[str, Any]:
-    """The columns that all rows have, for all layers in turn.
-
-    LC and its bounds are [3, rows], cumulative LC [2, rows].
-    """
-    rows = lc.shape[1]
-    layers = np.array(_layers(series), object)
-    nothing = np.full(rows, np.nan)
+def _columns(lc: Floats, bound: Floats, until: Floats) -> dict[str, Any]:
+    """The columns of LC and its bounds, [3, rows], and of cumulative LC, [2, rows]."""
     return {
-        **{name: _repeated(value, rows) for name, value in names.items()},
-        "resolution": _repeated(resolution, rows),
-        "layer": np.tile(layers, rows // len(layers)),
         **dict(zip(_OF, lc, strict=True)),
         **{f"{name}_bound": bound[i] for i, name in enumerate(_OF)},
-        **{f"{name}_{end}": nothing for name in _OF for end in _ENDS},
         "cumulative_train": until[0],
         "cumulative_other": until[1],
     }
-
-
-def _repeated(value: str | int, times: int) -> NDArray[Any]:
-    return np.full(times, value, object if isinstance(value, str) else np.int64)
 
 
 def _resampled(pair: Floats, draws: Bootstrap) -> tuple[Floats, Floats] | None:
@@ -289,7 +250,7 @@ def _resampled(pair: Floats, draws: Bootstrap) -> tuple[Floats, Floats] | None:
     return low.reshape(shape), high.reshape(shape)
 
 
-def _overfits(pair: Floats, draws: Bootstrap) -> NDArray[np.bool_] | None:
+def _overfits(pair: Floats, draws: Bootstrap) -> Flags | None:
     """The layers [1 + L] whose LC falls on train and rises on the other split in one window."""
     ends = _resampled(pair, draws)
     return None if ends is None else np.asarray((ends[1][0] < 0) & (ends[0][1] > 0))

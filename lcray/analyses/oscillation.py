@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.analyses import tidy
-from lcray.analyses.series import Series, layer_series
+from lcray.analyses.series import Series, layer_series, with_network
 from lcray.analyses.trace_arrays import sampled_layers
 from lcray.analyses.windows import Ranges, Window, Windows
 from lcray.statistics.bootstrap import Bootstrap
@@ -103,7 +103,7 @@ def _of_layers(results: Results, series: Series, chosen: Windows, draws: Bootstr
     possible = _pairs(series)
     for s, split in enumerate(series.splits):
         seen = np.where(possible[s] > 0, np.nan_to_num(series["n_flips"][s]), 0.0)
-        both = [np.column_stack([x.sum(axis=1), x]) for x in (seen, possible[s])]
+        both = [with_network(x) for x in (seen, possible[s])]
         for item in chosen:
             part = [x[item.holds(series.starts)] for x in both]
             errors = _rate_errors(part[0], part[1], draws)

@@ -75,6 +75,25 @@ def layer_series(
     return Series(splits, layers, starts, table["end_step"].to_numpy()[row], ok, values)
 
 
+def intervals(series: Series, ok: NDArray[np.bool_]) -> dict[str, Any]:
+    """Columns of the intervals that are `ok` [T] one by one, the network and each layer in turn."""
+    starts, ends = series.starts[ok], series.ends[ok]
+    at, layer = (i.ravel() for i in np.indices((len(starts), 1 + len(series.layers))))
+    return {
+        "resolution": "interval",
+        "window": (at, [f"{a}:{b}" for a, b in zip(starts, ends, strict=True)]),
+        "first_step": starts[at],
+        "end_step": ends[at],
+        "layer": (layer, ["", *series.layers]),
+        "n_intervals": 1,
+    }
+
+
+def with_network(values: Floats) -> Floats:
+    """Values of layers along the last axis, with their sum, that of the network, before them."""
+    return np.concatenate([values.sum(axis=-1, keepdims=True), values], axis=-1)
+
+
 def scattered(shape: tuple[int, ...], place: Any, values: Any) -> Floats:
     """An array of this shape that has `values` at the indices `place`, and NaN elsewhere."""
     grid: Floats = np.full(shape, np.nan)

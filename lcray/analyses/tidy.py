@@ -76,22 +76,25 @@ def table(
     for field in form:
         if pa.types.is_floating(field.type):
             columns[field.name] = [float("nan") if v is None else v for v in columns[field.name]]
-    return stamped(from_columns(form, columns), parameters=parameters, notes=notes)
+    return from_columns(form, [columns] if rows else [], parameters=parameters, notes=notes)
 
 
-def from_columns(form: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
-    """Like `table`, from columns (see `lcray.tables.arrow.make_table`) and without parameters."""
-    if not columns:
-        return form.empty_table()
-    return fill(form.metadata[b"lcray.finding"].decode(), form, columns)
-
-
-def stamped(
-    found: pa.Table, *, parameters: Mapping[str, Any], notes: Sequence[str] = ()
+def from_columns(
+    form: pa.Schema,
+    blocks: Iterable[Mapping[str, Any]],
+    *,
+    parameters: Mapping[str, Any],
+    notes: Sequence[str] = (),
 ) -> pa.Table:
-    """`found` with the parameters and notes in its metadata."""
+    """Like `table`, from blocks of rows: columns, or scalars that the rows of a block share.
+
+    Columns are as in `lcray.tables.arrow.make_table`.
+    """
+    name = form.metadata[b"lcray.finding"].decode()
+    found = pa.concat_tables([form.empty_table(), *(fill(name, form, block) for block in blocks)])
     more = {"lcray.parameters": json.dumps(dict(parameters)), "lcray.notes": json.dumps([*notes])}
-    return found.replace_schema_metadata({**found.schema.metadata, **more})
+    found = found.unify_dictionaries().combine_chunks()
+    return found.replace_schema_metadata({**form.metadata, **more})
 
 
 def notes_of(found: pa.Table) -> list[str]:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.series import layer_series
+from lcray.analyses.series import layer_series, with_network
 from lcray.analyses.windows import Ranges
 from lcray.errors import UsageError
 from lcray.tables.reading.results import Results
@@ -52,17 +52,17 @@ def trajectories(
     if points < 1:
         raise UsageError(f"points {points}: must be at least 1")
     series = layer_series(results, ["lc"], ("parameter", "buffer"))
-    lc = np.nan_to_num(series["lc"])
-    total = np.cumsum(np.concatenate([lc.sum(axis=2, keepdims=True), lc], axis=2), axis=1)
+    total = np.cumsum(with_network(np.nan_to_num(series["lc"])), axis=1)
     n = len(series.ends)
     kept = np.unique(np.linspace(n - 1, 0, min(points, n)).round().astype(np.int64))
     kept = kept if points > 1 else kept[-1:]
     names = [tidy.ALL_LAYERS, *series.layers]
-    shape = len(series.splits), len(names), len(kept)
+    lc = total[:, kept].transpose(0, 2, 1)
+    split, layer, point = (i.ravel() for i in np.indices(lc.shape))
     columns = {
-        "split": (np.repeat(np.arange(shape[0]), shape[1] * shape[2]), list(series.splits)),
-        "layer": (np.tile(np.repeat(np.arange(shape[1]), shape[2]), shape[0]), names),
-        "step": np.tile(series.ends[kept], shape[0] * shape[1]),
-        "lc": total[:, kept].transpose(0, 2, 1).reshape(-1),
+        "split": (split, list(series.splits)),
+        "layer": (layer, names),
+        "step": series.ends[kept][point],
+        "lc": lc.ravel(),
     }
-    return tidy.stamped(tidy.from_columns(_FORM, columns), parameters={"points": points})
+    return tidy.from_columns(_FORM, [columns], parameters={"points": points})

@@ -66,13 +66,12 @@ def densities(results: Results, *, per_octave: int = 4) -> pa.Table:
     if per_octave not in (1, 2, 4, _FINEST):
         raise UsageError(f"per_octave {per_octave}: give 1, 2, 4 or {_FINEST}")
     names = list(results.plan.detail_layers)
-    pieces: list[dict[str, Any]] = []
+    blocks: list[dict[str, Any]] = []
     for split in results.plan.splits:
         found = read_histograms(results, split.name, names)
         if found is not None:
-            pieces += _of_split(split.name, names, found, _FINEST // per_octave)
-    columns = {name: np.concatenate([p[name] for p in pieces]) for name in _FORM.names if pieces}
-    return tidy.stamped(tidy.from_columns(_FORM, columns), parameters={"per_octave": per_octave})
+            blocks += _of_split(split.name, names, found, _FINEST // per_octave)
+    return tidy.from_columns(_FORM, blocks, parameters={"per_octave": per_octave})
 
 
 def _of_split(
@@ -89,9 +88,9 @@ def _of_split(
         some = wide[row] > 0
         width = np.diff(edges)[some]
         yield {
-            "split": np.full(some.sum(), split, object),
-            "layer": np.full(some.sum(), layer, object),
-            "sign": np.full(some.sum(), sign, np.int8),
+            "split": split,
+            "layer": layer,
+            "sign": sign,
             "lower": np.exp(edges[:-1][some]),
             "upper": np.exp(edges[1:][some]),
             "count": wide[row][some].astype(np.int64),

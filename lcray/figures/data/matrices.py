@@ -63,9 +63,8 @@ def layer_matrix(results: Results, *, columns: int = 200) -> pa.Table:
         "end_step": times.ends[at],
         "lc": lc.ravel(),
     }
-    return tidy.stamped(
-        tidy.from_columns(_LAYERS, found), parameters={"columns": columns}, notes=times.notes
-    )
+    parameters = {"columns": columns}
+    return tidy.from_columns(_LAYERS, [found], parameters=parameters, notes=times.notes)
 
 
 def layer_sums(
@@ -120,6 +119,5 @@ def unit_matrix(
         "end_step": times.ends[at],
         "lc": lc.ravel(),
     }
-    return tidy.stamped(
-        tidy.from_columns(_UNITS, found), parameters={"columns": columns}, notes=times.notes
-    )
+    parameters = {"columns": columns}
+    return tidy.from_columns(_UNITS, [found], parameters=parameters, notes=times.notes)

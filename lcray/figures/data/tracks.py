@@ -59,4 +59,4 @@ def tracks(results: Results, layer: str, *, split: str | None = None, count: int
     kept = table.filter(pa.array(np.isin(index, chosen)))
     found = {name: kept[name] for name in columns} | {"split": split, "layer": layer}
     note = f"the {len(chosen)} of {len(elements)} traced elements with the greatest sum of |LC|"
-    return tidy.stamped(tidy.from_columns(_FORM, found), parameters={"count": count}, notes=[note])
+    return tidy.from_columns(_FORM, [found], parameters={"count": count}, notes=[note])
