@@ -17,12 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import lcray
 from lcray.cli import query
 from lcray.cli.app import app
 from lcray.errors import UsageError
-from lcray.tables.reading.formats import write_csv
+from lcray.tables.reading.formats import to_csv, write_csv
 
 SQL = """SELECT 'a, "b"' || chr(10) || 'ü' AS text, 'nan'::DOUBLE AS n, 'inf'::DOUBLE AS i,
 '-inf'::DOUBLE AS m, NULL::DOUBLE AS none, 9007199254740993 AS big, 0.1::DOUBLE + 0.2 AS x,
@@ -75,6 +77,51 @@ def test_csv_has_no_formulas_and_numbers_keep_their_sign(tmp_path: Path) -> None
         exported = [*csv.DictReader(file)]
     assert {row["layer"] for row in exported} == {*shown}
     assert {row["lc"] for row in exported} == {"-0.25"}
+
+
+NUMBERS = [0.0, -0.0, 1.0, -2.5, 5e-324, 9.99e-7, 1e-6, 1.5e-6, 1e-5, -3e-5, 1.25e-5, 1e-4]
+NUMBERS += [1e10, 12345678901.5, 1e15, 123456789012345.6, 1e16, -1e22, 1.7976931348623157e308]
+
+
+@given(st.lists(st.floats(width=64) | st.none(), min_size=1))
+@example([*NUMBERS, *[-number for number in NUMBERS], math.nan, math.inf, -math.inf, None])
+def test_csv_writes_numbers_as_python_does(numbers: list[float | None]) -> None:
+    text = to_csv(pa.table({"a": pa.array(numbers, pa.float64()), "b": [1] * len(numbers)}))
+    _, *lines = text.decode().splitlines()
+    assert lines == [f"{'' if x is None else repr(x)},1" for x in numbers]
+
+
+TEXTS = st.none() | st.text(st.sampled_from("ab=+-@\t\r\n,'\"ü "), max_size=4)
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS, st.none() | st.booleans(), st.none() | st.decimals(-9, 9))))
+@example([])
+@example([(None, None, None, None)])
+def test_csv_is_that_of_the_standard_library(rows: list[tuple[Any, ...]]) -> None:
+    texts, names, flags, decimals = zip(*rows, strict=True) if rows else [()] * 4
+    columns = {
+        "=x": pa.array(texts, pa.string()),
+        "y": pa.array(names, pa.string()).dictionary_encode(),
+        "z": pa.array(flags, pa.bool_()),
+        "d": pa.array([None if d is None else round(d, 3) for d in decimals], pa.decimal128(9, 3)),
+        "l": pa.array([[1, 2]] * len(rows), pa.list_(pa.int8())),
+    }
+
+    def cell(value: Any) -> Any:
+        formula = isinstance(value, str) and value[:1] in {*"=+-@\t\r"}
+        return str(value).lower() if isinstance(value, bool) else f"'{value}" if formula else value
+
+    for chosen in (list(columns), ["=x"], ["y"]):
+        table = pa.table({name: columns[name] for name in chosen})
+        sink = io.StringIO()
+        writer = csv.writer(sink, lineterminator="\r\n")
+        writer.writerow(map(cell, chosen))
+        lines = [sink.getvalue()]
+        for row in zip(*(columns[name].to_pylist() for name in chosen), strict=True):
+            sink = io.StringIO()
+            csv.writer(sink, lineterminator="\r\n").writerow(map(cell, row))
+            lines.append(sink.getvalue())
+        assert to_csv(table).decode() == "".join(line[:-2] + "\n" for line in lines)
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl"])

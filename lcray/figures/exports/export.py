@@ -7,8 +7,6 @@ from pathlib import Path
 
 from lcray.errors import OutputError, UsageError, suggest
 from lcray.figures.exports.csv_files import write_csv_files
-from lcray.figures.exports.tensorboard_events import write_events
-from lcray.figures.exports.wandb_run import write_wandb
 from lcray.storage import PlaceLike, Remote, place
 from lcray.tables.reading.results import open_output
 
@@ -50,8 +48,12 @@ def export(
         target.mkdir(parents=True, exist_ok=True)
         if to == "csv":
             return write_csv_files(results, target, tables)
-        return (
-            write_events(results, target) if to == "tensorboard" else write_wandb(results, target)
-        )
+        if to == "tensorboard":
+            from lcray.figures.exports.tensorboard_events import write_events  # slow to import
+
+            return write_events(results, target)
+        from lcray.figures.exports.wandb_run import write_wandb
+
+        return write_wandb(results, target)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from error

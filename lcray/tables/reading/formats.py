@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
@@ -19,7 +19,10 @@ from lcray.errors import UsageError, one_line
 
 _ROWS = 1 << 14  # made text at a time
 _TEXT = 1 << 26  # bytes of strings among them
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet computes
+_SPECIAL = '[,"\\r\\n]'
+_FORMULA = r"^[=+@\t\r-]"  # what a spreadsheet computes
+
+_Change = Callable[[pa.StringArray], pa.StringArray]
 
 
 def to_csv(table: pa.Table) -> bytes:
@@ -33,22 +36,15 @@ def to_csv(table: pa.Table) -> bytes:
 
 
 def write_csv(table: pa.Table, text: TextIO) -> None:
-    """`to_csv`, row by row into a text file that leaves line breaks as they are."""
-    # csv puts into quotes only those line breaks that its own lines end in.
-    writer = csv.writer(_Lines(text), lineterminator="\r\n")
-    writer.writerow(map(_cell, table.column_names))
-    for row in _rows(table):
-        writer.writerow([_cell(value) for value in row])
-
-
-class _Lines:
-    """Lines that end in a line feed alone."""
-
-    def __init__(self, text: TextIO) -> None:
-        self._text = text
-
-    def write(self, line: str) -> None:
-        self._text.write(line[:-2] + "\n")
+    """`to_csv`, piece by piece into a text file that leaves line breaks as they are."""
+    text.write(",".join(map(_field, table.column_names)) + "\n")
+    for batch in _batches(table):
+        fields = [_fields(column) for column in batch.columns]
+        if len(fields) == 1:  # else a line that is empty, which readers skip
+            fields = [pc.if_else(pc.equal(fields[0], ""), '""', fields[0])]
+        lines = pc.binary_join_element_wise(*fields, ",")
+        whole = pa.ListArray.from_arrays([0, len(lines)], lines)
+        text.write(pc.binary_join(whole, "\n")[0].as_py() + "\n")
 
 
 def to_json(table: pa.Table) -> bytes:
@@ -89,9 +85,13 @@ def holding(form: str) -> Iterator[None]:
         ) from error
 
 
-def _rows(table: pa.Table) -> Iterator[tuple[Any, ...]]:
+def _batches(table: pa.Table) -> Iterator[pa.RecordBatch]:
     size = max(1, min(_ROWS, _TEXT // max(1, sum(map(_longest, table.columns)))))
-    for batch in table.to_batches(max_chunksize=size):
+    yield from (batch for batch in table.to_batches(max_chunksize=size) if batch.num_rows)
+
+
+def _rows(table: pa.Table) -> Iterator[tuple[Any, ...]]:
+    for batch in _batches(table):
         yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
@@ -107,13 +107,64 @@ def _objects(table: pa.Table) -> Iterator[dict[str, Any]]:
         yield dict(zip(table.column_names, map(_plain, row), strict=True))
 
 
-def _cell(value: Any) -> Any:
-    """What `csv` writes as it is; numbers keep every digit, and their sign."""
-    if isinstance(value, str):
-        return f"'{value}" if value.startswith(_FORMULA) else value
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value) if isinstance(value, float) else value
+def _fields(column: pa.Array) -> pa.Array:
+    """The fields of a column, as text; as `_field` has them, by Arrow where it can."""
+    kind = column.type
+    if pa.types.is_dictionary(kind) and pa.types.is_string(kind.value_type):
+        return _quoted(column.dictionary).take(column.indices).fill_null("")
+    if pa.types.is_string(kind):
+        return _quoted(column).fill_null("")
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        return column.cast(pa.string()).fill_null("")
+    if pa.types.is_float32(kind) or pa.types.is_float64(kind):
+        return _numbers(column.cast(pa.float64())).fill_null("")
+    return pa.array(map(_field, column.to_pylist()), pa.string())  # Arrow has pandas imported
+
+
+def _quoted(text: pa.StringArray) -> pa.StringArray:
+    formula = pc.match_substring_regex(text, _FORMULA)
+    text = pc.if_else(formula, pc.binary_join_element_wise("'", text, ""), text)
+    inner = pc.replace_substring(text, '"', '""')
+    quoted = pc.binary_join_element_wise('"', inner, '"', "")
+    return pc.if_else(pc.match_substring_regex(text, _SPECIAL), quoted, text)
+
+
+def _numbers(column: pa.DoubleArray) -> pa.StringArray:
+    """The shortest digits that give the same number, in the form that Python writes them in."""
+    text, size = column.cast(pa.string()), pc.abs(column)
+    whole = pc.and_(pc.equal(column, pc.trunc(column)), pc.less(size, 1e10))
+    text = _changed(text, whole, lambda part: pc.binary_join_element_wise(part, ".0", ""))
+    for low, high, change in ((5e-324, 1e-6, _tiny), (1e-6, 1e-4, _small), (1e10, 1e16, _large)):
+        where = pc.and_(pc.greater_equal(size, low), pc.less(size, high))
+        text = _changed(text, where, change)
+    return text
+
+
+def _changed(text: pa.StringArray, where: pa.BooleanArray, change: _Change) -> pa.StringArray:
+    if not pc.any(where).as_py():
+        return text
+    return pc.replace_with_mask(text, where.fill_null(False), change(text.filter(where)))
+
+
+def _tiny(text: pa.StringArray) -> pa.StringArray:
+    return pc.replace_substring_regex(text, r"e-(\d)$", r"e-0\1")
+
+
+def _small(text: pa.StringArray) -> pa.StringArray:
+    """Of numbers that Arrow writes in full, as 0.00001234."""
+    text = pc.replace_substring_regex(text, r"^(-?)0\.0000(0?)(\d)(\d*)$", r"\1\3.\4e-05\2")
+    return pc.replace_substring(pc.replace_substring(text, ".e", "e"), "e-050", "e-06")
+
+
+def _large(text: pa.StringArray) -> pa.StringArray:
+    return pa.array([repr(float(number)) for number in text.to_pylist()], pa.string())
+
+
+def _field(value: Any) -> str:
+    """A value as a field of CSV."""
+    text = "" if value is None else str(value)
+    text = f"'{text}" if isinstance(value, str) and re.search(_FORMULA, text) else text
+    return '"' + text.replace('"', '""') + '"' if re.search(_SPECIAL, text) else text
 
 
 def _plain(value: Any) -> Any:
