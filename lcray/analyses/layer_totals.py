@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy.stats import spearmanr
 
 from lcray.analyses import tidy
 from lcray.analyses.bounds import BOUND, bounds, notes, verdicts
@@ -130,6 +129,8 @@ def _with_size(series: Series, rows: list[dict[str, Any]]) -> Iterator[str]:
         here = [r for r in here if r["kind"] == "parameter"]
         lc, numel = ([r[name] for r in here] for name in ("lc", "numel"))
         if len(here) >= _LAYERS_FOR_RANKS and min(len(set(lc)), len(set(numel))) > 1:
+            from scipy.stats import spearmanr  # slow to import
+
             found = spearmanr(numel, lc)
             yield (
                 f"{split}: rank correlation of LC with a layer's size {found.statistic:+.2f} "

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy.stats import spearmanr
 
 from lcray.analyses import tidy
 from lcray.analyses.bounds import bounds
@@ -154,6 +153,8 @@ def _of_lags(same: Sequence[Any]) -> dict[str, Any]:
 def _trend(what: str, momenta: Any, lc: Sequence[float]) -> Iterator[str]:
     if min(len(set(momenta.tolist())), len(set(lc))) < 3:
         return
+    from scipy.stats import spearmanr  # slow to import
+
     found = spearmanr(momenta, lc)
     tested = f"p = {found.pvalue:.2g}, " if len(lc) >= FEWEST_RUNS else ""
     rank = f"{found.statistic:+.2f} ({tested}n = {len(lc)})"

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.stats import false_discovery_control
 
 from lcray.analyses import tidy
 from lcray.analyses.learning import Bundle, bundles
@@ -17,6 +16,7 @@ from lcray.errors import UsageError
 from lcray.statistics.coincidence import (
     Synchrony,
     block_bounds,
+    false_discovery,
     pairwise_coincidences,
     peaks,
     total_coincidences,
@@ -264,7 +264,7 @@ def _matrix(
     names: tuple[str, ...], flags: NDArray[np.bool_], block: int | None
 ) -> Iterator[dict[str, Any]]:
     found = pairwise_coincidences(flags, block=block)
-    adjusted = false_discovery_control(found.p_value) if len(found.p_value) else found.p_value
+    adjusted = false_discovery(found.p_value)
     pairs = {
         (int(a), int(b)): number
         for number, (a, b) in enumerate(zip(found.first, found.second, strict=True))

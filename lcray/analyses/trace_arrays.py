@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lcray.analyses.series import scattered
 from lcray.tables.reading.results import Results
 from lcray.tables.reading.views import literal
-from lcray.tables.writing.traces import trace_indices
+from lcray.tables.writing.traced_elements import trace_indices
 
 Floats = NDArray[np.float64]
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.signal import detrend as remove_trend
 
 from lcray.errors import UsageError
 from lcray.statistics.bootstrap import FEWEST, Bootstrap
@@ -114,6 +113,8 @@ def _standardised(signal: Floats, trend: str) -> Floats:
     n = np.maximum(1, known.sum(axis=0))
     filled = np.where(known, signal, 0.0)
     if trend != "none":
+        from scipy.signal import detrend as remove_trend  # slow to import
+
         filled = np.where(known, signal, filled.sum(axis=0) / n)
         filled = remove_trend(filled, axis=0, type="linear" if trend == "linear" else "constant")
     filled = np.where(known, filled, 0.0)

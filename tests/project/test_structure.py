@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import planting
 import pytest
 from repository import PACKAGE
 
@@ -156,6 +157,47 @@ def test_opening_an_output_loads_neither_torch_nor_ray_nor_scipy() -> None:
     code = f"import sys, lcray.tables.reading.results; print(*{{*sys.modules}} & {{*{heavy}}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planting.picture(tmp_path_factory.mktemp("structure") / "out")
+
+
+HEAVY = ("torch", "ray", "scipy", "scipy.signal", "scipy.stats", "matplotlib", "duckdb", "rich")
+#: Commands that answer at once, and what of the above they cannot do without.
+AT_ONCE = {
+    "query {out}": {"rich"},
+    "query {out} --format csv": set(),
+    "query {out} SELECT\tlayer,sum(lc)\tFROM\tlayers\tGROUP\tBY\tALL": {"rich", "duckdb"},
+    "query {out} SELECT\t1 --format json": {"duckdb"},
+    "status {out}": {"rich"},
+    "status {out} --json": set(),
+    "export {out} --to csv --out {folder}": set(),
+    "report {out}": {"duckdb"},
+    "findings {out} --only shares --json": {"scipy", "rich"},
+}
+
+
+@pytest.mark.parametrize("command", AT_ONCE)
+def test_commands_that_answer_at_once_load_little(
+    command: str, output: Path, tmp_path: Path
+) -> None:
+    code = """
+import sys
+from lcray.cli.app import app
+app(sys.argv[2:], standalone_mode=False)
+print(*{*sys.modules} & {*sys.argv[1].split()}, file=sys.stderr)
+"""
+    words = [word.replace("\t", " ") for word in command.split(" ")]
+    words = [word.format(out=output, folder=tmp_path) for word in words]
+    done = subprocess.run(
+        [sys.executable, "-c", code, " ".join(HEAVY), *words],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert {*done.stderr.splitlines()[-1].split()} <= AT_ONCE[command]
 
 
 def test_the_package_imports_nothing_of_its_own_at_import() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from lcray.allocation.allocator import IntervalLC
 from lcray.planning.plan import Span
-from lcray.tables.shards.writer import Commit
+from lcray.tables.shards.commit import Commit
+
+if TYPE_CHECKING:  # torch, which `lcray status` does without
+    from lcray.allocation.allocator import IntervalLC
 
 
 @dataclass(frozen=True, slots=True)

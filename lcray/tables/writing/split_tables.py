@@ -31,7 +31,8 @@ from lcray.tables.schema import TABLES
 from lcray.tables.shards.writer import ShardWriter
 from lcray.tables.writing.accumulators import Accumulators, LayerSums, Units
 from lcray.tables.writing.row_groups import ElementsWriter, IntervalRows, Piece
-from lcray.tables.writing.traces import Traces, trace_indices
+from lcray.tables.writing.traced_elements import trace_indices
+from lcray.tables.writing.traces import Traces
 from lcray.tasks.model.layout import Layout
 from lcray.tasks.model.vectors import zeros
 
