@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lcray.errors import LcrayError
 from lcray.execution.cluster.actor import Shipment, Worker
 from lcray.execution.cluster.resources import Resources, place_workers
 from lcray.execution.driver.analyze import Progress
+from lcray.execution.driver.job import Job
 from lcray.execution.worker.fresh import Unexplained
 from lcray.execution.worker.reports import Outcome, SpanReport, View
 from lcray.execution.worker.workspace import Description, Probe, Workspace
@@ -330,7 +331,14 @@ class InlinePool:
 
 def work_inline(patch: pytest.MonkeyPatch) -> None:
     """Analyses take place in this process, without Ray."""
-    patch.setattr("lcray.execution.driver.analyze.workplace", lambda *_: nullcontext(InlinePool))
+
+    def workers(job: Job, tell: Any = None, *_: Any) -> InlinePool:
+        if tell is not None:
+            tell(Progress("start"))
+        pool: Any = job.pool(InlinePool)
+        return pool
+
+    patch.setattr("lcray.execution.driver.analyze.workers", workers)
     patch.setattr("ray.get_gpu_ids", list)
 
 

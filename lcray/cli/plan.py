@@ -47,6 +47,7 @@ def plan(run: str, task: str, save: Path | None, as_json: bool, **options: Any) 
         report.save(save)
     data = {
         "estimate": asdict(report.estimate),
+        "local": report.local,
         "workers": report.workers,
         "team": report.team,
         "interval_seconds": report.interval_seconds,

@@ -19,9 +19,11 @@ from rich.progress import (
 
 from lcray.cli.units import duration
 from lcray.execution.driver.progress import Progress as State
+from lcray.planning.costs import START_SECONDS
 
 _PHASES = {
     "start": "starting workers",
+    "local": "working in this process",
     "restart": "Ray has ended; restarting it once",
     "probe": "measuring a gradient",
     "spans": "intervals",
@@ -95,6 +97,8 @@ def _lines() -> Callable[[State], None]:
             return
         warn(state)
         last_phase, last_time = state.phase, now
+        if state.phase == "local":
+            return
         done = int(state.done + state.running)
         count = f" {done}/{state.total}" if state.phase in _COUNTED else ""
         left = _left(state) if (state.seconds_left or 0.0) >= _SECONDS_A_LINE else ""
@@ -109,11 +113,22 @@ def _left(state: State) -> str:
 
 
 def _warner(write: Callable[[str], None]) -> Callable[[State], None]:
-    """Says once, before the first interval, that it will take long, and how to learn more."""
+    """Says once, before the first interval, that it will take long, and how to learn more.
+
+    Also says that no workers are started, and why.
+    """
     silent = False
 
     def warn(state: State) -> None:
         nonlocal silent
+        if state.phase == "local":
+            why = (
+                ""
+                if state.seconds_left is None
+                else f": all gradients take about {duration(state.seconds_left)}, starting workers "
+                f"about {START_SECONDS:.0f} s (--no-local starts them)"
+            )
+            write(f"lcray: {_PHASES['local']}{why}")
         if state.phase != "spans" or silent:
             return
         silent = True

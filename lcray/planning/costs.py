@@ -12,6 +12,8 @@ import numpy as np
 from lcray.allocation.quadrature import QuadratureRule, get_rule
 from lcray.planning.plan import Plan, SplitPlan
 
+#: Seconds that Ray and its workers take to start.
+START_SECONDS = 10.0
 #: Bytes per row of a shard, and of the merged table, without the constant bytes per file or group
 #: of rows. Measured on LeNet, a vision transformer and a GPT:
 #: tests/planning/test_disk_estimate.py.

@@ -29,6 +29,7 @@ class PlanReport:
         resident: whether a worker keeps the data of a split in memory, by split; else it streams
             them, to the same results.
         notes: what to keep in mind about the numbers, one line each.
+        local: whether it is to be done in one process, without starting workers.
     """
 
     plan: Plan
@@ -39,6 +40,7 @@ class PlanReport:
     team: int = 1
     interval_seconds: float | None = None
     fixed_batches: bool = False
+    local: bool = False
 
     def __repr__(self) -> str:
         cost = self.estimate

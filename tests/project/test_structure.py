@@ -43,7 +43,7 @@ ORDER = (
 #: What is in a room, likewise: modules that are not named come first, the face of a room last.
 INNER = {
     "tables": ("shards", "writing", "reading", "reducing", "verifying"),
-    "execution": ("worker", "in_memory", "cluster", "driver"),
+    "execution": ("worker", "in_memory", "cluster", "local", "driver"),
     "figures": ("data", "matplotlib", "html", "exports"),
     "tasks": ("model", "data"),
 }

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lcray.cli.units import count, duration, size
 from lcray.errors import visible
-from lcray.planning.costs import n_fisher
+from lcray.planning.costs import START_SECONDS, n_fisher
 from lcray.planning.plan import Plan, SplitPlan
 from lcray.planning.saved import PlanReport
 
@@ -27,8 +27,7 @@ def plan_table(report: PlanReport) -> Group:
         "splits": ", ".join(f"{split.name} ({_samples(plan, split)})" for split in plan.splits),
         "rule": plan.settings.rule + (" with refinement" if plan.settings.refine else ""),
         "gradients": f"{least}{cost.n_gradients:,} full-batch gradients",
-        "time": f"{least}{duration(cost.seconds)} of gradients on {_workers(report)}, and about "
-        "10 s to start them",
+        "time": f"{least}{duration(cost.seconds)} of gradients {_workers(report)}",
         "memory": f"{size(cost.memory_bytes)} per worker",
         "disk": size(cost.disk_bytes),
         **_sums_rows(report),
@@ -59,9 +58,13 @@ def plan_table(report: PlanReport) -> Group:
 
 
 def _workers(report: PlanReport) -> str:
+    if report.local:
+        return "in one process, without starting workers"
+    start = f"and about {START_SECONDS:.0f} s to start them"
     if report.team == 1:
-        return f"{report.workers} workers"
-    return f"{count(report.workers // report.team, 'team')} of {report.team} workers"
+        return f"on {report.workers} workers, {start}"
+    teams = count(report.workers // report.team, "team")
+    return f"on {teams} of {report.team} workers, {start}"
 
 
 def _sums_rows(report: PlanReport) -> dict[str, str]:

@@ -11,18 +11,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Pool", "Workers", "connection", "workplace"]
+__all__ = ["Pool", "connection", "workplace"]
 
 if TYPE_CHECKING:
     from lcray.execution.cluster.connect import connection as connection
     from lcray.execution.cluster.pool import Pool as Pool
-    from lcray.execution.cluster.supervision import Workers as Workers
     from lcray.execution.cluster.supervision import workplace as workplace
 
 # Imported on first use, since the driver's process starts Ray before it loads torch.
 _PUBLIC = {
     "Pool": "pool",
-    "Workers": "supervision",
     "connection": "connect",
     "workplace": "supervision",
 }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from lcray.errors import UsageError
-from lcray.settings import WORKERS, documented, option
+from lcray.settings import WORKERS, documented, flag_of, option
 
 #: Names that are not the user's, and what to do instead.
 _RESERVED = {
@@ -61,6 +61,12 @@ class Resources:
         "Seconds without progress after which a worker is replaced.",
         otherwise="20 times what a step should take, at least 300",
         metavar="SECONDS",
+    )
+    local: bool | None = option(
+        None,
+        WORKERS,
+        "Work in this process, without Ray; --no-local always starts workers.",
+        otherwise="where all gradients take less time than starting workers",
     )
     address: str | None = option(
         None,
@@ -140,6 +146,21 @@ def _quota(group: Path) -> float | None:
     return None
 
 
+def only_on_ray(resources: Resources) -> dict[str, object]:
+    """The options that were given of workers on Ray, by their names on the command line.
+
+    GPUs, threads and memory are not among them: a process has those, too.
+    """
+    shared = ("gpus_per_worker", "threads", "memory", "local")
+    defaults = Resources()
+    return {
+        flag_of(each): getattr(resources, each.name)
+        for each in fields(Resources)
+        if each.name not in shared
+        if getattr(resources, each.name) != getattr(defaults, each.name)
+    }
+
+
 def place_workers(
     resources: Resources, nodes: Sequence[Mapping[str, float]], limit: int
 ) -> Placement:
@@ -153,7 +174,7 @@ def place_workers(
     Raises:
         UsageError: if the cluster cannot meet the request.
     """
-    _check(resources)
+    check_resources(resources)
     gpus = resources.gpus_per_worker
     if gpus is None:
         own = resources.custom.items()
@@ -194,7 +215,12 @@ def _teams(resources: Resources, room: int, countable: bool) -> int:
     return workers // team
 
 
-def _check(resources: Resources) -> None:
+def check_resources(resources: Resources) -> None:
+    """Refuse amounts that no machine has.
+
+    Raises:
+        UsageError: naming the option.
+    """
     given = {name: getattr(resources, name) for name in ("cpus_per_worker", "gpus_per_worker")}
     given |= {f"resource {name}": value for name, value in resources.custom.items()}
     for name, value in given.items():

@@ -360,7 +360,3 @@ class SupervisedPool:
                 )
         except _Lost as again_lost:
             self._restart(again_lost)
-
-
-#: Fields of a description that make no difference to an analysis.
-Workers = Pool | SupervisedPool

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Unpack
 
 from lcray.errors import IncompleteError, OutputError, UsageError
-from lcray.execution.cluster import Workers, workplace
 from lcray.execution.cluster.resources import Resources
+from lcray.execution.driver.choose import workers
 from lcray.execution.driver.follow import SECONDS_A_LOOK, Growth
 from lcray.execution.driver.job import Job
 from lcray.execution.driver.progress import Computation, OnProgress, Progress, explain
@@ -17,6 +17,7 @@ from lcray.execution.driver.record import check_same_settings
 from lcray.execution.driver.repair import take_back
 from lcray.execution.driver.revisit import Revisit, revisit_last
 from lcray.execution.driver.status import StatusFile
+from lcray.execution.worker.workers import Workers
 from lcray.planning.check import check_plan
 from lcray.planning.costs import seconds_an_interval
 from lcray.planning.make import make_settings
@@ -47,7 +48,8 @@ def plan(
     Args:
         run: the directory of checkpoints, or its URI.
         task: ``package.module:attribute``, ``path/file.py:attribute``, or a `Task`.
-        resources: workers and where they run.
+        resources: workers and where they run; by default this process does the work if all
+            gradients take less time than starting workers.
         **options: ``steps`` (the range of steps to analyze, ``a:b``), ``span_length`` (intervals
             per span; chosen by their duration and number otherwise) and the fields of `Settings`.
 
@@ -59,7 +61,7 @@ def plan(
     """
     steps, span_length = options.pop("steps", None), options.pop("span_length", None)
     job = Job(run, task, resources, steps, span_length, make_settings(options))
-    with workplace(job.resources) as make, job.pool(make) as pool:
+    with workers(job) as pool:
         return job.draft(pool)
 
 
@@ -86,7 +88,8 @@ def analyze(
         task: ``package.module:attribute``, ``path/file.py:attribute``, or a `Task`.
         out: the output directory, or its URI; new, or of the same analysis.
         plan: a plan, or the file of one, instead of options.
-        resources: workers and where they run.
+        resources: workers and where they run; by default this process does the work if all
+            gradients take less time than starting workers.
         repair: read what is committed, and compute anew what is damaged, or was computed from
             checkpoints that have changed since.
         follow: go on while training still writes, until the run has ended (see `idle`). Give
@@ -161,12 +164,8 @@ def _work(
     repair: bool,
 ) -> None:
     """All that takes workers, by the record that is known or a new one."""
-    tell(Progress("start"))
-
-    def restarting() -> None:
-        tell(Progress("restart"))
-
-    with workplace(job.resources, restarting) as make, job.pool(make) as pool:
+    plan = known.plan if known else given
+    with workers(job, tell, plan, path if known else None) as pool:
         record = job.record(pool, path, known, given, tell)
         with StatusFile(path, record.plan, lock.holds) as file:
             _compute(job, pool, path, record, file, lock, tell, repair)
@@ -202,7 +201,8 @@ def _compute(
         file.state("running")
         computation.run()
     if computation.failures:
-        raise IncompleteError(explain(out, computation.failures, file.latest.intervals_done))
+        text = explain(out, computation.failures, file.latest.intervals_done)
+        raise IncompleteError(text) from computation.cause
     lock.check()
     remove_strays(out, record.plan.spans)
     total = record.plan.n_intervals

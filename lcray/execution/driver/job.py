@@ -9,7 +9,6 @@ from dataclasses import replace
 from lcray.allocation.quadrature import get_rule
 from lcray.checkpoints import CheckpointSeries, open_series
 from lcray.errors import CheckpointError, OutputError, UsageError
-from lcray.execution.cluster import Workers
 from lcray.execution.cluster.resources import Resources
 from lcray.execution.driver.follow import Growth
 from lcray.execution.driver.progress import OnProgress, Progress
@@ -22,6 +21,8 @@ from lcray.execution.driver.record import (
     make_fingerprint,
     make_notes,
 )
+from lcray.execution.local import check_local
+from lcray.execution.worker.workers import Workers
 from lcray.planning.costs import estimate, pass_seconds
 from lcray.planning.make import extend_plan, following_length, make_plan
 from lcray.planning.plan import Crew, Plan, Probed
@@ -57,6 +58,8 @@ class Job:
         self.source = locate(task)
         self.source.load()
         self.resources = resources or Resources()
+        if self.resources.local:
+            check_local(self.resources)
         self.steps, self.span_length, self.settings = steps, span_length, settings
         self.threads = self.resources.threads or (known.threads if known else 1)
         if known and self.threads != known.threads:
@@ -127,6 +130,7 @@ class Job:
             team,
             get_rule(drafted.settings.rule).n_gradients * pass_seconds(drafted, team, seconds),
             description.fixed_batches,
+            bool(self.resources.local),
         )
 
     def record(

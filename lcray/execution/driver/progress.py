@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
+from lcray.errors import LcrayError
 from lcray.execution.driver.status import StatusFile
 from lcray.execution.worker.reports import SpanReport, View, report_of
+from lcray.execution.worker.workers import Workers
 from lcray.planning.plan import Plan, Span
 from lcray.storage import Place
 from lcray.tables.shards.commit import Commit, each_commit
@@ -19,11 +20,12 @@ class Progress:
 
     Attributes:
         phase: ``start``, ``probe``, ``spans`` or ``reduce``; ``restart`` where a Ray of lcray's own
-            has ended and another one is started.
+            has ended and another one is started; ``local`` instead of ``start`` in this process.
         done: intervals that are committed.
         total: intervals in all.
         running: intervals that are done in spans that are not committed yet.
-        seconds_left: at the rate so far, or by the probe where there is none; None if unknown.
+        seconds_left: at the rate so far, or by the probe where there is none; None if unknown. Of
+            ``local``: what all gradients take, where that is why no workers are started.
     """
 
     phase: str
@@ -40,7 +42,7 @@ class Computation:
     """The spans of an output that are not committed yet; they may become more.
 
     Args:
-        pool: the workers: a `lcray.execution.cluster.Pool`.
+        pool: the workers.
         out: the output directory.
         plan: the plan.
         file: where to say how far it is.
@@ -55,7 +57,7 @@ class Computation:
 
     def __init__(
         self,
-        pool: Any,
+        pool: Workers,
         out: Place,
         plan: Plan,
         file: StatusFile,
@@ -65,6 +67,7 @@ class Computation:
         counts: Callable[[Commit], bool] = lambda commit: True,
     ) -> None:
         self.failures: dict[Span, str] = {}
+        self.cause: LcrayError | None = None  # of the first failure, if it is known
         self._pool, self._out, self._plan = pool, out, plan
         self._file, self._check, self._tell = file, check, tell
         done: set[str] = set()
@@ -93,6 +96,7 @@ class Computation:
         if todo:
             outcome = self._pool.run(self._plan, todo, self._out, self._done, self._view)
             self.failures |= outcome.failures
+            self.cause = self.cause or outcome.cause
             self._file.view(View(0, (), self.failures))
 
     def _view(self, view: View) -> None:

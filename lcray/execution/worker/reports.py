@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lcray.errors import LcrayError
 from lcray.planning.plan import Span
 from lcray.tables.shards.commit import Commit
 
@@ -48,10 +49,12 @@ class Outcome:
     Attributes:
         reports: reports of the committed spans.
         failures: the reason by span, for spans that are not committed.
+        cause: the error of the first failure, if it was raised in this process.
     """
 
     reports: dict[Span, SpanReport] = field(default_factory=dict)
     failures: dict[Span, str] = field(default_factory=dict)
+    cause: LcrayError | None = None
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,49 @@ def activation_bytes(bench: Workbench, excerpt: SplitData) -> float:
     return _MARGIN * sum(storages.values()) / excerpt.n_samples
 
 
+def rough_seconds(bench: Workbench, enough: float) -> float:
+    """Roughly the seconds of one gradient of every split, from as few samples as possible.
+
+    Small batches are slow, so a measurement is too long rather than too short. It is taken anew on
+    more samples until it is at most `enough`, or has become exact.
+
+    Args:
+        bench: the task; its model must be at a point of the run.
+        enough: seconds; less need not be known more exactly.
+
+    Returns:
+        The seconds; 0 if the loss fails, which evaluating the splits will report.
+    """
+    out, samples = bench.engine.new_vector(), _SMALLEST
+    most = max(source.n_samples for source in bench.sources)
+    while True:
+        found = spent = 0.0
+        for number, source in enumerate(bench.sources):
+            passes = 1 if source.sorted_by_group else max(1, len(source.groups))
+            size = bench.batch_size if bench.fixed_batches else min(samples, bench.batch_size)
+            try:
+                excerpt = bench.excerpt(number, size, -(-samples // size))
+                seconds = min(_seconds(bench, excerpt, out) for _ in range(2))
+            except TaskError:
+                return 0.0
+            found += passes * seconds * source.n_samples / excerpt.n_samples
+            spent = max(spent, seconds)
+        if found <= enough or spent > _STEADY_SECONDS or samples >= most:
+            return found
+        samples *= 8
+
+
+def _seconds(bench: Workbench, excerpt: SplitData, out: Tensor) -> float:
+    """The time of one forward and backward pass: processor time, or wall time on a GPU."""
+    on_gpu = bench.device.type == "cuda"
+    begin, watch = time.perf_counter(), processor_seconds(torch.get_num_threads())
+    bench.engine.evaluate(excerpt, out)
+    if on_gpu:
+        torch.cuda.synchronize(bench.device)
+    wall = time.perf_counter() - begin
+    return wall if on_gpu else watch() or wall  # 0 where clocks are coarse
+
+
 def processor_seconds(threads: int) -> Callable[[], float]:
     """A stopwatch: calling it gives the seconds since then, as if the processors were free.
 
@@ -236,16 +279,10 @@ class _Probe:
         return self._rates[key]
 
     def _pass_seconds(self, excerpt: SplitData) -> float:
-        """The shortest time of a few passes: processor time, or wall time on a GPU."""
+        """The shortest time of a few passes."""
         times: list[float] = []
-        on_gpu = self._bench.device.type == "cuda"
         while len(times) < 2 or (len(times) < 6 and sum(times) < _STEADY_SECONDS):
-            begin, watch = time.perf_counter(), processor_seconds(torch.get_num_threads())
-            self._bench.engine.evaluate(excerpt, self._out)
-            if on_gpu:
-                torch.cuda.synchronize(self._bench.device)
-            wall = time.perf_counter() - begin
-            times.append(wall if on_gpu else watch() or wall)  # 0 where clocks are coarse
+            times.append(_seconds(self._bench, excerpt, self._out))
         return min(times)
 
 

@@ -159,13 +159,13 @@ class Workspace:
         Raises:
             TaskError: if the loss is not a function of the weights, or breaks the contract.
         """
-        self._go_to_first()
+        self.go_to_first()
         reference = self._measured()
         tuning = tune(self.bench)
         partial_sums = self.bench.engine.partial_sums
         self.bench.adopt(tuning.batch_size, tuning.memory_format, partial_sums)
         independence = Independence(self.bench, self.task)
-        point = self._go_to_first()
+        point = self.go_to_first()
         plans, seconds = [], {}
         for split in self.bench.splits:
             self.bench.engine.check_statistics(split)
@@ -259,7 +259,8 @@ class Workspace:
             self._reference = measure(self.bench, self._read_first())
         return self._reference
 
-    def _go_to_first(self) -> Point:
+    def go_to_first(self) -> Point:
+        """Move the model to the first checkpoint."""
         point = self._read_first()
         Segment(point, point).set_point(self.flat, 0.0)
         return point
@@ -280,7 +281,7 @@ class Workspace:
         self._measured()  # while the data are open
         self.bench.adopt(plan.batch_size, plan.memory_format, plan.partial_sums)
         independence = Independence(self.bench, self.task)
-        self._go_to_first()
+        self.go_to_first()
         losses = {split.name: independence.evaluate(split).loss for split in self.bench.splits}
         independence.check(two_points(self.series.steps, self._read))
         return losses
