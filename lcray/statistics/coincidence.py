@@ -117,7 +117,7 @@ def pairwise_coincidences(flags: Flags, *, block: int | None = None) -> Pairs:
 
     Args:
         flags: the peaks, [T, S].
-        block: intervals a block, about; `default_block` chooses where it is None.
+        block: intervals per block, about; `default_block` chooses where it is None.
     """
     first, second = np.triu_indices(flags.shape[1], 1)
     observed = np.count_nonzero(flags[:, first] & flags[:, second], axis=0)
@@ -146,7 +146,7 @@ def _block_null(size: int, a: NDArray[np.int64], c: NDArray[np.int64]) -> Floats
     rest = size - a - c + k
     possible = (k <= a) & (k <= c) & (rest >= 0)
     parts = (k, a - k, c - k, rest, size)
-    below: Floats = sum(logs[np.where(possible, part, 0)] for part in parts)
+    below = sum((logs[np.where(possible, part, 0)] for part in parts), np.zeros(possible.shape))
     above = logs[a] + logs[size - a] + logs[c] + logs[size - c]
     return np.exp(np.where(possible, above - below, -np.inf))[where.reshape(-1)]
 
@@ -195,7 +195,7 @@ def total_coincidences(
 
     Args:
         flags: the peaks, [T, S].
-        block: intervals a block, about; `default_block` chooses where it is None.
+        block: intervals per block, about; `default_block` chooses where it is None.
         permutations: R.
         seed: of the permutations.
     """
