@@ -51,8 +51,6 @@ def loss(source: Source, store: Store) -> Section:
     bad = np.nansum(source.intervals["n_bad"]) > 0
     note = "Where an interval has no LC, its measured change is used instead."
     return Section(
-        "loss",
-        "Loss and its reconstruction from LC",
         f"Adding up the LC of all parameters gives back the {one_line(source.splits[0])} loss to "
         f"within {plain(worst, 2)}, {percent(worst, change, 2)} of its change.",
         "The grey line is the measured loss, the dashes are the first loss plus all LC so far; the "
@@ -133,8 +131,6 @@ def heat_map(source: Source, store: Store) -> Section:
     cells = source.by_layer["lc"][0]
     hurting = float(np.mean(cells[np.isfinite(cells)] > 0)) if np.isfinite(cells).any() else 0.0
     return Section(
-        "heat-map",
-        "Every layer at every iteration",
         f"{percent(hurting, 1, 2)} of the cells hurt: there a layer raised the "
         f"{one_line(source.splits[0])} loss in that {source.span}.",
         "A row is a layer, from the input down; blue cells lowered the loss, orange ones raised "
@@ -182,8 +178,6 @@ def trajectories(source: Source, store: Store) -> Section:
     order = np.argsort(source.totals[0])
     says = f"{listed([names[i] for i in order[:2]])} end lowest" if len(order) > 1 else names[0]
     return Section(
-        "trajectories",
-        "Cumulative LC of each layer",
         f"{says}: what each layer had done to the {one_line(source.splits[0])} loss by each step.",
         "A line that falls helps at that time, one that rises hurts; its last point is the layer's "
         f"total. {_colouring(len(names))}",

@@ -148,8 +148,6 @@ def _curves(sources: Sequence[Source], names: Sequence[str], store: Store) -> Se
         for name, gap, change in zip(names, gaps, changes, strict=True)
     )
     return Section(
-        "loss",
-        "Loss, and how well LC adds up to it",
         f"Gap in the end, of the change: {said}.",
         "One line per run. The gap is Σ LC so far minus the measured change.",
         ("intervals",),
@@ -157,6 +155,8 @@ def _curves(sources: Sequence[Source], names: Sequence[str], store: Store) -> Se
         figures,
         by_split=False,
         controls=(Control("Show", ["loss", "gap"]),),
+        id="loss",
+        title="Loss, and how well LC adds up to it",
     )
 
 
@@ -173,8 +173,6 @@ def _layers(sources: Sequence[Source], names: Sequence[str], store: Store) -> Se
     ]
     verb = "helps" if len(apart) == 1 else "help"
     return Section(
-        "layers",
-        "Loss change allocated to each layer",
         f"{listed(apart)} {verb} in one run and hurt in another."
         if apart
         else "Every layer that all runs have has the same sign in all of them."
@@ -186,6 +184,8 @@ def _layers(sources: Sequence[Source], names: Sequence[str], store: Store) -> Se
         "SELECT split, layer, sum(lc) AS lc FROM layers GROUP BY split, layer",
         {"": dots(store, layers, values)},
         by_split=False,
+        id="layers",
+        title="Loss change allocated to each layer",
     )
 
 
@@ -221,8 +221,6 @@ def _heat_maps(sources: Sequence[Source], names: Sequence[str], store: Store) ->
     ]
     notes = [note for source in sources for note in source.coarse]
     return Section(
-        "heat-map",
-        "Every layer at every iteration",
         "LC of layers by step, with one scale of colours for all runs.",
         "Blue cells lowered the loss, orange ones raised it; colours reach to percentile 98 of "
         "|LC| over all runs.",
@@ -231,6 +229,8 @@ def _heat_maps(sources: Sequence[Source], names: Sequence[str], store: Store) ->
         {"": Figure(traces, layout, int(whole), columns, len(table))},
         by_split=False,
         notes=tuple(dict.fromkeys(notes)),
+        id="heat-map",
+        title="Every layer at every iteration",
     )
 
 
@@ -250,8 +250,6 @@ def _shares(sources: Sequence[Source], names: Sequence[str], store: Store) -> Se
     lc = [cumulative(source.intervals["lc"])[0] for source in sources]
     ends = [along(source) for source in sources]
     return Section(
-        "shares",
-        "Progress, and how many parameters help",
         "Σ LC so far, and the share of parameters that help at each iteration.",
         "One line per run.",
         ("layers", "intervals"),
@@ -266,4 +264,6 @@ def _shares(sources: Sequence[Source], names: Sequence[str], store: Store) -> Se
         },
         by_split=False,
         controls=(Control("Show", ["share helping", "Σ LC so far"]),),
+        id="shares",
+        title="Progress, and how many parameters help",
     )

@@ -75,8 +75,6 @@ def distribution(source: Source, store: Store) -> Section:
             )
         )
     return Section(
-        "distribution",
-        "How |LC| is distributed",
         says,
         "Both axes are logarithmic: marks are densities in bins of |LC| of single parameters and "
         "intervals, lines the fitted Weibull densities. A few parameters far right do most.",
@@ -182,8 +180,6 @@ def units(source: Source, store: Store) -> Section:
     if any(sizes[name] > MOST_UNITS for name in layers):
         notes.append(f"Larger layers show the {MOST_UNITS} units with the largest Σ|LC|.")
     return Section(
-        "units",
-        "Units of a layer",
         "Which output channels or neurons of a layer learned, and when.",
         "A row is one unit, in order of its number; blue helped, orange hurt. Rows that stay "
         "empty belong to units that do nothing for the loss.",
@@ -266,8 +262,6 @@ def traces(source: Source, store: Store) -> Section:
         verb = "helps" if lc < 0 else "hurts"
         options.append(f"{one_line(layer)}[{index}] {verb}, Σ LC {plain(lc, 2)}")
     return Section(
-        "traces",
-        "Single parameters: oscillation",
         "Weight, gradient and LC of single traced parameters, step by step.",
         "Where the weight moves against the gradient, LC is below 0 (blue) and helps; where it "
         "moves on past the minimum, LC is above 0 (orange).",

@@ -68,8 +68,6 @@ def totals(source: Source, store: Store) -> Section:
         "gradients, from which to estimate its error."
     )
     return Section(
-        "layers",
-        "Loss change allocated to each layer",
         says,
         "Bars to the left (blue) helped, bars to the right (orange, marked ▲) hurt; all of them "
         "add up to Σ LC.",
@@ -173,8 +171,6 @@ def splits(source: Source, store: Store) -> Section:
         f"{percent(MATERIAL, 1)} of the change."
     )
     return Section(
-        "splits",
-        f"{names[0].capitalize()} against {listed(names[1:])}",
         says,
         "Each row has one mark per split: left of 0 helped that split's loss, right of 0 hurt it. "
         "Marks that are far apart show layers that learned for one split alone.",
@@ -183,6 +179,7 @@ def splits(source: Source, store: Store) -> Section:
         "split",
         {"": figure},
         by_split=False,
+        title=f"{names[0].capitalize()} against {listed(names[1:])}",
     )
 
 
@@ -242,8 +239,6 @@ def fisher(source: Source, store: Store) -> Section:
         names = [str(name) for name in here["layer"]]
         figures[str(s)] = dots(store, names, shares, of="share of all layers")
     return Section(
-        "fisher",
-        "Fisher information beside LC",
         _fisher_says(frame[frame["split"] == source.splits[0]]),
         "Shares of the sum over layers. A layer with much Fisher information and little LC matters "
         "to the output, but did not change the loss much in this run.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from lcray.analyses.closure import closures
@@ -23,7 +24,7 @@ from lcray.tables.reading.results import Results, open_output
 #: The names of the pages in an output.
 PAGE, COMPARISON = "report.html", "comparison.html"
 
-#: Id, title used if the section is absent, and the function that makes it, in the page's order.
+#: Id, title unless the section has its own, and the function that makes it, in the page's order.
 SECTIONS: tuple[tuple[str, str, Callable[[Source, Store], Section]], ...] = (
     ("loss", "Loss and its reconstruction from LC", along_the_run.loss),
     ("layers", "Loss change allocated to each layer", layers.totals),
@@ -107,6 +108,7 @@ def _made(
     source: Source, store: Store, id: str, title: str, make: Callable[[Source, Store], Section]
 ) -> Section | Absent:
     try:
-        return make(source, store)
+        made = make(source, store)
+        return replace(made, id=id, title=made.title or title)
     except InapplicableError as error:
         return Absent(id, title, str(error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
@@ -53,8 +53,6 @@ class Section:
     """One chart, or a choice of charts, with the text that a reader needs.
 
     Attributes:
-        id: used in addresses.
-        title: a heading.
         says: what the chart shows, in one sentence.
         reading: how to read it, in one sentence.
         tables: the names of the tables that it is made from.
@@ -64,10 +62,10 @@ class Section:
         controls: the choices.
         time: whether the x axis is the step, so that the slider marks it.
         notes: further lines.
+        title: a heading; empty for that of `lcray.figures.html.report.SECTIONS`.
+        id: used in addresses; as above.
     """
 
-    id: str
-    title: str
     says: str
     reading: str
     tables: Sequence[str]
@@ -76,7 +74,9 @@ class Section:
     by_split: bool = True
     controls: Sequence[Control] = ()
     time: bool = False
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
+    title: str = ""
+    id: str = ""
 
     def data(self) -> dict[str, Any]:
         """The section's data for the page's script."""

@@ -50,8 +50,6 @@ def shares(source: Source, store: Store) -> Section:
     pairs = float(np.nansum(all_of[0, 0]))
     helping, hurting = (float(np.nansum(counts[i, 0, 0])) for i in (0, 1))
     return Section(
-        "shares",
-        "How many parameters help",
         f"On {one_line(source.splits[0])} {percent(helping, pairs)} of (parameter, iteration) "
         f"pairs help and {percent(hurting, pairs)} hurt.",
         f"Thin lines go through each {source.span}, thick ones are the shares in windows of "
@@ -128,8 +126,6 @@ def first_order(source: Source, store: Store) -> Section:
     }
     ends = {name: float(values[0, -1]) for name, values in curves.items()}
     return Section(
-        "first-order",
-        f"First order against {rule}",
         "The gradient at the start of each step would have claimed "
         f"{signed(ends['first order'])}, "
         f"{percent(ends['first order'], ends['measured'])} of the measured change; {rule} "
@@ -143,6 +139,7 @@ def first_order(source: Source, store: Store) -> Section:
         figures,
         time=True,
         notes=source.coarse,
+        title=f"First order against {rule}",
     )
 
 

@@ -58,8 +58,6 @@ def synchrony(source: Source, store: Store) -> Section:
     sure = first[first["p_adjusted"] < 0.05]
     n = len(first) // 2
     return Section(
-        "synchrony",
-        "Do layers learn at the same iterations?",
         f"{len(sure) // 2} of {count(n, 'pair')} of layers peak together more often than chance "
         f"on {one_line(source.splits[0])} (adjusted p < 0.05).",
         "A mark is one of the deepest dips of a layer's LC, its peaks of learning; columns of "
@@ -162,8 +160,6 @@ def classes(source: Source, store: Store) -> Section:
             f"({signed(float(first[least]))}) on {one_line(source.splits[0])}."
         )
     return Section(
-        "classes",
-        "Classes and layers",
         says,
         "A cell is the LC of that class's own mean loss: blue where the layer, or the iteration, "
         "taught the class, orange where it made it forget.",

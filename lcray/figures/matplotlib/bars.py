@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from lcray.analyses import information
 from lcray.analyses import layer_totals as totals
@@ -22,17 +22,17 @@ from lcray.figures.matplotlib.styling import (
     OTHER,
     THIRD,
     axis,
+    label,
     legend_above,
     literal,
     name_rows,
-    note,
-    title,
 )
 from lcray.tables.reading.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_SIDES = ("train", "other")
 _WHISKERS = "whiskers: what the quadrature may be off"
 
 
@@ -56,14 +56,18 @@ def layer_totals(results: Results, ax: Axes | None = None, *, split: str | None 
         raise InapplicableError(f"no interval of split {split!r} has LC")
     ax = axis(ax)
     lc, places = frame["lc"].to_numpy(), np.arange(len(frame))
-    _signed_bars(ax, places, lc)
+    bars = ax.barh(places, lc, 0.7, color=np.where(lc > 0, HURTS, HELPS).tolist())
+    for bar, value in zip(bars, lc, strict=True):
+        if value > 0:
+            bar.set(hatch=HATCH, edgecolor="white")
+    ax.axvline(0, color=INK, linewidth=0.8)
     bounded = _whiskers(ax, places, lc, frame["lc_bound"].to_numpy())
+    text: Any = {"textcoords": "offset points", "ha": "right", "va": "center", "color": HURTS}
     for place in np.flatnonzero(frame["hurts"] > 0):
-        ax.annotate("hurts", (0, float(place)), (-3, 0), **_beside("right"))
-    ax.set_xlabel(f"LC over the run ({LOSS})")
-    name_rows(ax, list(frame["layer"].astype(str)))
-    title(ax, f"LC by layer, {split}")
-    note(ax, f"{_WHISKERS}; hatched: LC > 0" if bounded else "hatched: LC > 0")
+        ax.annotate("hurts", (0, float(place)), (-3, 0), fontsize="small", **text)
+    name_rows(ax, frame["layer"])
+    small = f"{_WHISKERS}; hatched: LC > 0" if bounded else "hatched: LC > 0"
+    label(ax, f"LC by layer, {split}", f"LC over the run ({LOSS})", note=small)
     return ax
 
 
@@ -74,23 +78,22 @@ def _whiskers(ax: Axes, places: Any, lc: Any, bound: Any) -> bool:
     return bool(known.any())
 
 
-def _beside(side: str) -> dict[str, Any]:
-    return {
-        "textcoords": "offset points",
-        "ha": side,
-        "va": "center",
-        "fontsize": "small",
-        "color": HURTS,
-    }
+def _groups(
+    ax: Axes, sides: Sequence[tuple[str, Any, str, str | None]], room: float = 0.8
+) -> list[Any]:
+    """Bars of several quantities side by side, by row: name, values [L], colour and hatch each.
 
-
-def _signed_bars(ax: Axes, places: Any, lc: Any) -> None:
-    bars = ax.barh(places, lc, 0.7, color=np.where(lc > 0, HURTS, HELPS).tolist())
-    for bar, value in zip(bars, lc, strict=True):
-        if value > 0:
-            bar.set_hatch(HATCH)
-            bar.set_edgecolor("white")
+    Returns their places, [L] each.
+    """
+    thick = room / max(1, len(sides))
+    found = []
+    for k, (name, values, colour, hatch) in enumerate(sides):
+        places = np.arange(len(values)) + thick * (k - (len(sides) - 1) / 2)
+        look: Any = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": name}
+        ax.barh(places, values, 0.95 * thick, **look)
+        found.append(places)
     ax.axvline(0, color=INK, linewidth=0.8)
+    return found
 
 
 def memorising(
@@ -119,18 +122,15 @@ def memorising(
     here = (found["other"] == chosen) & (found["window"] == RUN) & (found["layer"] != "")
     frame = found[here & (found["resolution"] == "run")].reset_index(drop=True)
     ax = axis(ax)
-    sides = ((str(frame["train"].iloc[0]), "train", HELPS, None), (chosen, "other", OTHER, HATCH))
-    for k, (name, side, colour, hatch) in enumerate(sides):
-        lc, bound = (frame[f"lc_{side}{end}"].to_numpy() for end in ("", "_bound"))
-        places = np.arange(len(frame)) + 0.38 * (k - 0.5)
-        ax.barh(places, lc, 0.36, color=colour, hatch=hatch, edgecolor="white", label=literal(name))
-        bounded = _whiskers(ax, places, lc, bound)
-    ax.axvline(0, color=INK, linewidth=0.8)
-    ax.set_xlabel(f"LC over the run ({LOSS})")
-    name_rows(ax, list(frame["layer"].astype(str)))
-    title(ax, "Learning against memorising")
-    if bounded:
-        ax.set_xlabel(f"{ax.get_xlabel()}\n{_WHISKERS}")
+    train_name = literal(str(frame["train"].iloc[0]))
+    lc, bounds = ([frame[f"lc_{k}{end}"].to_numpy() for k in _SIDES] for end in ("", "_bound"))
+    bars = [(train_name, lc[0], HELPS, None), (literal(chosen), lc[1], OTHER, HATCH)]
+    bounded = False
+    for places, side, bound in zip(_groups(ax, bars, 0.76), lc, bounds, strict=True):
+        bounded = _whiskers(ax, places, side, bound)
+    name_rows(ax, frame["layer"])
+    below = f"LC over the run ({LOSS})" + (f"\n{_WHISKERS}" if bounded else "")
+    label(ax, "Learning against memorising", below)
     legend_above(ax, 2)
     return ax
 
@@ -154,16 +154,8 @@ def fisher(results: Results, ax: Axes | None = None, *, split: str | None = None
     ]
     sides = [side for side in sides if frame[side[1]].notna().any()]
     ax = axis(ax)
-    thick = 0.8 / max(1, len(sides))
-    for k, (name, column, colour, hatch) in enumerate(sides):
-        places = np.arange(len(frame)) + thick * (k - (len(sides) - 1) / 2)
-        share = pd.to_numeric(frame[column]).to_numpy()
-        ax.barh(
-            places, share, 0.95 * thick, color=colour, hatch=hatch, edgecolor="white", label=name
-        )
-    ax.axvline(0, color=INK, linewidth=0.8)
-    ax.set_xlabel("share of all layers")
-    name_rows(ax, list(frame["layer"].astype(str)))
-    title(ax, f"Fisher information beside LC, {split}")
+    _groups(ax, [(name, frame[column], *look) for name, column, *look in sides])
+    name_rows(ax, frame["layer"])
+    label(ax, f"Fisher information beside LC, {split}", "share of all layers")
     legend_above(ax, len(sides))
     return ax

@@ -23,10 +23,9 @@ from lcray.figures.matplotlib.styling import (
     OTHER,
     THIRD,
     axis,
-    note,
+    label,
     panels,
     shortened,
-    title,
 )
 from lcray.figures.palette import by_depth
 from lcray.tables.reading.results import Results
@@ -59,13 +58,11 @@ def loss(
     upper, lower = found = panels(ax, 2, (3, 1))
     upper.plot(frame["step"], frame["loss"], color=FAINT, linewidth=2.5, label="measured")
     upper.plot(frame["step"], frame["reconstructed"], color=HELPS, label="from LC", linestyle="--")
-    upper.set_ylabel("loss")
     upper.legend(frameon=False)
-    title(upper, f"Loss, and what LC adds up to, {split}")
+    label(upper, f"Loss, and what LC adds up to, {split}", y="loss")
     lower.plot(frame["step"], frame["gap"], color=THIRD)
     lower.axhline(0, color=INK, linewidth=0.8)
-    lower.set_ylabel(f"gap ({LOSS})")
-    lower.set_xlabel("step")
+    lower.set(xlabel="step", ylabel=f"gap ({LOSS})")
     return found
 
 
@@ -91,9 +88,7 @@ def first_order(
     ax.plot(frame["step"], frame["loss"], color=FAINT, linewidth=2.5, label="measured")
     ax.plot(frame["step"], frame["reconstructed"], "--", color=HELPS, label=rule)
     ax.plot(frame["step"], frame["first_order"], ":", color=OTHER, label="first order")
-    ax.set_xlabel("step")
-    ax.set_ylabel("loss")
-    title(ax, f"First order against the rule, {split}")
+    label(ax, f"First order against the rule, {split}", "step", "loss")
     ax.legend(frameon=False)
     return ax
 
@@ -130,10 +125,8 @@ def trajectories(
         here = frame[frame["layer"] == name]
         dash = "--" if here["lc"].iloc[-1] > 0 else "-"
         ax.plot(here["step"], here["lc"], dash, color=colour, label=shortened(name, 24))
-    ax.set_xlabel("step")
-    ax.set_ylabel(f"cumulative LC ({LOSS})")
-    title(ax, f"How the totals came about, {split}")
-    note(ax, "dashed: hurts over the run")
+    text = f"How the totals came about, {split}"
+    label(ax, text, "step", f"cumulative LC ({LOSS})", "dashed: hurts over the run")
     if len(chosen) <= 12:
         ax.legend(frameon=False, fontsize="small")
     return ax
@@ -176,12 +169,12 @@ def shares(
     ax.axhline(0.5, color=FAINT, linewidth=0.8)
     for name, colour, dash in (("helping", HELPS, "-"), ("hurting", HURTS, "--")):
         ax.plot(middle, frame[name], dash, color=colour, label=name)
-    if frame["helping_low"].notna().any():
+    banded = bool(frame["helping_low"].notna().any())
+    if banded:
         low, high = (frame[f"helping_{end}"].to_numpy(np.float64) for end in ("low", "high"))
         ax.fill_between(middle, low, high, color=HELPS, alpha=0.2, linewidth=0)
-        note(ax, "band: helping in 95% of resamplings")
-    ax.set_xlabel("step")
-    ax.set_ylabel("share of parameters")
-    title(ax, f"Who helps and who hurts, {split}" + (f", {shortened(layer)}" if layer else ""))
+    text = f"Who helps and who hurts, {split}" + (f", {shortened(layer)}" if layer else "")
+    small = "band: helping in 95% of resamplings" if banded else ""
+    label(ax, text, "step", "share of parameters", small)
     ax.legend(frameon=False)
     return ax

@@ -10,7 +10,7 @@ import numpy as np
 from lcray.analyses.requirements import layer_of, require, split_of
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.figures.data.densities import densities
-from lcray.figures.matplotlib.styling import HELPS, HURTS, LOSS, axis, note, shortened, title
+from lcray.figures.matplotlib.styling import HELPS, HURTS, LOSS, axis, label, shortened
 from lcray.statistics.families import FAMILIES
 from lcray.tables.reading.results import Results
 
@@ -59,13 +59,11 @@ def distribution(
         ax.plot(middle, here["density"], marker, color=colour, markersize=3, alpha=0.6, label=word)
         for name in fits:
             line = here[name].where(here[name] > floor)
-            label = name.replace("_", " ") if sign < 0 else None
-            ax.plot(middle, line, _DASHES[name], color=colour, label=label)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlabel(f"|LC| of an element at an interval ({LOSS})")
-    ax.set_ylabel("density of ln |LC|")
-    title(ax, f"How |LC| is distributed, {split}" + (f", {shortened(layer)}" if layer else ""))
-    note(ax, "lines: maximum-likelihood fits")
+            known = name.replace("_", " ") if sign < 0 else None
+            ax.plot(middle, line, _DASHES[name], color=colour, label=known)
+    ax.set(xscale="log", yscale="log")
+    text = f"How |LC| is distributed, {split}" + (f", {shortened(layer)}" if layer else "")
+    below = f"|LC| of an element at an interval ({LOSS})"
+    label(ax, text, below, "density of ln |LC|", "lines: maximum-likelihood fits")
     ax.legend(frameon=False, fontsize="small")
     return ax

@@ -9,15 +9,7 @@ from numpy.typing import NDArray
 from lcray.analyses.requirements import split_of
 from lcray.analyses.tidy import notes_of
 from lcray.figures.data.tracks import tracks as traced
-from lcray.figures.matplotlib.styling import (
-    INK,
-    LOSS,
-    legend_beside,
-    note,
-    panels,
-    shortened,
-    title,
-)
+from lcray.figures.matplotlib.styling import INK, LOSS, label, legend_beside, panels, shortened
 from lcray.figures.palette import by_depth
 from lcray.tables.reading.results import Results
 
@@ -43,14 +35,15 @@ def tracks(
     found = panels(ax, 3)
     indices = list(dict.fromkeys(frame["index"]))
     units = (("weight", "weight"), ("gradient", "gradient"), ("lc", f"LC ({LOSS})"))
-    for at, (column, label) in zip(found, units, strict=True):
+    for at, (column, name) in zip(found, units, strict=True):
         at.axhline(0, color=INK, linewidth=0.6)
         for index, colour in zip(indices, by_depth(len(indices)), strict=True):
             here = frame[frame["index"] == index]
             at.plot(here["step"], here[column], color=colour, label=f"[{index}]")
-        at.set_ylabel(label)
-    title(found[0], f"Elements of {shortened(layer)}, {split}")
-    note(found[0], notes_of(table)[0].replace("elements with the greatest sum of", "by"))
+        at.set_ylabel(name)
+    small = notes_of(table)[0].replace("elements with the greatest sum of", "by")
+    text = f"Elements of {shortened(layer)}, {split}"
+    label(found[0], text, y=units[0][1], note=small)
     found[-1].set_xlabel("step")
     if len(indices) <= 8:
         legend_beside(found[0])

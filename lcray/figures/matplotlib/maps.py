@@ -13,6 +13,7 @@ from lcray.analyses import synchrony, tidy
 from lcray.analyses.requirements import require, split_of
 from lcray.errors import InapplicableError, UsageError
 from lcray.figures.data.classes import class_layers as by_class
+from lcray.figures.data.grouping import colour_limit
 from lcray.figures.data.matrices import layer_matrix, unit_matrix
 from lcray.figures.matplotlib.styling import (
     HURTS,
@@ -21,11 +22,10 @@ from lcray.figures.matplotlib.styling import (
     MISSING,
     axis,
     diverging,
+    label,
     literal,
     name_rows,
-    note,
     shortened,
-    title,
 )
 from lcray.tables.reading.results import Results
 
@@ -57,20 +57,13 @@ def layer_map(
     names = list(dict.fromkeys(frame["layer"].astype(str)))
     grid, edges = _grid(frame, "layer", names)
     ax = axis(ax)
-    _over_time(ax, grid, edges, percentile, table)
-    name_rows(ax, names, np.arange(len(names)) + 0.5)
     hurting = np.flatnonzero(np.nansum(grid, axis=1) > 0)
-    ax.scatter(
-        np.full(len(hurting), 1.0),
-        hurting + 0.5,
-        marker="<",
-        s=12,
-        color=HURTS,
-        transform=ax.get_yaxis_transform(),
-        clip_on=False,
-        zorder=3,
-    )
-    title(ax, f"LC of layers, {split}" + (" (◂ hurts over the run)" if len(hurting) else ""))
+    text = f"LC of layers, {split}" + (" (◂ hurts over the run)" if len(hurting) else "")
+    _over_time(ax, text, grid, edges, percentile, table)
+    name_rows(ax, names, np.arange(len(names)) + 0.5)
+    look: Any = {"marker": "<", "s": 12, "color": HURTS, "clip_on": False, "zorder": 3}
+    right = ax.get_yaxis_transform()
+    ax.scatter(np.full(len(hurting), 1.0), hurting + 0.5, transform=right, **look)
     return ax
 
 
@@ -103,11 +96,11 @@ def unit_map(
     ax = axis(ax)
     from matplotlib.ticker import MaxNLocator
 
-    _over_time(ax, grid, edges, percentile, table, first=-0.5)
+    text = f"LC of units, {shortened(layer)}, {split}"
+    _over_time(ax, text, grid, edges, percentile, table, first=-0.5)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.invert_yaxis()
     ax.set_ylabel("unit")
-    title(ax, f"LC of units, {shortened(layer)}, {split}")
     return ax
 
 
@@ -132,13 +125,12 @@ def class_layers(
     grid = frame.pivot(index="layer", columns="group", values="lc")
     values = grid.reindex(index=names, columns=groups).to_numpy(np.float64)
     ax = axis(ax)
-    mesh, end = _coloured(ax, np.arange(len(groups) + 1) - 0.5, values, percentile)
-    _scale(ax, mesh, f"LC of the class's loss ({LOSS})", end)
+    edges = np.arange(len(groups) + 1) - 0.5
+    _coloured(ax, edges, values, percentile, f"LC of the class's loss ({LOSS})")
     name_rows(ax, names, np.arange(len(names)) + 0.5)
     step = -(-len(groups) // 20)
     ax.set_xticks(np.arange(len(groups))[::step], [str(g) for g in groups[::step]])
-    ax.set_xlabel("class")
-    title(ax, f"Which layer taught which class, {split}")
+    label(ax, f"Which layer taught which class, {split}", "class")
     return ax
 
 
@@ -173,17 +165,14 @@ def coincidences(
         for name in ("excess", "p_adjusted")
     ]
     ax = axis(ax)
-    mesh, end = _coloured(ax, np.arange(len(names) + 1), grids[0], 100.0, backwards=True)
-    _scale(ax, mesh, "coincident peaks above chance", end)
+    edges = np.arange(len(names) + 1)
+    _coloured(ax, edges, grids[0], 100.0, "coincident peaks above chance", backwards=True)
     rows, across = np.nonzero(grids[1] < 0.05)
     ax.plot(across + 0.5, rows + 0.5, "o", color=INK, markeredgecolor="white", markersize=4)
     name_rows(ax, names, np.arange(len(names)) + 0.5)
     step = -(-len(names) // 40)
-    ax.set_xticks(
-        (np.arange(len(names)) + 0.5)[::step], [*map(literal, names[::step])], rotation=90
-    )
-    title(ax, f"Which learn together, {split}")
-    note(ax, "dots: p < 0.05, adjusted")
+    ax.set_xticks((edges[:-1] + 0.5)[::step], [*map(literal, names[::step])], rotation=90)
+    label(ax, f"Which learn together, {split}", note="dots: p < 0.05, adjusted")
     return ax
 
 
@@ -196,18 +185,17 @@ def _grid(frame: pd.DataFrame, row: str, names: list[Any]) -> tuple[NDArray[Any]
 
 def _over_time(
     ax: Axes,
+    text: str,
     grid: NDArray[Any],
     edges: NDArray[Any],
     percentile: float,
     table: pa.Table,
     first: float = 0.0,
 ) -> None:
-    mesh, end = _coloured(ax, edges, grid, percentile, first)
-    _scale(ax, mesh, f"LC of a column ({LOSS})", end)
-    ax.set_xlabel("step")
-    ends = "" if percentile >= 100 else f"colours end at the {percentile:g}th percentile of |LC|"
-    added = [f"{text.rsplit(' of ', 1)[-1]} added up" for text in tidy.notes_of(table)]
-    note(ax, "; ".join([text for text in (ends, *added) if text]))
+    _coloured(ax, edges, grid, percentile, f"LC of a column ({LOSS})", first)
+    ends = [f"colours end at the {percentile:g}th percentile of |LC|"] if percentile < 100 else []
+    added = [f"{note.rsplit(' of ', 1)[-1]} added up" for note in tidy.notes_of(table)]
+    label(ax, text, "step", note="; ".join([*ends, *added]))
 
 
 def _coloured(
@@ -215,30 +203,19 @@ def _coloured(
     edges: NDArray[Any],
     grid: NDArray[Any],
     percentile: float,
+    name: str,
     first: float = 0.0,
     *,
     backwards: bool = False,
-) -> tuple[Any, bool]:
-    """The map, with its first row at `first`, and whether a value is beyond the colours' ends."""
+) -> None:
+    """A map with its first row at `first`, and its scale, which has arrows if values are beyond."""
     if not 0 < percentile <= 100:
         raise UsageError(f"percentile {percentile:g}: must be above 0 and at most 100")
-    size = np.abs(grid[np.isfinite(grid)])
-    top = float(np.percentile(size, percentile)) if size.size else 0.0
-    top = top or (float(size.max()) if size.size else 0.0) or 1.0
-    mesh = ax.pcolormesh(
-        edges,
-        np.arange(grid.shape[0] + 1) + first,
-        np.ma.masked_invalid(grid),
-        cmap=diverging(backwards),
-        vmin=-top,
-        vmax=top,
-        rasterized=True,
-    )
+    top = colour_limit(grid, percentile)
+    rows = np.arange(grid.shape[0] + 1) + first
+    colours: Any = {"cmap": diverging(backwards), "vmin": -top, "vmax": top}
+    mesh = ax.pcolormesh(edges, rows, np.ma.masked_invalid(grid), rasterized=True, **colours)
     ax.set_facecolor(MISSING)
-    return mesh, bool(size.size and size.max() > top)
-
-
-def _scale(ax: Axes, mesh: Any, label: str, beyond: bool) -> None:
+    beyond = bool((np.abs(grid) > top).any())
     figure: Any = ax.figure
-    bar = figure.colorbar(mesh, ax=ax, extend="both" if beyond else "neither")
-    bar.set_label(label)
+    figure.colorbar(mesh, ax=ax, extend="both" if beyond else "neither", label=name)

@@ -101,10 +101,13 @@ def panels(ax: Any, n: int, ratios: Sequence[float] | None = None) -> NDArray[An
     return np.asarray(found)
 
 
-def note(ax: Axes, text: str) -> None:
-    """A line of small text at the upper right, above the axes."""
+def label(ax: Axes, title: str, x: str = "", y: str = "", note: str = "") -> None:
+    """A title at the upper left, names of the axes, and small text at the upper right."""
+    ax.set_title(literal(title), loc="left", pad=14)
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
     ax.annotate(
-        text,
+        note,
         (1, 1),
         (0, 2),
         xycoords="axes fraction",
@@ -115,11 +118,6 @@ def note(ax: Axes, text: str) -> None:
         color=INK,
         annotation_clip=False,
     )
-
-
-def title(ax: Axes, text: str) -> None:
-    """A title at the upper left."""
-    ax.set_title(literal(text), loc="left", pad=14)
 
 
 def legend_above(ax: Axes, columns: int) -> None:
