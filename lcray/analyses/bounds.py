@@ -44,15 +44,15 @@ def verdicts(totals: Floats, within: Floats) -> NDArray[np.int64]:
     return (totals > within).astype(np.int64) - (totals < -within).astype(np.int64)
 
 
-def notes(results: Results, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def notes(results: Results, blocks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What a reader of verdicts must know: bounds are missing, or only a sample was used.
 
     Args:
         results: the output.
-        rows: rows of a finding, with `split` and `lc_bound`.
+        blocks: of rows of a finding, with `lc_bound`.
     """
     rule = results.plan.settings.rule
-    if any(np.isnan(row["lc_bound"]) for row in rows):
+    if any(np.isnan(block["lc_bound"]).any() for block in blocks):
         yield (
             f"there is no lc_error (rule {rule}): totals have no bound, and hurts is 0; analyze "
             "with a rule that has one, such as simpson, into a new output"

@@ -47,7 +47,6 @@ def extremes(
 
     They are ranked by LC over the run, then by layer and index. ``lcray trace`` records their
     weights, gradients and LC step by step.
-    gradients and LC step by step.
 
     Args:
         results: the output; needs `parameters`.

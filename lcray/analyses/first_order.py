@@ -12,6 +12,7 @@ import pyarrow as pa
 from lcray.analyses import tidy
 from lcray.analyses.windows import Ranges, Window, Windows
 from lcray.statistics.bootstrap import RESAMPLED, Bootstrap
+from lcray.tables.columns import SIGN, column
 from lcray.tables.reading.results import Results
 
 #: The `rule` of rows that use the gradient at the start of each interval alone.
@@ -34,16 +35,12 @@ _FORM = tidy.schema(
         tidy.number("abs_gap_percent", "%", "100 sum of |gap| / sum of |loss_change|"),
         tidy.number("worst_gap", tidy.LOSS, "of the interval whose gap is largest"),
         tidy.count("worst_step", "start_step of that interval"),
-        pa.field(
+        column(
             "bias",
-            tidy.SIGN,
-            False,
-            {
-                "unit": "1",
-                "description": "-1: LC is systematically below the loss change (it overstates a "
-                "decrease), +1 above it, 0: the resampled interval of the gap holds 0, or there is "
-                "none",
-            },
+            SIGN,
+            "1",
+            "-1: LC is systematically below the loss change (it overstates a decrease), +1 above "
+            "it, 0: the resampled interval of the gap contains 0, or there is none",
         ),
     ),
     "LC by the analysis's rule and by the gradient at the start, against the loss",

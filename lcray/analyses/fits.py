@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lcray.analyses import tidy
 from lcray.analyses.histogram_arrays import Histograms, aligned, held, read_histograms
-from lcray.analyses.series import positions
+from lcray.analyses.requirements import only
+from lcray.analyses.series import Floats, positions
 from lcray.analyses.windows import RUN, Ranges, Window, Windows
 from lcray.statistics.bootstrap import Bootstrap, block_length
 from lcray.statistics.families import FAMILIES, Family
@@ -27,9 +29,8 @@ from lcray.statistics.likelihood import (
     simulated_distances,
     slopes,
 )
+from lcray.tables.columns import SIGN, column
 from lcray.tables.reading.results import Results
-
-Floats = NDArray[np.float64]
 
 #: The most values in `elements` that are read; if there are more, histograms are used.
 EXACT = 500_000
@@ -43,7 +44,7 @@ _FORM = tidy.schema(
         tidy.SPLIT,
         *tidy.WINDOW,
         tidy.LAYER,
-        pa.field("sign", tidy.SIGN, False, {"unit": "1", "description": "-1 helps, +1 hurts"}),
+        column("sign", SIGN, "1", "-1 helps, +1 hurts"),
         tidy.text("distribution", "fitted to |LC| of this sign"),
         tidy.text("source", "elements: exact values; histograms: values in bins"),
         tidy.count("n", "values: parameter elements x intervals"),
@@ -105,11 +106,10 @@ def fits(
     """
     chosen = Windows.of(results, window, windows)
     rows: list[dict[str, Any]] = []
-    notes: list[str] = []
     names = [layer.name for layer in results.plan.layers if layer.kind == "parameter"]
     names = [name for name in names if name in results.plan.detail_layers]
     use_values = "elements" in results.tables and _n_values(results) <= exact
-    chosen, notes = (chosen, notes) if use_values else aligned(results, chosen)
+    chosen, notes = (chosen, []) if use_values else aligned(results, chosen)
     for number, split in enumerate(results.plan.splits):
         drawing = _Drawing(seed, number, replicates)
         found = read_histograms(results, split.name, names)
@@ -117,20 +117,16 @@ def fits(
             rows += _of_values(results, split.name, names, chosen, found, drawing)
         elif found is not None:
             rows += _of_bins(results, split.name, names, chosen, found, drawing)
+    order: dict[str, list[Any]] = {
+        "split": [split.name for split in results.plan.splits],
+        "window": [item.name for item in chosen],
+        "layer": [tidy.ALL_LAYERS, *names],
+        "sign": [*_SIGNS],
+        "distribution": [family.name for family in FAMILIES],
+    }
+    places = {column: {v: i for i, v in enumerate(values)} for column, values in order.items()}
+    rows.sort(key=lambda row: [place[row[column]] for column, place in places.items()])
     _rank(rows)
-    order = {family.name: i for i, family in enumerate(FAMILIES)}
-    places = {layer: i for i, layer in enumerate([tidy.ALL_LAYERS, *names])}
-    spans = {item.name: i for i, item in enumerate(chosen)}
-    splits = {split.name: i for i, split in enumerate(results.plan.splits)}
-    rows.sort(
-        key=lambda r: (
-            splits[r["split"]],
-            spans[r["window"]],
-            places[r["layer"]],
-            r["sign"],
-            order[r["distribution"]],
-        )
-    )
     parameters = {"seed": seed, "replicates": replicates, "exact": exact}
     return tidy.table(_FORM, rows, parameters=parameters, notes=notes)
 
@@ -148,10 +144,16 @@ class _Drawing:
         """The bootstrap over intervals."""
         return Bootstrap(self.seed)
 
-    def distances(self, family: Family, edges: Floats, theta: Floats, n: int, row: int) -> Floats:
-        """Simulated distances for the fit of row `row`."""
-        rng = np.random.default_rng((self.seed, self.split, row, FAMILIES.index(family)))
-        return simulated_distances(family, edges, theta, n, self.replicates, rng)
+    def p_value(
+        self, family: Family, edges: Floats, row: dict[str, Any], place: int
+    ) -> dict[str, float]:
+        """The p-value of a fit's distance; `place` is the number of its row."""
+        rng = np.random.default_rng((self.seed, self.split, place, FAMILIES.index(family)))
+        simulated = simulated_distances(family, edges, row["theta"], row["n"], self.replicates, rng)
+        if not np.isfinite(simulated).all():
+            return {}
+        beyond = int((simulated >= row.get("binned_ks", row["ks"])).sum())
+        return {"p_value": (1 + beyond) / (1 + len(simulated))}
 
 
 def _n_values(results: Results) -> int:
@@ -170,9 +172,7 @@ def _of_bins(
 ) -> Iterator[dict[str, Any]]:
     n_windows, n_layers, _, n_bins = found.counts.shape
     step = max(1, _CELLS // (2 * n_windows * n_bins))
-    groups: list[tuple[list[str], Floats]] = [
-        ([tidy.ALL_LAYERS], found.counts.sum(axis=1, keepdims=True))
-    ]
+    groups = [([tidy.ALL_LAYERS], found.counts.sum(axis=1, keepdims=True))]
     for first in range(0, n_layers, step):
         part = slice(first, first + step)
         groups.append((list(names[part]), found.counts[:, part]))
@@ -183,14 +183,13 @@ def _of_bins(
             here = units[held(results, item, found.windows)]
             for family in FAMILIES:
                 fitted = _fit_rows(family, found.edges, here, drawing.blocks)
-                for row, key in enumerate(keys):
-                    if math.isfinite(fitted[row].get("shape_or_scale", math.nan)):
-                        if item.name == RUN and drawing.replicates:
-                            place = number * step * 2 + row
-                            fitted[row] |= _p_value(
-                                family, found.edges, fitted[row], drawing, place
-                            )
-                        yield _row(split, item, key, family, "histograms", fitted[row])
+                for row, (key, one) in enumerate(zip(keys, fitted, strict=True)):
+                    if not math.isfinite(one.get("shape_or_scale", math.nan)):
+                        continue
+                    if item.name == RUN and drawing.replicates:
+                        place = number * step * 2 + row
+                        one |= drawing.p_value(family, found.edges, one, place)
+                    yield _row(split, item, key, family, "histograms", one)
 
 
 def _fit_rows(
@@ -240,16 +239,6 @@ def _estimate(found: Estimates, h: int, spread: Floats | None) -> dict[str, Any]
     return row
 
 
-def _p_value(
-    family: Family, edges: Floats, row: dict[str, Any], drawing: _Drawing, place: int
-) -> dict[str, float]:
-    simulated = drawing.distances(family, edges, row["theta"], row["n"], place)
-    if not np.isfinite(simulated).all():
-        return {}
-    beyond = int((simulated >= row.get("binned_ks", row["ks"])).sum())
-    return {"p_value": (1 + beyond) / (1 + len(simulated))}
-
-
 def _row(
     split: str,
     item: Window,
@@ -277,11 +266,8 @@ def _of_values(
     binned: Histograms | None,
     drawing: _Drawing,
 ) -> Iterator[dict[str, Any]]:
-    rows = results.arrow(
-        "elements",
-        columns=["layer", "start_step", "lc"],
-        filters=pc.field("split").cast(pa.string()) == split,
-    )
+    columns = ["layer", "start_step", "lc"]
+    rows = results.arrow("elements", columns=columns, filters=only(split=split))
     lc = rows["lc"].to_numpy().astype(np.float64)
     layer, start = positions(rows, "layer", names), rows["start_step"].to_numpy()
     some = np.isfinite(lc) & (lc != 0) & (layer >= 0)
@@ -303,7 +289,7 @@ def _of_values(
                         counts = np.concatenate([[len(y) - counts.sum()], counts])[None]
                         ks = distance(family, binned.edges, fitted["theta"][None], counts)
                         fitted["binned_ks"] = float(ks[0])
-                        fitted |= _p_value(family, binned.edges, fitted, drawing, place)
+                        fitted |= drawing.p_value(family, binned.edges, fitted, place)
                     yield _row(split, item, (name, sign), family, "elements", fitted)
 
 
@@ -327,11 +313,8 @@ def _fit_values(
 
 
 def _rank(rows: list[dict[str, Any]]) -> None:
-    """Numbers the distributions of the same values by AIC."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        key = tuple(row[name] for name in ("split", "window", "layer", "sign"))
-        groups.setdefault(key, []).append(row)
-    for group in groups.values():
-        for rank, row in enumerate(sorted(group, key=lambda r: r["aic"])):
+    """Numbers the distributions of the same values, which are neighbours, by AIC."""
+    values = itemgetter("split", "window", "layer", "sign")
+    for _, group in groupby(rows, key=values):
+        for rank, row in enumerate(sorted(group, key=itemgetter("aic"))):
             row["rank"] = rank + 1

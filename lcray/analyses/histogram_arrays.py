@@ -9,17 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lcray.analyses.series import positions
+from lcray.analyses.requirements import only
+from lcray.analyses.series import Floats, positions
 from lcray.analyses.windows import Window, Windows
 from lcray.errors import InapplicableError
 from lcray.statistics.histograms import LOWEST, UNDERFLOW, bin_edges
 from lcray.tables.reading.results import Results
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def read_histograms(results: Results, split: str, names: Sequence[str]) -> Histo
     rows = results.arrow(
         "histograms",
         columns=["window", "layer", "sign", "bin", "count"],
-        filters=(pc.field("split").cast(pa.string()) == split) & (pc.field("sign") != 0),
+        filters=only(split=split) & (pc.field("sign") != 0),
     )
     if not rows.num_rows:
         return None

@@ -91,7 +91,8 @@ def lags(
         for item in chosen:
             found = _lag(sample, item, draws, max_lag, trend)
             if found is not None:
-                rows.append(_head(sample, item) | _summary(found))
+                head = {"split": sample.split, "layer": sample.layer, **item.columns}
+                rows.append(head | _summary(found))
     _check(rows)
     parameters = {"seed": seed, "level": level, "max_lag": max_lag, "trend": trend}
     return tidy.table(_FORM, rows, parameters=parameters)
@@ -117,17 +118,16 @@ def lag_profiles(
         UsageError: for an invalid lag or trend.
     """
     run, draws = Windows.whole(results.plan.steps).items[0], Bootstrap(seed, level=level)
-    rows: list[dict[str, Any]] = []
+    blocks: list[dict[str, Any]] = []
     for sample in sampled_layers(results):
         found = _lag(sample, run, draws, max_lag, trend)
         if found is not None:
-            columns = found.lags, found.correlation, found.lower, found.upper
-            names = ("lag", "correlation", "correlation_low", "correlation_high")
-            head = {"split": sample.split, "layer": sample.layer}
-            rows += [head | dict(zip(names, r, strict=True)) for r in zip(*columns, strict=True)]
-    _check(rows)
+            head = {"split": sample.split, "layer": sample.layer, "lag": found.lags}
+            ends = {"correlation_low": found.lower, "correlation_high": found.upper}
+            blocks.append(head | {"correlation": found.correlation} | ends)
+    _check(blocks)
     parameters = {"seed": seed, "level": level, "max_lag": max_lag, "trend": trend}
-    return tidy.table(_PROFILE, rows, parameters=parameters)
+    return tidy.from_columns(_PROFILE, blocks, parameters=parameters)
 
 
 def _lag(
@@ -136,10 +136,6 @@ def _lag(
     here = item.holds(sample.starts)
     motion, force = sample.displacement[here], -sample.gradient[here]
     return lag_of_peak(motion, force, max_lag=max_lag, trend=trend, bootstrap=draws)
-
-
-def _head(sample: Sampled, item: Window) -> dict[str, Any]:
-    return {"split": sample.split, "layer": sample.layer, **item.columns}
 
 
 def _summary(found: Lag) -> dict[str, Any]:

@@ -8,7 +8,7 @@ process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,54 +85,54 @@ def layer_totals(
     """
     chosen, draws = Windows.of(results, window, windows), Bootstrap(seed, level=level)
     series = layer_series(results, ["lc_error"], ("parameter", "buffer"))
-    rows = [*_rows(results, series, chosen, draws)]
+    blocks = [*_blocks(results, series, chosen, draws)]
     parameters = {"seed": seed, "level": level}
-    said = [*notes(results, rows), *_with_size(series, rows)]
-    return tidy.table(_FORM, rows, parameters=parameters, notes=said)
+    said = [*notes(results, blocks), *_with_size(blocks)]
+    return tidy.from_columns(_FORM, blocks, parameters=parameters, notes=said)
 
 
-def _rows(
+def _blocks(
     results: Results, series: Series, chosen: Windows, draws: Bootstrap
 ) -> Iterator[dict[str, Any]]:
+    """The rows of each split and window: the network, and each layer."""
     known = {layer.name: (layer.kind, layer.numel) for layer in results.plan.layers}
-    about = [("", sum(n for _, n in known.values())), *(known[name] for name in series.layers)]
-    names = (tidy.ALL_LAYERS, *series.layers)
+    kinds, sizes = zip(*(known[name] for name in series.layers), strict=True)
+    numel = np.array([sum(n for _, n in known.values()), *sizes])
     for s, split in enumerate(series.splits):
         for item in chosen:
             here = item.holds(series.starts) & series.ok[s]
-            lc, error = (series[name][s][here] for name in ("lc", "lc_error"))
+            lc, within = with_network(series["lc"][s][here]), bounds(series["lc_error"][s][here])
             if not len(lc):
                 continue
-            lc = with_network(lc)
-            found: dict[str, Any] = {"lc": lc.sum(axis=0), "lc_bound": bounds(error)}
-            found["hurts"] = verdicts(found["lc"], found["lc_bound"])
-            found |= draws.spread(lc)
-            total = found["lc"]
-            for k, (name, (kind, numel)) in enumerate(zip(names, about, strict=True)):
-                row = {
-                    "split": split,
-                    **item.columns,
-                    "layer": name,
-                    "kind": kind,
-                    "numel": numel,
-                    "n_intervals": len(lc),
-                    "share": total[k] / total[0] if total[0] else None,
-                    "lc_per_element": total[k] / numel if numel else None,
-                    "share_hurting": np.mean(lc[:, k] > 0),
-                }
-                yield row | {key: values[k] for key, values in found.items()}
+            total = lc.sum(axis=0)
+            yield {
+                "split": split,
+                **item.columns,
+                "layer": [tidy.ALL_LAYERS, *series.layers],
+                "kind": ["", *kinds],
+                "numel": numel,
+                "n_intervals": len(lc),
+                "lc": total,
+                "lc_bound": within,
+                "hurts": verdicts(total, within),
+                "share": total / total[0] if total[0] else None,
+                "lc_per_element": total / np.where(numel, numel, np.nan),
+                "share_hurting": np.mean(lc > 0, axis=0),
+                **draws.spread(lc),
+            }
 
 
-def _with_size(series: Series, rows: list[dict[str, Any]]) -> Iterator[str]:
-    for split in series.splits:
-        here = [r for r in rows if r["split"] == split and r["window"] == RUN]
-        here = [r for r in here if r["kind"] == "parameter"]
-        lc, numel = ([r[name] for r in here] for name in ("lc", "numel"))
-        if len(here) >= _LAYERS_FOR_RANKS and min(len(set(lc)), len(set(numel))) > 1:
+def _with_size(blocks: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for block in blocks:
+        parameters = np.array(block["kind"]) == "parameter"
+        lc, numel = block["lc"][parameters], block["numel"][parameters]
+        if block["window"] != RUN or len(lc) < _LAYERS_FOR_RANKS:
+            continue
+        if min(len(set(lc)), len(set(numel))) > 1:
             from scipy.stats import spearmanr  # slow to import
 
             found = spearmanr(numel, lc)
             yield (
-                f"{split}: rank correlation of LC with a layer's size {found.statistic:+.2f} "
-                f"(p = {found.pvalue:.2g}, {len(here)} layers)"
+                f"{block['split']}: rank correlation of LC with a layer's size "
+                f"{found.statistic:+.2f} (p = {found.pvalue:.2g}, {len(lc)} layers)"
             )

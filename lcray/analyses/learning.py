@@ -11,11 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lcray.analyses.series import layer_series, positions, scattered
+from lcray.analyses.series import Floats, layer_series, positions, scattered
 from lcray.planning.plan import SplitPlan
 from lcray.tables.reading.results import Results
-
-Floats = NDArray[np.float64]
 
 #: The possible kinds of series in a bundle.
 LAYERS, GROUPS = "layer", "group"

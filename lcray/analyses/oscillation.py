@@ -71,20 +71,19 @@ def oscillation(
     over the run; for movements and gradients, a pair counts the elements that ever moved. `traces`
     has a sample of elements, with every quantity in any window and exactly counted pairs. Errors
     resample blocks of intervals.
-    intervals.
 
+    Args:
         results: the output; needs `layers`, and uses `parameters` and `traces` if it has them.
         window: as in `Windows.of`.
         windows: as in `Windows.of`.
         seed: of the bootstrap.
         level: of the confidence intervals.
-        level: of the confidence intervals.
 
+    Returns:
         One row for each split, layer (empty for the network), window, quantity and source.
-        One row for each split, layer (empty for all), window, quantity and source.
 
+    Raises:
         UsageError: for invalid windows.
-        UsageError: for windows that cannot be.
     """
     chosen, draws = Windows.of(results, window, windows), Bootstrap(seed, level=level)
     series = layer_series(results, ["n_flips", "n_helping", "n_hurting"])
@@ -144,19 +143,10 @@ def _of_parameters(results: Results, series: Series) -> Rows:
             for quantity, (seen, of) in counts.items():
                 if seen is None:
                     continue
-                made = _row(
-                    split.name,
-                    layer.name,
-                    run,
-                    quantity,
-                    "parameters",
-                    row["n"],
-                    int(seen),
-                    int(of),
-                )
-                if row.get(f"{quantity}_gross"):
-                    made["net"] = row[f"{quantity}_net"] / row[f"{quantity}_gross"]
-                yield made
+                head = split.name, layer.name, run, quantity, "parameters", row["n"]
+                whole = row.get(f"{quantity}_gross")
+                net = {"net": row[f"{quantity}_net"] / whole} if whole else {}
+                yield _row(*head, int(seen), int(of)) | net
 
 
 def _of_traces(results: Results, chosen: Windows, draws: Bootstrap) -> Rows:

@@ -152,24 +152,14 @@ FINDINGS: tuple[Finding, ...] = (
         ("traces",),
         ("split", "layer", "lag", "lag_low", "lag_high", "correlation", "p_value"),
     ),
-    Finding(
-        "lag_profiles",
-        lag_profiles,
-        ("traces",),
-        brief=False,
-    ),
+    Finding("lag_profiles", lag_profiles, ("traces",), brief=False),
     Finding(
         "synchrony",
         synchrony,
         ("layers",),
         ("split", "kind", "group", "n_peaks", "coincidences", "expected", "p_value"),
     ),
-    Finding(
-        "coincidences",
-        coincidences,
-        ("layers",),
-        brief=False,
-    ),
+    Finding("coincidences", coincidences, ("layers",), brief=False),
     Finding("peaks", peaks_of_learning, ("layers",), brief=False),
     Finding(
         "fisher",

@@ -53,20 +53,11 @@ def run_lengths(
     Returns:
         One row for each split, layer, quantity and length that occurs.
     """
-    rows: list[dict[str, Any]] = []
+    blocks: list[dict[str, Any]] = []
     for sample in sampled_layers(results):
         for quantity, values in sample.quantities().items():
             found = lengths_of(values)
-            columns = (part.tolist() for part in (found.length, found.complete, found.cut))
-            for length, complete, cut in zip(*columns, strict=True):
-                rows.append(
-                    {
-                        "split": sample.split,
-                        "layer": sample.layer,
-                        "quantity": quantity,
-                        "length": length,
-                        "n_complete": complete,
-                        "n_cut": cut,
-                    }
-                )
-    return tidy.table(_FORM, rows, parameters={})
+            head = {"split": sample.split, "layer": sample.layer, "quantity": quantity}
+            counts = {"n_complete": found.complete, "n_cut": found.cut}
+            blocks.append(head | {"length": found.length} | counts)
+    return tidy.from_columns(_FORM, blocks, parameters={})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from lcray.analyses.learning import Bundle, bundles
 from lcray.analyses.windows import Ranges, Windows
 from lcray.errors import UsageError
 from lcray.statistics.coincidence import (
-    Synchrony,
     block_bounds,
     false_discovery,
     pairwise_coincidences,
@@ -136,7 +134,16 @@ def synchrony(
             if len(flags) < _FEWEST:
                 continue
             found = total_coincidences(flags, block=block, permutations=permutations, seed=seed)
-            rows.append(_head(bundle) | item.columns | _total(flags, block, found))
+            row = {
+                "n_series": flags.shape[1],
+                "n_peaks": int(flags.sum()),
+                "coincidences": found.observed,
+                "expected": found.expected,
+                "ratio": found.observed / found.expected if found.expected else None,
+                "p_value": found.p_value if found.expected else None,
+                "block": len(flags) / (len(block_bounds(len(flags), block)) - 1),
+            }
+            rows.append(_head(bundle) | item.columns | row)
     more = {"seed": seed, "permutations": permutations}
     return tidy.table(_TOTAL, rows, parameters=options.named | more)
 
@@ -176,12 +183,12 @@ def coincidences(
         UsageError: for invalid parameters.
     """
     options = _Options(count, prominence, distance, block)
-    rows: list[dict[str, Any]] = []
+    blocks: list[dict[str, Any]] = []
     for bundle in bundles(results, groups):
         flags = options.peaks(bundle)[bundle.known]  # no chance peaks without LC
         if len(flags) >= _FEWEST:
-            rows += [_head(bundle) | row for row in _matrix(bundle.names, flags, block)]
-    return tidy.table(_PAIRS, rows, parameters=options.named)
+            blocks.append(_head(bundle) | _matrix(bundle.names, flags, block))
+    return tidy.from_columns(_PAIRS, blocks, parameters=options.named)
 
 
 def peaks_of_learning(
@@ -214,14 +221,12 @@ def peaks_of_learning(
         UsageError: for invalid parameters.
     """
     options = _Options(count, prominence, distance, None)
-    rows: list[dict[str, Any]] = []
+    blocks: list[dict[str, Any]] = []
     for bundle in bundles(results, groups):
-        flags = options.peaks(bundle)
-        for number, name in enumerate(bundle.names):
-            for t in np.flatnonzero(flags[:, number]):
-                place = {"series": name, "start_step": int(bundle.starts[t])}
-                rows.append(_head(bundle) | place | {"lc": bundle.lc[t, number]})
-    return tidy.table(_LIST, rows, parameters=options.named)
+        series, t = np.nonzero(options.peaks(bundle).T)
+        place = {"series": (series, list(bundle.names)), "start_step": bundle.starts[t]}
+        blocks.append(_head(bundle) | place | {"lc": bundle.lc[t, series]})
+    return tidy.from_columns(_LIST, blocks, parameters=options.named)
 
 
 class _Options:
@@ -248,37 +253,21 @@ def _head(bundle: Bundle) -> dict[str, Any]:
     return {"split": bundle.split, "kind": bundle.kind, "group": bundle.group}
 
 
-def _total(flags: NDArray[np.bool_], block: int | None, found: Synchrony) -> dict[str, Any]:
-    return {
-        "n_series": flags.shape[1],
-        "n_peaks": int(flags.sum()),
-        "coincidences": found.observed,
-        "expected": found.expected,
-        "ratio": found.observed / found.expected if found.expected else None,
-        "p_value": found.p_value if found.expected else None,
-        "block": len(flags) / (len(block_bounds(len(flags), block)) - 1),
-    }
-
-
-def _matrix(
-    names: tuple[str, ...], flags: NDArray[np.bool_], block: int | None
-) -> Iterator[dict[str, Any]]:
+def _matrix(names: tuple[str, ...], flags: NDArray[np.bool_], block: int | None) -> dict[str, Any]:
+    """The columns of all pairs, in both orders; a series coincides with itself at its peaks."""
     found = pairwise_coincidences(flags, block=block)
     adjusted = false_discovery(found.p_value)
-    pairs = {
-        (int(a), int(b)): number
-        for number, (a, b) in enumerate(zip(found.first, found.second, strict=True))
+    a, b = (i.ravel() for i in np.indices((len(names),) * 2))
+    columns: dict[str, Any] = {"a": (a, list(names)), "b": (b, list(names))}
+    own, nothing = flags.sum(axis=0), np.full(len(names), np.nan)
+    values = {
+        "coincidences": (own, found.observed),
+        "expected": (nothing, found.expected),
+        "p_value": (nothing, found.p_value),
+        "p_adjusted": (nothing, adjusted),
     }
-    for a, one in enumerate(names):
-        for b, other in enumerate(names):
-            row: dict[str, Any] = {"a": one, "b": other}
-            if a == b:
-                yield row | {"coincidences": int(flags[:, a].sum())}
-                continue
-            number = pairs[min(a, b), max(a, b)]
-            yield row | {
-                "coincidences": int(found.observed[number]),
-                "expected": found.expected[number],
-                "p_value": found.p_value[number],
-                "p_adjusted": adjusted[number],
-            }
+    for name, (diagonal, value) in values.items():
+        matrix = np.diag(diagonal)
+        matrix[found.first, found.second] = matrix[found.second, found.first] = value
+        columns[name] = matrix.ravel()
+    return columns

@@ -12,7 +12,6 @@ from lcray.storage.files import FORMAT_VERSION
 from lcray.tables.arrow import fill
 from lcray.tables.columns import COUNT as COUNT
 from lcray.tables.columns import FLOAT as FLOAT
-from lcray.tables.columns import SIGN as SIGN
 from lcray.tables.columns import STRING, column
 
 LOSS = "loss"  # the unit; nats for cross-entropy

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lcray.analyses.series import scattered
+from lcray.analyses.series import Floats, scattered
 from lcray.tables.reading.results import Results
 from lcray.tables.reading.views import literal
 from lcray.tables.writing.traced_elements import trace_indices
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

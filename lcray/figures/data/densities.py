@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.histogram_arrays import Floats, Histograms, read_histograms
+from lcray.analyses.histogram_arrays import Histograms, read_histograms
 from lcray.analyses.requirements import require
+from lcray.analyses.series import Floats
 from lcray.errors import UsageError
 from lcray.statistics.families import FAMILIES, Family
 from lcray.statistics.likelihood import fit_bins
