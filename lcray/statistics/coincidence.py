@@ -145,8 +145,8 @@ def _block_null(size: int, a: NDArray[np.int64], c: NDArray[np.int64]) -> Floats
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, size + 1)))])  # of factorials
     rest = size - a - c + k
     possible = (k <= a) & (k <= c) & (rest >= 0)
-    parts = (k, a - k, c - k, rest, size)
-    below = sum((logs[np.where(possible, part, 0)] for part in parts), np.zeros(possible.shape))
+    parts = (k, a - k, c - k, rest)
+    below = logs[size] + sum(logs[np.where(possible, part, 0)] for part in parts)
     above = logs[a] + logs[size - a] + logs[c] + logs[size - c]
     return np.exp(np.where(possible, above - below, -np.inf))[where.reshape(-1)]
 
