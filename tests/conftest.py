@@ -12,6 +12,7 @@ from pathlib import Path
 import object_server
 import pytest
 import scenes
+from console import Lcray, Ran, exit_code
 from hypothesis import HealthCheck, settings
 
 import lcray
@@ -111,6 +112,18 @@ def out(plain_out: Path, tmp_path: Path) -> Path:
 def plain_task() -> Task:
     """That of the plain run, its splits at hand: 17 samples in `train`, 6 in `val`."""
     return replace(scenes.plain, splits=scenes.points())
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Lcray:
+    """Runs ``lcray ARGUMENTS``."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments: object) -> Ran:
+        capfd.readouterr()
+        return Ran(exit_code(*arguments), *capfd.readouterr())
+
+    return run
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -32,7 +32,10 @@ class Ran:
         return lines[0]
 
 
-PROGRESS = re.compile(r"lcray: (starting workers|measuring a gradient|intervals|merging tables).*")
+PROGRESS = re.compile(
+    r"lcray: (starting workers|working in this process|measuring a gradient|intervals|merging "
+    r"tables).*"
+)
 Lcray = Callable[..., Ran]
 
 

@@ -113,8 +113,6 @@ def submit(
     resources = resources or Resources()
     if resources.address is not None:
         raise UsageError("resources.address: a job joins its own cluster; pass address=http://…")
-    if resources.local:
-        raise UsageError("local: a job runs on its cluster's workers; leave out --local")
     package = pack(task, include=include, never=[each for each in (run, out) if "://" not in each])
     given = ["--plan", _PLAN] if plan is not None else []
     command = ["lcray", "analyze", run, "--task", package.reference, "--out", out, *given]

@@ -17,18 +17,15 @@ import torch
 
 from lcray.tasks.model.precision import precision_kept
 
-_FRESH_SEED = 67280421310721  # of torch's generators in a new process
-
 
 @contextmanager
 def state_kept() -> Iterator[None]:
-    """A context that begins as a worker's process does, and leaves the caller's as it was.
+    """A context inside which gradients are on and autocast is off, as in a worker's process.
 
-    Inside, gradients are on, autocast is off, and torch's generators have the seed of a new
-    process: a model that is built without a seed is the same as on a worker. Afterwards, and after
-    an error too, these are as before: torch's threads, default dtype and device, determinism,
-    precision, modes and random state; the random states of numpy and Python; the variables of the
-    environment, ``sys.path``, the working directory, filters of warnings, handlers of signals.
+    Afterwards, and after an error too, these are as before: torch's threads, default dtype and
+    device, determinism, precision, modes and random state; the random states of numpy and Python;
+    the variables of the environment, ``sys.path``, the working directory, filters of warnings,
+    handlers of signals.
     """
     with ExitStack() as stack:
         stack.enter_context(precision_kept())
@@ -42,7 +39,6 @@ def state_kept() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             stack.enter_context(torch.autocast(device, enabled=False))
-        torch.manual_seed(_FRESH_SEED)
         yield
 
 
