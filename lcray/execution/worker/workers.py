@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from lcray.execution.worker.fresh import Unexplained
-from lcray.execution.worker.reports import Outcome, SpanReport, View
-from lcray.execution.worker.workspace import Description, Probe
-from lcray.planning.plan import Plan, Span
-from lcray.storage import Place
-from lcray.tables.reducing.reduce import Reduction
+if TYPE_CHECKING:  # torch, which commands that only read do without
+    from lcray.execution.worker.fresh import Unexplained
+    from lcray.execution.worker.reports import Outcome, SpanReport, View
+    from lcray.execution.worker.workspace import Description, Probe
+    from lcray.planning.plan import Plan, Span
+    from lcray.storage import Place
+    from lcray.tables.reducing.reduce import Reduction
 
 
 class Workers(Protocol):
