@@ -26,9 +26,10 @@ from lcray.execution.cluster.actor import Shipment, Worker
 from lcray.execution.cluster.resources import Resources, place_workers
 from lcray.execution.driver.analyze import Progress
 from lcray.execution.driver.job import Job
+from lcray.execution.worker.descriptions import Description, Probe
 from lcray.execution.worker.fresh import Unexplained
 from lcray.execution.worker.reports import Outcome, SpanReport, View
-from lcray.execution.worker.workspace import Description, Probe, Workspace
+from lcray.execution.worker.workspace import Workspace
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Span
 from lcray.settings import Settings
@@ -259,7 +260,7 @@ def spans_of(out: Path) -> list[str]:
 
 
 class InlinePool:
-    """A `lcray.execution.cluster.Pool` of one worker in this process: the same calls, no Ray."""
+    """As `lcray.execution.cluster.pool.Pool`, of one worker in this process, without Ray."""
 
     size = 2
 
@@ -325,8 +326,8 @@ class InlinePool:
                 on_done(span, report)
         return outcome
 
-    def reduce(self, out: Path, *, allow_missing: bool = False) -> Reduction:
-        return merge(out, allow_missing=allow_missing)
+    def reduce(self, out: Path) -> Reduction:
+        return merge(Output(out))
 
 
 def work_inline(patch: pytest.MonkeyPatch) -> None:

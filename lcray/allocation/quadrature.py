@@ -12,7 +12,6 @@ solution, so the two middle stages coincide.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lcray.errors import UsageError, suggest
@@ -80,10 +79,6 @@ class QuadratureRule:
     def n_gradients(self) -> int:
         """Gradients per interval, without the left endpoint shared with the previous interval."""
         return len(self.nodes) - (self.has_left and self.has_right)
-
-    def integrate(self, values: Sequence[float]) -> float:
-        """Σ_k w_k f_k for `values` f_k at the nodes, [K]."""
-        return math.fsum(w * v for w, v in zip(self.weights, values, strict=True))
 
     def composite(self, panels: int) -> QuadratureRule:
         """This rule on each of `panels` equal panels, with shared nodes merged.

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lcray.checkpoints import naming
-from lcray.checkpoints.listing import Folders, open_folders
+from lcray.checkpoints.listing import Folders
 from lcray.checkpoints.reading import Checkpoint, State, joined, read_checkpoint
 from lcray.errors import CheckpointError, UsageError
 from lcray.storage import Place, PlaceLike, place
@@ -99,7 +99,7 @@ def open_series(run: PlaceLike, steps: str | None = None, *, minimum: int = 2) -
         UsageError: `steps` is not a range.
     """
     keep = _parse_range(steps)
-    folders = open_folders(place(run))
+    folders = Folders(place(run))
     root = folders.root
     found = _checkpoints(folders)
     if not found:
@@ -120,7 +120,7 @@ def list_checkpoints(root: Place) -> tuple[Checkpoint, ...]:
     Raises:
         CheckpointError: no such directory, or two checkpoints of one step.
     """
-    return _checkpoints(open_folders(root))
+    return _checkpoints(Folders(root))
 
 
 def _checkpoints(folders: Folders) -> tuple[Checkpoint, ...]:

@@ -19,14 +19,16 @@ import torch
 from lcray.errors import DisagreementError, LcrayError, TaskError, UsageError
 from lcray.execution.cluster.resources import Resources, check_resources, only_on_ray
 from lcray.execution.cluster.scheduler import Policy
+from lcray.execution.worker.descriptions import Description, Probe
 from lcray.execution.worker.fresh import Unexplained
-from lcray.execution.worker.reports import Outcome, SpanInHand, SpanReport, View
+from lcray.execution.worker.reports import Outcome, RunningSpan, SpanReport, View
 from lcray.execution.worker.state import state_kept
 from lcray.execution.worker.tuning import rough_seconds
-from lcray.execution.worker.workspace import Description, Probe, Workspace
+from lcray.execution.worker.workspace import Workspace
 from lcray.planning.plan import Plan, Span
 from lcray.settings import Settings
 from lcray.storage import Place
+from lcray.tables.output import Output
 from lcray.tables.reducing.reduce import Reduction, merge
 from lcray.tasks.model.vectors import release
 from lcray.tasks.task import TaskSource
@@ -89,21 +91,21 @@ class Local:
         self._kept.close()
 
     def describe(self) -> Description:
-        """As `lcray.execution.cluster.Pool.describe`."""
+        """As `lcray.execution.cluster.pool.Pool.describe`."""
         if self._description is None:
             self._description = self._ready().describe()
         return self._description
 
     def check(self) -> Unexplained:
-        """As `lcray.execution.cluster.Pool.check`."""
+        """As `lcray.execution.cluster.pool.Pool.check`."""
         return self._ready().check()
 
     def probe(self) -> Probe:
-        """As `lcray.execution.cluster.Pool.probe`."""
+        """As `lcray.execution.cluster.pool.Pool.probe`."""
         return self._ready().probe()
 
     def losses(self, plan: Plan) -> dict[str, float]:
-        """As `lcray.execution.cluster.Pool.losses`."""
+        """As `lcray.execution.cluster.pool.Pool.losses`."""
         return self._ready().losses(plan)
 
     def rough_seconds(self, enough: float) -> float:
@@ -151,9 +153,9 @@ class Local:
                 on_done(span, report)
         return outcome
 
-    def reduce(self, out: Place, *, allow_missing: bool = False) -> Reduction:
-        """As `lcray.execution.cluster.Pool.reduce`."""
-        return merge(out.resolve(), allow_missing=allow_missing)
+    def reduce(self, out: Place) -> Reduction:
+        """As `lcray.execution.cluster.pool.Pool.reduce`."""
+        return merge(Output(out.resolve()))
 
     def _ready(self) -> Workspace:
         if self._workspace is None:
@@ -185,7 +187,10 @@ class _Telling:
         now = time.monotonic()
         if now - self._told >= _SECONDS_A_TICK:
             self._told = now
-            held = SpanInHand(self._span, self._attempt, done, now - self._started)
+            span, seconds = self._span, now - self._started
+            held = RunningSpan(
+                span.first, span.last, self._attempt, done, span.n_intervals, seconds
+            )
             self._on_tick(View(1, (held,), self._failures))
 
 

@@ -18,7 +18,6 @@ from lcray.planning.plan import (
     Crew,
     Plan,
     Probed,
-    Span,
     SplitPlan,
     memory_format_of,
 )
@@ -93,7 +92,11 @@ def make_plan(
     else:
         size = 0 if settings.parameters is False else sum(layer.numel for layer in layers)
         pace = None if expected is None else expected * largest_share(sums, crew.team)
-        spans = _spans(steps, crew.workers, get_rule(settings.rule).probe_every, pace, size)
+        every = get_rule(settings.rule).probe_every
+        length = choose_length(
+            n_intervals, workers=crew.workers, every=every, seconds=pace, size=size
+        )
+        spans = cut_tapering(steps, length, every)
     if settings.fisher is not None:
         if not grows:
             check_fisher(settings.fisher, steps)
@@ -168,14 +171,6 @@ def _matching(settings: Settings, layers: Sequence[Layer]) -> tuple[str, ...]:
     if not found:
         raise UsageError(suggest(settings.layers, names, "layer"))
     return found
-
-
-def _spans(
-    steps: Sequence[int], workers: int, every: int, seconds: float | None, size: int
-) -> tuple[Span, ...]:
-    intervals = len(steps) - 1
-    length = choose_length(intervals, workers=workers, every=every, seconds=seconds, size=size)
-    return cut_tapering(steps, length, every)
 
 
 def _with_units(

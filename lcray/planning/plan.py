@@ -263,9 +263,9 @@ class Plan:
         hints = get_type_hints(cls)
         return cls(
             settings=build(Settings, data["settings"]),
-            layers=tuple(Layer.from_dict(layer) for layer in data["layers"]),
+            layers=tuple(build(Layer, layer) for layer in data["layers"]),
             splits=tuple(build(SplitPlan, split) for split in data["splits"]),
-            spans=tuple(_span(steps) for steps in data["spans"]),
+            spans=tuple(Span(value_of(tuple[int, ...], s, "span")) for s in data["spans"]),
             **{name: value_of(hints[name], data[name], name) for name in _PLAIN},
             partial_sums=value_of(int, data.get("partial_sums", 1), "partial_sums"),
             seconds=value_of(hints["seconds"], data.get("seconds"), "seconds"),
@@ -283,10 +283,6 @@ _PLAIN = (
     "batch_size",
     "memory_format",
 )
-
-
-def _span(data: object) -> Span:
-    return Span(value_of(tuple[int, ...], data, "span"))
 
 
 def memory_format_of(settings: Settings) -> str | None:

@@ -6,8 +6,7 @@ kind, whose `strerror` is one line without secrets. Nothing is renamed on an obj
 is written whole, or created if absent.
 """
 
-from lcray.storage.base import Item, Storage
-from lcray.storage.cache import Cache, shared_cache
+from lcray.storage.base import Item
 from lcray.storage.copies import local_copies
 from lcray.storage.local import sync_folder
 from lcray.storage.places import Place, PlaceLike, Remote, place
@@ -23,13 +22,11 @@ from lcray.storage.streams import (
 from lcray.storage.write_errors import cure
 
 __all__ = [
-    "Cache",
     "Item",
     "ObjectReader",
     "Place",
     "PlaceLike",
     "Remote",
-    "Storage",
     "cure",
     "current",
     "local_copies",
@@ -38,7 +35,6 @@ __all__ = [
     "open_uncached",
     "place",
     "sha256_of",
-    "shared_cache",
     "storage_of",
     "sync_folder",
 ]

@@ -41,6 +41,17 @@ def writing(path: Place) -> Iterator[None]:
         ) from error
 
 
+def make_folder(path: Place) -> None:
+    """Makes a folder, with those above it, unless it exists; object stores have none.
+
+    Raises:
+        OutputError: if it cannot be made.
+    """
+    if isinstance(path, Path):
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+
+
 def exists(path: Place) -> bool:
     """Whether there is such a file.
 

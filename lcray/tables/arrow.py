@@ -90,15 +90,11 @@ def _strings(value: Any, rows: int) -> pa.Array:
 def _floats(value: Any, rows: int, kind: pa.DataType) -> pa.Array:
     dtype = kind.to_pandas_dtype()
     if isinstance(value, pa.Array | pa.ChunkedArray):
-        value = value.cast(kind).to_numpy(**_COPY[type(value) is pa.ChunkedArray])
+        value = np.asarray(value.cast(kind))
     with np.errstate(over="ignore"):  # beyond the type's range is infinite, hence null
         values = np.ascontiguousarray(np.broadcast_to(np.asarray(value, dtype), (rows,)))
     finite = np.isfinite(values)
     return pa.array(values, kind, mask=None if finite.all() else ~finite)
-
-
-#: `to_numpy` of a plain array copies only when told to; that of a chunked one always may.
-_COPY: dict[bool, dict[str, bool]] = {False: {"zero_copy_only": False}, True: {}}
 
 
 def _exact(value: Any, rows: int, kind: pa.DataType) -> pa.Array:

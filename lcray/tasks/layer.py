@@ -13,8 +13,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lcray.storage.json_types import build
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -56,8 +54,3 @@ class Layer:
         if self.unit_groups == 1:
             del data["unit_groups"]
         return data
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Layer:
-        """The layer that `to_dict` described; raises like `lcray.storage.json_types.build`."""
-        return build(cls, data)

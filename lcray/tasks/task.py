@@ -110,7 +110,7 @@ def locate(task: str | Task) -> TaskSource:
         raise UsageError(
             f"task: needs a Task or 'package.module:attribute', not a {type(task).__name__}"
         )
-    name, _, attribute = _split(task)
+    name, attribute = _split(task)
     if name.endswith(".py"):
         path = Path(name).resolve()
         return TaskSource(f"{path}:{attribute}")
@@ -126,7 +126,7 @@ def load_task(reference: str) -> Task:
         UsageError: if the reference does not have one of these forms.
         TaskError: if it cannot be imported, or is not a task.
     """
-    name, _, attribute = _split(reference)
+    name, attribute = _split(reference)
     module = _import_file(Path(name)) if name.endswith(".py") else _import_module(name)
     try:
         found = getattr(module, attribute)
@@ -141,13 +141,13 @@ def _may_be_task(module: ModuleType, value: Any) -> bool:
     return isinstance(value, Task) or (own and not required_arguments(value))
 
 
-def _split(reference: str) -> tuple[str, str, str]:
+def _split(reference: str) -> tuple[str, str]:
     name, colon, attribute = reference.rpartition(":")
     if not (name and colon and attribute.isidentifier()):
         raise UsageError(
             f"task {reference!r}: must have the form package.module:attribute or file.py:attribute"
         )
-    return name, colon, attribute
+    return name, attribute
 
 
 def _import_module(name: str) -> ModuleType:
@@ -171,7 +171,7 @@ def _import_file(path: Path) -> ModuleType:
         raise TaskError(f"task file {path}: not found")
     # An installed module, or a task in another folder, may have the file's name.
     name = path.stem
-    if name in sys.modules and not _is_from(sys.modules[name], path):
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path):
         name = f"_lcray_task_{name}_{zlib.crc32(str(path).encode()):08x}"
     if name in sys.modules:
         return sys.modules[name]
@@ -188,10 +188,6 @@ def _import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise TaskError(f"task file {path}: cannot be imported: {brief(error)}") from error
     return module
-
-
-def _is_from(module: ModuleType, path: Path) -> bool:
-    return getattr(module, "__file__", None) == str(path)
 
 
 def _call_factory(reference: str, factory: Any) -> Task:

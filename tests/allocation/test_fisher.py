@@ -224,7 +224,7 @@ class TestOtherWays:
     def test_what_has_no_closed_form(self, model: Any, closed: set[str], vectorised: bool) -> None:
         task = Task(model, {"train": data(20)}, cross_entropy)
         found, bench = meter(task, fisher_kind="empirical")
-        names = {bench.flat.layers[n].name for n in found.in_closed_form}
+        names = {bench.flat.layers[n].name for n in found._scores.closed}
         assert names == closed and found._scores.vectorised == vectorised
         rows, traces = measured(task, fisher_kind="empirical")
         for name, expected in by_single_samples(task).items():
@@ -236,7 +236,7 @@ class TestOtherWays:
         x = torch.randn(8, 8, 3, generator=generator, dtype=torch.float64)
         task = Task(Scans, {"train": (x, torch.arange(8) % 4)}, cross_entropy)
         found, _ = meter(task, fisher_kind="empirical")
-        assert found.in_closed_form == frozenset()
+        assert found._scores.closed == frozenset()
         rows, traces = measured(task, fisher_kind="empirical")
         for name, expected in by_single_samples(task).items():
             assert traces.empirical[0][rows[name]] == pytest.approx(expected, rel=1e-10)

@@ -20,6 +20,12 @@ from lcray.allocation.quadrature import (
 )
 from lcray.errors import UsageError
 
+
+def integrate(rule: QuadratureRule, values: list[float]) -> float:
+    """Σ_k w_k f_k for `values` f_k at the nodes, [K]."""
+    return math.fsum(w * v for w, v in zip(rule.weights, values, strict=True))
+
+
 # Davis & Rabinowitz: the degrees of precision.
 DEGREES = {
     "left": 0,
@@ -198,7 +204,7 @@ def test_polynomials_of_any_coefficients(name: str, panels: int, coefficients: l
     exact = sum(Fraction(c, k + 1) for k, c in enumerate(kept))
     values = [sum(c * s**k for k, c in enumerate(kept)) for s in rule.nodes]
     # At most 6 terms of at most 9: rounding is a few times 54 · 2^-53.
-    assert abs(rule.integrate(values) - float(exact)) <= 5e-14
+    assert abs(integrate(rule, values) - float(exact)) <= 5e-14
 
 
 @pytest.mark.parametrize(
@@ -263,7 +269,7 @@ def test_no_rule_has_more_panels_than_memory_and_time_bear(base: str, panels: st
 def test_the_most_panels_are_still_a_rule(base: str) -> None:
     rule = get_rule(f"{base}*4096")
     for power in range(rule.degree + 1):
-        assert abs(rule.integrate([s**power for s in rule.nodes]) - 1 / (power + 1)) <= 1e-14
+        assert abs(integrate(rule, [s**power for s in rule.nodes]) - 1 / (power + 1)) <= 1e-14
 
 
 @pytest.mark.parametrize("panels", ["x" * 5000, "9" * 5000])

@@ -15,7 +15,8 @@ from lcray.execution.worker.agreement import measure
 from lcray.execution.worker.independence import Independence, two_points
 from lcray.execution.worker.prefetch import Walk
 from lcray.execution.worker.process import tune_process, worker_environment
-from lcray.execution.worker.workspace import SpanReport, Workspace
+from lcray.execution.worker.reports import SpanReport
+from lcray.execution.worker.workspace import Workspace
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Crew, Plan, Probed
 from lcray.tables.output import Output

@@ -23,8 +23,8 @@ import ray
 from ray.exceptions import RayError
 
 from lcray.errors import CheckpointError
-from lcray.execution.cluster import connection
 from lcray.execution.cluster.actor import Worker
+from lcray.execution.cluster.connect import connection
 from lcray.execution.cluster.dispatch import Dispatch, OnTick
 from lcray.execution.cluster.metrics import Metrics
 from lcray.execution.cluster.resources import Resources
@@ -39,7 +39,8 @@ from lcray.storage.lock import locked
 from lcray.tables.arrow import make_table
 from lcray.tables.output import Output
 from lcray.tables.record import Record
-from lcray.tables.shards.writer import ShardWriter, committed, remove_strays
+from lcray.tables.shards.commit import each_commit
+from lcray.tables.shards.writer import ShardWriter, remove_strays
 from lcray.tasks.layer import Layer
 
 from .peaks import peak_bytes
@@ -130,7 +131,7 @@ def plant(plan: Plan, out: Path) -> None:
     """
     first = plan.spans[0]
     write_span(plan, first, out, _PLANTED)
-    entries = {t: asdict(e) for t, e in committed(out, [first])[first].files.items()}
+    entries = {t: asdict(e) for t, e in dict(each_commit(out, [first]))[first].files.items()}
     folder = Output(out).span(first)
     contents = {e["name"]: (folder / e["name"]).read_bytes() for e in entries.values()}
     for span in plan.spans[1:]:
@@ -297,7 +298,7 @@ class Seats:
 
 
 class Pool:
-    """Stands in for `lcray.execution.cluster.Pool`, as far as `Computation` asks it."""
+    """Stands in for `lcray.execution.cluster.pool.Pool`, as far as `Computation` asks it."""
 
     def __init__(self, seats: Seats) -> None:
         self._seats, self._metrics = seats, Metrics()

@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 
 import lcray
 from lcray.cli import app
-from lcray.execution.driver.status import FailedSpan, RunningSpan, Status
+from lcray.execution.driver.status import FailedSpan, Status
+from lcray.execution.worker.reports import RunningSpan
 from lcray.tasks.task import Task
 
 PROGRAM = [sys.executable, "-m", "lcray"]

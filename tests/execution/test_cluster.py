@@ -29,8 +29,10 @@ from lcray.errors import (
     TaskError,
     UsageError,
 )
-from lcray.execution.cluster import Pool, actor, connection, dispatch
+from lcray.execution.cluster import actor, dispatch
 from lcray.execution.cluster.actor import Shipment
+from lcray.execution.cluster.connect import connection
+from lcray.execution.cluster.pool import Pool
 from lcray.execution.cluster.resources import Resources, place_workers
 from lcray.execution.cluster.scheduler import Policy
 from lcray.execution.cluster.supervision import SupervisedPool

@@ -25,7 +25,7 @@ from lcray.execution.driver.record import (
     make_fingerprint,
     make_notes,
 )
-from lcray.execution.worker.workspace import Description
+from lcray.execution.worker.descriptions import Description
 from lcray.settings import Settings
 from lcray.tables.output import Output
 from lcray.tables.record import Record

@@ -37,7 +37,8 @@ from lcray.storage import Place, place, storage_of
 from lcray.storage.files import encode_json, read_sealed, seal
 from lcray.tables.reading.results import open_output
 from lcray.tables.reducing.reduce import reduce
-from lcray.tables.shards.writer import committed, remove_strays
+from lcray.tables.shards.commit import each_commit
+from lcray.tables.shards.writer import remove_strays
 from lcray.tables.verifying.verify import verify
 
 pytestmark = pytest.mark.usefixtures("inline")
@@ -131,7 +132,7 @@ def test_what_is_committed_is_not_computed_again_and_strays_go(
     lcray.analyze(run, "scenes:plain", out, span_length=3, elements=True, on_progress=told)
     assert told.counts == [9, 12]
     assert tables(out) == scenes.tables(plain_out)
-    commits = committed(out, spans)
+    commits = dict(each_commit(out, spans))
     named = {f"shards/{s.name}/{e.name}" for s, c in commits.items() for e in c.files.values()}
     there = {item.name for item in storage.find(out) if item.name.endswith(".parquet")}
     assert {name for name in there if name.startswith("shards/")} == named
@@ -195,7 +196,7 @@ def test_paths_in_manifests_are_confined(
     commit, manifest = out / "shards" / span.name / "commit.json", out / "tables" / "manifest.json"
     edit(commit, lambda data: data["files"]["layers"].update(name=name))
     with pytest.raises(CorruptionError, match="not a valid commit"):
-        committed(out, [span])
+        dict(each_commit(out, [span]))
     with pytest.raises(CorruptionError):
         reduce(out)
     edit(manifest, lambda data: data["tables"]["layers"].update(name=name))
@@ -271,7 +272,7 @@ def test_what_is_no_output(plain_run: Path, base: str) -> None:
 def test_damage_is_found(plain_out: Path, base: str) -> None:
     out = place(copy(plain_out, f"{base}/out"))
     span, storage = lcray.open(plain_out).plan.spans[0], storage_of(out)
-    (entry,) = [c.files["layers"] for c in committed(out, [span]).values()]
+    (entry,) = [c.files["layers"] for c in dict(each_commit(out, [span])).values()]
     file = out / "shards" / span.name / entry.name
     data = bytearray(storage.read(file))
     open_output(out).sql("SELECT * FROM layers")  # fills the cache with what is still good

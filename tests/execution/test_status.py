@@ -20,8 +20,8 @@ from repository import TESTS
 
 import lcray
 from lcray.errors import IncompleteError, OutputError
-from lcray.execution.driver.status import Gap, RunningSpan, Silence, StatusFile
-from lcray.execution.worker.reports import SpanInHand, SpanReport, View
+from lcray.execution.driver.status import Gap, Silence, StatusFile
+from lcray.execution.worker.reports import RunningSpan, SpanReport, View
 from lcray.storage import storage_of
 from lcray.storage.files import read_json
 from lcray.storage.lock import LOCK, STALE, Holder, locked
@@ -131,7 +131,9 @@ def test_a_driver_that_is_known_to_be_gone_is_not_at_work(out: Path, age: float)
     found = lcray.status(out)
     assert (found.state, found.spans_done, found.intervals_done) == ("interrupted", 3, 9)
     assert (found.running, found.workers, found.silent) == ((), 0, True)
-    assert found.error == "its driver ended without a word: it was killed, or could not write"
+    assert (
+        found.error == "its driver ended without a final status: it was killed, or could not write"
+    )
     lock = storage_of(out).find(out / LOCK)[0].name
     me = Holder.this()
     for holder, state in (
@@ -341,13 +343,13 @@ class TestWhileItRuns:
             clock(10)
             assert file.done(spans[1], report) == 6
             clock(20)
-            held = SpanInHand(spans[2], 2, 1.0, 10.0)
+            held = RunningSpan(6, 9, 2, 1.0, 3, 10.0)
             file.view(View(2, (held,), {spans[3]: "why"}))
-            found = file._latest
+            found = file.latest
         # 3 + 1 intervals in 20 s; 5 of 12 are left.
         assert (found.rate, found.seconds_left) == (0.2, 25.0)
         assert found.gaps == {"train": Gap(-2.0, -2.5)}
-        assert found.running == (RunningSpan(6, 9, 2, 1.0, 3, 10.0),)
+        assert found.running == (held,)
         assert [(span.first, span.reason) for span in found.failed] == [(9, "why")]
 
     def test_a_disk_that_refuses_is_no_obstacle(self, out: Path, tmp_path: Path) -> None:
@@ -364,7 +366,7 @@ def test_a_span_that_is_committed_runs_no_more(out: Path) -> None:
     spans = lcray.open(out).plan.spans
     with StatusFile(out, lcray.open(out).plan) as file:
         file.resume([])
-        held = tuple(SpanInHand(span, 1, 3.0, 10.0) for span in spans[:2])
+        held = tuple(RunningSpan(s.first, s.last, 1, 3.0, 3, 10.0) for s in spans[:2])
         file.view(View(2, held, {}))
         file.done(spans[0], report)
         assert file.latest.intervals_done + sum(r.done for r in file.latest.running) == 6

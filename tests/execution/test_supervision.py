@@ -26,9 +26,10 @@ import scenes
 
 import lcray
 from lcray.errors import ClusterError, UsageError
-from lcray.execution.cluster import connection, private, supervision, workplace
-from lcray.execution.cluster.connect import Address
+from lcray.execution.cluster import private, supervision
+from lcray.execution.cluster.connect import Address, connection
 from lcray.execution.cluster.resources import Resources, usable_cores
+from lcray.execution.cluster.supervision import workplace
 
 pytestmark = pytest.mark.ray
 
@@ -344,15 +345,18 @@ class TestCores:
         ],
     )
     def test_limits(self, limits: dict[str, str], expected: list[float], tmp_path: Path) -> None:
-        from lcray.execution.cluster.resources import _quotas
+        from lcray.execution.cluster.resources import quota_of
+        from lcray.tasks.model.memory import control_groups
 
-        (tmp_path / "own").write_text("3:cpu,cpuacct:/job\n2:memory:/other\n0::/a/b\n")
+        groups, own = tmp_path / "groups", tmp_path / "own"
+        own.write_text("3:cpu,cpuacct:/job\n2:memory:/other\n0::/a/b\n")
         for name, text in limits.items():
-            path = tmp_path / "groups" / name
+            path = groups / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{text}\n")
-        assert _quotas(tmp_path / "groups", tmp_path / "own") == expected
-        assert _quotas(tmp_path / "groups", tmp_path / "none") == []
+        quotas = [quota_of(group) for group in control_groups("cpu", own, groups)]
+        assert [quota for quota in quotas if quota is not None] == expected
+        assert list(control_groups("cpu", tmp_path / "none", groups)) == []
 
 
 @contextlib.contextmanager

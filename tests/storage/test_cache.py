@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lcray.errors import UsageError
-from lcray.storage import Cache, Remote, open_binary, place, shared_cache, storage_of
+from lcray.storage import Remote, open_binary, place, storage_of
+from lcray.storage.cache import Cache, shared_cache
 
 MIB = 1 << 20
 
@@ -164,7 +165,8 @@ def test_workers_of_a_machine_fetch_an_object_once(tmp_path: Path) -> None:
 CHURN = """
 import random, sys
 from pathlib import Path
-from lcray.storage import Cache, Remote
+from lcray.storage import Remote
+from lcray.storage.cache import Cache
 cache = Cache(Path(sys.argv[1]), 10_000)
 draw = random.Random(int(sys.argv[2]))
 for _ in range(400):

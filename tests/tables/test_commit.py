@@ -13,11 +13,12 @@ import pytest
 from benchmarks import simulation
 
 from lcray.errors import CorruptionError
-from lcray.execution.driver.status import Standing, Status
+from lcray.execution.driver.status import StatusFile
+from lcray.execution.worker.reports import SpanReport
 from lcray.planning.plan import Plan, Span
 from lcray.tables.output import Output
 from lcray.tables.reducing import reduce
-from lcray.tables.shards.commit import committed, each_commit
+from lcray.tables.shards.commit import each_commit
 from lcray.tables.shards.writer import ShardWriter, read_commit, remove_strays
 
 
@@ -88,7 +89,7 @@ def test_a_link_out_of_the_output_is_refused(tmp_path: Path, what: str) -> None:
     inside.rename(tmp_path / "elsewhere")
     inside.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CorruptionError, match="leads out of"):
-        committed(tmp_path / "out", plan.spans)
+        dict(each_commit(tmp_path / "out", plan.spans))
 
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"[]"])
@@ -96,10 +97,10 @@ def test_what_is_there_but_no_commit_is_damage_not_absence(tmp_path: Path, text:
     plan = simulation.make(tmp_path / "out", 4, 4, 1, ("intervals",))
     folder = tmp_path / "out" / "shards" / plan.spans[0].name
     folder.mkdir(parents=True)
-    assert committed(tmp_path / "out", plan.spans) == {}
+    assert dict(each_commit(tmp_path / "out", plan.spans)) == {}
     (folder / "commit.json").write_bytes(text)
     with pytest.raises(CorruptionError):
-        committed(tmp_path / "out", plan.spans)
+        dict(each_commit(tmp_path / "out", plan.spans))
 
 
 def test_a_changed_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_a_changed_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
     for at in range(0, len(sound), 7):
         path.write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
         with pytest.raises(CorruptionError):
-            committed(tmp_path / "out", plan.spans)
+            dict(each_commit(tmp_path / "out", plan.spans))
 
 
 def test_strays_are_found_without_reading_commits_beside_which_there_are_none(
@@ -133,7 +134,7 @@ def test_strays_are_found_without_reading_commits_beside_which_there_are_none(
     monkeypatch.setattr("lcray.tables.shards.writer.read_commit", noted)
     assert remove_strays(out, plan.spans) == [folder / "commit.json-1.tmp", stray]
     assert read == [plan.spans[1]]
-    assert len(committed(out, plan.spans)) == 3
+    assert len(dict(each_commit(out, plan.spans))) == 3
     assert len(os.listdir(folder)) == 2
 
 
@@ -152,8 +153,8 @@ def test_counting_a_span_does_not_go_through_all_spans(planted: tuple[Plan, Path
             return super().__iter__()
 
     plan = replace(planted[0], spans=Counted(planted[0].spans))
-    standing = Standing(plan)
-    said = Status("running", 0, 0, 0, 0)
-    found = [standing.status(said).intervals for _ in range(5)]
-    assert found == [6000] * 5
+    file, report = StatusFile(planted[1], plan), SpanReport(True, 1, 0.0)
+    for span in planted[0].spans[:5]:
+        file.done(span, report)
+    assert (file.latest.intervals, file.latest.spans_done) == (6000, 5)
     assert Counted.walks == 1

@@ -26,14 +26,9 @@ from lcray.storage.files import encode_json, read_json, seal, write_json_atomic
 from lcray.tables.arrow import make_table
 from lcray.tables.output import Output
 from lcray.tables.schema import TABLES
+from lcray.tables.shards.commit import each_commit, read_commit
 from lcray.tables.shards.reader import ShardFile, open_shard
-from lcray.tables.shards.writer import (
-    ShardWriter,
-    check_files,
-    committed,
-    read_commit,
-    remove_strays,
-)
+from lcray.tables.shards.writer import ShardWriter, check_files, remove_strays
 
 SPAN = Span((0, 1, 2))
 DIGESTS = {0: "00", 1: "11", 2: "22"}
@@ -79,7 +74,7 @@ def test_what_is_committed_is_read_back(tmp_path: Path) -> None:
     assert commit.info == {"seconds": 1.5, "host": "ü"}
     assert commit.files["units"].rows == 3
     assert check_files(tmp_path, commit) == []
-    assert committed(tmp_path, [Span((2, 3)), SPAN]) == {SPAN: commit}
+    assert dict(each_commit(tmp_path, [Span((2, 3)), SPAN])) == {SPAN: commit}
     assert names(tmp_path) == {"commit.json", "units-host-7.x_1.parquet"}
     path = tmp_path / "shards" / "00000000-00000002" / commit.files["units"].name
     assert pq.ParquetFile(path).read().equals(pa.concat_tables([first, second]))
@@ -100,7 +95,7 @@ def test_nothing_counts_without_a_commit(tmp_path: Path, fail: bool) -> None:
     else:
         attempt()
     assert names(tmp_path) == set()
-    assert committed(tmp_path, [SPAN]) == {}
+    assert dict(each_commit(tmp_path, [SPAN])) == {}
 
 
 def test_the_second_attempt_removes_its_files(tmp_path: Path) -> None:
@@ -206,7 +201,7 @@ def test_killed_in_the_middle_of_writing(tmp_path: Path) -> None:
     child.wait()
     child.stdout.close()
     assert names(tmp_path, spans[3]) == {"units-a0.parquet"}  # it was in the middle
-    commits = committed(tmp_path, spans)
+    commits = dict(each_commit(tmp_path, spans))
     assert list(commits) == spans[:3]
     assert [p for c in commits.values() for p in check_files(tmp_path, c)] == []
     assert remove_strays(tmp_path, spans) == []  # an attempt may be at work in the fourth

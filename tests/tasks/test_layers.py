@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lcray.errors import CheckpointError, TaskError
+from lcray.storage.json_types import build
 from lcray.tasks.layer import Layer
 from lcray.tasks.model.layers import describe_layers, extra_owners
 
@@ -130,10 +131,10 @@ def test_layers_are_written_as_they_were_before_groups_of_units() -> None:
     plain = named(nn.Sequential(nn.ConvTranspose2d(3, 5, 2)))["0.weight"]
     keys = ["name", "module", "kind", "shape", "unit_axis", "trainable", "aliases"]
     assert list(plain.to_dict()) == keys
-    assert Layer.from_dict(plain.to_dict()) == plain and plain.unit_groups == 1
+    assert build(Layer, plain.to_dict()) == plain and plain.unit_groups == 1
     grouped = named(nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2)))["0.weight"]
     assert list(grouped.to_dict()) == [*keys, "unit_groups"]
-    assert Layer.from_dict(grouped.to_dict()) == grouped and grouped.unit_groups == 2
+    assert build(Layer, grouped.to_dict()) == grouped and grouped.unit_groups == 2
 
 
 def test_frozen_parameters_are_parameters_that_are_not_trainable() -> None:
@@ -206,4 +207,4 @@ def test_extra_state_that_is_a_tensor_is_no_layer_and_has_to_be_loadable() -> No
 
 def test_layers_survive_json() -> None:
     for layer in named(TiedNet()).values():
-        assert Layer.from_dict(json.loads(json.dumps(layer.to_dict()))) == layer
+        assert build(Layer, json.loads(json.dumps(layer.to_dict()))) == layer

@@ -132,11 +132,6 @@ class FisherMeter:
         self._go_to(first)
         self._scores = SampleScores(flat, engine, task.loss, splits[0])
 
-    @property
-    def in_closed_form(self) -> frozenset[int]:
-        """Numbers of the layers whose scores are squared in closed form."""
-        return self._scores.closed
-
     def measure(self, split: SplitData, point: Point) -> Traces:
         """Fisher information at a checkpoint.
 

@@ -13,9 +13,9 @@ from lcray.cli import terminal
 from lcray.errors import visible
 
 
-def frame_table(frame: pd.DataFrame, *, title: str | None = None, rows: int = 50) -> Table:
+def frame_table(frame: pd.DataFrame, *, rows: int = 50) -> Table:
     """A frame as a table; numbers to six digits, at most `rows` rows."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for name in frame.columns:
         numeric = pd.api.types.is_numeric_dtype(frame[name])
         table.add_column(

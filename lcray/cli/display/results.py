@@ -63,8 +63,9 @@ def closure_table(results: Results) -> Table:
     return table
 
 
-def confidence_table(results: Results, level: float = 0.95) -> Table:
+def confidence_table(results: Results) -> Table:
     """Per split: loss change and LC of all data, with the error that sampling adds."""
+    level = 0.95
     found = results.confidence(level=level)
     found = found[found["layer"] == ""].assign(half=lambda rows: (rows["high"] - rows["low"]) / 2)
     title = f"All of the data, {level:.0%} confidence"

@@ -17,15 +17,17 @@ from lcray.execution.cluster.calls import plainly
 from lcray.execution.cluster.connect import in_one_line
 from lcray.execution.cluster.resources import Placement
 from lcray.execution.cluster.team import Team
+from lcray.execution.worker.descriptions import Description, Probe
 from lcray.execution.worker.fresh import Unexplained
 from lcray.execution.worker.process import tune_process
 from lcray.execution.worker.reports import SpanReport, report_of
-from lcray.execution.worker.workspace import Description, Probe, Workspace
+from lcray.execution.worker.workspace import Workspace
 from lcray.planning.plan import Plan, Span
 from lcray.settings import Settings
 from lcray.storage import place
+from lcray.tables.output import Output
 from lcray.tables.reducing.reduce import Reduction, merge
-from lcray.tables.shards.writer import committed
+from lcray.tables.shards.commit import read_commit
 from lcray.tasks.task import Task, TaskSource
 
 _SECONDS_A_BEAT = 1.0
@@ -146,16 +148,16 @@ class Worker:
 
         def work() -> SpanReport:
             # An earlier call, whose answer was lost, or a copy may have committed this span.
-            found = committed(place(out), [span]).get(span)
+            found = read_commit(place(out), span)
             if found is not None:
                 return report_of(found)
             return self._ready().run(plan, span, place(out), attempt, tell)
 
         return plainly(work)
 
-    def reduce(self, out: str, allow_missing: bool) -> Reduction:
+    def reduce(self, out: str) -> Reduction:
         """Merge the shards of `out` in this process, not in the driver."""
-        return plainly(lambda: merge(out, allow_missing=allow_missing))
+        return plainly(lambda: merge(Output(place(out))))
 
     def _ready(self) -> Workspace:
         if self._workspace is None:

@@ -97,7 +97,8 @@ def connection(resources: Resources, prepared: Path | None = None) -> Iterator[N
     with ExitStack() as stack:
         variables: dict[str, str] = {}
         if address.is_own and prepared is None:
-            prepared = stack.enter_context(private.folder_of_its_own())
+            prepared = private.make_folder()
+            stack.callback(private.remove, prepared)
             variables = own_variables(resources, prepared)
         try:
             with environment(variables):

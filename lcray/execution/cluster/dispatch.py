@@ -19,7 +19,7 @@ from lcray.execution.cluster.connect import in_one_line
 from lcray.execution.cluster.metrics import Metrics
 from lcray.execution.cluster.scheduler import Assign, Decision, GiveUp, Policy, Replace, Scheduler
 from lcray.execution.cluster.workers import Crew
-from lcray.execution.worker.reports import Outcome, SpanInHand, SpanReport, View
+from lcray.execution.worker.reports import Outcome, RunningSpan, SpanReport, View
 from lcray.planning.costs import seconds_an_interval
 from lcray.planning.plan import Plan, Span
 from lcray.storage import Place
@@ -34,7 +34,7 @@ OnTick = Callable[[View], None]
 
 
 class Dispatch:
-    """One call of `lcray.execution.cluster.Pool.run`."""
+    """One call of `lcray.execution.cluster.pool.Pool.run`."""
 
     def __init__(
         self,
@@ -182,11 +182,16 @@ class Dispatch:
             self._asked = self._beats.take.remote()
 
     def _view(self, now: float) -> View:
-        running = tuple(
-            SpanInHand(self._spans[r.span], r.attempt, r.done, now - r.started)
-            for r in self._scheduler.running.values()
-        )
-        return View(len(self._crew.ready) * self._crew.team, running, self._outcome.failures)
+        running = []
+        for held in self._scheduler.running.values():
+            span, seconds = self._spans[held.span], now - held.started
+            running.append(
+                RunningSpan(
+                    span.first, span.last, held.attempt, held.done, span.n_intervals, seconds
+                )
+            )
+        workers = len(self._crew.ready) * self._crew.team
+        return View(workers, tuple(running), self._outcome.failures)
 
 
 def _step_seconds(plan: Plan, team: int) -> float | None:

@@ -19,14 +19,13 @@ from contextlib import suppress
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from lcray.errors import LcrayError
 from lcray.execution.cluster import private
 from lcray.execution.cluster.connect import connection, in_one_line
-from lcray.execution.cluster.resources import Resources
 from lcray.execution.worker.process import end_session
 
 if TYPE_CHECKING:
@@ -37,38 +36,27 @@ _LOOK = 0.25  # seconds between two checks of processes
 _VITAL = ("gcs_server", "raylet")
 
 
-class Orders(NamedTuple):
-    """The orders of the process.
-
-    Attributes:
-        resources: the resources to use.
-        folder: the private folder of lcray's own Ray; None for another Ray.
-    """
-
-    resources: Resources
-    folder: Path | None
-
-
 def serve(wire: Connection) -> None:
     """Connect to Ray, and answer calls until the other side is gone.
 
-    Each message is a pair: a word and its content. ``connecting`` and ``connected`` come first; a
-    call is answered by ``answer``, ``error`` (an error of lcray) or ``lost`` (an error of Ray),
-    after any number of ``done`` and ``view``.
+    The other side first sends the resources to use, and the private folder of lcray's own Ray, None
+    for another Ray. Each message to it is a pair: a word and its content. ``connecting`` and
+    ``connected`` come first; a call is answered by ``answer``, ``error`` (an error of lcray) or
+    ``lost`` (an error of Ray), after any number of ``done`` and ``view``.
     """
     os.set_inheritable(wire.fileno(), False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # The other process decides how to react to a signal to both.
     signal.signal(signal.SIGTERM, lambda *_: None)
     side = _Side(wire)
-    orders: Orders = wire.recv()
-    guard = _Guard(side, orders.folder)
+    resources, folder = wire.recv()
+    guard = _Guard(side, folder)
     guard.start()
     loading = threading.Thread(target=import_module, args=("torch",), daemon=True)
     loading.start()
     side.send("connecting")
     try:
-        with connection(orders.resources, orders.folder):
+        with connection(resources, folder):
             guard.watch_ray()
             side.send("connected")
             loading.join()
@@ -115,16 +103,16 @@ def _answer(side: _Side) -> None:
                 _carry_out(side, pool, *side.receive())
 
 
-def _carry_out(
-    side: _Side, pool: Pool, name: str, arguments: tuple[Any, ...], options: dict[str, Any]
-) -> None:
+def _carry_out(side: _Side, pool: Pool, name: str, arguments: tuple[Any, ...]) -> None:
     if name == "size":
         side.send("answer", pool.size)
         return
     if name == "run":
-        options["on_done"] = lambda span, report: side.send("done", (span, report))
-        options["on_tick"] = lambda view: side.send("view", view)
-    found = _result(side, lambda: getattr(pool, name)(*arguments, **options))
+        arguments += (
+            lambda span, report: side.send("done", (span, report)),
+            lambda view: side.send("view", view),
+        )
+    found = _result(side, lambda: getattr(pool, name)(*arguments))
     if found is not None:
         side.send("answer", found.failures if name == "run" else found)
 
@@ -184,7 +172,7 @@ class _Guard(threading.Thread):
         """End the remaining processes of lcray's own Ray, and remove its folder."""
         if self._folder is not None:
             end_session(os.getpid())
-            private.remove(self._folder)
+        private.remove(self._folder)
 
 
 def _has_ended(process: psutil.Process) -> bool:

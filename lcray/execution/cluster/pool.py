@@ -14,9 +14,9 @@ from lcray.execution.cluster.dispatch import Dispatch, OnTick
 from lcray.execution.cluster.metrics import Metrics
 from lcray.execution.cluster.resources import Resources
 from lcray.execution.cluster.workers import Crew
+from lcray.execution.worker.descriptions import Description, Probe
 from lcray.execution.worker.fresh import Unexplained
 from lcray.execution.worker.reports import Outcome, SpanReport
-from lcray.execution.worker.workspace import Description, Probe
 from lcray.planning.plan import Plan, Span
 from lcray.settings import Settings
 from lcray.storage import Place
@@ -135,14 +135,14 @@ class Pool:
             self._crew, plan, spans, out.resolve(), on_done, on_tick, self._metrics
         ).run()
 
-    def reduce(self, out: Place, *, allow_missing: bool = False) -> Reduction:
+    def reduce(self, out: Place) -> Reduction:
         """Reduce `out` on a worker, so that the driver stays small.
 
         Raises:
             OutputError: from `lcray.tables.reducing.reduce.reduce`.
         """
         try:
-            found: Reduction = self._crew.ask("reduce", str(out.resolve()), allow_missing)
+            found: Reduction = self._crew.ask("reduce", str(out.resolve()))
         except RayError as error:
             raise ClusterError(
                 f"reducing {out}: the workers died ({in_one_line(error)}); run lcray reduce {out}"

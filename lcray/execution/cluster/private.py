@@ -12,8 +12,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from lcray.errors import ClusterError
@@ -60,19 +59,10 @@ def make_folder(environment: Mapping[str, str] = os.environ) -> Path:
     )
 
 
-@contextmanager
-def folder_of_its_own() -> Iterator[Path]:
-    """Make a private folder, and remove it at the end of the block."""
-    folder = make_folder()
-    try:
-        yield folder
-    finally:
-        remove(folder)
-
-
-def remove(folder: Path) -> None:
-    """Remove a private folder with all files that Ray has left in it."""
-    shutil.rmtree(folder, ignore_errors=True)
+def remove(folder: Path | None) -> None:
+    """Remove a private folder, if there is one, with all files that Ray has left in it."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def temporary(folder: Path) -> str:

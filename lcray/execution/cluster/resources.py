@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lcray.errors import UsageError
 from lcray.settings import WORKERS, documented, flag_of, option
+from lcray.tasks.model.memory import control_groups
 
 #: Names that are not the user's, and what to do instead.
 _RESERVED = {
@@ -109,32 +110,12 @@ def usable_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    return max(1, int(min([cores, *_quotas()])))
+    quotas = map(quota_of, control_groups("cpu"))
+    return max(1, int(min([cores, *(quota for quota in quotas if quota is not None)])))
 
 
-def _quotas(
-    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
-) -> list[float]:
-    """Cores' worth of time that each control group of this process, or one above, may take."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # Version 1 has a hierarchy for each controller, version 2 (no name) one for all of them.
-        tops = [root / name for name in (controllers, "cpu")] if controllers else [root]
-        group = Path(path.lstrip("/"))
-        for top in tops:
-            found += [_quota(top / each) for each in (group, *group.parents)]
-    return [quota for quota in found if quota is not None]
-
-
-def _quota(group: Path) -> float | None:
-    """The limit of one control group; None if it has none, or is not visible from here."""
+def quota_of(group: Path) -> float | None:
+    """Cores' worth of time that a control group may take; None without a limit, or if not seen."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
             words = " ".join((group / name).read_text() for name in names).split()

@@ -123,7 +123,7 @@ class Scheduler:
     def worker_ready(self, worker: Hashable, now: float) -> list[Decision]:
         """Handle a worker that has set up."""
         self._idle[worker] = None
-        return self._assign(now)
+        return self.tick(now)
 
     def worker_lost(self, worker: Hashable, reason: str, now: float) -> list[Decision]:
         """Handle the death of a worker; its span is tried again at once."""
@@ -131,7 +131,7 @@ class Scheduler:
         decisions: list[Decision] = []
         if (held := self._take(worker)) is not None:
             decisions += self._failure(held.span, reason, now, final=False)
-        return decisions + self._assign(now)
+        return decisions + self.tick(now)
 
     def span_done(self, worker: Hashable, now: float) -> list[Decision]:
         """Handle a finished span, whether or not this worker finished it first."""
@@ -143,7 +143,7 @@ class Scheduler:
             # The pace of about the last dozen spans.
             old = each if self._seconds is None else self._seconds
             self._seconds = old + (each - old) / 12
-        return self._assign(now)
+        return self.tick(now)
 
     def span_failed(
         self, worker: Hashable, reason: str, now: float, *, final: bool = False
@@ -156,7 +156,7 @@ class Scheduler:
             times = self._failed.get(held.span, 0)
             wait = self.policy.backoff * 4.0**times
             decisions += self._failure(held.span, reason, now + wait, final=final)
-        return decisions + self._assign(now)
+        return decisions + self.tick(now)
 
     def progress(self, worker: Hashable, done: float, now: float) -> None:
         """Handle a sign of life from within a span: `done` of its intervals are done."""
@@ -184,10 +184,6 @@ class Scheduler:
             decisions += self.worker_lost(worker, reason, now)
         return decisions
 
-    def tick(self, now: float) -> list[Decision]:
-        """Handle the passing of time: spans may be due again, others may straggle."""
-        return self._assign(now)
-
     def _take(self, worker: Hashable) -> Running | None:
         held = self.running.pop(worker, None)
         if held is not None:
@@ -213,8 +209,8 @@ class Scheduler:
         else:
             heapq.heappush(self._waiting, (due, span))
 
-    def _assign(self, now: float) -> list[Decision]:
-        """Give idle workers spans: retries, new spans, copies of stragglers."""
+    def tick(self, now: float) -> list[Decision]:
+        """Give idle workers spans: retries that are due by now, new spans, copies of stragglers."""
         decisions: list[Decision] = []
         while self._idle and (span := self._next(now)) is not None:
             worker, _ = self._idle.popitem(last=False)

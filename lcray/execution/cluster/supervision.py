@@ -27,13 +27,12 @@ from lcray.errors import ClusterError, TaskError
 from lcray.execution.cluster import private
 from lcray.execution.cluster.actor import Shipment
 from lcray.execution.cluster.connect import Address, connection, own_variables
-from lcray.execution.cluster.driver import Orders
 from lcray.execution.cluster.pool import Pool
 from lcray.execution.cluster.resources import Resources
+from lcray.execution.worker.descriptions import Description, Probe
 from lcray.execution.worker.fresh import Unexplained
 from lcray.execution.worker.process import end_session
 from lcray.execution.worker.reports import Outcome, SpanReport, View
-from lcray.execution.worker.workspace import Description, Probe
 from lcray.planning.plan import Plan, Span
 from lcray.settings import Settings
 from lcray.storage import Place
@@ -125,7 +124,7 @@ class _Driver:
         main = getattr(sys.modules["__main__"], "__file__", None)
         try:
             self._send((sys.path, sys.argv, main))
-            self._send(Orders(self._resources, self._folder))
+            self._send((self._resources, self._folder))
             self._expect("connecting", None)
             self._expect("connected", _TO_START if self.address.is_own else _TO_CONNECT)
         except _Lost as lost:
@@ -205,8 +204,7 @@ class _Driver:
             for file in (self._wire, self._said):
                 if file is not None:
                     file.close()
-            if folder is not None:
-                private.remove(folder)
+            private.remove(folder)
 
 
 def _words(folder: Path | None) -> IO[bytes]:
@@ -227,7 +225,7 @@ def _await_end(pid: int) -> None:
 
 
 class SupervisedPool:
-    """A `lcray.execution.cluster.Pool` in another process, with the same methods.
+    """A `lcray.execution.cluster.pool.Pool` in another process, with the same methods.
 
     `workplace` makes it.
 
@@ -238,7 +236,7 @@ class SupervisedPool:
         run: the directory of checkpoints.
         settings: settings of the analysis.
         resources: the resources to use.
-        **options: options of `lcray.execution.cluster.Pool`.
+        **options: options of `lcray.execution.cluster.pool.Pool`.
     """
 
     def __init__(
@@ -273,29 +271,29 @@ class SupervisedPool:
         return size
 
     def describe(self) -> Description:
-        """As `lcray.execution.cluster.Pool.describe`."""
+        """As `lcray.execution.cluster.pool.Pool.describe`."""
         self._description = self._description or self._ask("describe")
         assert self._description is not None
         return self._description
 
     def check(self) -> Unexplained:
-        """As `lcray.execution.cluster.Pool.check`."""
+        """As `lcray.execution.cluster.pool.Pool.check`."""
         found: Unexplained = self._ask("check")
         return found
 
     def probe(self) -> Probe:
-        """As `lcray.execution.cluster.Pool.probe`."""
+        """As `lcray.execution.cluster.pool.Pool.probe`."""
         probe: Probe = self._ask("probe")
         return probe
 
     def losses(self, plan: Plan) -> dict[str, float]:
-        """As `lcray.execution.cluster.Pool.losses`."""
+        """As `lcray.execution.cluster.pool.Pool.losses`."""
         losses: dict[str, float] = self._ask("losses", plan)
         return losses
 
-    def reduce(self, out: Place, *, allow_missing: bool = False) -> Reduction:
-        """As `lcray.execution.cluster.Pool.reduce`."""
-        found: Reduction = self._ask("reduce", out, allow_missing=allow_missing)
+    def reduce(self, out: Place) -> Reduction:
+        """As `lcray.execution.cluster.pool.Pool.reduce`."""
+        found: Reduction = self._ask("reduce", out)
         return found
 
     def run(
@@ -306,7 +304,7 @@ class SupervisedPool:
         on_done: Callable[[Span, SpanReport], None],
         on_tick: Callable[[View], None] = lambda view: None,
     ) -> Outcome:
-        """As `lcray.execution.cluster.Pool.run`."""
+        """As `lcray.execution.cluster.pool.Pool.run`."""
         outcome = Outcome()
 
         def hear(word: str, content: Any) -> None:
@@ -318,17 +316,17 @@ class SupervisedPool:
 
         while left := [span for span in spans if span not in outcome.reports]:
             try:
-                outcome.failures |= self._driver.call(("run", (plan, left, out), {}), hear)
+                outcome.failures |= self._driver.call(("run", (plan, left, out)), hear)
             except _Lost as lost:
                 self._restart(lost)
             else:
                 break
         return outcome
 
-    def _ask(self, name: str, *arguments: Any, **options: Any) -> Any:
+    def _ask(self, name: str, *arguments: Any) -> Any:
         while True:
             try:
-                return self._driver.call((name, arguments, options))
+                return self._driver.call((name, arguments))
             except _Lost as lost:
                 self._restart(lost)
 
@@ -353,7 +351,7 @@ class SupervisedPool:
         try:
             self._driver.call(self._setup)
             known = self._description
-            if known is not None and self._driver.call(("describe", (), {})) != known:
+            if known is not None and self._driver.call(("describe", ())) != known:
                 raise TaskError(
                     "task: workers differ in model, data or device; splits() and model() must "
                     "give the same everywhere (seed what is random)"

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
@@ -39,28 +39,24 @@ from lcray.tasks.task import Task
 
 
 def reserve(placed: Placement) -> PlacementGroup:
-    """Reserve room for a team, on as few nodes as possible; `give_back` releases it."""
+    """Reserve room for a team, on as few nodes as possible."""
     needs = {"CPU": placed.cpus, "GPU": placed.gpus, **placed.custom}
     bundle = {name: amount for name, amount in needs.items() if amount}
     room: PlacementGroup = placement_group([bundle] * placed.team, strategy="PACK")
     return room
 
 
-def give_back(group: PlacementGroup) -> None:
-    """End a team: Ray kills all processes in its room."""
-    remove_placement_group(group)
-
-
-def options_of(placed: Placement, group: PlacementGroup, index: int) -> dict[str, Any]:
-    """Options of Ray to start the worker at a seat of a team."""
+def options_of(placed: Placement, group: PlacementGroup | None, index: int = 0) -> dict[str, Any]:
+    """Options of Ray to start a worker, or the worker at a seat of the team in `group`."""
+    where: Any = "SPREAD"
+    if group is not None:
+        where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
     return {
         "num_cpus": placed.cpus,
         "num_gpus": placed.gpus,
         "resources": dict(placed.custom),
         "max_restarts": 0,
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=index
-        ),
+        "scheduling_strategy": where,
     }
 
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.placement_group import remove_placement_group
 
 from lcray.errors import ClusterError, TaskError, TeamError, UsageError
 from lcray.execution.cluster.actor import Worker
 from lcray.execution.cluster.calls import Reference, result
 from lcray.execution.cluster.connect import in_one_line
-from lcray.execution.cluster.resources import Placement, Resources, place_workers
-from lcray.execution.cluster.team import give_back, options_of, reserve
-from lcray.execution.worker.workspace import Description
+from lcray.execution.cluster.resources import Resources, place_workers
+from lcray.execution.cluster.team import options_of, reserve
+from lcray.execution.worker.descriptions import Description
 
 _EARLY_DEATHS = 3  # per worker, in a row and during set-up, until the analysis ends
 
@@ -90,14 +91,15 @@ class Crew:
             number, placed, room = next(self._numbers), self._placed, None
             if placed.team > 1:
                 room = self._rooms[number] = reserve(placed)
-            actor = _start(placed, room)
+            worker: Any = ray.remote(Worker)
+            actor = worker.options(**options_of(placed, room)).remote()
             reference = actor.set_up.remote(*self._setup, placed, room)
             self._starting[reference] = number, actor
 
     def _let_go(self, number: int, actor: Any) -> None:
         ray.kill(actor)
         if number in self._rooms:
-            give_back(self._rooms.pop(number))
+            remove_placement_group(self._rooms.pop(number))  # kills all processes in it
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """The answer of a ready worker; if it dies, another one is asked.
@@ -171,19 +173,6 @@ class Crew:
             self._let_go(number, actor)
         self.ready.clear()
         self._starting.clear()
-
-
-def _start(placed: Placement, room: Any) -> Any:
-    worker: Any = ray.remote(Worker)
-    if room is not None:
-        return worker.options(**options_of(placed, room, 0)).remote()
-    return worker.options(
-        num_cpus=placed.cpus,
-        num_gpus=placed.gpus,
-        resources=dict(placed.custom),
-        scheduling_strategy="SPREAD",
-        max_restarts=0,
-    ).remote()
 
 
 def _nodes() -> list[dict[str, float]]:

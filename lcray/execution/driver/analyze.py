@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import Unpack
 
 from lcray.errors import IncompleteError, OutputError, UsageError
@@ -25,7 +24,7 @@ from lcray.planning.plan import Plan
 from lcray.planning.saved import PlanReport, load_plan
 from lcray.settings import PlanOptions
 from lcray.storage import Place, PlaceLike, place
-from lcray.storage.files import writing
+from lcray.storage.files import make_folder
 from lcray.storage.lock import Lock
 from lcray.tables.output import Output
 from lcray.tables.reading.results import Results, results_of
@@ -124,7 +123,7 @@ def analyze(
     growth = Growth(run, steps, idle) if follow else None
     known = record.plan if record else given
     job = Job(run, task, resources, steps, span_length, settings, known, growth)
-    _make_folder(path)
+    make_folder(path)
     with output.locked() as lock:
         if output.existing() != record:
             raise OutputError(f"{path}: has just changed; run the same command again")
@@ -146,12 +145,6 @@ def _given(
     if given is not None and follow:
         raise UsageError("a plan has its steps: --follow is for analyses without --plan")
     return given
-
-
-def _make_folder(path: Place) -> None:
-    if isinstance(path, Path):
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
 
 
 def _work(

@@ -62,7 +62,7 @@ def workers(
 
 @contextmanager
 def _on_ray(job: Job, tell: OnProgress) -> Iterator[Workers]:
-    from lcray.execution.cluster import workplace  # imports ray, which takes time
+    from lcray.execution.cluster.supervision import workplace  # imports ray, which takes time
 
     def restarting() -> None:
         tell(Progress("restart"))

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from lcray.checkpoints import CheckpointSeries, open_series
-from lcray.checkpoints.listing import open_folders
+from lcray.checkpoints.listing import Folders
 from lcray.checkpoints.runfile import NAME as RUN_FILE
 from lcray.checkpoints.runfile import load
 from lcray.errors import CheckpointError, RecorderError, UsageError
@@ -67,7 +67,7 @@ class Growth:
         try:
             series = open_series(self._run, self._steps, minimum=1)
         except CheckpointError:
-            folders = open_folders(self._run)
+            folders = Folders(self._run)
             folders.entries(folders.root)  # an address without a run is none to wait at
             series = None
         now = time.monotonic()

@@ -11,8 +11,8 @@ from typing import Any
 
 import lcray
 from lcray.errors import OutputError, UsageError
+from lcray.execution.worker.descriptions import Description
 from lcray.execution.worker.fresh import Unexplained
-from lcray.execution.worker.workspace import Description
 from lcray.planning.plan import DEFAULT_BATCH_SIZE, Plan
 from lcray.settings import Settings
 from lcray.storage import Place

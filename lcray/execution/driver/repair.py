@@ -11,7 +11,8 @@ from lcray.planning.plan import Span
 from lcray.storage import Place, storage_of, sync_folder
 from lcray.storage.files import writing
 from lcray.tables.output import COMMIT, Output
-from lcray.tables.shards.writer import check_files, read_commit
+from lcray.tables.shards.commit import read_commit
+from lcray.tables.shards.writer import check_files
 
 
 def take_back(out: Place, spans: Iterable[Span]) -> tuple[Span, ...]:

@@ -1,7 +1,7 @@
-"""How far an analysis is: what its driver says in ``OUT/status.json``, and what is committed.
+"""Progress of an analysis: the status that its driver writes, and a count of its commits.
 
-The file is a courtesy. A thread writes it every few seconds, whole or not at all; where it cannot
-be written, the analysis goes on without.
+The analysis does not need ``OUT/status.json``. A thread writes it every few seconds, whole or not
+at all; if it cannot be written, the analysis continues without it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from lcray.errors import LcrayError, OutputError
-from lcray.execution.worker.reports import SpanReport, View, report_of
+from lcray.execution.worker.reports import RunningSpan, SpanReport, View, report_of
 from lcray.planning.plan import Plan, Span
 from lcray.storage import Place, PlaceLike, place
 from lcray.storage.files import read_json, write_json_atomic
@@ -27,19 +27,19 @@ from lcray.tables.shards.commit import each_commit
 
 _SECONDS_A_WRITE = 5.0
 _SILENT = 30.0  # seconds: later, the driver may be gone
-_GONE = "its driver ended without a word: it was killed, or could not write"
-_GO_ON = "run its command again to go on: what is committed is kept"
+_GONE = "its driver ended without a final status: it was killed, or could not write"
+_RESUME = "run its command again to resume: what is committed is kept"
 _AT_WORK = ("running", "following", "reducing")
 _STATES = (*_AT_WORK, "finished", "failed", "interrupted")
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How well the spans close that are done.
+    """Sums over the committed spans of a split.
 
     Attributes:
-        loss_change: Σ measured changes of the loss, in nats.
-        lc: Σ LC.
+        loss_change: sum of the measured changes of the loss, in units of the loss.
+        lc: sum of LC, likewise.
     """
 
     loss_change: float
@@ -47,29 +47,8 @@ class Gap:
 
     @property
     def gap(self) -> float:
-        """Σ LC minus the measured change."""
+        """The sum of LC minus the measured change."""
         return self.lc - self.loss_change
-
-
-@dataclass(frozen=True)
-class RunningSpan:
-    """A span that a worker is at.
-
-    Attributes:
-        first: the step it starts at.
-        last: the step it ends at.
-        attempt: which try it is.
-        done: intervals that are done.
-        intervals: of the span.
-        seconds: since it was begun.
-    """
-
-    first: int
-    last: int
-    attempt: int
-    done: float
-    intervals: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -77,8 +56,8 @@ class FailedSpan:
     """A span that was given up.
 
     Attributes:
-        first: the step it starts at.
-        last: the step it ends at.
+        first: the step at its start.
+        last: the step at its end.
         reason: the last cause.
     """
 
@@ -89,25 +68,26 @@ class FailedSpan:
 
 @dataclass(frozen=True)
 class Status:
-    """How far an analysis is.
+    """Progress of an analysis.
 
     Attributes:
         state: ``running``, ``following`` (waiting for more checkpoints), ``reducing``,
-            ``finished``, ``failed``, ``interrupted``, or ``unknown`` where no driver said anything.
-        spans: in all.
-        spans_done: that are committed.
-        intervals: in all.
-        intervals_done: that are committed.
-        workers: that are ready.
-        running: the spans in hand.
+            ``finished``, ``failed``, ``interrupted``, or ``unknown`` if no driver wrote a status.
+        spans: number of all spans.
+        spans_done: number of committed spans.
+        intervals: number of all intervals.
+        intervals_done: number of committed intervals.
+        workers: number of ready workers.
+        running: the spans that workers compute.
         failed: the spans that were given up.
-        rate: intervals a second, since the driver started; None before the first.
+        rate: intervals per second, since the driver started; None before the first.
         seconds_left: at that rate.
-        gaps: so far, by split.
-        error: what ended the driver, if an error did.
-        written: when the driver said so, by its clock (ISO 8601, UTC); empty if it never did.
+        gaps: sums so far, by split.
+        error: the error that ended the driver; empty if there was none.
+        written: when the driver wrote this, by its clock (ISO 8601, UTC); empty if it never did.
         silent: whether that is more than 30 seconds ago by the clock here and the state is not
-            final: the driver may be gone. An ``interrupted`` one is, without having said so.
+            final, so that the driver may have ended. If it is known to have ended without a final
+            status, the state is ``interrupted``.
     """
 
     state: str
@@ -127,14 +107,14 @@ class Status:
 
 
 def status(out: PlaceLike) -> Status:
-    """How far the analysis is that writes to `out`, from anywhere that can read it.
+    """Progress of the analysis that writes to `out`, from anywhere that can read it.
 
-    What the driver said last is taken as it is while it is at work; else commits are counted.
-    A driver that cannot say how it ended, since it was killed or its disk is full, is known by the
-    lock that it has let go of, or by its process, if that was on this machine.
+    While the driver works, this is the last status that it wrote; otherwise commits are counted. A
+    driver that could not write how it ended, since it was killed or its disk is full, is recognized
+    by the lock that it has released, or by its process, if that was on this machine.
 
     Raises:
-        OutputError: if `out` is no output.
+        OutputError: if `out` is not an output.
         CorruptionError: if it is damaged.
     """
     folder = place(out)
@@ -148,14 +128,14 @@ def status(out: PlaceLike) -> Status:
         said = replace(said, silent=True, workers=0, running=(), rate=None, seconds_left=None)
         if gone:
             said = replace(said, state="interrupted", error=_GONE)
-    tally = Standing(plan)
+    found = replace(said or _new("unknown", plan), spans_done=0, intervals_done=0, gaps={})
     for span, commit in each_commit(folder, plan.spans):
-        tally.add(span, report_of(commit))
-    return tally.status(said or Status("unknown", 0, 0, 0, 0))
+        found = _counted(found, span, report_of(commit))
+    return _planned(found, plan)
 
 
 def _read(output: Output) -> Status | None:
-    """What the driver said; None if it never did, or nothing that can be understood."""
+    """The status that the driver wrote; None if there is none, or none that is valid."""
     with suppress(LcrayError, TypeError, ValueError):
         said = build(Status, read_json(output.status))
         counts = (said.spans, said.spans_done, said.intervals, said.intervals_done, said.workers)
@@ -166,9 +146,9 @@ def _read(output: Output) -> Status | None:
 
 
 class Silence:
-    """For how long an output has given no sign of a driver: no new word, no beat of its lock.
+    """Measures how long an output has had no sign of a driver: no new status, no beat of its lock.
 
-    By the clock here, since clocks of machines need not agree.
+    It uses the clock here, since the clocks of machines need not agree.
 
     Args:
         out: the output.
@@ -183,76 +163,56 @@ class Silence:
 
         Raises:
             OutputError: if there were none for as long as it takes to lose the lock, or the driver
-                is known to have ended without a word.
+                is known to have ended without a final status.
         """
         if found.silent and found.state == "interrupted":
-            raise OutputError(f"{self._out}: {_GONE}; {_GO_ON}")
+            raise OutputError(f"{self._out}: {_GONE}; {_RESUME}")
         now, signs = time.monotonic(), (found.written, pulse(self._out))
         if signs != self._signs:
             self._signs, self._since = signs, now
         elif now - self._since >= STALE:
             raise OutputError(
                 f"{self._out}: no sign of its driver for {STALE:.0f} s: it was killed, or not "
-                f"started; {_GO_ON}"
+                f"started; {_RESUME}"
             )
 
 
-class Standing:
-    """Counts what is committed.
+def _new(state: str, plan: Plan) -> Status:
+    return Status(state, len(plan.spans), 0, plan.n_intervals, 0)
 
-    Args:
-        plan: the plan.
-    """
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._spans = self._intervals = 0
-        self._gaps: dict[str, Gap] = {}
+def _planned(said: Status, plan: Plan) -> Status:
+    """`said` with the totals of `plan`."""
+    return replace(said, spans=len(plan.spans), intervals=plan.n_intervals)
 
-    def extend(self, plan: Plan) -> None:
-        """The plan has got more spans."""
-        self._plan = plan
 
-    def add(self, span: Span, report: SpanReport) -> None:
-        """A span is committed."""
-        self._spans += 1
-        self._intervals += span.n_intervals
-        for split, (change, lc) in report.sums.items():
-            old = self._gaps.get(split, Gap(0.0, 0.0))
-            self._gaps[split] = Gap(old.loss_change + change, old.lc + lc)
-
-    @property
-    def intervals(self) -> int:
-        """Intervals that are committed."""
-        return self._intervals
-
-    def status(self, said: Status) -> Status:
-        """`said`, with what is counted."""
-        return replace(
-            said,
-            spans=len(self._plan.spans),
-            spans_done=self._spans,
-            intervals=self._plan.n_intervals,
-            intervals_done=self._intervals,
-            gaps=dict(self._gaps),
-        )
+def _counted(said: Status, span: Span, report: SpanReport) -> Status:
+    """`said` with one more committed span."""
+    gaps = dict(said.gaps)
+    for split, (change, lc) in report.sums.items():
+        old = gaps.get(split, Gap(0.0, 0.0))
+        gaps[split] = Gap(old.loss_change + change, old.lc + lc)
+    spans, intervals = said.spans_done + 1, said.intervals_done + span.n_intervals
+    return replace(said, spans_done=spans, intervals_done=intervals, gaps=gaps)
 
 
 class StatusFile:
-    """Writes ``OUT/status.json`` now and then, from a thread; a context manager.
+    """Writes ``OUT/status.json`` every few seconds, from a thread; a context manager.
 
-    Leaving it says how the analysis ended.
+    At the end of the block it writes how the analysis ended.
 
     Args:
         out: the output directory.
         plan: the plan.
-        holds: whether `out` is this driver's still; where it is not, nothing more is said.
+        holds: whether this driver still has the lock of `out`; if not, nothing more is written.
+
+    Attributes:
+        latest: the status that would be written now.
     """
 
     def __init__(self, out: Place, plan: Plan, holds: Callable[[], bool] = lambda: True) -> None:
         self._output, self._holds = Output(out), holds
-        self._standing = Standing(plan)
-        self._latest = Status("running", 0, 0, 0, 0)
+        self.latest = _new("running", plan)
         self._started, self._before, self._new = time.monotonic(), 0, 0
         self._wake, self._ends = threading.Event(), False
         self._thread = threading.Thread(target=self._write_often, name="lcray-status", daemon=True)
@@ -271,66 +231,50 @@ class StatusFile:
         if error is not None and not isinstance(error, Exception):
             state = "interrupted"
         text = str(error) if isinstance(error, Exception) else ""
-        self._say(replace(self._latest, state=state, running=(), workers=0, error=text))
+        self._say(replace(self.latest, state=state, running=(), workers=0, error=text))
         self._ends = True
         self._wake.set()
         self._thread.join(timeout=10)  # storage that hangs must not keep the command from ending
 
-    @property
-    def latest(self) -> Status:
-        """What would be written now."""
-        return self._latest
-
     def extend(self, plan: Plan) -> None:
-        """The plan has got more spans."""
-        self._standing.extend(plan)
+        """Take the totals of a plan with more spans."""
+        self.latest = _planned(self.latest, plan)
 
     def resume(self, commits: Iterable[tuple[Span, SpanReport]]) -> int:
-        """Spans that were committed before; returns the number of their intervals."""
+        """Count spans that were committed earlier; returns the number of their intervals."""
+        found = self.latest
         for span, report in commits:
-            self._standing.add(span, report)
-        self._before = self._standing.intervals
+            found = _counted(found, span, report)
+        self._before = found.intervals_done
         self._started = time.monotonic()
-        self._say(self._latest)
+        self._say(found)
         self._wake.set()
         return self._before
 
     def done(self, span: Span, report: SpanReport) -> int:
-        """A span is committed; returns the intervals that are."""
-        self._standing.add(span, report)
-        others = [r for r in self._latest.running if (r.first, r.last) != (span.first, span.last)]
-        self._say(replace(self._latest, running=tuple(others)))
-        return self._standing.intervals
+        """Count a span that is committed now; returns the number of committed intervals."""
+        ends = span.first, span.last
+        others = tuple(held for held in self.latest.running if (held.first, held.last) != ends)
+        self._say(replace(_counted(self.latest, span, report), running=others))
+        return self.latest.intervals_done
 
     def view(self, view: View) -> None:
-        """How far the other spans are."""
-        running = tuple(
-            RunningSpan(
-                held.span.first,
-                held.span.last,
-                held.attempt,
-                held.done,
-                held.span.n_intervals,
-                held.seconds,
-            )
-            for held in view.running
-        )
+        """Take the progress of the spans that are not committed."""
         failed = tuple(FailedSpan(s.first, s.last, why) for s, why in view.failures.items())
-        self._say(replace(self._latest, workers=view.workers, running=running, failed=failed))
+        self._say(replace(self.latest, workers=view.workers, running=view.running, failed=failed))
 
     def state(self, state: str) -> None:
-        """What the driver is at."""
-        self._say(replace(self._latest, state=state, running=()))
+        """Set the state of the analysis."""
+        self._say(replace(self.latest, state=state, running=()))
         self._wake.set()
 
     def _say(self, said: Status) -> None:
-        found = self._standing.status(said)
-        elapsed, new = time.monotonic() - self._started, found.intervals_done - self._before
-        new_and_running = new + sum(held.done for held in found.running)
+        elapsed, new = time.monotonic() - self._started, said.intervals_done - self._before
+        new_and_running = new + sum(held.done for held in said.running)
         rate = new_and_running / elapsed if new_and_running and elapsed else None
-        left = found.intervals - self._before - new_and_running
-        self._latest = replace(
-            found, rate=rate, seconds_left=None if rate is None else max(0.0, left) / rate
+        left = said.intervals - self._before - new_and_running
+        self.latest = replace(
+            said, rate=rate, seconds_left=None if rate is None else max(0.0, left) / rate
         )
 
     def _write_often(self) -> None:
@@ -342,7 +286,7 @@ class StatusFile:
 
     def _write(self) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        data: dict[str, Any] = asdict(replace(self._latest, written=now))
+        data: dict[str, Any] = asdict(replace(self.latest, written=now))
         with suppress(LcrayError, ValueError):
             if self._holds():
                 write_json_atomic(self._output.status, data)

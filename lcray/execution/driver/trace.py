@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from lcray.analyses.extremes import extremes
 from lcray.errors import OutputError, UsageError
@@ -14,7 +13,7 @@ from lcray.execution.driver.progress import OnProgress
 from lcray.planning.check import check_traces
 from lcray.planning.plan import Plan
 from lcray.storage import PlaceLike, place
-from lcray.storage.files import writing
+from lcray.storage.files import make_folder
 from lcray.storage.numbers import whole_number
 from lcray.tables.output import Output
 from lcray.tables.reading.results import Results, open_output
@@ -64,9 +63,7 @@ def trace(
     second = Output(target)
     known = second.existing()
     if known is None:
-        if isinstance(target, Path):
-            with writing(target):
-                target.mkdir(parents=True, exist_ok=True)
+        make_folder(target)
         # With the fingerprint of `out`, so that another task or other data are refused.
         second.write(replace(results.record, plan=plan))
     elif known.plan != plan:

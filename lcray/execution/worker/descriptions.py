@@ -58,7 +58,6 @@ class Probe:
         resident: whether the data stay on the device, by split; else they are streamed.
         worker_bytes: memory of the worker with its data and the activations of a batch, without
             the memory per element of the model.
-        checkpoint_bytes: size of the first checkpoint.
         read_seconds: duration of reading it.
         fisher_seconds: duration of the Fisher information of all splits at a step; 0 if not asked
             for.
@@ -69,7 +68,6 @@ class Probe:
     tuning: Tuning
     resident: dict[str, bool]
     worker_bytes: int
-    checkpoint_bytes: int
     read_seconds: float
     fisher_seconds: float = 0.0
 

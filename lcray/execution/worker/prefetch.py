@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -79,7 +80,12 @@ class Walk:
             point = ahead.popleft().result()
             if keeps:
                 self._kept[point.step] = point.vector
-            return Point(point.step, self._placed(point.vector), point.constants)
+            vector = point.vector.to(self._flat.theta.device, non_blocking=True)
+            return Point(point.step, vector, point.constants)
+
+        def after(start: Point) -> Segment | None:
+            end = take()
+            return None if end is None else Segment(start, end)
 
         first, second = take(), take()
         assert first is not None and second is not None, "an interval has two ends"
@@ -87,7 +93,7 @@ class Walk:
         del first, second
         while segment is not None:
             fill()  # only now: the checkpoint that is no longer needed makes room
-            following = _Once(take, segment.end)
+            following = cache(partial(after, segment.end))
             yield segment, following
             segment = following()
 
@@ -118,9 +124,6 @@ class Walk:
         vector, constants = self._flat.flatten(state.tensors, step, vector, state.dtypes)
         return Point(step, vector, constants)
 
-    def _placed(self, vector: Tensor) -> Tensor:
-        return vector.to(self._flat.theta.device, non_blocking=True)
-
     def _check_dtypes(self, state: State) -> None:
         for name, dtype in state.dtypes.items():
             expected = self._dtypes.get(name, dtype)
@@ -129,19 +132,3 @@ class Walk:
                     f"checkpoint at step {state.step}: tensor {name!r} is {dtype}, but {expected} "
                     "at the run's first step; narrow the run with --steps"
                 )
-
-
-class _Once:
-    """The segment that begins at `start`, made on the first call."""
-
-    def __init__(self, take: Callable[[], Point | None], start: Point) -> None:
-        self._take, self._start = take, start
-        self._segment: Segment | None = None
-        self._asked = False
-
-    def __call__(self) -> Segment | None:
-        if not self._asked:
-            end = self._take()
-            self._segment = None if end is None else Segment(self._start, end)
-            self._asked = True
-        return self._segment

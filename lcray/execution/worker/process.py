@@ -21,6 +21,7 @@ import psutil
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of malloc.h
 _NEVER = 2**31 - 1  # an int: a larger value would be truncated to a small one
+_PATIENCE = 5.0  # seconds until the killed processes of a session must be gone
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -78,16 +79,12 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def end_session(leader: int, *, patience: float = 5.0) -> None:
+def end_session(leader: int) -> None:
     """Kill every process of a session but its leader and this one, and wait until they are gone.
 
     The leader must not have been waited for, so that its number still means this session.
-
-    Args:
-        leader: the process that began the session.
-        patience: the most seconds to wait.
     """
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + _PATIENCE
     while (left := _members(leader)) and time.monotonic() < deadline:
         for process in left:
             with suppress(psutil.Error):

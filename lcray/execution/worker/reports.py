@@ -58,19 +58,23 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class SpanInHand:
+class RunningSpan:
     """A span that a worker computes.
 
     Attributes:
-        span: the span.
+        first: the step at its start.
+        last: the step at its end.
         attempt: the number of the attempt, from 1.
         done: number of intervals done.
+        intervals: number of its intervals.
         seconds: time since its start.
     """
 
-    span: Span
+    first: int
+    last: int
     attempt: int
     done: float
+    intervals: int
     seconds: float
 
 
@@ -85,7 +89,7 @@ class View:
     """
 
     workers: int
-    running: tuple[SpanInHand, ...]
+    running: tuple[RunningSpan, ...]
     failures: dict[Span, str]
 
 

@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # torch, which commands that only read do without
+    from lcray.execution.worker.descriptions import Description, Probe
     from lcray.execution.worker.fresh import Unexplained
     from lcray.execution.worker.reports import Outcome, SpanReport, View
-    from lcray.execution.worker.workspace import Description, Probe
     from lcray.planning.plan import Plan, Span
     from lcray.storage import Place
     from lcray.tables.reducing.reduce import Reduction
@@ -54,5 +54,5 @@ class Workers(Protocol):
     ) -> Outcome:
         """Compute and commit `spans`."""
 
-    def reduce(self, out: Place, *, allow_missing: bool = False) -> Reduction:
+    def reduce(self, out: Place) -> Reduction:
         """Merge the shards of `out` into tables."""

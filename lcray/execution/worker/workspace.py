@@ -23,15 +23,16 @@ from lcray.checkpoints import open_series
 from lcray.errors import CheckpointError, TaskError
 from lcray.execution.worker.agreement import check_agreement, digest, measure, with_reference
 from lcray.execution.worker.data_parallel import Members
-from lcray.execution.worker.descriptions import Description as Description
-from lcray.execution.worker.descriptions import Probe as Probe
-from lcray.execution.worker.descriptions import check_repeatable, split_plan
+from lcray.execution.worker.descriptions import (
+    Description,
+    Probe,
+    check_repeatable,
+    split_plan,
+)
 from lcray.execution.worker.fresh import Unexplained, check_model
 from lcray.execution.worker.independence import Independence, two_points
 from lcray.execution.worker.prefetch import Walk
-from lcray.execution.worker.reports import Outcome as Outcome
-from lcray.execution.worker.reports import SpanReport as SpanReport
-from lcray.execution.worker.reports import Tally
+from lcray.execution.worker.reports import SpanReport, Tally
 from lcray.execution.worker.tuning import Tuning, tune
 from lcray.execution.worker.workbench import Workbench
 from lcray.planning.costs import shares_pass
@@ -185,7 +186,6 @@ class Workspace:
             tuning=tuning,
             resident={split.name: split.batches.resident for split in self.bench.splits},
             worker_bytes=self._worker_bytes(tuning),
-            checkpoint_bytes=self._first.nbytes,
             read_seconds=self._read_seconds,
             fisher_seconds=self._fisher_seconds(),
         )

@@ -93,14 +93,6 @@ class Replication:
         pairs = larger * (small + 1) ** 2 + (len(self.weights) - larger) * small**2
         return pairs / self.n_samples**2
 
-    def half_widths(self, errors: Floats, level: float) -> Floats:
-        """How far the interval of confidence `level` reaches to either side, [Q].
-
-        Raises:
-            UsageError: for a level that is not between 0 and 1.
-        """
-        return errors * quantile(level, len(self.weights) - 1)
-
 
 def quantile(level: float, degrees: int) -> float:
     """Student's t that is exceeded, to either side, with probability 1 - `level`.
@@ -135,7 +127,7 @@ def columns(
         half = errors = np.zeros(len(estimate))
     else:
         errors = replication.estimates(values)[1]
-        half = replication.half_widths(errors, level)
+        half = errors * quantile(level, len(replication.weights) - 1)
     return {"estimate": estimate, "se": errors, "low": estimate - half, "high": estimate + half}
 
 

@@ -209,7 +209,8 @@ def _summed(source: Source, ranges: list[Range]) -> pa.Table:
         _check_index(file, rows, ranges)
         for name in (*_FLOAT_SUMS, *_COUNT_SUMS):
             sums[name] += _numbers(rows, name)
-        _add_known(sums["gradient_flips"], known, rows.column("gradient_flips"))
+        sums["gradient_flips"] += rows.column("gradient_flips").fill_null(0).to_numpy()
+        known &= rows.column("gradient_flips").is_valid().to_numpy()
         signs = _border(source, commit, ranges)
         if border is not None and border[0] == commit.span.first:
             for name, what in _BORDER_FLIPS.items():
@@ -231,11 +232,6 @@ def _summed(source: Source, ranges: list[Range]) -> pa.Table:
             "gradient_flips": pa.array(sums["gradient_flips"], pa.int64(), mask=~known),
         },
     )
-
-
-def _add_known(total: NDArray[Any], known: NDArray[Any], column: pa.ChunkedArray) -> None:
-    total += column.fill_null(0).to_numpy()
-    known &= column.is_valid().to_numpy()
 
 
 def _no_borders(source: Source, commit: Attempt) -> CorruptionError:

@@ -22,7 +22,7 @@ import pyarrow as pa
 from lcray.errors import CorruptionError, IncompleteError, brief
 from lcray.planning.plan import Plan
 from lcray.storage import Place, PlaceLike, place, storage_of, sync_folder
-from lcray.storage.files import FORMAT_VERSION, seal, write_json_atomic, writing
+from lcray.storage.files import FORMAT_VERSION, make_folder, seal, write_json_atomic, writing
 from lcray.tables.output import MANIFEST, Output
 from lcray.tables.parquet import FileEntry, TableFile
 from lcray.tables.reading.views import write_views
@@ -68,15 +68,11 @@ def reduce(out: PlaceLike, *, allow_missing: bool = False) -> Reduction:
     output = Output(place(out))
     output.record()  # no lock file in what is no output
     with output.locked():
-        return _merge(output, allow_missing)
+        return merge(output, allow_missing=allow_missing)
 
 
-def merge(out: PlaceLike, *, allow_missing: bool = False) -> Reduction:
-    """`reduce`, for a caller that holds the lock of `out` or whose driver does."""
-    return _merge(Output(place(out)), allow_missing)
-
-
-def _merge(output: Output, allow_missing: bool) -> Reduction:
+def merge(output: Output, *, allow_missing: bool = False) -> Reduction:
+    """As `reduce`, for a caller that has locked the output, or whose driver has."""
     out, digest, plan = output.path, output.plan_digest(), output.record().plan
     output.check_links()
     commits, problems = _survey(out, plan)
@@ -165,9 +161,9 @@ def tables_of(plan: Plan) -> tuple[str, ...]:
 
 def _write_tables(folder: Place, source: Source, digest: str) -> dict[str, FileEntry]:
     """Stages every table, then gives all of them their names, and the manifest."""
+    make_folder(folder)
     if isinstance(folder, Path):
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*.tmp"):
                 leftover.unlink(missing_ok=True)
     staged: dict[str, TableFile] = {}

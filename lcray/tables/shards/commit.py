@@ -127,11 +127,6 @@ def _typed(data: Any, name: str, kind: type) -> Any:
     return value
 
 
-def committed(out: Place, spans: Iterable[Span]) -> dict[Span, Commit]:
-    """All of `each_commit`, by span."""
-    return dict(each_commit(out, spans))
-
-
 def each_commit(out: Place, spans: Iterable[Span]) -> Iterator[tuple[Span, Commit]]:
     """The commits of those of `spans` that have one, in the order of `spans`.
 

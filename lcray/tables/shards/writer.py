@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,35 +24,13 @@ import pyarrow.parquet as pq
 from lcray.errors import LcrayError, OutputError, UsageError
 from lcray.planning.plan import Span
 from lcray.storage import Place, Remote, open_uncached, place, sha256_of, storage_of
-from lcray.storage.files import (
-    FORMAT_VERSION,
-    exists,
-    seal,
-    write_json_atomic,
-    writing,
-)
+from lcray.storage.files import FORMAT_VERSION, exists, make_folder, seal, write_json_atomic
 from lcray.storage.lock import newest
 from lcray.tables.arrow import largest_group
 from lcray.tables.output import COMMIT, Output, shard_name
 from lcray.tables.parquet import FileEntry, TableFile
 from lcray.tables.schema import TABLES, table_schema
-from lcray.tables.shards.commit import (
-    ATTEMPT,
-    Commit,
-    committed,
-    listed,
-    read_commit,
-)
-
-__all__ = [
-    "Commit",
-    "FileEntry",
-    "ShardWriter",
-    "check_files",
-    "committed",
-    "read_commit",
-    "remove_strays",
-]
+from lcray.tables.shards.commit import ATTEMPT, Commit, listed, read_commit
 
 PARTITIONS = "lcray.partitions"
 
@@ -81,9 +58,7 @@ class ShardWriter:
         self._open: dict[str, TableFile] = {}
         self._partitions: dict[str, list[list[Any]]] = {}
         self._out, self._lock = out, newest(out)
-        if isinstance(self.folder, Path):
-            with writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
 
     def __enter__(self) -> ShardWriter:
         return self

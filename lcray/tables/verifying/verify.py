@@ -41,7 +41,8 @@ from lcray.tables.reducing.reduce import (
     tables_of,
 )
 from lcray.tables.schema import TABLES
-from lcray.tables.shards.writer import Commit, check_files, file_problems, read_commit
+from lcray.tables.shards.commit import Commit, read_commit
+from lcray.tables.shards.writer import check_files, file_problems
 from lcray.tables.verifying.coverage import Invariant, coverage, relations
 from lcray.tables.verifying.sums import invariants
 

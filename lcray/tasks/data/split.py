@@ -98,6 +98,7 @@ class SplitSource:
         sorted_by_group: whether batches will hold one group each.
         sha256: of the samples in their natural order.
         draw: the samples that were drawn from the data set; None if all are evaluated.
+        blocks: the numbers of the samples in the order of cutting; no batch spans two blocks.
     """
 
     name: str
@@ -106,9 +107,9 @@ class SplitSource:
     sorted_by_group: bool
     sha256: str
     draw: Draw | None
+    blocks: tuple[Index, ...] = field(repr=False)
     _task: Task = field(repr=False)
     _samples: Samples = field(repr=False)
-    _blocks: tuple[Index, ...] = field(repr=False)
     _constants: tuple[int, ...] | None = field(repr=False)  # the label of each block's items
     _replicates: tuple[int, ...] = field(repr=False)  # of each block, if samples were drawn
 
@@ -170,19 +171,6 @@ class SplitSource:
             n_replicates=0 if self.draw is None else self.draw.n_replicates,
         )
 
-    @property
-    def blocks(self) -> tuple[Index, ...]:
-        """The numbers of the samples in the order of cutting; no batch spans two blocks."""
-        return self._blocks
-
-    def gather(self, cuts: Sequence[Index], *, place: Place) -> SplitData:
-        """Samples by their numbers, one batch per entry of `cuts`, resident and without groups.
-
-        Raises:
-            TaskError: if samples cannot be made into batches.
-        """
-        return self._without_groups(list(cuts), place)
-
     def excerpt(self, batch_size: int, count: int, *, place: Place) -> SplitData:
         """The `count` largest batches of a cut, resident and without groups, to try a batch size.
 
@@ -192,15 +180,20 @@ class SplitSource:
             TaskError: if samples cannot be made into batches.
         """
         cuts = sorted(self._cuts(batch_size), key=len, reverse=True)[:count]
-        return self._without_groups(cuts, place)
+        return self.gather(cuts, place=place)
 
     def pick(self, count: int, seed: int, batch_size: int, *, place: Place) -> SplitData:
         """`count` samples drawn without replacement, all if there are fewer; like `excerpt`."""
         rng = np.random.default_rng([seed, zlib.crc32(self.name.encode())])
         chosen = np.sort(rng.permutation(self.n_samples)[:count])
-        return self._without_groups(list(cut_block(chosen, batch_size)), place)
+        return self.gather([*cut_block(chosen, batch_size)], place=place)
 
-    def _without_groups(self, cuts: list[Index], place: Place) -> SplitData:
+    def gather(self, cuts: Sequence[Index], *, place: Place) -> SplitData:
+        """Samples by their numbers, one batch per entry of `cuts`, resident and without groups.
+
+        Raises:
+            TaskError: if samples cannot be made into batches.
+        """
         read = partial(self._read, cuts)
         placed = [map_tensors(place, read(number)) for number in range(len(cuts))]
         device, nbytes = place(torch.zeros(0)).device, count_bytes(placed)
@@ -214,7 +207,7 @@ class SplitSource:
         )
 
     def _cuts(self, batch_size: int) -> list[Index]:
-        return [cut for block in self._blocks for cut in cut_block(block, batch_size)]
+        return [cut for block in self.blocks for cut in cut_block(block, batch_size)]
 
     def _read(self, cuts: Sequence[Index], number: int) -> Any:
         where = f"task split {self.name!r}, batch {number}"
@@ -229,14 +222,14 @@ class SplitSource:
             return []
         return [
             torch.full((len(cut),), label)
-            for block, label in zip(self._blocks, self._constants, strict=True)
+            for block, label in zip(self.blocks, self._constants, strict=True)
             for cut in cut_block(block, batch_size)
         ]
 
     def _by_batch(self, by_block: tuple[int, ...], batch_size: int) -> tuple[int, ...]:
         if not by_block:
             return ()
-        pairs = zip(self._blocks, by_block, strict=True)
+        pairs = zip(self.blocks, by_block, strict=True)
         return tuple(number for block, number in pairs for _ in cut_block(block, batch_size))
 
     def _place(
@@ -339,9 +332,9 @@ def open_split(
         sorted_by_group=by_sample is not None,
         sha256=digest.hexdigest(),
         draw=drawn,
+        blocks=blocks,
         _task=task,
         _samples=taken,
-        _blocks=blocks,
         _constants=constants,
         _replicates=replicates,
     )

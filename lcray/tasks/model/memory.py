@@ -46,29 +46,41 @@ def cgroup_room(membership: Path = _MEMBERSHIP, mount: Path = _MOUNT) -> int | N
         membership: lists the groups of the process, one line ``number:controllers:path`` each.
         mount: where control groups are mounted.
     """
+    rooms = map(_room, control_groups("memory", membership, mount))
+    return min((room for room in rooms if room is not None), default=None)
+
+
+def control_groups(
+    controller: str, membership: Path = _MEMBERSHIP, mount: Path = _MOUNT
+) -> Iterator[Path]:
+    """The control groups of this process for a resource, and the groups above them.
+
+    Args:
+        controller: the resource, such as ``cpu``.
+        membership: as for `cgroup_room`.
+        mount: where control groups are mounted.
+    """
     try:
         lines = membership.read_text().splitlines()
     except OSError:  # not Linux
-        return None
-    rooms: list[int] = []
+        return
     for line in lines:
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number == "0" and not controllers:
-            rooms += _rooms(mount, path, _VERSION_2)
-        elif "memory" in controllers.split(","):
-            rooms += _rooms(mount / "memory", path, _VERSION_1)
-    return min(rooms, default=None)
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers and controller not in controllers.split(","):
+            continue
+        # Version 1 has a hierarchy for each controller, version 2 (no name) one for all of them.
+        tops = {mount / name for name in (controllers, controller)} if controllers else {mount}
+        group = Path(path.lstrip("/"))
+        yield from (top / each for top in tops for each in (group, *group.parents))
 
 
-def _rooms(mount: Path, path: str, files: tuple[str, str, str]) -> Iterator[int]:
-    parts = [part for part in path.split("/") if part]
-    limit_file, use_file, cache_key = files
-    for depth in range(len(parts) + 1):
-        group = mount.joinpath(*parts[:depth])
+def _room(group: Path) -> int | None:
+    """Bytes that one control group still allows; None if it has no limit, or is not seen here."""
+    for limit_file, use_file, cache_key in (_VERSION_2, _VERSION_1):
         limit, use = _number(group / limit_file), _number(group / use_file)
         if limit is not None and use is not None:
-            yield max(0, limit - max(0, use - _cache(group, cache_key)))
+            return max(0, limit - max(0, use - _cache(group, cache_key)))
+    return None
 
 
 def _number(file: Path) -> int | None:
