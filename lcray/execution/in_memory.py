@@ -20,7 +20,7 @@ from lcray.checkpoints.naming import canonical_names
 from lcray.errors import CheckpointError, UsageError
 from lcray.execution.worker.fresh import check_model
 from lcray.execution.worker.independence import Independence
-from lcray.execution.worker.workbench import Workbench
+from lcray.execution.worker.workbench import Share, Workbench
 from lcray.planning.make import make_settings
 from lcray.settings import Options, Settings
 from lcray.tables.reading.confidence import Replication, columns
@@ -143,7 +143,7 @@ def allocate(
     settings = make_settings(options)
     _check_states(before, after)
     loaded = locate(task).load()
-    bench = Workbench(loaded, settings, device=device)
+    bench = Workbench(loaded, settings, share=Share(device))
     states = [_point(bench, state, step) for step, state in enumerate((before, after))]
     Independence(bench, loaded).check(states)
     segment = Segment(*states)

@@ -16,6 +16,7 @@ from lcray.execution.worker.independence import Independence, two_points
 from lcray.execution.worker.prefetch import Walk
 from lcray.execution.worker.process import tune_process, worker_environment
 from lcray.execution.worker.reports import SpanReport
+from lcray.execution.worker.workbench import Share
 from lcray.execution.worker.workspace import Workspace
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Crew, Plan, Probed
@@ -57,7 +58,8 @@ def open_workspace(
     """A task's model and data, as one of `sharers` workers on a machine holds them."""
     found = load_task(task) if isinstance(task, str) else task
     settings = make_settings(options)
-    return Workspace(found, str(run), settings, steps=steps, threads=threads, sharers=sharers)
+    share = Share(threads=threads, sharers=sharers)
+    return Workspace(found, str(run), settings, steps=steps, share=share)
 
 
 def has_rule(name: str) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lcray.execution.worker import tuning
 from lcray.execution.worker.tuning import activation_bytes, tune
-from lcray.execution.worker.workbench import Workbench
+from lcray.execution.worker.workbench import Share, Workbench
 from lcray.planning.make import make_settings
 from lcray.tasks.task import Task
 
@@ -62,7 +62,8 @@ def bench(
     if data is not None:
         known["splits"] = {"train": data}
     known |= task or {}
-    return Workbench(Task(model=model, **known), make_settings(options), memory=2**40)  # type: ignore[arg-type]
+    whole = Task(model=model, **known)  # type: ignore[arg-type]
+    return Workbench(whole, make_settings(options), share=Share(memory=2**40))
 
 
 Rates = Callable[[int, str], float]

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 import lcray
 from lcray.allocation.sums import Evaluation
 from lcray.errors import TaskError, UsageError
-from lcray.execution.worker.workbench import Workbench
+from lcray.execution.worker.workbench import Share, Workbench
 from lcray.planning.make import make_settings
 from lcray.tasks.model.precision import check_float32, exact_float32
 from lcray.tasks.task import Task
@@ -246,7 +246,7 @@ class TestSetUp:
     def test_a_device_that_is_not_there(self, device: str) -> None:
         task = Task(Sum, {"train": (X, Y)}, per_item)
         with pytest.raises(UsageError, match=f"^device {device!r}: cannot be used: ") as caught:
-            Workbench(task, make_settings({}), device=device)
+            Workbench(task, make_settings({}), share=Share(device))
         assert "\n" not in str(caught.value)
 
     def test_threads_are_set_where_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ class TestSetUp:
         task = Task(Sum, {"train": (X, Y)}, per_item)
         Workbench(task, make_settings({}))
         assert asked == []
-        Workbench(task, make_settings({}), threads=3)
+        Workbench(task, make_settings({}), share=Share(threads=3))
         assert asked == [3]
 
     def test_batches_are_permuted_where_they_are_part_of_the_loss(self) -> None:
@@ -400,7 +400,7 @@ class TestAdopting:
         assert found.splits[0].batch_sizes == (2, 2, 1)
         assert len(opened) == 2
         streaming = Workbench(
-            Task(Sum, splits, per_item), make_settings({"batch_size": 3}), memory=1
+            Task(Sum, splits, per_item), make_settings({"batch_size": 3}), share=Share(memory=1)
         )
         streaming.adopt(3, "contiguous")
         assert not streaming.splits[0].batches.resident and streaming._sources is not None
@@ -458,11 +458,11 @@ class TestMemory:
         task = Task(Sum, {"train": (X, Y), "val": (X, Y)}, per_item)
         settings = make_settings({})
         asked = 2**40
-        found = Workbench(task, settings, memory=asked)
+        found = Workbench(task, settings, share=Share(memory=asked))
         # 2 elements, in two splits.
         assert found.room == asked - found.base_bytes - 2 * (63 + 27)
         assert found.base_bytes > 50 * 2**20, "torch alone takes more"
-        assert Workbench(task, settings, memory=2**20).room == 0
+        assert Workbench(task, settings, share=Share(memory=2**20)).room == 0
 
     def test_by_default_it_is_a_share_of_what_is_free(
         self, monkeypatch: pytest.MonkeyPatch
@@ -472,7 +472,7 @@ class TestMemory:
         )
         task = Task(Sum, {"train": (X, Y)}, per_item)
         assert Workbench(task, make_settings({})).room == 800_000_000 - 2 * 63
-        shared = Workbench(task, make_settings({"dtype": "float64"}), sharers=4)
+        shared = Workbench(task, make_settings({"dtype": "float64"}), share=Share(sharers=4))
         assert shared.room == 200_000_000 - 2 * 2 * 63
 
 

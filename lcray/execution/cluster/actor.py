@@ -21,6 +21,7 @@ from lcray.execution.worker.descriptions import Description, Probe
 from lcray.execution.worker.fresh import Unexplained
 from lcray.execution.worker.process import tune_process
 from lcray.execution.worker.reports import SpanReport, report_of
+from lcray.execution.worker.workbench import Share
 from lcray.execution.worker.workspace import Workspace
 from lcray.planning.plan import Plan, Span
 from lcray.settings import Settings
@@ -106,10 +107,7 @@ class Worker:
                 run,
                 settings,
                 steps=steps,
-                device=self._device,
-                threads=threads,
-                memory=placement.memory,
-                sharers=placement.sharers,
+                share=Share(self._device, threads, placement.memory, placement.sharers),
                 partial_sums=partial_sums,
                 seat=Seat(0, placement.team),
             )

@@ -32,7 +32,7 @@ from lcray.execution.worker.data_parallel import (
     points_of,
 )
 from lcray.execution.worker.process import tune_process
-from lcray.execution.worker.workbench import Workbench
+from lcray.execution.worker.workbench import Share, Workbench
 from lcray.planning.plan import Plan
 from lcray.settings import Settings
 from lcray.tasks.task import Task
@@ -81,16 +81,8 @@ class Member:
 
         def work() -> tuple[Any, ...]:
             task = load()
-            bench = Workbench(
-                task,
-                settings,
-                device=self._device,
-                threads=threads,
-                memory=placed.memory,
-                sharers=placed.sharers,
-                partial_sums=partial_sums,
-                seat=seat,
-            )
+            share = Share(self._device, threads, placed.memory, placed.sharers)
+            bench = Workbench(task, settings, share=share, partial_sums=partial_sums, seat=seat)
             self._colleague = Colleague(bench)
             return likeness(bench, task)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import psutil
@@ -33,6 +33,24 @@ CHECK_SEED = 0  # seed of the samples in checks
 _SHARE = 0.8  # of the free memory; the rest is a reserve
 
 
+@dataclass(frozen=True)
+class Share:
+    """The share of a machine that a process may use.
+
+    Attributes:
+        device: where to compute.
+        threads: intra-op threads; None leaves torch as it is.
+        memory: bytes that the process may take, of the GPU's memory if it is on one; None for a
+            share of the free memory.
+        sharers: number of processes sharing the free memory.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    memory: int | None = None
+    sharers: int = 1
+
+
 class Workbench:
     """A task's model and data, ready for gradients.
 
@@ -54,11 +72,7 @@ class Workbench:
     Args:
         task: the task.
         settings: settings of the analysis.
-        device: where to compute.
-        threads: intra-op threads; None leaves torch as it is.
-        memory: bytes that this process may take, of the GPU's memory if it is on one; None for a
-            share of the free memory.
-        sharers: number of processes sharing the free memory.
+        share: the share of the machine to use.
         partial_sums: number of parts in which gradients are summed.
         seat: which worker of a team this is.
 
@@ -72,15 +86,12 @@ class Workbench:
         task: Task,
         settings: Settings,
         *,
-        device: str = "cpu",
-        threads: int | None = None,
-        memory: int | None = None,
-        sharers: int = 1,
+        share: Share = Share(),
         partial_sums: int | None = None,
         seat: Seat | None = None,
     ) -> None:
-        _configure_torch(threads, settings.deterministic, device)
-        self.device = _open_device(device)
+        _configure_torch(share, settings.deterministic)
+        self.device = _open_device(share.device)
         self.settings, self._task = settings, task
         self._dtype = DTYPES[settings.dtype]
         model = call_model(task)
@@ -104,7 +115,7 @@ class Workbench:
         self._adopted = False
         self._splits: tuple[SplitData, ...] | None = None
         self.base_bytes = _taken_bytes(self.device)
-        self.room = self._measure_room(memory, sharers)
+        self.room = self._measure_room(share)
         self.batch_size = settings.batch_size or DEFAULT_BATCH_SIZE
         self.set_memory_format(memory_format_of(settings) or DEFAULT_MEMORY_FORMAT)
 
@@ -250,11 +261,11 @@ class Workbench:
             tensor = tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.dim()])
         return tensor
 
-    def _measure_room(self, memory: int | None, sharers: int) -> int:
-        if memory is None:
-            room = int(_SHARE * available_bytes(self.device) / sharers)
+    def _measure_room(self, share: Share) -> int:
+        if share.memory is None:
+            room = int(_SHARE * available_bytes(self.device) / share.sharers)
         else:
-            room = memory - self.base_bytes
+            room = share.memory - self.base_bytes
         sizes = self.flat.layout.size, len(self.hashes)
         vectors = vector_bytes(*sizes, self.settings.dtype, self.engine.partial_sums)
         return max(0, room - vectors)
@@ -277,11 +288,11 @@ def _open_device(device: str) -> torch.device:
         raise UsageError(f"device {device!r}: cannot be used: {reason}; try cpu") from error
 
 
-def _configure_torch(threads: int | None, deterministic: bool, device: str) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
+def _configure_torch(share: Share, deterministic: bool) -> None:
+    if share.threads is not None:
+        torch.set_num_threads(share.threads)
     exact_float32()
-    if device != "cpu":
+    if share.device != "cpu":
         torch.backends.cudnn.benchmark = False
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -34,7 +34,7 @@ from lcray.execution.worker.independence import Independence, two_points
 from lcray.execution.worker.prefetch import Walk
 from lcray.execution.worker.reports import SpanReport, Tally
 from lcray.execution.worker.tuning import Tuning, tune
-from lcray.execution.worker.workbench import Workbench
+from lcray.execution.worker.workbench import Share, Workbench
 from lcray.planning.costs import shares_pass
 from lcray.planning.plan import Plan, Reference, Span, SplitPlan
 from lcray.settings import Settings
@@ -58,10 +58,7 @@ class Workspace:
         run: the directory of checkpoints, or its URI.
         settings: settings of the analysis.
         steps: the range of steps to analyze, ``a:b``.
-        device: where to compute.
-        threads: intra-op threads; None leaves torch as it is.
-        memory: bytes that this process may take; None for a share of the free memory.
-        sharers: number of processes sharing the free memory.
+        share: the share of the machine to use.
         partial_sums: number of parts in which gradients are summed, before there is a plan.
         seat: which worker of a team this is; a workspace with colleagues is the lead.
 
@@ -77,10 +74,7 @@ class Workspace:
         settings: Settings,
         *,
         steps: str | None = None,
-        device: str = "cpu",
-        threads: int | None = 1,
-        memory: int | None = None,
-        sharers: int = 1,
+        share: Share = Share(threads=1),  # noqa: B008 - frozen
         partial_sums: int = 1,
         seat: Seat | None = None,
     ) -> None:
@@ -89,16 +83,7 @@ class Workspace:
         self.series = open_series(run, steps)
         self._whole = self.series.steps[-2]  # a checkpoint is complete once another follows it
         self._where = run, steps
-        self.bench = Workbench(
-            task,
-            settings,
-            device=device,
-            threads=threads,
-            memory=memory,
-            sharers=sharers,
-            partial_sums=partial_sums,
-            seat=seat,
-        )
+        self.bench = Workbench(task, settings, share=share, partial_sums=partial_sums, seat=seat)
         self.settings, self.task, self.flat = settings, task, self.bench.flat
         start = time.perf_counter()
         self._first = replace(self.series.read(self.series.steps[0]), tensors={})
