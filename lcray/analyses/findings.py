@@ -15,12 +15,9 @@ from lcray.analyses.requirements import require
 from lcray.analyses.windows import Ranges
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.storage import Place, PlaceLike, storage_of
-from lcray.storage.files import confined, writing
+from lcray.storage.files import writing
 from lcray.tables.manifest import read_manifest
 from lcray.tables.reading.results import Results, open_output
-
-#: The folder of the findings in an output.
-FOLDER = "findings"
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def findings(
         raise UsageError(f"seed {seed}: give an integer from 0 on")
     wanted = _chosen(only)
     results = open_output(out)
-    folder = confined(results.path, results.path / FOLDER)
+    folder = results.output.findings
     digests = {name: entry.sha256 for name, entry in read_manifest(results.path).tables.items()}
     tables: dict[str, pa.Table] = {}
     impossible: dict[str, str] = {}
@@ -103,7 +100,7 @@ def findings(
             impossible[finding.name] = str(error)
             continue
         used = {table: digests[table] for table in finding.needs}
-        tables[finding.name] = _store(folder, finding, found, seed, used)
+        tables[finding.name] = _store(results.output.finding(finding.name), found, seed, used)
     titles = {finding.name: finding.title for finding in wanted}
     return Findings(folder, tables, titles, impossible)
 
@@ -125,15 +122,12 @@ def _compute(
     return finding.compute(results, window=window, windows=windows, seed=seed)
 
 
-def _store(
-    folder: Place, finding: Finding, found: pa.Table, seed: int, used: Mapping[str, str]
-) -> pa.Table:
+def _store(path: Place, found: pa.Table, seed: int, used: Mapping[str, str]) -> pa.Table:
     """Writes a table, and returns it as it is in the file."""
     more = {"lcray.seed": str(seed), "lcray.tables": json.dumps(used)}
     found = found.replace_schema_metadata({**found.schema.metadata, **more})
     buffer = io.BytesIO()
     pq.write_table(found, buffer, compression="zstd")
-    path = confined(folder.parent, folder / f"{finding.name}.parquet")
     with writing(path):
         storage_of(path).write(path, buffer.getvalue())
     return found

@@ -15,8 +15,9 @@ import torch
 
 from lcray.checkpoints.snapshot import Layout
 from lcray.errors import RecorderError
+from lcray.storage.files import RUN
 
-NAME = "run.json"
+NAME = RUN
 FORMAT_VERSION = 1
 _LIMIT = 1 << 28  # bytes
 

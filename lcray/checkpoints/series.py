@@ -18,6 +18,7 @@ from lcray.checkpoints.listing import Folders
 from lcray.checkpoints.reading import Checkpoint, State, joined, read_checkpoint
 from lcray.errors import CheckpointError, UsageError
 from lcray.storage import Place, PlaceLike, place
+from lcray.storage.files import ANALYSIS
 from lcray.storage.numbers import step_range
 
 # Within one checkpoint folder, in the order in which `from_pretrained` tries them.
@@ -200,7 +201,7 @@ def _with_shards(
 def _why_empty(folders: Folders) -> str:
     root, entries = folders.root, folders.entries(folders.root)
     files = [root / name for name, is_dir in entries if not is_dir]
-    if any(path.name == "analysis.json" for path in files):
+    if any(path.name == ANALYSIS for path in files):
         return f"{root}: is the output of an analysis; give the run that was analyzed"
     below = [root / name for name, is_dir in entries if is_dir]
     nested = [f / name for f in below for name, is_dir in folders.entries(f) if not is_dir]

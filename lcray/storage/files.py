@@ -22,6 +22,9 @@ P = TypeVar("P", Path, Remote, Place)
 #: Version of plans, tables, shards and commits; readers refuse any other.
 FORMAT_VERSION = 2
 
+#: The file by which a run is recognized, and the one by which an output is.
+RUN, ANALYSIS = "run.json", "analysis.json"
+
 _JSON_LIMIT = 1 << 28  # bytes; analysis.json holds one checksum per checkpoint
 
 
@@ -171,7 +174,7 @@ def _elsewhere(path: Place) -> str:
         return "an output is a folder: give the --out of an analysis"
     near = sorted(path.parent.glob(f"*/{path.name}")) if isinstance(path, Path) else []
     below = f" {near[0].parent} is one" if near else ""
-    if not near and isinstance(path, Path) and (path.parent / "run.json").exists():
+    if not near and isinstance(path, Path) and (path.parent / RUN).exists():
         below = " it is a run: give the --out of its lcray analyze"
     return f"is this the output of an analysis?{below}"
 

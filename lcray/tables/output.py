@@ -1,7 +1,8 @@
-"""An output: where everything in it lies, whether it may be touched, and what it was made by.
+"""An output: its paths, its lock, and its record.
 
-Every path of an output comes from here, and none that a link leads out of it. ``analysis.json`` has
-one reader, so that every verb opens the same outputs, and refuses the others in the same words.
+Every path of an output comes from here; a path that a link leads out of the output is refused. All
+verbs read ``analysis.json`` here, so they open the same outputs and refuse the others with the same
+message.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lcray.errors import CorruptionError, OutputError, UsageError
 from lcray.planning.plan import Span
 from lcray.storage import Place, Remote, storage_of
 from lcray.storage.files import (
+    ANALYSIS,
     FORMAT_VERSION,
     confined,
     exists,
@@ -28,19 +30,19 @@ from lcray.storage.files import (
 from lcray.storage.lock import LOCK, Lock, locked
 from lcray.tables.record import Record, plan_digest
 
-ANALYSIS, MANIFEST, COMMIT = "analysis.json", "manifest.json", "commit.json"
+MANIFEST, COMMIT = "manifest.json", "commit.json"
 _STATUS, _VIEWS = "status.json", "views.sql"
 _SHARDS, _TABLES, _FINDINGS, _TRACED = "shards", "tables", "findings", "traced"
 
-#: What lcray keeps in an output, by its name in there.
+#: Names of the files and folders that lcray keeps in an output.
 OWN = (ANALYSIS, _STATUS, _VIEWS, LOCK, _SHARDS, _TABLES, _FINDINGS, _TRACED)
 
 
 @dataclass(frozen=True)
 class Output:
-    """The output in a place, whether there is one yet or not.
+    """The output at a place, whether it exists yet or not.
 
-    Every path that it gives raises a `CorruptionError` where a link leads out of the output.
+    Every path from here raises a `CorruptionError` if a link leads out of the output.
 
     Attributes:
         path: its folder, or its address.
@@ -52,7 +54,7 @@ class Output:
     )
 
     def inside(self, *names: str) -> Place:
-        """The path of something in the output."""
+        """The path of a file or folder in the output."""
         path = self.path
         for name in names:
             path = path / name
@@ -65,7 +67,7 @@ class Output:
 
     @property
     def status(self) -> Place:
-        """The file in which the driver says how far it is."""
+        """The file to which the driver writes its progress."""
         return self.inside(_STATUS)
 
     @property
@@ -85,13 +87,22 @@ class Output:
 
     @property
     def manifest(self) -> Place:
-        """The file that says which tables there are."""
+        """The file that lists the tables."""
         return self.inside(_TABLES, MANIFEST)
 
     @property
     def traced(self) -> Place:
         """The folder of the output of a second pass."""
         return self.inside(_TRACED)
+
+    @property
+    def findings(self) -> Place:
+        """The folder of the findings."""
+        return self.inside(_FINDINGS)
+
+    def finding(self, name: str) -> Place:
+        """The file of a finding."""
+        return self.inside(_FINDINGS, f"{name}.parquet")
 
     def table(self, name: str) -> Place:
         """The file of a table."""
@@ -102,7 +113,7 @@ class Output:
         return self.inside(_SHARDS, span.name)
 
     def commit(self, span: Span) -> Place:
-        """The file that makes an attempt at a span count."""
+        """The file that commits an attempt at a span."""
         return self.inside(_SHARDS, span.name, COMMIT)
 
     def shard(self, span: Span, name: str) -> Place:
@@ -110,9 +121,9 @@ class Output:
         return self.inside(_SHARDS, span.name, name)
 
     def check_links(self) -> None:
-        """Refuse an output in which a link stands where lcray writes, and leads out of there.
+        """Refuse an output if a link leads out of it at a name that lcray writes to.
 
-        What lies deeper is looked at when it is written.
+        Deeper paths are checked when they are written.
 
         Raises:
             CorruptionError: naming the link.
@@ -121,21 +132,21 @@ class Output:
             self.inside(name)
 
     def locked(self) -> AbstractContextManager[Lock]:
-        """Keeps every other lcray process out of it, see `lcray.storage.lock.locked`.
+        """Keep every other lcray process out of the output; see `lcray.storage.lock.locked`.
 
         Raises:
-            OutputError: if another process is at work there, or the lock cannot be written.
-            CorruptionError: if a link in there leads out of it.
+            OutputError: if another process works on it, or the lock cannot be written.
+            CorruptionError: if a link in it leads out of it.
         """
         self.check_links()
         return locked(self.path)
 
     def beside(self, path: Place) -> Place:
-        """`path`, which somebody asked to write to, unless lcray keeps something of its own there.
+        """`path`, which a user wants to write to, unless lcray keeps a file of its own there.
 
         Raises:
             UsageError: if it does.
-            CorruptionError: if it is in the output by its name and a link leads out of there.
+            CorruptionError: if by its name it is in the output, but a link leads out.
         """
         self.check_way(path)
         asked = _plain(path)
@@ -146,7 +157,7 @@ class Output:
         return path
 
     def check_way(self, path: Place) -> None:
-        """Refuse a `path` that is in the output by its name, whichever name, but not by its links.
+        """Refuse a `path` that by any of its names is in the output, but not by its links.
 
         Raises:
             CorruptionError: naming the link.
@@ -159,7 +170,7 @@ class Output:
                 confined(above, asked)
 
     def record(self) -> Record:
-        """What it was made by; read anew each time, but parsed only where it has changed.
+        """The record of the analysis; read each time, but parsed only if it has changed.
 
         Raises:
             OutputError: if there is no output, or another version wrote it.
@@ -168,7 +179,7 @@ class Output:
         return self._read()[0]
 
     def plan_digest(self) -> str:
-        """The checksum of the plan as it is written, see `lcray.tables.record.plan_digest`.
+        """The checksum of the plan as written; see `lcray.tables.record.plan_digest`.
 
         Raises:
             OutputError, CorruptionError: as `record`.
@@ -186,10 +197,10 @@ class Output:
         return self._parsed[digest]
 
     def existing(self) -> Record | None:
-        """As `record`, or None where nothing is yet.
+        """As `record`; None if the place is empty or missing.
 
         Raises:
-            OutputError: also if the place holds something that is no output.
+            OutputError: also if the place holds something other than an output.
         """
         if exists(self.analysis):
             return self.record()
@@ -202,10 +213,11 @@ class Output:
         return None
 
     def write(self, record: Record) -> None:
-        """Make it the output of `record`; the file is written whole or not at all.
+        """Write the record; the file is written whole or not at all.
 
         Raises:
-            OutputError: if the disk refuses, or a link leads out of the output.
+            OutputError: if it cannot be written.
+            CorruptionError: if a link leads out of the output.
         """
         write_json_atomic(self.analysis, {"format_version": FORMAT_VERSION, **record.to_dict()})
 
@@ -225,15 +237,15 @@ class Output:
 
 
 def shard_name(table: str, attempt: str) -> str:
-    """The name of an attempt's file of a table, within the folder of its span."""
+    """The name of an attempt's file of a table, in the folder of its span."""
     return f"{table}-{attempt}.parquet"
 
 
 def check_version(path: Place, data: Mapping[str, Any], cure: str) -> None:
-    """Refuse the content of a file of another version.
+    """Refuse the content of a file that another version wrote.
 
     Raises:
-        OutputError: with the version, and `cure`, which is what to do.
+        OutputError: naming the version, and `cure`, which says what to do.
     """
     version = data.get("format_version")
     if version != FORMAT_VERSION:

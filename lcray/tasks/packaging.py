@@ -20,6 +20,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from lcray.errors import TaskError, UsageError
+from lcray.storage.files import ANALYSIS, RUN
 from lcray.tasks.task import locate
 
 MAX_BYTES = 64 * 2**20  # Ray's job server takes less than 100 MiB; code is much smaller
@@ -218,9 +219,9 @@ def _is_left_out(name: str) -> bool:
 
 def _is_no_code(folder: Path, names: Sequence[str]) -> bool:
     """Whether a folder is a run, an output, or a virtual environment."""
-    if "run.json" in names and any(fnmatch(n, p) for n in names for p in CHECKPOINTS):
+    if RUN in names and any(fnmatch(n, p) for n in names for p in CHECKPOINTS):
         return True
-    if "analysis.json" in names and ((folder / "shards").is_dir() or (folder / "tables").is_dir()):
+    if ANALYSIS in names and ((folder / "shards").is_dir() or (folder / "tables").is_dir()):
         return True
     return "pyvenv.cfg" in names
 
