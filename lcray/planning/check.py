@@ -112,7 +112,7 @@ def _untyped(plan: Plan) -> Iterator[str]:
         yield "numbers that are no integers"
     seconds = plan.seconds
     if seconds is not None and not (type(seconds) in (int, float) and 0 <= seconds < math.inf):
-        yield "an expected duration that is none"
+        yield "invalid `seconds`, which must be a non-negative number"
 
 
 def _impossible(plan: Plan) -> Iterator[str]:
@@ -208,7 +208,9 @@ def check_traces(settings: Settings, layers: Sequence[Layer], *, on: bool = True
         if number is None or not name:
             raise UsageError(f"trace {item!r}: must have the form layer:index")
         if name == "top" and name not in sizes:
-            raise UsageError(f"trace {item!r}: known only once LC is: lcray trace, afterwards")
+            raise UsageError(
+                f"trace {item!r}: available only after the analysis; then run lcray trace"
+            )
         if name not in sizes:
             raise UsageError(suggest(name, sizes, "layer"))
         if number >= sizes[name]:

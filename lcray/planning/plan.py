@@ -17,7 +17,7 @@ from lcray.settings import Settings
 from lcray.storage.json_types import build, value_of
 from lcray.tasks.layer import Layer
 
-#: Samples a batch where nothing was asked for and no probe may choose.
+#: Samples per batch if none were asked for and no probe may choose.
 DEFAULT_BATCH_SIZE = 256
 DEFAULT_MEMORY_FORMAT = "contiguous"
 MEMORY_FORMATS = (DEFAULT_MEMORY_FORMAT, "channels_last")
@@ -105,14 +105,14 @@ class Crew:
 
 @dataclass(frozen=True)
 class Probed:
-    """What a probe measured and chose; nothing where there was none.
+    """Measurements and choices of a probe; empty without a probe.
 
     Attributes:
-        seconds: of one gradient, by split.
-        read_seconds: of reading a checkpoint.
-        fisher_seconds: of the Fisher information of all splits at a step.
-        batch_size: where the settings leave it open.
-        memory_format: likewise.
+        seconds: duration of one gradient, by split.
+        read_seconds: duration of reading a checkpoint.
+        fisher_seconds: duration of the Fisher information of all splits at a step.
+        batch_size: the batch size, if the settings leave it open.
+        memory_format: the memory format, likewise.
     """
 
     seconds: Mapping[str, float] | None = None
@@ -145,7 +145,7 @@ class SplitPlan:
         n_items: items the loss is a mean over.
         total_weight: Σ w over the items.
         first_loss: the mean loss at the first checkpoint; it scales atol; None if not finite.
-        n_batches: batches an evaluation.
+        n_batches: batches per evaluation.
         groups: the labels of the groups, in order; empty where the task has none.
         group_weights: Σ w of each group.
         sorted_by_group: whether every batch holds one group, so that groups cost nothing.
@@ -185,14 +185,14 @@ class Plan:
         detail_layers: the layers with rows in `units`, `histograms`, `parameters`, `traces` and
             `elements`.
         trace_sample: elements sampled per layer for `traces`.
-        threads: intra-op threads a worker.
+        threads: intra-op threads per worker.
         device_kind: ``cpu`` or ``cuda``.
-        batch_size: the most samples a batch holds: what the settings say, or a probe chose.
+        batch_size: the most samples per batch, from the settings or a probe.
         memory_format: ``contiguous`` or ``channels_last``, likewise.
         partial_sums: parts that the batches of a split are summed in; parts are added in their
             order, whoever computed them.
-        seconds: that an interval takes one worker, as the probe found; None without one. It decides
-            nothing in the tables: only when a worker is taken to hang or to straggle.
+        seconds: duration of an interval on one worker, from a probe; None without one. It only
+            decides when a worker counts as hanging or straggling, and nothing in the tables.
     """
 
     settings: Settings

@@ -1,4 +1,4 @@
-"""A plan with what it will take, and plans in files."""
+"""A plan with its costs, and plans in files."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True, repr=False)
 class PlanReport:
-    """A plan, and what it will take.
+    """A plan, and its costs.
 
     Attributes:
         plan: the plan.
         estimate: time, memory and disk, from a short probe.
-        workers: the number it was made for.
+        workers: the number of workers that it was made for.
         team: workers that share a gradient.
-        interval_seconds: that an interval takes such a team.
+        interval_seconds: duration of an interval on such a team.
         fixed_batches: whether batches are part of the loss, so that their size was not tuned.
         resident: whether a worker keeps the data of a split in memory, by split; else it streams
             them, to the same results.
-        notes: what to keep in mind about the numbers, one line each.
+        notes: remarks on the numbers, one line each.
         local: whether it is to be done in one process, without starting workers.
     """
 

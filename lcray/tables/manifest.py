@@ -1,4 +1,4 @@
-"""The manifest of an output's tables: which there are, and what they were reduced from."""
+"""The manifest of an output's tables: their files, and the spans that they come from."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lcray.tables.schema import TABLES
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``tables/manifest.json`` says.
+    """The content of ``tables/manifest.json``.
 
     Attributes:
-        plan: checksum of the plan that the tables were reduced by.
-        spans: names of the spans that they hold.
+        plan: checksum of the plan of the tables.
+        spans: names of the spans in the tables.
         tables: the file of each table.
     """
 

@@ -1,4 +1,4 @@
-"""What ``analysis.json`` says: what was asked, the plan, and what else decides the numbers."""
+"""The content of ``analysis.json``: the run, the task, the plan, and what else decides numbers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lcray.storage.json_types import value_of
 
 @dataclass(frozen=True)
 class Record:
-    """What an output was made by.
+    """The origin of an output.
 
     Attributes:
         run: the directory of checkpoints, or its URI.
         task: the reference of the task.
         plan: the plan.
-        fingerprint: what else decides the numbers, by name.
-        versions: of Python and the libraries that only carry the numbers.
-        notes: what to keep in mind about the numbers, one line each.
+        fingerprint: what decides the numbers besides settings and plan, by name.
+        versions: of Python and of the libraries that only carry the numbers.
+        notes: remarks on the numbers, one line each.
     """
 
     run: str
@@ -46,10 +46,10 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
-        """The record that `to_dict` described; what a later lcray may say besides is left out.
+        """The record that `to_dict` described; unknown entries, of a later lcray, are ignored.
 
         Raises:
-            AttributeError, KeyError, TypeError, ValueError: for anything that describes none.
+            AttributeError, KeyError, TypeError, ValueError: if `data` does not describe a record.
         """
         return cls(
             run=value_of(str, data["run"], "run"),
@@ -62,10 +62,10 @@ class Record:
 
 
 def plan_digest(plan: Mapping[str, Any]) -> str:
-    """The checksum that ties tables to the plan they were made by, whatever time it expects.
+    """The checksum that links tables to their plan; the expected duration does not count.
 
     Args:
-        plan: as ``analysis.json`` has it: an earlier lcray wrote fewer fields.
+        plan: as in ``analysis.json``: an earlier lcray wrote fewer fields.
     """
     data = {name: value for name, value in plan.items() if name != "seconds"}
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()

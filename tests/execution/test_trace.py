@@ -74,7 +74,9 @@ def test_what_cannot_be_traced(plain_run: Path, out: Path, tmp_path: Path) -> No
     other = replace(task, splits=moved)
     with pytest.raises(OutputError, match="holds another analysis"):
         lcray.trace(plain_run, other, out, into=tmp_path / "other")
-    with pytest.raises(UsageError, match="trace 'top:3': known only once LC is: lcray trace"):
+    with pytest.raises(
+        UsageError, match="trace 'top:3': available only after the analysis; then run lcray trace"
+    ):
         lcray.analyze(plain_run, "scenes:plain", tmp_path / "new", trace=("top:3",))
 
 

@@ -1,1 +1,1 @@
-"""The verbs that drive an analysis, and what they keep of it."""
+"""The verbs that drive an analysis, and its record and status."""

@@ -89,22 +89,22 @@ def analyze(
         plan: a plan, or the file of one, instead of options.
         resources: workers and where they run; by default this process does the work if all
             gradients take less time than starting workers.
-        repair: read what is committed, and compute anew what is damaged, or was computed from
-            checkpoints that have changed since.
-        follow: go on while training still writes, until the run has ended (see `idle`). Give
-            `window` then: by default it is chosen by the steps there are at first.
-        idle: seconds without a new checkpoint after which a run that is followed has ended; None
-            for 600, or for ever where a recorder keeps a ``run.json``, which says when it ends.
-        on_progress: called whenever there is something to tell.
-        **options: as `lcray.plan` takes them: ``steps``, ``span_length``, ``rule``, ``refine`` …
+        repair: read the committed spans, and compute those again that are damaged, or whose
+            checkpoints have changed since.
+        follow: continue while training still writes, until the run has ended (see `idle`). Then
+            also give `window`: by default it is chosen by the steps that exist at the start.
+        idle: with `follow`, seconds without a new checkpoint after which the run has ended. None is
+            600, or no limit if a recorder keeps a ``run.json``, which records the end.
+        on_progress: called when the progress changes.
+        **options: the options of `lcray.plan`: ``steps``, ``span_length``, ``rule``, ``refine`` …
 
     Raises:
         UsageError: for options that cannot be used.
         CheckpointError: if the run cannot be read.
         TaskError: if the task breaks its contract.
-        OutputError: if `out` cannot be written, or holds something else, or was computed from
-            other checkpoints than the run has now.
-        IncompleteError: if spans failed; the message says why, and what is committed is kept.
+        OutputError: if `out` cannot be written, holds something else, or was computed from other
+            checkpoints than the run has now.
+        IncompleteError: if spans failed; the message says why. Committed spans are kept.
         ClusterError: if Ray fails.
     """
     tell = on_progress or (lambda progress: None)
@@ -113,7 +113,7 @@ def analyze(
     steps, span_length = options.pop("steps", None), options.pop("span_length", None)
     given = _given(plan, follow=follow, others=bool(options or steps or span_length))
     settings = given.settings if given else make_settings(options)
-    # Of a plan the first checkpoint is as well, as when it was made.
+    # A given plan fixes the first checkpoint, too.
     steps = f"{given.steps[0]}:" if given else steps
     path = place(out)
     output = Output(path)
@@ -136,7 +136,7 @@ def analyze(
 def _given(
     plan: Plan | str | os.PathLike[str] | None, *, follow: bool, others: bool
 ) -> Plan | None:
-    """The plan that was given, if one was; it leaves nothing for other options to say."""
+    """The given plan, if there is one; other options are then refused."""
     given = load_plan(plan) if isinstance(plan, str | os.PathLike) else plan
     if isinstance(plan, Plan):
         check_plan(plan)
@@ -156,7 +156,7 @@ def _work(
     tell: OnProgress,
     repair: bool,
 ) -> None:
-    """All that takes workers, by the record that is known or a new one."""
+    """Do everything that needs workers, by the known record or a new one."""
     plan = known.plan if known else given
     with workers(job, tell, plan, path if known else None) as pool:
         record = job.record(pool, path, known, given, tell)
@@ -174,7 +174,7 @@ def _compute(
     tell: OnProgress,
     repair: bool,
 ) -> None:
-    """Compute the spans that are not committed, while there are more, and merge all into tables."""
+    """Compute the spans that are not committed, follow the run, and merge all spans into tables."""
     pace = seconds_an_interval(record.plan, job.resources.data_parallel)
     pace = None if pace is None else pace / pool.size
     revisit = Revisit(out, job.series, repair=repair)

@@ -1,4 +1,4 @@
-"""Following a run that training still writes: when there is more of it, and when it has ended."""
+"""Following a run that training still writes: its new checkpoints, and its end."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ IDLE_SECONDS = 600.0
 class Growth:
     """Looks for new checkpoints of a run, until it has ended.
 
-    A run with a ``run.json`` has ended when that says so, as `Recorder.close` writes it. Another
-    one has when no new checkpoint came for `idle` seconds; its newest checkpoint may be written
-    still, and is left out until then.
+    A run with a ``run.json`` has ended once `Recorder.close` has noted that there. Any other run
+    has ended after `idle` seconds without a new checkpoint; until then its newest checkpoint may be
+    incomplete, and is left out.
 
     Args:
         run: the directory of checkpoints.
         steps: the range of steps to analyze, ``a:b``.
-        idle: seconds; None for 600, or for ever where there is a ``run.json``.
+        idle: seconds; None is 600, or no limit if there is a ``run.json``.
 
     Raises:
-        UsageError: for a time that is not positive.
+        UsageError: if `idle` is not positive.
     """
 
     def __init__(self, run: PlaceLike, steps: str | None, idle: float | None) -> None:
@@ -42,11 +42,11 @@ class Growth:
         self.ended = False
 
     def first(self) -> CheckpointSeries:
-        """The series as soon as it has an interval.
+        """The series, after waiting until it has an interval.
 
         Raises:
             CheckpointError: if there is no such run (on object storage: nothing below its address),
-                or it ends before.
+                or it ends without an interval.
         """
         while True:
             series = self.look()
@@ -57,7 +57,7 @@ class Growth:
             time.sleep(SECONDS_A_LOOK)
 
     def look(self) -> CheckpointSeries | None:
-        """The series as far as it can be used now; None if that is no interval yet.
+        """The series as far as it can be used now; None if it has no interval yet.
 
         Raises:
             CheckpointError: if there is no such run, or it cannot be listed.
@@ -68,7 +68,7 @@ class Growth:
             series = open_series(self._run, self._steps, minimum=1)
         except CheckpointError:
             folders = Folders(self._run)
-            folders.entries(folders.root)  # an address without a run is none to wait at
+            folders.entries(folders.root)  # refuses an address without a run
             series = None
         now = time.monotonic()
         if series is not None and series.steps[-1] != self._newest:
@@ -85,7 +85,7 @@ class Growth:
 
     def _content(self) -> dict[str, object] | None:
         path = self._run / RUN_FILE
-        if isinstance(path, Remote):  # a recorder's directory that something copies there
+        if isinstance(path, Remote):  # a copy of a recorder's directory
             return read_json(path) if exists(path) else None
         try:
             return load(path.parent)

@@ -1,4 +1,4 @@
-"""What both verbs, plan and analyze, are asked, and the plan and the record that follow from it."""
+"""The arguments of the verbs plan and analyze, and the plan and the record made from them."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from lcray.tables.output import Output
 from lcray.tables.record import Record
 from lcray.tasks.task import Task, locate
 
-_NO_LIMIT = 1 << 30  # workers, while nobody knows how much work there will be
+_NO_LIMIT = 1 << 30  # workers, while the amount of work is unknown
 
 
 class Job:
-    """The arguments of both verbs, checked as far as that goes without a worker."""
+    """The arguments of both verbs, with all checks that need no worker."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Job:
         )
 
     def draft(self, pool: Workers) -> PlanReport:
-        """A plan, with its costs, from what the workers find."""
+        """A plan, with its costs, from the results of the workers' probe."""
         description, unexplained, probe = pool.describe(), pool.check(), pool.probe()
         drafted = make_plan(
             self.series.steps,
@@ -141,7 +141,7 @@ class Job:
         given: Plan | None,
         tell: OnProgress,
     ) -> Record:
-        """The record to work by, written to `out` before the first span."""
+        """The record of the analysis, written to `out` before the first span."""
         description = pool.describe()
         if record is not None:
             check_same_numbers(out, record, description, description.layers)
@@ -177,7 +177,7 @@ class Job:
         return record if given is not None else self._extended(out, record)
 
     def grown(self, out: Place, record: Record) -> Record:
-        """`record` with the whole spans that the run has gained; with all of them at its end."""
+        """`record` with the new spans of the run: complete spans, and at its end the last one."""
         assert self.growth is not None
         self.series = self.growth.look() or self.series
         return self._extended(out, record)

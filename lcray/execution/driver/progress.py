@@ -1,4 +1,4 @@
-"""Having the spans of a plan computed: what is missing, how far it is, and what failed."""
+"""Computing the spans of a plan that are missing, with progress and failures."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lcray.tables.shards.commit import Commit, each_commit
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an analysis is.
+    """Progress of an analysis.
 
     Attributes:
-        phase: ``start``, ``probe``, ``spans`` or ``reduce``; ``restart`` where a Ray of lcray's own
-            has ended and another one is started; ``local`` instead of ``start`` in this process.
-        done: intervals that are committed.
-        total: intervals in all.
-        running: intervals that are done in spans that are not committed yet.
-        seconds_left: at the rate so far, or by the probe where there is none; None if unknown. Of
-            ``local``: what all gradients take, where that is why no workers are started.
+        phase: ``start``, ``probe``, ``spans`` or ``reduce``; ``restart`` if lcray's own Ray has
+            ended and another one is started; ``local`` instead of ``start`` in this process.
+        done: number of committed intervals.
+        total: number of all intervals.
+        running: number of intervals done in spans that are not committed yet.
+        seconds_left: at the rate so far, or else by the probe; None if unknown. Of ``local``: the
+            time for all gradients, if that is why no workers are started.
     """
 
     phase: str
@@ -39,17 +39,17 @@ OnProgress = Callable[[Progress], None]
 
 
 class Computation:
-    """The spans of an output that are not committed yet; they may become more.
+    """Has the spans of an output computed that are not committed yet; more may be added.
 
     Args:
         pool: the workers.
         out: the output directory.
         plan: the plan.
-        file: where to say how far it is.
-        check: raises an error if the output is another driver's by now.
-        tell: whom to tell.
-        pace: seconds an interval takes all workers together, as the probe found; None if unknown.
-        counts: whether a commit that there is still counts.
+        file: the status file.
+        check: raises an error if another driver has taken over the output.
+        tell: called with the progress.
+        pace: seconds per interval for all workers together, from the probe; None if unknown.
+        counts: whether an existing commit still counts.
 
     Raises:
         OutputError: as `counts` does.
@@ -85,13 +85,13 @@ class Computation:
         tell(Progress("spans", count, plan.n_intervals, seconds_left=left))
 
     def extend(self, plan: Plan) -> None:
-        """The plan has got more spans."""
+        """Add the new spans of a longer plan."""
         self._todo += plan.spans[len(self._plan.spans) :]
         self._plan = plan
         self._file.extend(plan)
 
     def run(self) -> None:
-        """Have the spans computed that are not, but for those that failed."""
+        """Have the spans computed that are not yet, except those that failed."""
         todo, self._todo = self._todo, []
         if todo:
             outcome = self._pool.run(self._plan, todo, self._out, self._done, self._view)
@@ -120,7 +120,7 @@ _AGAIN = "run the same command again to retry"
 
 
 def explain(out: Place, failures: dict[Span, str], done: int) -> str:
-    """One line about spans that are given up, where `done` intervals are committed."""
+    """One line about spans that were given up; `done` intervals are committed."""
     lost = sum(span.n_intervals for span in failures)
     names = ", ".join(f"{span.first}-{span.last}" for span in list(failures)[:6])
     more = ", …" if len(failures) > 6 else ""

@@ -1,4 +1,4 @@
-"""What goes into the record of an output, and whether an analysis is that of a record."""
+"""The content of an output's record, and checks that an analysis matches a record or a plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lcray.tasks.layer import Layer
 
 
 def make_fingerprint(description: Description) -> dict[str, Any]:
-    """What decides the numbers beside settings and plan."""
+    """What decides the numbers besides settings and plan."""
     declared = {"batch_loss": True} if description.batch_loss else {}
     return {
         **declared,
@@ -42,7 +42,7 @@ def make_notes(
     unexplained: Unexplained | None = None,
     late_start: str | None = None,
 ) -> tuple[str, ...]:
-    """What to keep in mind about numbers from such a run; `late_start` is that of its series."""
+    """Remarks on the numbers of an analysis; `late_start` is that of its series."""
     few, many = description.low_precision, description.double_precision
     notes = [] if late_start is None else [late_start]
     for name, (taken, population) in description.drawn.items():
@@ -96,7 +96,7 @@ def check_same_settings(out: Place, record: Record, settings: Settings) -> None:
 def check_same_numbers(
     out: Place, record: Record, description: Description, layers: tuple[Layer, ...]
 ) -> None:
-    """Refuse to continue an output whose numbers would come out differently.
+    """Refuse to continue an output if its numbers would differ now.
 
     Raises:
         OutputError: naming what differs.
@@ -116,7 +116,7 @@ def check_same_numbers(
 
 
 def check_same_losses(out: Place, record: Record, losses: Mapping[str, float]) -> None:
-    """Refuse a loss that has changed unseen by the fingerprint: in a value it closes over, say.
+    """Refuse a loss that has changed although the fingerprint has not, as by a closed-over value.
 
     Raises:
         OutputError: naming the split.

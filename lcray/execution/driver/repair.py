@@ -1,4 +1,4 @@
-"""What is committed but damaged is taken back, so that it is computed anew."""
+"""Removing the commits of damaged spans, so that these are computed again."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lcray.tables.shards.writer import check_files
 
 
 def take_back(out: Place, spans: Iterable[Span]) -> tuple[Span, ...]:
-    """Takes back the commits of those of `spans` that do not hold what was written.
+    """Remove the commits of those `spans` whose files differ from what was written.
 
-    Every committed file is read. What is sound stays as it is, to the byte.
+    Every committed file is read. Files of sound spans stay unchanged.
 
     Args:
         out: the output directory, which the caller has locked.
-        spans: of its plan.
+        spans: spans of its plan.
 
     Returns:
-        the spans that have to be computed anew.
+        the spans to compute again.
 
     Raises:
         OutputError: if a commit belongs to another version or plan, or cannot be removed.
@@ -35,7 +35,7 @@ def take_back(out: Place, spans: Iterable[Span]) -> tuple[Span, ...]:
 
 def _is_damaged(out: Place, span: Span) -> bool:
     output = Output(out)
-    output.commit(span)  # what lies elsewhere is not ours to remove
+    output.commit(span)  # raises if a link leads elsewhere
     try:
         commit = read_commit(out, span)
     except CorruptionError:
@@ -51,15 +51,16 @@ def _is_damaged(out: Place, span: Span) -> bool:
                 storage_of(path).read(path, 0, 1)
         except FileNotFoundError:
             return True
-        except OSError as error:  # what cannot be looked at is not known to be damaged
+        except OSError as error:  # an unreadable file may still be sound
             raise OutputError(f"{path}: cannot be read ({error.strerror}); check access") from error
     return bool(check_files(out, commit))
 
 
 def remove(out: Place, span: Span) -> bool:
-    """Removes the commit of a span and its files.
+    """Remove the commit of a span and its files.
 
-    The commit goes first: without it nothing counts, whatever interrupts the rest.
+    The commit is removed first: without it no file counts, even if removing the rest is
+    interrupted.
 
     Raises:
         OutputError: if it cannot be removed, or a link leads out of `out`.

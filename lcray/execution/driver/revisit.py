@@ -1,7 +1,7 @@
-"""Whether the checkpoints of committed spans are still those that were read.
+"""Checks that the checkpoints of committed spans are still those that were read.
 
-A listing of the run says how large each is and when it was written (or its etag). Only where that
-differs from what the commit says is the checkpoint read again, and compared by its checksum.
+A listing of the run gives the size and the modification time (or etag) of each checkpoint. If these
+differ from the commit, the checkpoint is read again, and its checksum is compared.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ _NAMED = 6  # steps in a message
 
 
 class Revisit:
-    """Looks at one commit after the other.
+    """Checks the checkpoints of commits, one commit after another.
 
     Args:
         out: the output, which the caller has locked.
         series: the run as it is listed now.
-        repair: take back the spans of checkpoints that have changed, instead of refusing them.
+        repair: remove the commits of spans whose checkpoints have changed, instead of refusing.
     """
 
     def __init__(self, out: Place, series: CheckpointSeries, *, repair: bool = False) -> None:
         self._out, self._series, self._repair = out, series, repair
-        self._digests: dict[int, str] = {}  # of those that had to be read
+        self._digests: dict[int, str] = {}  # of checkpoints that had to be read
         self._changed: set[int] = set()
 
     def counts(self, commit: Commit) -> bool:
-        """Whether a commit counts still; one that is refused does, until `check`.
+        """Whether a commit still counts; a commit that `check` will refuse does.
 
         Raises:
-            OutputError: if a span is to be taken back and cannot be removed.
+            OutputError: if the commit of a span cannot be removed.
         """
         changed = {step for step in commit.stamps if self._differs(commit, step)}
         if changed and self._repair:
@@ -45,7 +45,7 @@ class Revisit:
         return True
 
     def check(self) -> None:
-        """Refuse to go on with spans whose checkpoints have changed.
+        """Refuse to continue with spans whose checkpoints have changed.
 
         Raises:
             OutputError: naming the steps.
@@ -64,7 +64,7 @@ class Revisit:
     def _differs(self, commit: Commit, step: int) -> bool:
         try:
             checkpoint = self._series.checkpoint(step)
-        except CheckpointError:  # whether it is wanted is not for here to say
+        except CheckpointError:  # whether it is needed is checked elsewhere
             return False
         if checkpoint.stamp in ("", commit.stamps[step]):
             return False
@@ -77,10 +77,10 @@ class Revisit:
 
 
 def revisit_last(out: Place, series: CheckpointSeries, plan: Plan) -> None:
-    """Refuse to go on from a checkpoint that was written anew since the span before was computed.
+    """Refuse to continue from a checkpoint that was rewritten since the last span was computed.
 
     Raises:
-        OutputError: naming the steps of that span which have changed.
+        OutputError: naming the changed steps of that span.
     """
     commit, revisit = read_commit(out, plan.spans[-1]), Revisit(out, series)
     if commit is not None:

@@ -1,4 +1,4 @@
-"""The public verb that has a cluster do an analysis: package the code, submit, follow."""
+"""The verb `submit`: package the task's code, submit the analysis to a cluster, follow it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ class Submission:
     """A job on a cluster.
 
     Attributes:
-        job: Ray's id of it.
-        address: of the job server.
-        exit_code: of ``lcray analyze`` there, 0 where it succeeded; None if nobody waited for it.
+        job: Ray's id of the job.
+        address: the address of the job server.
+        exit_code: the exit code of ``lcray analyze``, 0 if it succeeded; None if it was not waited
+            for.
         message: why it failed, in one line.
     """
 
@@ -48,10 +49,10 @@ class JobOptions(PlanOptions, total=False):
     """The options of a job.
 
     Attributes:
-        repair: as `lcray.analyze` takes it; `follow` and `idle` likewise.
-        on_package: called with what was packaged, before it is sent.
+        repair: as for `lcray.analyze`, like `follow` and `idle`.
+        on_package: called with the package, before it is sent.
         on_submit: called once the cluster has the job.
-        on_log: called with the job's log, piece by piece, while it is waited for.
+        on_log: called with each new piece of the job's log, while the job is waited for.
     """
 
     repair: bool
@@ -77,19 +78,20 @@ def submit(
 ) -> Submission:
     """Have a Ray cluster run ``lcray analyze``, and wait for it.
 
-    The task's code travels with the job; nothing of it is imported here. Run and output do not
-    travel: they are on storage that every node sees.
+    The task's code is sent with the job and not imported here. Run and output are not sent: they
+    must be on storage that every node can access.
 
     Args:
         run: the run: a URI, or an absolute path as the cluster sees it.
         task: ``package.module:attribute`` or ``path/file.py:attribute``.
-        out: the output, likewise.
-        address: of the cluster's job server, ``http://HEAD:8265``; by default what
-            ``RAY_API_SERVER_ADDRESS`` says, else port 8265 of this machine.
+        out: the output: a URI, or an absolute path as the cluster sees it.
+        address: the cluster's job server, ``http://HEAD:8265``; by default
+            ``RAY_API_SERVER_ADDRESS``, else port 8265 of this machine.
         plan: the file of a plan, instead of `lcray.plan`'s options.
         resources: workers, and what each may use.
-        include: files and folders beside the task's code that it needs.
-        env: variables for the job and its workers. Who can see the job can read them: no secrets.
+        include: further files and folders that the task's code needs.
+        env: variables for the job and its workers. Anyone who can see the job can read them: no
+            secrets.
         wait: follow the job until it ends.
         **options: those of `lcray.analyze`; and three callbacks: ``on_package`` gets the package
             before it is sent, ``on_submit`` the submitted job, ``on_log`` each piece of its log.
@@ -98,8 +100,8 @@ def submit(
         UsageError: for arguments that cannot be used.
         TaskError: if the task's code is not found, or too large.
         ClusterError: if the job server is not reached, or refuses.
-        KeyboardInterrupt: as usual; once the job is submitted, it goes on, and the message says how
-            to follow and how to stop it.
+        KeyboardInterrupt: as usual; a submitted job continues, and the message says how to follow
+            and how to stop it.
     """
     on_package = options.pop("on_package", None) or _ignore
     on_submit = options.pop("on_submit", None) or _ignore
@@ -144,7 +146,7 @@ def _send(
 
 
 def _check_place(what: str, text: str) -> None:
-    """Refuse what would mean something else on the cluster than here, and credentials.
+    """Refuse a path that would differ on the cluster, and credentials.
 
     Raises:
         UsageError: saying what to give instead.
@@ -159,7 +161,7 @@ def _check_place(what: str, text: str) -> None:
 
 
 def arguments(options: Mapping[str, Any], resources: Resources) -> list[str]:
-    """The arguments of ``lcray analyze`` that say the same as those of `lcray.analyze`.
+    """The arguments of ``lcray analyze`` for these options of `lcray.analyze`.
 
     Raises:
         UsageError: for an option that does not exist or cannot be used.

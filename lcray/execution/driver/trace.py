@@ -1,4 +1,4 @@
-"""The verb `trace`: a second pass over a run, for the elements that it takes LC to choose."""
+"""The verb `trace`: a second pass over a run, for elements that are chosen by their LC."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def trace(
 ) -> Results:
     """Weight, gradient and LC, step by step, of the parameters that helped and hurt most.
 
-    Under the plan of `out`, the run is gone over again with all of its gradients, into an output of
-    its own with the tables `intervals`, `layers` and `traces`; LC is the same as in `out`, bit for
-    bit. Running it again resumes.
+    All gradients of the run are computed again, by the plan of `out`. The new output has the tables
+    `intervals`, `layers` and `traces`; LC is the same as in `out`, bit for bit. Running it again
+    resumes.
 
     Args:
         run: the directory of checkpoints, or its URI.
@@ -46,13 +46,13 @@ def trace(
             split (it needs `parameters`), or ``layer:index``.
         into: the new output; None for ``OUT/traced``.
         resources: workers and where they run.
-        on_progress: called whenever there is something to tell.
+        on_progress: called when the progress changes.
 
     Returns:
         The new output's results.
 
     Raises:
-        UsageError: for elements that do not exist, or nothing to trace.
+        UsageError: for elements that do not exist, or if there is nothing to trace.
         OutputError: if `out` has no tables, or `into` holds something else.
         CheckpointError, TaskError, IncompleteError, ClusterError: as `lcray.analyze` raises them.
     """

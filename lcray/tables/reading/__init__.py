@@ -1,1 +1,1 @@
-"""Opening an output, and asking it."""
+"""Opening an output, and querying its tables."""

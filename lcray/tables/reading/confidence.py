@@ -1,18 +1,18 @@
-"""How far estimates from a sample of the data may be off.
+"""Standard errors and confidence intervals of estimates from a sample of the data.
 
 Legend: N samples in the data set, n of them drawn at random, R replicates, Q quantities.
 
 A quantity is linear in the loss: a loss change, LC of a layer, or their sum over any intervals.
-With r_k its value on replicate k alone, and p_k the replicate's share of Σ w, the estimate is that
-of the whole sample, Σ p_k r_k. Its variance is estimated by
+Let r_k be its value on replicate k alone, and p_k the replicate's share of Σ w. The estimate is the
+value on the whole sample, Σ p_k r_k, and its variance is estimated by
 
     (1 − n/N) · Σ p_k² (r_k − Σ p r)² / (1 − Σ (n_k/n)²),        n_k samples in replicate k
 
-and (estimate − truth) / SE is taken to follow Student's t with R − 1 degrees of freedom. Where
-all samples have the same weight, estimate and variance are unbiased, exactly. Else the estimate is
-a ratio, whose bias is of order 1/n, and below its standard error by a factor of order √n.
+and (estimate − truth) / SE is assumed to follow Student's t with R − 1 degrees of freedom. If all
+samples have the same weight, estimate and variance are unbiased. Otherwise the estimate is a ratio,
+whose bias is of order 1/n, and below its standard error by a factor of order √n.
 
-Standard errors of different intervals do not add up, as they come from the same sample: sum r_k
+Standard errors of different intervals do not add up, since they come from the same sample: sum r_k
 over the intervals first.
 
 Source: Wolter, *Introduction to Variance Estimation* (2007), chapter 2 (random groups); Cochran,
@@ -74,10 +74,10 @@ class Replication:
         return np.asarray(weights / weights.sum(), np.float64)
 
     def estimates(self, values: ArrayLike) -> tuple[Floats, Floats]:
-        """Estimates and their standard errors, [Q] each; NaN where one replicate has all weight.
+        """Estimates and their standard errors, [Q] each; NaN if one replicate has all weight.
 
         Args:
-            values: of each quantity on each replicate, [Q, R].
+            values: each quantity on each replicate, [Q, R].
         """
         found, shares = np.asarray(values, np.float64), self.shares
         estimate = found @ shares
@@ -88,14 +88,14 @@ class Replication:
 
     @property
     def _same_pairs(self) -> float:
-        """Σ (n_k/n)²: how likely two samples, drawn anew each time, are of one replicate."""
+        """Σ (n_k/n)²: the probability that two samples, drawn independently, share a replicate."""
         small, larger = divmod(self.n_samples, len(self.weights))
         pairs = larger * (small + 1) ** 2 + (len(self.weights) - larger) * small**2
         return pairs / self.n_samples**2
 
 
 def quantile(level: float, degrees: int) -> float:
-    """Student's t that is exceeded, to either side, with probability 1 - `level`.
+    """Student's t that |t| exceeds with probability 1 - `level`.
 
     Raises:
         UsageError: for a level that is not between 0 and 1.
@@ -110,20 +110,20 @@ def quantile(level: float, degrees: int) -> float:
 def columns(
     replication: Replication | None, whole: ArrayLike, values: ArrayLike | None, level: float
 ) -> dict[str, Floats]:
-    """Columns estimate, se, low and high, [Q] each; of data that were taken whole, without error.
+    """Columns estimate, se, low and high, [Q] each; if all data were taken, without error.
 
     Args:
-        replication: the sample; None where all data were taken.
-        whole: each quantity on all the samples that were taken, [Q].
-        values: on each replicate, [Q, R]; None likewise.
-        level: of confidence.
+        replication: the sample; None if all data were taken.
+        whole: each quantity on all samples that were taken, [Q].
+        values: each quantity on each replicate, [Q, R]; None if all data were taken.
+        level: level of confidence.
 
     Raises:
         UsageError: for a level that is not between 0 and 1.
     """
     estimate = np.asarray(whole, np.float64)
     if replication is None or values is None:
-        quantile(level, 1)  # refuses what is no level
+        quantile(level, 1)  # refuses an invalid level
         half = errors = np.zeros(len(estimate))
     else:
         errors = replication.estimates(values)[1]
@@ -132,11 +132,11 @@ def columns(
 
 
 def sums(first: int, last: int | None, *, replicated: bool) -> str:
-    """SQL of the rows that `frame` takes.
+    """SQL for the rows that `frame` takes.
 
     Args:
-        first: the intervals are those with first <= start_step,
-        last: and start_step < last, if given.
+        first: intervals before this start_step are left out.
+        last: intervals from this start_step on are left out; None leaves none out.
         replicated: whether there are tables of replicates.
     """
     when = f"start_step >= {first}" + ("" if last is None else f" AND start_step < {last}")
@@ -149,14 +149,14 @@ def frame(
     """Estimates, errors and bounds of sums over some intervals.
 
     Args:
-        splits: of the plan.
-        layers: the layers to have rows, in order.
-        rows: what `sums` gives: split, quantity, layer, replicate (-1 for all of the sample),
+        splits: the splits of the plan.
+        layers: the layers that get rows, in order.
+        rows: the result of `sums`: split, quantity, layer, replicate (-1 for the whole sample),
             value.
-        level: of confidence.
+        level: level of confidence.
 
     Returns:
-        split, quantity (``loss_change`` or ``lc``), layer (empty for all of them together), and
+        split, quantity (``loss_change`` or ``lc``), layer (empty for all layers together), and
         `columns`.
 
     Raises:
@@ -181,7 +181,7 @@ def frame(
 
 
 def replication(split: SplitPlan) -> Replication | None:
-    """The sample of a split; None where all its data are taken."""
+    """The sample of a split; None if all its data are taken."""
     if split.drawn_from is None:
         return None
     return Replication(split.n_samples, split.drawn_from, split.replicate_weights)

@@ -1,7 +1,8 @@
-"""A DuckDB that sees some files and nothing else, for SQL that is not lcray's own.
+"""A DuckDB that can read some files and nothing else, for SQL that users write.
 
-Settings alone would leave statements that write into the files that are allowed, so foreign SQL
-also has to be one SELECT, whose plan writes nothing: a SELECT may begin with a COPY.
+Settings alone would still allow statements that write into these files. So such SQL must also be a
+single SELECT with a plan that writes nothing (a statement that begins with a COPY in a WITH clause
+counts as a SELECT).
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from lcray.tasks.model.memory import available_bytes
 if TYPE_CHECKING:
     import duckdb
 
-#: A step of a plan that writes; quotes within a name or a literal would be escaped.
+#: A step of a plan that writes; quotes in a name or a literal would be escaped.
 _WRITING = re.compile(r'"name":\s*"[A-Z_]*(?:COPY|INSERT|UPDATE|DELETE|CREATE|ATTACH)')
-_LEAST_ROOM = 1 << 28  # bytes that a query may take in any case
+_LEAST_ROOM = 1 << 28  # bytes that a query may always take
 _SETTINGS: dict[str, str | int | float | list[str]] = {
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
@@ -38,12 +39,12 @@ _SETTINGS: dict[str, str | int | float | list[str]] = {
 
 
 def query_room() -> int:
-    """The bytes that a query may take: half of what is left; its answer may take half of that."""
+    """Bytes that a query may take: half of the available memory; its answer may take a quarter."""
     return max(_LEAST_ROOM, available_bytes(None) // 2)
 
 
 def check_name(path: Place) -> None:
-    """Raises an OutputError for a path that DuckDB and Arrow cannot open."""
+    """Raises an `OutputError` for a path that DuckDB and Arrow cannot open."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
@@ -53,7 +54,7 @@ def check_name(path: Place) -> None:
 
 
 def sql_path(path: Path) -> str:
-    """The path as a literal of DuckDB's, quotes included: as it is, and not as a pattern.
+    """The path as a literal of DuckDB, quotes included, so that it is not read as a pattern.
 
     Raises:
         OutputError: if it is not UTF-8.
@@ -64,20 +65,20 @@ def sql_path(path: Path) -> str:
 
 @contextmanager
 def connect(room: int) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A new database in memory, of at most `room` bytes, that finds and loads nothing by itself."""
+    """A new database in memory, of at most `room` bytes, that loads nothing by itself."""
     import duckdb
 
     connection = duckdb.connect(":memory:", config={**_SETTINGS, "memory_limit": f"{room}B"})
     try:
         yield connection
     finally:
-        if not left_behind():  # to close what is at work would wait for it
+        if not left_behind():  # closing a database at work would wait for it
             connection.close()
 
 
 def shut(connection: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> None:
-    """Leaves these files to a database, and nothing else: no file, no network, no setting."""
-    # DuckDB checks a view's pattern as well as the file that it stands for.
+    """Restricts a database to these files: no other file, no network, no setting."""
+    # DuckDB checks the pattern of a view as well as its file.
     plain = [literal(str(file.resolve())) for file in files]
     listed = ", ".join([*plain, *map(sql_path, files)])
     connection.execute(f"SET allowed_paths=[{listed}]")
@@ -86,10 +87,10 @@ def shut(connection: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> None:
 
 
 def select(connection: duckdb.DuckDBPyConnection, query: str, room: int) -> pa.Table:
-    """What one SELECT gives; signals such as Ctrl-C end it.
+    """The result of one SELECT; signals such as Ctrl-C end it.
 
     Raises:
-        UsageError: if it is anything else, or its answer takes more than `room` bytes.
+        UsageError: if it is another statement, or its answer takes more than `room` bytes.
         duckdb.Error: if it cannot be run.
     """
     return interruptible(lambda: _selected(connection, query, room), connection.interrupt)
@@ -118,7 +119,7 @@ def _reads(connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -
     try:
         if statement.type != duckdb.StatementType.SELECT:
             return False
-    except ValueError:  # a kind that the Python package has no name for
+    except ValueError:  # a kind without a name in the Python package
         return False
     plan = connection.execute(f"EXPLAIN (FORMAT json) {statement.query}").fetchall()
     return not _WRITING.search(str(plan[-1][1]))

@@ -1,4 +1,4 @@
-"""What to do where an output lacks a table, or a query cannot be answered."""
+"""Advice if an output lacks a table, or a query cannot be answered."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lcray.tables.reading.views import VIEWS, named_in, views_of
 from lcray.tables.schema import TABLES
 
-#: By table, for those that an output may lack.
+#: How to obtain each table that an output may lack.
 OPTIONS = {
     "elements": "analyze with --elements",
     "parameters": "analyze with --parameters",
@@ -22,11 +22,11 @@ OPTIONS = {
 
 
 def recipe_for(table: str) -> str:
-    """What gives an output the table that it lacks, in a few words."""
+    """How to obtain a missing table, in a few words."""
     return f"{OPTIONS.get(table, 'analyze')} into a new output"
 
 
-#: Columns whose names are words of SQL, each where it stands for itself without quotes.
+#: Columns with names that are words of SQL, and a pattern for their use without quotes.
 RESERVED = {
     "group": re.compile(r"""(?i)(?<![\w"'.])group(?![\w"']|\s+by\b)"""),
     "window": re.compile(r"""(?i)(?<![\w"'.])window(?![\w"']|\s+\w+\s+as\b)"""),
@@ -34,7 +34,7 @@ RESERVED = {
 
 
 def quotes_for(query: str) -> str | None:
-    """What to do about a query that does not parse, if it names a column without its quotes."""
+    """Advice on a query that does not parse, if it names such a column without quotes."""
     for name, unquoted in RESERVED.items():
         if unquoted.search(query):
             return f'a column named {name} is written "{name}", in quotes'
@@ -42,7 +42,7 @@ def quotes_for(query: str) -> str | None:
 
 
 def tables_for(query: str, tables: Sequence[str], out: object) -> str | None:
-    """What to do about a query on a table or a view that `out`, which has `tables`, lacks."""
+    """Advice on a query for a table or view that is missing in `out`, which has `tables`."""
     for name in named_in(query, [t for t in TABLES if t not in tables]):
         return f"there is no table {name!r} in {out}: {_how(name)}"
     for view in VIEWS:

@@ -30,7 +30,7 @@ from lcray.tables.reading.views import View, named_in, rows_of, views_of
 from lcray.tables.record import Record
 from lcray.tables.schema import TABLES
 
-if TYPE_CHECKING:  # what a driver that only opens an output has no memory for
+if TYPE_CHECKING:  # large libraries that a driver, which only opens an output, does not need
     import duckdb
     import pandas as pd
 
@@ -48,13 +48,13 @@ def open_output(out: PlaceLike) -> Results:
 
 
 def results_of(output: Output) -> Results:
-    """The results in an output that somebody may have looked into already; as `open_output`."""
+    """As `open_output`, for an `Output` that may have been read already."""
     check_name(output.path)
     return Results(output, output.record(), tuple(read_manifest(output.path).tables))
 
 
 def query(out: PlaceLike, sql: str) -> pd.DataFrame:
-    """What one SELECT gives on the tables in `out`; raises as `open_output` and `Results.sql`."""
+    """The result of one SELECT on the tables of `out`; raises as `open_output`, `Results.sql`."""
     return open_output(out).sql(sql)
 
 
@@ -62,14 +62,14 @@ def query(out: PlaceLike, sql: str) -> pd.DataFrame:
 class Results:
     """The tables of an output.
 
-    The methods named as tables give pandas frames; strings are categories, those of splits and
-    layers in the plan's order. `steps` (``"a:b"``, either end open) keeps intervals with
-    a <= start_step < b (windows by their first step), `layers` the layers that match a pattern
-    such as ``"conv*"``.
+    There is one method per table, which gives a pandas frame; strings are categories, with splits
+    and layers in the plan's order. `steps` (``"a:b"``, either end open) keeps intervals with
+    a <= start_step < b (windows by their first step). `layers` keeps the layers that match a
+    pattern such as ``"conv*"``.
 
     Attributes:
-        output: where everything in it lies.
-        record: what it was made by.
+        output: the paths of the output.
+        record: the origin of the output.
         tables: the names of its tables.
     """
 
@@ -84,12 +84,12 @@ class Results:
 
     @property
     def plan(self) -> Plan:
-        """The plan it was made by."""
+        """The plan of the analysis."""
         return self.record.plan
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to keep in mind about the numbers, one line each."""
+        """Remarks on the numbers, one line each."""
         return self.record.notes
 
     def intervals(self, *, steps: str | None = None) -> pd.DataFrame:
@@ -139,11 +139,11 @@ class Results:
         return self.table("fisher", steps=steps, layers=layers)
 
     def fits(self, *, steps: str | None = None, layers: str | None = None) -> pd.DataFrame:
-        """Distributions fitted to absolute LC; window -1 is the whole run; raises as `arrow`."""
+        """Distributions fitted to absolute LC; window -1 is the whole run. Raises as `arrow`."""
         return self.table("fits", steps=steps, layers=layers)
 
     def contents(self) -> pd.DataFrame:
-        """The tables, with their rows, and the views that `sql` sees: name, kind, rows, holds.
+        """The tables, with their rows, and the views for `sql`: name, kind, rows, holds.
 
         Raises:
             CorruptionError: if the manifest is damaged.
@@ -159,15 +159,15 @@ class Results:
     def confidence(
         self, *, steps: str | None = None, layers: str | None = None, level: float = 0.95
     ) -> pd.DataFrame:
-        """Loss change and LC over some intervals, and how far a sample of the data may be off.
+        """Loss change and LC over some intervals, with the uncertainty from sampling the data.
 
         Returns:
             Columns split, quantity (``loss_change``, ``lc``), layer (empty for all together),
             estimate, se, low and high; see `lcray.tables.reading.confidence`. Splits that were
-            taken whole have se 0. Intervals that are not ok count nothing.
+            taken whole have se 0. Intervals that are not ok do not count.
 
         Raises:
-            UsageError: for `steps`, `layers` or a level, not in (0, 1), that cannot be used.
+            UsageError: for invalid `steps` or `layers`, or a level that is not between 0 and 1.
             CorruptionError: if the tables cannot be read.
         """
         asked = sums(*_bounds(steps or ":"), replicated="replicates" in self.tables)
@@ -189,18 +189,18 @@ class Results:
         steps: str | None = None,
         layers: str | None = None,
     ) -> pa.Table:
-        """A table as Arrow, read no further than needed.
+        """A table as Arrow; only the necessary parts of the file are read.
 
         Args:
-            name: of the table.
-            columns: those to read; None for all.
+            name: the name of the table.
+            columns: the columns to read; None for all.
             filters: a further condition on the rows.
             steps: as for the class.
             layers: as for the class.
 
         Raises:
             UsageError: for a table or column that does not exist or was not asked for in the
-                analysis, or `steps` or `layers` that cannot be used.
+                analysis, or invalid `steps` or `layers`.
             CorruptionError: if the file cannot be read.
         """
         path = self._file(name)
@@ -234,11 +234,11 @@ class Results:
     def sql(self, query: str) -> pd.DataFrame:
         """The answer to one SELECT over the tables and views, as a pandas frame.
 
-        The query sees the tables and `lcray.tables.reading.views` under their names, and nothing
+        The query can use the tables and `lcray.tables.reading.views` by their names, and nothing
         else: no file, no network.
 
         Raises:
-            UsageError: if it is not one valid SELECT, or has types that pandas does not.
+            UsageError: if it is not one valid SELECT, or has types that pandas lacks.
         """
         found = self.sql_arrow(query)
         with holding("a pandas frame"):
@@ -273,7 +273,7 @@ class Results:
 
     @contextmanager
     def _local(self, query: str) -> Iterator[Path]:
-        """A local folder with the tables: of a remote output, copies of those that it may name."""
+        """A local folder with the tables; for a remote output, copies of those in the query."""
         views = named_in(query, [view.name for view in self._views()])
         needed = {t for view in self._views() if view.name in views for t in view.tables}
         needed.update(named_in(query, self.tables))
@@ -285,7 +285,7 @@ class Results:
             raise self._unreadable(self.output.tables, error) from error
 
     def _create_views(self, connection: duckdb.DuckDBPyConnection, folder: Path) -> list[Path]:
-        """Makes views of the tables in `folder`, and those on them; returns the files."""
+        """Makes the views of the tables in `folder`, and the views on these; returns the files."""
         import duckdb
 
         files = []
@@ -314,9 +314,9 @@ class Results:
         return Soundness(self.plan)
 
     def _check(self, path: Path, table: str) -> tuple[str, ...]:
-        """The columns that an earlier lcray did not write; no other lack of what it has is.
+        """The columns that are missing since an earlier lcray wrote the file.
 
-        Raises ValueError for what no analysis by this plan writes, if the file is new to us.
+        Raises ValueError for content that no analysis by this plan writes; a file is checked once.
         """
         status = path.stat()
         with pq.ParquetFile(path) as file:
@@ -365,10 +365,10 @@ class Results:
         return matching
 
     def _frame(self, table: pa.Table) -> pd.DataFrame:
-        """A frame whose missing integers and booleans stay such, splits and layers in order."""
+        """A frame that keeps types despite missing values, with splits and layers in order."""
         import pandas as pd
 
-        # Without the metadata: what a file says there would choose types and indices.
+        # Without the metadata, which would choose types and indices.
         frame: pd.DataFrame = table.replace_schema_metadata(None).to_pandas()
         orders = {
             "split": [split.name for split in self.plan.splits],
@@ -378,7 +378,7 @@ class Results:
         for field in table.schema:
             if pa.types.is_dictionary(field.type) and field.name in orders:
                 found = frame[field.name].cat.remove_unused_categories()
-                if found.cat.categories.isin(orders[field.name]).all():  # else no name is lost
+                if found.cat.categories.isin(orders[field.name]).all():  # else a name would go
                     ordered = pd.CategoricalDtype(orders[field.name], ordered=True)
                     frame[field.name] = found.astype(ordered)
             elif table.column(field.name).null_count and pa.types.is_integer(field.type):

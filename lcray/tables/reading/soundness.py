@@ -1,9 +1,9 @@
-"""What a table must look like to be read at all: no names and numbers that no analysis writes.
+"""Checks of a table before it is read: it must not have names or numbers that no analysis writes.
 
-Checksums say that a file is whole, not who made it. A dictionary of a few bytes may hold a name of
-gigabytes, which every row would repeat; a step may be anything that 64 bits hold. Sizes come from
-the footer of the file, before anything is read; numbers from its statistics, and those of tables of
-a common size from the columns themselves. `lcray verify` checks much more.
+A checksum shows that a file is whole, not who made it. A small dictionary may hold a name of
+gigabytes, which every row would repeat; a step may be any number of 64 bits. Sizes are taken from
+the footer of the file, before anything is read. Numbers are taken from its statistics, or from the
+columns themselves unless the table is very large. `lcray verify` checks much more.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from lcray.statistics.histograms import HIGHEST, UNDERFLOW
 from lcray.tables.arrow import largest_group
 from lcray.tables.schema import TABLES, WHOLE_RUN
 
-#: Bytes that a name may have.
-LONGEST_NAME = 1 << 16
-_WORD = 64  # bytes of a word of lcray's own, such as a rule or a status
+LONGEST_NAME = 1 << 16  # bytes of a name, at most
+_WORD = 64  # bytes of a name that lcray gives, such as a rule or a status
 _SLACK = 1 << 14  # bytes for the headers of pages
 _INDEX = 8  # bytes for the index of a name, and its share of a page
-_ROWS = 1 << 22  # of tables whose steps are read to be checked; some tenths of a second
-_NAMED_ROWS = 1 << 26  # of tables whose names are: they are cheaper
+_ROWS = 1 << 22  # up to here, steps are read to be checked; it takes some tenths of a second
+_NAMED_ROWS = 1 << 26  # up to here, names are: this is cheaper
 _MOST = 1 << 62
 
 
 class Soundness:
-    """The checks of an output's tables by its plan, each table once.
+    """Checks an output's tables by its plan, each table once.
 
     Args:
-        plan: of the output.
+        plan: the plan of the output.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -44,14 +43,14 @@ class Soundness:
         self._passed: set[tuple[Any, ...]] = set()
 
     def check(self, file: pq.ParquetFile, table: str, stamp: tuple[Any, ...]) -> tuple[str, ...]:
-        """The columns that the file lacks, see `TableSchema.absent`.
+        """The columns that the file lacks; see `TableSchema.absent`.
 
-        Raises ValueError for what lcray does not write into `table`.
+        Raises ValueError for content that lcray does not write into `table`.
 
         Args:
-            file: the table, open.
+            file: the open table.
             table: its name.
-            stamp: what changes with the file; one that has passed is not checked again.
+            stamp: a value that changes with the file; a file that has passed is not checked again.
         """
         absent = TABLES[table].absent(file.schema_arrow)
         if (table, *stamp) in self._passed:
@@ -68,7 +67,7 @@ class Soundness:
         return absent
 
     def check_sizes(self, metadata: pq.FileMetaData, table: str) -> None:
-        """Raises ValueError for text that takes more than the plan's names may."""
+        """Raises ValueError if text takes more bytes than the plan's names can."""
         places = {name: at for at, name in enumerate(metadata.schema.names)}
         for field in TABLES[table].schema:
             if not pa.types.is_dictionary(field.type) or field.name not in places:
@@ -88,7 +87,7 @@ class Soundness:
                     )
 
     def check_lengths(self, file: pq.ParquetFile) -> None:
-        """Raises ValueError for a name that is too long, whatever the footer says of its size."""
+        """Raises ValueError for a name that is too long, whatever size is in the footer."""
         for field in file.schema_arrow:
             if pa.types.is_dictionary(field.type):
                 for part in _parts(file, field.name):
@@ -122,7 +121,7 @@ class Soundness:
         known = self._names[column]
         few = file.metadata.num_rows <= _NAMED_ROWS
         found = None if few else _extremes(file.metadata, column)
-        if found is None:  # statistics leave very long names out
+        if found is None:  # statistics leave out very long names
             found = [name for part in _parts(file, column) for name in part.dictionary.to_pylist()]
         odd = sorted(set(found) - known)
         if odd:
@@ -170,7 +169,7 @@ def _too_long(column: str, size: int) -> str:
 
 
 def _extremes(metadata: pq.FileMetaData, column: str) -> list[Any] | None:
-    """The least and greatest value of each row group, None where the file does not say."""
+    """The lowest and highest value of each row group; None if the file does not have them."""
     at = metadata.schema.names.index(column)
     found: list[Any] = []
     for number in range(metadata.num_row_groups):
@@ -185,7 +184,7 @@ def _extremes(metadata: pq.FileMetaData, column: str) -> list[Any] | None:
 
 
 def _parts(file: pq.ParquetFile, column: str) -> Any:
-    """The column, row group by row group, in pieces."""
+    """The column in pieces, one row group after another."""
     for number in range(file.metadata.num_row_groups):
         yield from file.read_row_group(number, columns=[column]).column(0).chunks
 

@@ -1,6 +1,6 @@
-"""Ready-made views on the tables: what `Results.sql` and ``OUT/views.sql`` know besides these.
+"""Ready-made views on the tables, for `Results.sql` and ``OUT/views.sql``.
 
-Sums leave out what has no LC (intervals whose `status` is not ok).
+Sums leave out intervals without LC (their `status` is not ok).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lcray.tables.columns import UNIT
 from lcray.tables.output import Output
 from lcray.tables.schema import TABLES
 
-#: The variable of a DuckDB session that says where an output is, if not where it was written.
+#: The variable of a DuckDB session with the place of an output, if it has moved.
 VARIABLE = "lcray_out"
 
 
@@ -29,11 +29,11 @@ class View:
     """One view.
 
     Attributes:
-        name: as SQL has it; no table is called so.
+        name: its name in SQL; no table has the same name.
         tables: the tables that it needs.
-        columns: what each column holds, in their order.
+        columns: the meaning of each column, in order.
         description: one line.
-        sql: a SELECT; ``{train}`` stands for the split that was trained on, as a literal.
+        sql: a SELECT; ``{train}`` stands for the training split, as a literal.
     """
 
     name: str
@@ -197,31 +197,31 @@ FROM groups GROUP BY split, "group", layer""",
 
 
 def views_of(tables: Sequence[str]) -> tuple[View, ...]:
-    """The views that these tables allow."""
+    """The views that need no other tables than these."""
     return tuple(view for view in VIEWS if set(view.tables) <= set(tables))
 
 
 def named_in(query: str, names: Sequence[str]) -> list[str]:
-    """Those of `names` that a query may name."""
+    """The `names` that may occur in a query."""
     return [name for name in names if re.search(rf"\b{name}\b", query, re.IGNORECASE)]
 
 
 def literal(text: str) -> str:
-    """A string as SQL has it."""
+    """A string as a literal of SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def scan(source: str) -> str:
     """The rows of Parquet files as a table function of DuckDB; `source` is SQL for their path.
 
-    Folders of the path are no partitions: one called ``split=train`` would replace the column
+    Folders in the path are not partitions: a folder ``split=train`` would replace the column
     `split`.
     """
     return f"read_parquet({source}, hive_partitioning = false)"
 
 
 def rows_of(table: str, source: str, absent: Sequence[str] = ()) -> str:
-    """A query for the rows of a table: those of its files, with null for columns that they lack."""
+    """A query for the rows of a table; columns that its files lack are null."""
     if not absent:
         return f"FROM {scan(source)}"
     columns = [
@@ -233,7 +233,7 @@ def rows_of(table: str, source: str, absent: Sequence[str] = ()) -> str:
     return f"SELECT {', '.join(columns)} FROM {scan(source)}"
 
 
-#: DuckDB's types by those of columns.
+#: DuckDB's type for each type of a column.
 _TYPES = {
     "bool": "BOOLEAN",
     "int8": "TINYINT",
@@ -249,10 +249,10 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 def write_views(out: Place, plan: Plan, tables: Sequence[str]) -> None:
-    """Writes ``OUT/views.sql``: every table and view, for a DuckDB that was started anywhere.
+    """Writes ``OUT/views.sql``: every table and view, for a DuckDB session in any folder.
 
-    Paths begin with the place of the output now, or with what the session's variable `lcray_out`
-    says.
+    Paths begin with the session's variable `lcray_out`, or else with the present place of the
+    output.
 
     Raises:
         OutputError: if it cannot be written.
@@ -265,9 +265,9 @@ def write_views(out: Place, plan: Plan, tables: Sequence[str]) -> None:
 
 
 def _text(out: Place, plan: Plan, tables: Sequence[str]) -> str:
-    # a local path is no pattern; what follows in an address is
+    # In a local path, signs of a pattern must be escaped; in an address they cannot be.
     where = glob.escape(str(out.resolve())) if isinstance(out, Path) else str(out)
-    said = rf"regexp_replace(getvariable('{VARIABLE}'), '[*?[]', '[\0]', 'g')"  # no pattern, either
+    said = rf"regexp_replace(getvariable('{VARIABLE}'), '[*?[]', '[\0]', 'g')"  # escaped, too
     root = f"coalesce({said}, {literal(where)})"
     parts = [
         "-- The tables and views of an lcray output, for DuckDB: .read views.sql",

@@ -1,1 +1,1 @@
-"""Shards to tables, with fits."""
+"""Merging shards into tables, with fits."""

@@ -14,7 +14,7 @@ from lcray.tables.schema import WHOLE_RUN
 
 
 class Fits:
-    """Collects `fits` while the merged histograms pass by: each window, and the whole run."""
+    """Makes `fits` from the merged histograms as they pass: for each window, and the whole run."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -22,7 +22,7 @@ class Fits:
         self._totals: dict[int, Arrays] = {}
 
     def watch(self, windows: Iterator[pa.Table]) -> Iterator[pa.Table]:
-        """Passes on the tables of `merging.histograms` and fits each."""
+        """Yields the tables of `merge.histograms` unchanged, and fits each."""
         for table in windows:
             split = int(self._source.codes(table, "split")[0])
             bins = _bins(self._source, table)
@@ -74,18 +74,19 @@ def _bins(source: Source, table: pa.Table) -> Arrays:
 
 
 def fit_weibulls(bins: Integers, counts: Floats) -> list[dict[str, tuple[float, float]]]:
-    """Weibull distributions, location 0, by maximum likelihood; standard errors are too small.
+    """Weibull distributions with location 0, by maximum likelihood.
 
-    Those take the samples to be independent, which values of LC are not.
+    The standard errors assume independent samples. Values of LC are not, so the errors are too
+    small.
 
     Args:
-        bins: of the histograms, ascending, [B].
-        counts: in them, [H, B].
+        bins: the bins of the histograms, ascending, [B].
+        counts: the values per bin, [H, B].
 
     Returns:
-        Of each histogram value and standard error (NaN where there is none) of k, lambda, n,
-        log_likelihood, aic and ks, the largest |F_empirical − F_fit| at an edge. Nothing of those
-        whose likelihood has no maximum, or whose lambda is no float64.
+        For each histogram, value and standard error (NaN if it has none) of k, lambda, n,
+        log_likelihood, aic and ks, the largest |F_empirical − F_fit| at an edge. Empty if the
+        likelihood has no maximum, or lambda does not fit into float64.
     """
     from lcray.statistics.families import WEIBULL  # a driver, which imports this, needs no SciPy
     from lcray.statistics.likelihood import distance, fit_bins
@@ -94,10 +95,10 @@ def fit_weibulls(bins: Integers, counts: Floats) -> list[dict[str, tuple[float, 
         return [{} for _ in counts]
     lower, upper = bin_edges(bins)
     edges = np.unique([lower, upper])
-    # a power of two is split off exactly: LC scaled by 2^j then scales lambda exactly
+    # A power of two is split off exactly, so that LC scaled by 2^j scales lambda exactly.
     exponent = int(bins[len(bins) // 2]) // 8
     mantissa, power = np.frexp(edges)
-    with np.errstate(divide="ignore"):  # log 0 = -inf is wanted
+    with np.errstate(divide="ignore"):  # log 0 = -inf is intended
         logs = np.log(mantissa) + (power - exponent) * np.log(2.0)
     dense = np.zeros((len(counts), len(edges) - 1))
     dense[:, np.searchsorted(edges, lower)] = counts

@@ -1,8 +1,8 @@
-"""From the shards of all spans to the rows of each table, in order and in bounded memory.
+"""Merges the shards of all spans into the rows of each table, in order and in bounded memory.
 
-Every function yields pieces of a table in the order of its key. Spans are taken in the order of
-their steps and sums are added in that order, so the result depends on the shards alone. At most
-a block of rows, and one row group more, is in memory.
+Every function yields pieces of a table in the order of its key. Spans are read in the order of
+their steps and sums are added in that order, so the result depends on the shards alone. Memory
+holds at most a block of rows and one more row group.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Source:
     Attributes:
         out: the output directory.
         plan: its plan.
-        commits: one a committed span, in the order of steps.
-        block: rows that a block may hold.
+        commits: one per committed span, in the order of steps.
+        block: number of rows per block, at most.
     """
 
     out: Place
@@ -111,7 +111,7 @@ def concatenated(source: Source, table: str) -> Iterator[pa.Table]:
 
 
 def layers(source: Source) -> Iterator[pa.Table]:
-    """Rows of `layers`, with the flips between the last interval of a span and the next one."""
+    """Rows of `layers`, with the flips between the last interval of a span and the next span."""
     for split in source.splits:
         before: Attempt | None = None
         for commit, file in source.files("layers"):
@@ -174,7 +174,7 @@ def _blocks(source: Source, split: str, file: ShardFile) -> Iterator[list[Range]
 
 
 def _check_index(file: ShardFile, rows: pa.Table, ranges: list[Range]) -> None:
-    """Elements are matched by position, so every layer must list all of them in order."""
+    """Check that every layer lists all elements in order, since they are matched by position."""
     expected = np.concatenate([np.arange(start, stop) for _, start, stop in ranges])
     if not np.array_equal(_numbers(rows, "index"), expected):
         raise CorruptionError(f"{file.path}: elements are not in order; run lcray verify")
@@ -202,7 +202,7 @@ def _summed(source: Source, ranges: list[Range]) -> pa.Table:
     n = sum(stop - start for _, start, stop in ranges)
     sums: Arrays = {name: np.zeros(n) for name in _FLOAT_SUMS}
     sums |= {name: np.zeros(n, np.int64) for name in (*_COUNT_SUMS, "gradient_flips")}
-    known = np.ones(n, bool)  # whether gradient_flips is
+    known = np.ones(n, bool)  # whether gradient_flips is known
     border: tuple[int, pa.Table] | None = None
     for commit, file in source.files("parameters"):
         rows = file.read_ranges(ranges)
@@ -257,9 +257,9 @@ def _gathered(
 
     Args:
         source: the shards.
-        table: its name.
-        layer_at: where the layer is in the table's partition.
-        size: rows of a block.
+        table: the name of the table.
+        layer_at: position of the layer in the table's partition.
+        size: number of rows per block.
     """
     rows: dict[tuple[str, str], int] = {}
     for _, file in source.files(table):
@@ -284,7 +284,7 @@ def _gathered(
 def _read(
     source: Source, table: str, layer_at: int, split: str, block: list[str], streamed: bool = False
 ) -> Iterator[pa.Table]:
-    """The rows of some layers, a table a span, or a table a row group if `streamed`."""
+    """The rows of some layers, one table per span, or one per row group if `streamed`."""
     for _, file in source.files(table):
         keys = enumerate(file.partitions)
         groups = [g for g, key in keys if key[0] == split and key[layer_at] in block]
@@ -295,8 +295,8 @@ def _read(
 def traces(source: Source) -> Iterator[pa.Table]:
     """Rows of `traces`, step after step for each element.
 
-    Where two spans both have the step at which they meet, the later one's row stays: it knows
-    the LC of the interval that starts there.
+    If two spans both have a row for the step at which they meet, the later span's row is kept: it
+    has the LC of the interval that starts there.
     """
     for split, block in _gathered(source, "traces", 1, source.block):
         rows = pa.concat_tables(list(_read(source, "traces", 1, split, block))).combine_chunks()
@@ -309,9 +309,9 @@ def traces(source: Source) -> Iterator[pa.Table]:
 
 
 def elements(source: Source) -> Iterator[pa.Table]:
-    """Rows of `elements`: the intervals of each layer, one after the other.
+    """Rows of `elements`: the intervals of each layer, one after another.
 
-    Small layers are gathered and sorted together; a layer above the size of a block is streamed.
+    Small layers are read and sorted together; a layer larger than a block is streamed.
     """
     for split, block in _gathered(source, "elements", 2, 4 * source.block):
         if len(block) == 1:
@@ -322,7 +322,7 @@ def elements(source: Source) -> Iterator[pa.Table]:
 
 
 def histograms(source: Source) -> Iterator[pa.Table]:
-    """Rows of `histograms`, one table for each (split, window), whatever spans it lies in."""
+    """Rows of `histograms`, one table for each (split, window), which may lie in several spans."""
     for code in range(len(source.splits)):
         for window in _windows(source, source.splits[code]):
             lower, upper = bin_edges(window["bin"])
@@ -363,7 +363,7 @@ def _by_window(source: Source, table: pa.Table) -> Iterator[Arrays]:
 
 
 def merge_bins(parts: Sequence[Arrays]) -> Arrays:
-    """Bins with equal (layer, sign, bin) added up, sorted by these; `window` is the first's.
+    """Adds up bins with equal (layer, sign, bin), sorted by these; `window` is that of the first.
 
     Args:
         parts: columns window, layer (codes), sign, bin, count, sum, [n] each.

@@ -1,8 +1,8 @@
-"""Shards → tables: one file a table, byte for byte the same whenever the shards are.
+"""Reduces shards to tables: one file per table, with the same bytes for the same shards.
 
-New tables are staged beside the old ones and renamed together once all are whole; those for an
-object store are staged in local temporary files, and put once all are whole.
-``tables/manifest.json`` with their checksums is written last, and without it there are no tables;
+New tables are staged beside the old ones and renamed together once all are complete; those for an
+object store are staged in local temporary files, and uploaded once all are complete.
+``tables/manifest.json`` with their checksums is written last; without it the tables do not count.
 ``views.sql``, which holds no data, follows.
 """
 
@@ -33,18 +33,18 @@ from lcray.tables.schema import table_schema
 from lcray.tables.shards.commit import Commit, Outline, each_commit
 from lcray.tables.shards.writer import check_files
 
-# How far the losses of two workers at a step may lie apart: of the loss, and of the first loss.
+# How far the losses of two workers at a step may differ, relative to the loss and the first loss.
 _LOSS_RTOL, _LOSS_ATOL = 1e-5, 1e-6
-#: What Arrow, NumPy and Python raise at numbers and names that are not what a table may hold.
+#: Exceptions that Arrow, NumPy and Python raise for invalid numbers and names in a table.
 MALFORMED = (pa.ArrowException, ArithmeticError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """What `reduce` did.
+    """The result of `reduce`.
 
     Attributes:
-        rows: rows of each table that was written.
+        rows: number of rows of each table that was written.
         missing: the intervals (start_step, end_step) that no committed span covers.
     """
 
@@ -53,7 +53,7 @@ class Reduction:
 
 
 def reduce(out: PlaceLike, *, allow_missing: bool = False) -> Reduction:
-    """Merges the committed shards of an output into its tables.
+    """Merge the committed shards of an output into its tables.
 
     Args:
         out: the output directory or its URI, with ``analysis.json`` and ``shards/``.
@@ -62,11 +62,11 @@ def reduce(out: PlaceLike, *, allow_missing: bool = False) -> Reduction:
     Raises:
         IncompleteError: if intervals are missing and `allow_missing` is false, or all are.
         CorruptionError: if a committed file is damaged.
-        OutputError: if `out` is no output, or the tables cannot be written; tables that exist
-            stay as they are then.
+        OutputError: if `out` is not an output, or the tables cannot be written; existing tables
+            then stay as they are.
     """
     output = Output(place(out))
-    output.record()  # no lock file in what is no output
+    output.record()  # refuses other folders before a lock file is made
     with output.locked():
         return merge(output, allow_missing=allow_missing)
 
@@ -97,7 +97,7 @@ def merge(output: Output, *, allow_missing: bool = False) -> Reduction:
 
 
 def _survey(out: Place, plan: Plan) -> tuple[tuple[Outline, ...], list[str]]:
-    """Every commit in outline, and where two disagree; at most two are in memory as a whole."""
+    """The outline of every commit, and disagreements; at most two whole commits are in memory."""
     outlines = []
 
     def commits() -> Iterator[Commit]:
@@ -120,7 +120,7 @@ def missing_intervals(
 
 
 def disagreements(out: Place, commits: Iterable[Commit]) -> Iterator[str]:
-    """Neighbouring spans that read different checkpoints of the step they share, one line each."""
+    """Messages on neighbouring spans that read different checkpoints of their common step."""
     for left, right in itertools.pairwise(commits):
         step = left.span.last
         digests = [c.checkpoints.get(step) for c in (left, right)]
@@ -160,7 +160,7 @@ def tables_of(plan: Plan) -> tuple[str, ...]:
 
 
 def _write_tables(folder: Place, source: Source, digest: str) -> dict[str, FileEntry]:
-    """Stages every table, then gives all of them their names, and the manifest."""
+    """Stages every table, then gives them their names and writes the manifest."""
     make_folder(folder)
     if isinstance(folder, Path):
         with writing(folder):
@@ -186,10 +186,10 @@ def _write_tables(folder: Place, source: Source, digest: str) -> dict[str, FileE
 
 
 def _publish(folder: Place, staged: Mapping[str, TableFile], manifest: Mapping[str, Any]) -> None:
-    """Tables first, the manifest last: none may name files of two reductions."""
+    """Tables first, the manifest last, so that it never names files of two reductions."""
     ready = folder / f"{MANIFEST}-{uuid.uuid4().hex}.tmp"
     try:
-        if isinstance(ready, Path):  # where there are renames, all that can fail comes before
+        if isinstance(ready, Path):  # with renames, everything that can fail comes first
             write_json_atomic(ready, manifest)
         with writing(folder):
             storage_of(folder).delete([folder / MANIFEST])
@@ -219,7 +219,7 @@ def _pieces(source: Source, table: str, fits: Fits) -> Iterator[pa.Table]:
 
 
 def _continuous(source: Source, pieces: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Rows of `intervals`, the same; where spans meet, both must have found the same loss."""
+    """The pieces of `intervals`; both spans must have the same loss at the step where they meet."""
     first = {split.name: abs(split.first_loss or 0.0) for split in source.plan.splits}
     before: dict[str, Any] | None = None
     for rows in pieces:
@@ -244,7 +244,7 @@ def _adjoin(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
 
 
 def _sound(source: Source, table: str, pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The same pieces; what cannot be merged is damage, though its checksum may have been right."""
+    """The same pieces; if they cannot be merged, the shards are damaged despite their checksums."""
     try:
         yield from pieces
     except MALFORMED as error:
@@ -267,7 +267,7 @@ def _stage(folder: Place, table: str, pieces: Iterator[pa.Table]) -> tuple[Table
 
 
 def repack(pieces: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
-    """The same rows in tables of `size` rows, the last one smaller."""
+    """The same rows in tables of `size` rows; the last one may be smaller."""
     held: list[pa.Table] = []
     rows = 0
     for piece in pieces:

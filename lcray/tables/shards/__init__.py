@@ -1,1 +1,1 @@
-"""The files of a span, and the commit that makes one attempt at it count."""
+"""The files of a span, and the commit of one attempt at it."""

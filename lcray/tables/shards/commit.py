@@ -1,4 +1,4 @@
-"""Commits: which attempt at a span counts, read one by one, since there may be 100,000 of them."""
+"""Commits: the attempt at a span that counts. They are read one by one: there may be 100,000."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from lcray.tables.schema import TABLES
 ATTEMPT = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _READERS = 16
-_LINKED = -1  # what `Output` has to judge, or no plain file
-_AHEAD = 512  # commits that are asked for at a time
+_LINKED = -1  # a link or not a regular file, so that `Output` must check it
+_AHEAD = 512  # commits that are requested at a time
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Commit:
         attempt: the attempt's id.
         files: the files of the attempt, by table.
         checkpoints: the sha256 of the checkpoints that were read, by step.
-        info: whatever else was kept.
-        stamps: what changes when one of the checkpoints does, by step, where it is known.
+        info: further values.
+        stamps: a value that changes when a checkpoint does, by step, if known.
     """
 
     span: Span
@@ -48,18 +48,18 @@ class Commit:
 
     @property
     def tables(self) -> frozenset[str]:
-        """The tables that it has files of."""
+        """The tables that it has files for."""
         return frozenset(self.files)
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What it takes to find the files of a commit; small, for whoever holds all of them.
+    """The part of a commit that locates its files; small, so that all of them fit into memory.
 
     Attributes:
         span: the span.
         attempt: the attempt's id.
-        tables: those that it has files of.
+        tables: the tables that it has files for.
     """
 
     span: Span
@@ -130,7 +130,7 @@ def _typed(data: Any, name: str, kind: type) -> Any:
 def each_commit(out: Place, spans: Iterable[Span]) -> Iterator[tuple[Span, Commit]]:
     """The commits of those of `spans` that have one, in the order of `spans`.
 
-    Whoever takes them one by one holds one, and the 512 after it where they come over a network.
+    If they are taken one by one, one is in memory at a time, and over a network the next 512.
 
     Raises:
         CorruptionError, OutputError: as `read_commit`.
@@ -154,9 +154,8 @@ def each_commit(out: Place, spans: Iterable[Span]) -> Iterator[tuple[Span, Commi
 def _look(folder: str) -> int | None:
     """The size of the commit in a folder; None if there is none, or `_LINKED`.
 
-    A folder without one may be a link all the same, and would be written to.
-
-    There are many: two calls of the system instead of the dozens that a path of `Output` takes.
+    A folder without a commit may still be a link, and would be written to. Since there are many,
+    this takes two system calls instead of the dozens for a path of `Output`.
     """
     try:
         status = os.lstat(os.path.join(folder, COMMIT))
@@ -169,7 +168,7 @@ def _look(folder: str) -> int | None:
 
 
 def _fetched(out: Remote, spans: list[Span]) -> Iterator[tuple[Span, Commit]]:
-    """One listing says which there are, and how large; then one request each."""
+    """One listing gives the commits and their sizes; then each takes one request."""
     output = Output(out)
     there = {item.name: item.size for item in listed(out) if item.name.endswith("/" + COMMIT)}
     sizes = [there.get(f"{span.name}/{COMMIT}") for span in spans]
@@ -187,7 +186,7 @@ def listed(out: Place) -> list[Item]:
     """Every file of every attempt, in one listing.
 
     Raises:
-        OutputError: if that cannot be had.
+        OutputError: if they cannot be listed.
     """
     try:
         return storage_of(out).find(Output(out).shards)

@@ -1,4 +1,4 @@
-"""Reading committed shards, row group by row group."""
+"""Reading committed shards, one row group at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ShardFile:
 
     Args:
         path: of the file.
-        table: that it holds rows of.
+        table: the table that its rows belong to.
 
     Raises:
         CorruptionError: if it cannot be read.
@@ -86,10 +86,10 @@ class ShardFile:
     def read_ranges(
         self, ranges: Iterable[tuple[tuple[Any, ...], int, int]], columns: list[str] | None = None
     ) -> pa.Table:
-        """Rows of several partitions, in the order asked for.
+        """Rows of several partitions, in the order of `ranges`.
 
         Args:
-            ranges: (partition, start, stop) each: rows [start, stop) of those of the partition.
+            ranges: (partition, start, stop) each: rows [start, stop) of the partition.
             columns: their names; None for all.
 
         Raises:

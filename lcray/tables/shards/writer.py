@@ -1,9 +1,9 @@
-"""Shards: what the attempts at a span write, and the commit that makes one attempt count.
+"""Shards: the files that attempts at a span write, and the commit of one attempt.
 
 ``OUT/shards/<first>-<last>/`` holds ``<table>-<attempt>.parquet`` of any number of attempts and at
 most one ``commit.json``, which names the files of one attempt with rows, sizes and checksums. It is
-created only if absent. Without it nothing counts; a loser removes its own files. So retrying,
-killing, resuming and finishing twice are harmless.
+created only if absent. Files without a commit do not count; an attempt that comes too late removes
+its own files. So it does no harm to retry, kill, resume, or finish twice.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ShardWriter:
 
     Raises:
         OutputError: if the folder cannot be made, or a link leads out of `out`.
-        UsageError: if `attempt` is no such id.
+        UsageError: if `attempt` has other characters.
     """
 
     def __init__(self, out: Place, span: Span, attempt: str) -> None:
@@ -69,15 +69,15 @@ class ShardWriter:
     def write(self, table: str, data: pa.Table) -> None:
         """Appends rows to a table of this attempt, as row groups of their own.
 
-        Row groups are cut where a partition column of the table changes (its split, say) and at
-        the table's row group size. A table of no rows makes sure that the file exists.
+        Row groups are cut where a partition column of the table changes (such as its split) and at
+        the table's row group size. A table without rows only creates the file.
 
         Args:
             table: its name.
             data: rows with the table's schema, sorted by key within a partition.
 
         Raises:
-            OutputError: if the disk refuses; nothing that is committed is touched.
+            OutputError: if it cannot be written; committed files stay as they are.
             UsageError: if there is no such table.
             ValueError: if the columns are not those of the table.
         """
@@ -99,18 +99,18 @@ class ShardWriter:
         info: Mapping[str, Any],
         stamps: Mapping[int, str] | None = None,
     ) -> bool:
-        """Makes this attempt count, unless another one was first.
+        """Commits this attempt, unless another one was first.
 
         Args:
             checkpoints: the sha256 of each checkpoint that was read, by step.
-            info: anything else worth keeping, such as timings; JSON values.
-            stamps: what changes when a checkpoint does (size, and time or etag), by step.
+            info: further values to keep, such as timings; JSON values.
+            stamps: a value that changes when a checkpoint does (size, and time or etag), by step.
 
         Returns:
-            whether this attempt counts; if not, its files are removed.
+            whether this attempt is committed; if not, its files are removed.
 
         Raises:
-            OutputError: if the disk refuses; the attempt's files are removed.
+            OutputError: if it cannot be written; the attempt's files are removed.
         """
         try:
             files = {}
@@ -145,20 +145,20 @@ class ShardWriter:
         return won
 
     def _may_count(self) -> bool:
-        """Whether a commit may be there although writing it failed: its answer may be lost."""
+        """Whether a commit may exist although writing it failed: the answer may have been lost."""
         try:
             return exists(self.folder / COMMIT)
         except LcrayError:
             return True
 
     def _let_go(self) -> None:
-        """Leaves the files where they are; `remove_strays` takes those that no commit names."""
+        """Leaves the files where they are; `remove_strays` removes those that no commit names."""
         for file in self._open.values():
             file.close()
         self._open.clear()
 
     def _check_lock(self) -> None:
-        """No attempt counts that began under another driver than the present one."""
+        """Refuse to commit an attempt that began under another driver than the present one."""
         if newest(self._out) != self._lock:
             raise OutputError(
                 f"{self._out}: another lcray process has taken over since span {self.span.name} "
@@ -173,7 +173,7 @@ class ShardWriter:
 
 
 def _runs(data: pa.Table, columns: Iterable[str]) -> list[tuple[int, int]]:
-    """[start, stop) of the stretches of rows in which no value of `columns` changes."""
+    """[start, stop) of the runs of rows in which no value of `columns` changes."""
     if not data.num_rows:
         return []
     change = np.zeros(data.num_rows - 1, bool)
@@ -186,7 +186,7 @@ def _runs(data: pa.Table, columns: Iterable[str]) -> list[tuple[int, int]]:
 
 
 def check_files(out: Place, commit: Commit) -> list[str]:
-    """What is wrong with the files of a commit, one line each; empty if nothing is.
+    """The problems of the files of a commit, one line each.
 
     Compares sizes, checksums, rows, columns and the format version.
     """
@@ -199,7 +199,7 @@ def check_files(out: Place, commit: Commit) -> list[str]:
 
 
 def file_problems(path: Place, entry: FileEntry, table: str) -> list[str]:
-    """What is wrong with one Parquet file, given what it should be."""
+    """The problems of one Parquet file, compared with its entry."""
     try:
         size = storage_of(path).size(path)
         if size != entry.bytes:
@@ -229,10 +229,10 @@ def file_problems(path: Place, entry: FileEntry, table: str) -> list[str]:
 
 
 def remove_strays(out: Place, spans: Iterable[Span]) -> list[Place]:
-    """Removes what losing or killed attempts left beside a commit, and returns the paths.
+    """Removes files that late or killed attempts left beside a commit, and returns their paths.
 
-    Folders without a commit are left alone: an attempt may be at work there. Of the others only
-    those are looked into that hold more than a commit and the files of one attempt.
+    Folders without a commit are left alone, since an attempt may still write there. Of the others,
+    only folders that hold more than a commit and the files of one attempt are read.
     """
     known = {span.name: span for span in spans}
     strays = []
@@ -253,7 +253,7 @@ def remove_strays(out: Place, spans: Iterable[Span]) -> list[Place]:
 
 
 def _folders(out: Place) -> Iterator[tuple[str, list[str]]]:
-    """The name of each folder of shards, and of the files in it, folder by folder."""
+    """The name of each folder of shards, with the names of the files in it."""
     if isinstance(out, Remote):
         pairs = (item.name.rpartition("/")[::2] for item in listed(out))
         for folder, group in itertools.groupby(pairs, key=itemgetter(0)):
@@ -272,6 +272,6 @@ def _folders(out: Place) -> Iterator[tuple[str, list[str]]]:
 
 
 def _may_hold_strays(names: Sequence[str]) -> bool:
-    """Whether these are not just the files of one attempt, and its commit."""
+    """Whether there are more files than those of one attempt and its commit."""
     attempts = {name.partition("-")[2] for name in names if name.endswith(".parquet")}
     return COMMIT in names and (len(attempts) > 1 or any(name.endswith(".tmp") for name in names))

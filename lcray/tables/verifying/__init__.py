@@ -1,1 +1,1 @@
-"""What must hold of an output, and checking it."""
+"""The invariants of an output, and their check."""

@@ -1,8 +1,7 @@
-"""Which rows the tables must have, by the plan, as one SQL query an invariant.
+"""The rows that the tables must have by the plan: one SQL query per invariant.
 
-A query gives the rows where its invariant does not hold, hence none for a sound output. Beside
-the tables it sees the plan as relations: `plan_splits`, `plan_intervals`,
-`plan_layers`, `plan_fisher`.
+A query gives the rows that violate its invariant, so none for a sound output. Besides the tables,
+it can use the plan as relations: `plan_splits`, `plan_intervals`, `plan_layers`, `plan_fisher`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import pyarrow as pa
 
 from lcray.planning.plan import Plan
 
-# Where rows of an interval are due: all splits and intervals of the plan that are ok.
+# Splits and intervals that must have rows: all that are ok.
 _DUE = """due AS (SELECT split, start_step FROM intervals WHERE status = 'ok')"""
 
 
@@ -24,8 +23,8 @@ class Invariant:
 
     Attributes:
         name: the statement.
-        tables: the tables it is about.
-        query: SQL that gives the rows it does not hold for.
+        tables: the tables that it is about.
+        query: SQL that gives the rows that violate it.
     """
 
     name: str
@@ -34,7 +33,7 @@ class Invariant:
 
 
 def relations(plan: Plan, spans: Collection[str]) -> dict[str, pa.Table]:
-    """The plan as relations; `spans` are the names of those that the tables hold."""
+    """The plan as relations; `spans` are the names of the spans in the tables."""
     held = [span for span in plan.spans if span.name in spans]
     intervals = [i for span in held for i in span.intervals]
     parameter = [layer.kind == "parameter" for layer in plan.layers]

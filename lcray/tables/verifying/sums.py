@@ -1,8 +1,8 @@
-"""What must hold between the numbers of the tables, as one SQL query an invariant.
+"""Relations between the numbers of the tables: one SQL query per invariant.
 
-A query gives the rows where its invariant does not hold, hence none for a sound output. Beside
-the tables it sees the plan as relations, see `lcray.tables.verifying.coverage`. A comparison with a
-missing number counts as a violation. Tolerances: see `lcray.tables.verifying.verify`.
+A query gives the rows that violate its invariant, so none for a sound output. Besides the tables,
+it can use the plan as relations; see `lcray.tables.verifying.coverage`. A comparison with a missing
+number counts as a violation. For tolerances see `lcray.tables.verifying.verify`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _SUM = 1e-12
 _FORWARD = {"float32": 2.0**-23, "float64": _EPS}
 _MIXED_GROUPS = {"float32": 1e-4, "float64": 1e-9}
 # Gradients at the nodes are rounded to the compute dtype, those of the groups are not. Relative to
-# Σ |Δ g|, which is at most |Δ|·|g|; sixteen times 2^-24, as only g at the start is in the tables.
+# Σ |Δ g|, which is at most |Δ|·|g|; sixteen times 2^-24, since the tables have g at the start only.
 _ROUNDED = {"float32": 2.0**-20, "float64": 0.0}
 
-# Layers of intervals that are ok, with `scale`: the sum of |LC| over the layer's elements.
+# Layers of intervals that are ok; `scale` is the sum of |LC| over the layer's elements.
 _OK = """ok AS (
     SELECT l.*, greatest(abs(l.lc), coalesce(l.lc_hurting - l.lc_helping, 0)) AS scale
     FROM layers l JOIN intervals i USING (split, start_step) WHERE i.status = 'ok')"""

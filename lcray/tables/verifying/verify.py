@@ -1,9 +1,9 @@
-"""What to run when in doubt: every checksum, every coverage and every additivity invariant.
+"""Checks of a whole output: every checksum, and every invariant of coverage and additivity.
 
 Tolerances. Sums of LC agree to 1e-12 of the sum of |LC| in their scope (float64 sums in another
-order). Losses agree to 4 float64 ulp where one is computed from the other, and to 16 ulp of the
-forward pass's dtype where the same loss was measured twice. Groups whose passes are not those of
-the total (batches that mix groups) agree to 1e-4 (float32) or 1e-9 (float64) of the scope.
+order). Losses agree to 4 float64 ulp if one is computed from the other, and to 16 ulp of the
+forward pass's dtype if the same loss was measured twice. Groups with passes of their own (since
+batches mix groups) agree to 1e-4 (float32) or 1e-9 (float64) of the scope.
 `elements` are float32: 1e-7 of the scope. Counts agree exactly.
 """
 
@@ -46,17 +46,17 @@ from lcray.tables.shards.writer import check_files, file_problems
 from lcray.tables.verifying.coverage import Invariant, coverage, relations
 from lcray.tables.verifying.sums import invariants
 
-_SHOWN = 3  # offending rows that a problem names
+_SHOWN = 3  # rows that a problem names, at most
 _MEMORY = 10**9  # bytes
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
-        problems: one line each: what is wrong, where, and what to do.
-        checks: the checks that were made, in order.
+        problems: the problems, where they are and what to do, one line each.
+        checks: the names of all checks, in order.
     """
 
     problems: tuple[str, ...]
@@ -64,19 +64,19 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
 
 def verify(out: PlaceLike, *, run: PlaceLike | None = None) -> Verification:
-    """Checks an output: files, coverage, keys and invariants; never stops at the first problem.
+    """Check an output: files, coverage, keys and invariants; all problems are collected.
 
-    Nothing is raised for a damaged output, and nothing is written to it. Shards are checked even
+    No error is raised for a damaged output, and nothing is written to it. Shards are checked even
     if the output is not reduced yet.
 
     Args:
         out: the output directory, or its URI.
-        run: the directory of checkpoints, or its URI; if given, all of them are read again, and
+        run: the directory of checkpoints, or its URI; if given, all checkpoints are read again, and
             must be those that the output was computed from.
     """
     report = _Report()
@@ -93,7 +93,7 @@ def verify(out: PlaceLike, *, run: PlaceLike | None = None) -> Verification:
 
 
 class _Report:
-    """Collects checks and problems; as a context, what a damaged file raises is a problem."""
+    """Collects checks and problems; as a context, it turns errors of a check into problems."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -101,7 +101,7 @@ class _Report:
 
     @contextmanager
     def reading(self, where: Place) -> Iterator[None]:
-        """A block of checks that read `where`; what cannot be read is a problem."""
+        """A block of checks that read `where`; a failure to read is a problem."""
         try:
             yield
         except LcrayError as error:
@@ -127,7 +127,7 @@ class _Report:
 
 
 def _changed(run: Place, commits: list[Commit]) -> Iterator[str]:
-    """Checkpoints that are no longer what the spans read, or cannot be read."""
+    """Messages on checkpoints that have changed since the spans read them, or cannot be read."""
     read = {step: digest for commit in commits for step, digest in commit.checkpoints.items()}
     series = open_series(run)
     for step, digest in sorted(read.items()):
@@ -165,7 +165,7 @@ def _verify_tables(output: Output, plan: Plan, commits: list[Commit], report: _R
 
 
 def _oversized(path: Place, plan: Plan, table: str) -> list[str]:
-    """Why nobody should read the names in a table: there may be gigabytes of them."""
+    """The reason not to read the names in a table: there may be gigabytes of them."""
     try:
         with open_uncached(path) as raw, pq.ParquetFile(raw) as file:
             soundness = Soundness(plan)
@@ -197,7 +197,7 @@ def _verify_shards(out: Place, plan: Plan, report: _Report, run: PlaceLike | Non
 
 
 def _trimmed(commit: Commit, *, whole: bool) -> Commit:
-    """What is needed later of a commit: all checkpoints, or those that its neighbours share."""
+    """The part of a commit needed later: all checkpoints, or those that its neighbours share."""
     ends = (commit.span.first, commit.span.last)
     kept = {s: d for s, d in commit.checkpoints.items() if whole or s in ends}
     return replace(commit, files={}, info={}, checkpoints=kept)
@@ -219,7 +219,7 @@ def _stale(output: Output, plan: Plan, commits: list[Commit], manifest: Manifest
 
 
 def _disorder(out: Place, folder: Path, plan: Plan, table: str) -> Iterator[str]:
-    """Rows that do not follow the one before in the order of the key, which also excludes twins."""
+    """The first row that does not follow the row before it in the order of the key, if any."""
     key = TABLES[table].key
     ranks = {
         "split": [split.name for split in plan.splits],
@@ -249,7 +249,7 @@ def _disorder(out: Place, folder: Path, plan: Plan, table: str) -> Iterator[str]
 
 
 def _ranked(column: pa.ChunkedArray, order: list[str] | None) -> NDArray[Any]:
-    """Values that compare as the order of rows has it; −1 for names that the plan lacks."""
+    """Values that compare in the order of rows; −1 for names that the plan lacks."""
     if not pa.types.is_dictionary(column.type):
         return np.asarray(column.to_numpy())
     values = column.combine_chunks()
