@@ -208,15 +208,15 @@ def _call_factory(reference: str, factory: Any) -> Task:
     return task
 
 
-def required_arguments(function: Callable[..., Any], given: int = 0) -> list[str]:
-    """Names of the arguments that `function` needs beyond the first `given` positional ones."""
+def required_arguments(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that `function` needs."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
         return []
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     free = [p for p in parameters if p.default is p.empty]
-    names = [p.name for p in free if p.kind in positional][given:]
+    names = [p.name for p in free if p.kind in positional]
     return names + [p.name for p in free if p.kind is p.KEYWORD_ONLY]
 
 

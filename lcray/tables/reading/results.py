@@ -26,7 +26,7 @@ from lcray.tables.reading.duckdb import check_name, connect, query_room, select,
 from lcray.tables.reading.formats import distinct, holding
 from lcray.tables.reading.recipes import quotes_for, recipe_for, tables_for
 from lcray.tables.reading.soundness import Soundness
-from lcray.tables.reading.views import View, named_in, rows_of, views_of
+from lcray.tables.reading.views import named_in, rows_of, views_of
 from lcray.tables.record import Record
 from lcray.tables.schema import TABLES
 
@@ -152,7 +152,7 @@ class Results:
 
         entries = read_manifest(self.path).tables
         rows = [(t, "table", entries[t].rows, TABLES[t].description) for t in self.tables]
-        views = [(view.name, "view", None, view.description) for view in self._views()]
+        views = [(view.name, "view", None, view.description) for view in views_of(self.tables)]
         frame = pd.DataFrame([*rows, *views], columns=["name", "kind", "rows", "holds"])
         return frame.astype({"rows": "Int64"})
 
@@ -274,8 +274,8 @@ class Results:
     @contextmanager
     def _local(self, query: str) -> Iterator[Path]:
         """A local folder with the tables; for a remote output, copies of those in the query."""
-        views = named_in(query, [view.name for view in self._views()])
-        needed = {t for view in self._views() if view.name in views for t in view.tables}
+        views = named_in(query, [view.name for view in views_of(self.tables)])
+        needed = {t for view in views_of(self.tables) if view.name in views for t in view.tables}
         needed.update(named_in(query, self.tables))
         names = [self._file(table).name for table in self.tables if table in needed]
         try:
@@ -304,7 +304,7 @@ class Results:
                 raise self._unreadable(path, error) from error
             files.append(path)
         present = {path.stem for path in files}
-        for view in self._views():
+        for view in views_of(self.tables):
             if present.issuperset(view.tables):
                 connection.execute(f"CREATE VIEW {view.name} AS {view.select(self.plan)}")
         return files
@@ -322,9 +322,6 @@ class Results:
         with pq.ParquetFile(path) as file:
             stamp = (status.st_size, status.st_mtime_ns, status.st_ino)
             return self._soundness.check(file, table, stamp)
-
-    def _views(self) -> tuple[View, ...]:
-        return views_of(self.tables)
 
     def _unreadable(self, path: Place, error: Exception) -> CorruptionError:
         reason = (getattr(error, "strerror", None) or str(error).splitlines()[0])[:300]

@@ -12,19 +12,16 @@ samples: in both modes it uses its running statistics, if it has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.overrides import TorchFunctionMode
 
 from lcray.errors import TaskError
+from lcray.tasks.model.replacements import Replacements
 
 
-class Normalization(TorchFunctionMode):
+class Normalization(Replacements):
     """While active, `torch.nn.functional.batch_norm` and `instance_norm` follow `mode`.
 
     Attributes:
@@ -38,26 +35,9 @@ class Normalization(TorchFunctionMode):
     """
 
     def __init__(self, mode: str, *, fixed_batches: bool, formula: bool = True) -> None:
-        super().__init__()
+        super().__init__({F.batch_norm: self._batch_norm, F.instance_norm: self._instance_norm})
         self._batch, self._fixed, self._formula = mode == "batch", fixed_batches, formula
         self.used = False
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Replace the two normalizations; leave every other function as it is."""
-        kwargs = kwargs or {}
-        if func is F.batch_norm:
-            self.used = True
-            return self._batch_norm(*args, **kwargs)
-        if func is F.instance_norm:
-            self.used = True
-            return self._instance_norm(*args, **kwargs)
-        return func(*args, **kwargs)
 
     def _batch_norm(
         self,
@@ -70,6 +50,7 @@ class Normalization(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
+        self.used = True
         if self._batch or training or running_mean is None or running_var is None:
             if not self._fixed:
                 raise TaskError(
@@ -93,6 +74,7 @@ class Normalization(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
+        self.used = True
         if use_input_stats or running_mean is None or running_var is None:
             return F.instance_norm(input, None, None, weight, bias, True, 0.0, eps)
         if self._needs_formula(running_mean, running_var):

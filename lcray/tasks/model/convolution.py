@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from lcray.tasks.model.replacements import Replacements
 
 _STEP = 16  # channels
 _WORTH = 1.7  # times the channels: more padding than this costs more than it saves
@@ -25,7 +26,7 @@ Pair = Sequence[int]
 Geometry = tuple[list[int], list[int], list[int]]
 
 
-class PaddedConvolutions(TorchFunctionMode):
+class PaddedConvolutions(Replacements):
     """While active, `torch.nn.functional.conv2d` pads its input's gradient if that is faster.
 
     Attributes:
@@ -33,20 +34,8 @@ class PaddedConvolutions(TorchFunctionMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__({F.conv2d: self._conv2d})
         self.used = False
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Replace `conv2d`; leave every other function as it is."""
-        if func is not F.conv2d:
-            return func(*args, **(kwargs or {}))
-        return self._conv2d(*args, **(kwargs or {}))
 
     def _conv2d(
         self,

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from lcray.tasks.model.replacements import Replacements
 
 _EPSILON = 1e-7  # what torch adds to the norms that it divides by
 
@@ -65,26 +66,16 @@ def _is_torchs(module: nn.Embedding) -> bool:
     return type(module).forward is nn.Embedding.forward and "forward" not in module.__dict__
 
 
-class _PaddingCounts(TorchFunctionMode):
-    """While active, the row of padding has a gradient like any other row."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.embedding:
-            args, kwargs = (*args[:2], None, *args[3:]), {**kwargs}
-            kwargs.pop("padding_idx", None)
-        return func(*args, **kwargs)
-
-
 def _with_padding(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with _PaddingCounts():
+    """The forward pass with a gradient for the row of padding, as for any other row."""
+    with Replacements({F.embedding: _without_padding}):
         return forward(*args, **kwargs)
+
+
+def _without_padding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    return F.embedding(input, weight, None, *args, **kwargs)
 
 
 def _embed(module: nn.Embedding, input: Tensor) -> Tensor:
