@@ -1,1 +1,1 @@
-"""What is chosen before the first gradient: the plan, its spans, and what they will take."""
+"""Choices before the first gradient: the plan, its spans, and their costs."""

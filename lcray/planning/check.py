@@ -1,4 +1,4 @@
-"""What settings and plans must be, whether they were asked for or read from a file."""
+"""Checks of settings and plans, whether they come from a caller or from a file."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def _kinds() -> dict[str, tuple[type, ...]]:
 
 
 def read_plan(data: Any) -> Plan:
-    """The plan that JSON values describe; every plan that comes out of a file comes through here.
+    """The plan that JSON values describe; every plan in a file is read by this function.
 
-    Refused is what no plan can be, so that whoever gets one may rely on it. What `make_plan` would
-    not make today is not: an earlier lcray may have made it, and its output stays readable.
+    It refuses values that no plan can have, so that a plan can be relied on. It accepts plans that
+    `make_plan` would not make today, since an earlier lcray may have made them.
 
     Raises:
         AttributeError, KeyError, TypeError, ValueError: saying what is wrong with it.
@@ -116,7 +116,7 @@ def _untyped(plan: Plan) -> Iterator[str]:
 
 
 def _impossible(plan: Plan) -> Iterator[str]:
-    """What no plan can be, whichever lcray made it."""
+    """Values that no plan can have, of any version of lcray."""
     if not (plan.spans and plan.layers and plan.splits):
         yield "no spans, layers or splits"
     if any(span.n_intervals < 1 or span.first < 0 for span in plan.spans):
@@ -173,7 +173,7 @@ def _impossible_layer(layer: Layer) -> Iterator[str]:
 
 
 def _unplanned(plan: Plan) -> Iterator[str]:
-    """What `make_plan` gives no plan."""
+    """Values that `make_plan` does not give a plan."""
     settings, names = plan.settings, {layer.name for layer in plan.layers}
     if any(a.last != b.first for a, b in pairwise(plan.spans)):
         yield "spans with gaps between them"
@@ -194,7 +194,7 @@ def _unplanned(plan: Plan) -> Iterator[str]:
 
 
 def check_traces(settings: Settings, layers: Sequence[Layer], *, on: bool = True) -> None:
-    """Refuse named elements that the layers do not have, or any where the table is not `on`.
+    """Refuse named elements that the layers do not have, and all if the table is not `on`.
 
     Raises:
         UsageError: naming the first.

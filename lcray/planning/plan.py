@@ -1,7 +1,7 @@
 """Everything that is chosen before the first gradient: settings, layers, splits, spans, windows.
 
-A plan is data. Under one plan the tables are the same bit for bit, whatever the number of workers
-and the order in which they finish.
+A plan is data. One plan gives the same tables, bit for bit, for any number of workers and in any
+order in which they finish.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ MEMORY_FORMATS = (DEFAULT_MEMORY_FORMAT, "channels_last")
 
 
 class Span:
-    """A contiguous block of intervals: the unit of work, retry and commit. Equal by its steps.
+    """A contiguous block of intervals: the unit of work, retry and commit. Compared by its steps.
 
-    A million intervals are a million steps: evenly spaced ones are kept as a range.
+    Evenly spaced steps are kept as a range, since a run may have a million of them.
 
     Args:
         steps: the steps of its checkpoints, one more than its intervals.
@@ -124,7 +124,7 @@ class Probed:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a worker finds for a few samples of a split at the first checkpoint.
+    """A worker's result for a few samples of a split at the first checkpoint.
 
     Attributes:
         loss: their mean loss.
@@ -222,13 +222,13 @@ class Plan:
         return sum(span.n_intervals for span in self.spans)
 
     def without_spans(self) -> Plan:
-        """What a worker needs beside its span: of the same size however long the run is."""
-        return replace(self, spans=self.spans[:1])  # that tells where the run begins
+        """The part of the plan that a worker needs besides its span; its size is fixed."""
+        return replace(self, spans=self.spans[:1])  # the first span has the start of the run
 
     def fisher_steps(self, span: Span) -> list[int]:
-        """The steps of `span` that it gives `fisher` for: not its first, which ends another span.
+        """The steps of `span` with rows in `fisher`: not its first, which ends another span.
 
-        The first of all is the first span's. So it is for ever, however far a run grows.
+        Only the first span also has its first step. This stays the same when a run grows.
         """
         every = self.settings.fisher
         if every is None or "fisher" not in self.tables:
@@ -237,7 +237,7 @@ class Plan:
         return [step for step in steps if step % every == 0]
 
     def window_of(self, start_step: int) -> int:
-        """The first step of the base window that an interval starting at `start_step` is in."""
+        """The first step of the base window of an interval that starts at `start_step`."""
         return start_step // self.window * self.window
 
     def to_dict(self) -> dict[str, Any]:
@@ -286,5 +286,5 @@ _PLAIN = (
 
 
 def memory_format_of(settings: Settings) -> str | None:
-    """The memory format that was asked for; None for any."""
+    """The memory format in the settings; None for any."""
     return None if settings.memory_format == "auto" else settings.memory_format

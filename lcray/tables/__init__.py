@@ -1,1 +1,1 @@
-"""The tables: what they hold, and their way from a worker to a reader."""
+"""The tables: their columns, and their way from a worker to a reader."""

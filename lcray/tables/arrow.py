@@ -1,4 +1,4 @@
-"""Arrow tables with the schema of a table, made from arrays and scalars."""
+"""Arrow tables with the schema of a table, from arrays and scalars."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def make_table(name: str, columns: Mapping[str, Any]) -> pa.Table:
     """An Arrow table with the schema of the table called `name`.
 
     Args:
-        name: of the table.
-        columns: by name, each an array, list or Arrow array [n] or a scalar (repeated n times). A
+        name: the name of the table.
+        columns: by name, each an array, list or Arrow array [n], or a scalar (repeated n times). A
             string column may be one string or a pair (codes [n], names). NaN and ±inf become null;
-            a column that is left out is null if its type allows that.
+            a missing column is null if its type allows that.
 
     Raises:
         UsageError: if there is no such table.
@@ -32,7 +32,7 @@ def make_table(name: str, columns: Mapping[str, Any]) -> pa.Table:
 
 
 def fill(name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
-    """As `make_table`, for any `schema`; `name` is what errors call it."""
+    """As `make_table`, for any `schema`; errors call the table `name`."""
     unknown = [column for column in columns if column not in schema.names]
     if unknown:
         raise ValueError(suggest(unknown[0], schema.names, f"column of {name!r}"))
@@ -109,6 +109,6 @@ def _exact(value: Any, rows: int, kind: pa.DataType) -> pa.Array:
 
 
 def largest_group(metadata: pq.FileMetaData) -> int:
-    """The most rows that a row group claims: memory is reserved for them before any is read."""
+    """The largest number of rows of a row group; memory is reserved for it before reading."""
     groups = range(metadata.num_row_groups)
     return max((metadata.row_group(group).num_rows for group in groups), default=0)

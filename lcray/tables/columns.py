@@ -24,16 +24,16 @@ def column(
     nullable: bool = False,
     since: str | None = None,
 ) -> pa.Field:
-    """A field whose metadata hold its unit and description; not nullable unless told.
+    """A field with its unit and description as metadata.
 
     Args:
-        name: of the column.
+        name: the name of the column.
         kind: its type.
-        unit: of its values.
+        unit: the unit of its values.
         description: one line.
         nullable: whether values may be missing.
-        since: the version of lcray that was the first to write it, for what 0.1.0 did not have; it
-            is null in files of earlier ones.
+        since: the first version of lcray that writes it, unless 0.1.0 does; the column is null in
+            files of earlier versions.
     """
     about = {"unit": unit, "description": description}
     return pa.field(

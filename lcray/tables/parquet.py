@@ -1,4 +1,4 @@
-"""Parquet files that are written once from start to end, with a running checksum."""
+"""Parquet files that are written once, from start to end, with a running checksum."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lcray.tables.schema import TableSchema
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What is known of a finished file.
+    """The entry of a finished file in a commit or a manifest.
 
     Attributes:
-        name: without its folder.
-        rows: of the table in it.
+        name: its name, without the folder.
+        rows: number of rows.
         bytes: its size.
-        sha256: of its contents, in hexadecimal digits.
+        sha256: checksum of its contents, in hexadecimal digits.
     """
 
     name: str
@@ -37,7 +37,7 @@ class FileEntry:
 
 
 class _HashedFile(io.RawIOBase):
-    """A new file that is written once from start to end, with size and checksum kept."""
+    """A new file that is written once, from start to end, and records its size and checksum."""
 
     def __init__(self, file: io.FileIO) -> None:
         self._file: io.BufferedWriter | None = io.BufferedWriter(file)
@@ -48,7 +48,7 @@ class _HashedFile(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        if self._file is not None:  # else discarded: what Parquet still writes on closing is lost
+        if self._file is not None:  # else discarded: Parquet still writes when it is closed
             self._file.write(data)
             self._hash.update(data)
         size: int = memoryview(data).nbytes
@@ -73,13 +73,13 @@ class _HashedFile(io.RawIOBase):
 
 
 class TableFile:
-    """A Parquet file of one table being written, row groups in the order they come.
+    """A Parquet file of one table that is being written, one row group after another.
 
-    That of an object store is a nameless temporary file until it is whole, and then put.
+    A file for an object store is an unnamed temporary file until it is complete and uploaded.
 
     Args:
-        path: a name that no file has.
-        table: its schema and options.
+        path: the path; no such file may exist.
+        table: the schema and the options of the table.
 
     Raises:
         OutputError: if the file cannot be written.
@@ -100,10 +100,10 @@ class TableFile:
             self._parquet = pq.ParquetWriter(self._file, table.schema, **table.write_options)
 
     def write(self, data: pa.Table) -> int:
-        """Appends `data` as row groups of their own, and returns how many.
+        """Appends `data` as new row groups, and returns their number.
 
         Raises:
-            OutputError: if the disk refuses.
+            OutputError: if it cannot be written.
             ValueError: if the columns are not those of the table.
         """
         if not data.schema.equals(self._table.schema):
@@ -118,13 +118,13 @@ class TableFile:
         return groups
 
     def finish(self, metadata: Mapping[str, str] | None = None) -> FileEntry:
-        """Writes the footer, syncs and closes; what is for an object store is not yet there.
+        """Writes the footer, syncs and closes the file; `publish` uploads it to an object store.
 
         Args:
             metadata: further entries of the footer.
 
         Raises:
-            OutputError: if the disk refuses.
+            OutputError: if it cannot be written.
         """
         with writing(self.path):
             if metadata:
@@ -134,10 +134,10 @@ class TableFile:
         return FileEntry(self.path.name, self.rows, size, digest)
 
     def publish(self, path: Place | None = None) -> None:
-        """Gives the finished file its name: `path`, or the one that it was made with.
+        """Gives the finished file its name: `path`, or the path that it was made with.
 
         Raises:
-            OutputError: if the disk or the object store refuses.
+            OutputError: if it cannot be renamed or uploaded.
         """
         path = path or self.path
         with writing(path):
@@ -148,7 +148,7 @@ class TableFile:
         self.path = path
 
     def close(self) -> None:
-        """Gives up what is left of the temporary file; one that was published stays."""
+        """Closes the temporary file; a published file stays."""
         if self._spool is not None:
             self._spool.close()
 

@@ -1,8 +1,8 @@
 """The tables: columns, units, descriptions, keys, and how each is stored in Parquet.
 
-Tables are tidy: one fact a row, flat columns. Rows are sorted by key, where splits and layers
-count in the plan's order (layers: the model's) and everything else ascends. Non-finite numbers
-are stored as null; the column `status` of `intervals` says why.
+Tables are tidy: one fact per row, flat columns. Rows are sorted by key: splits in the plan's order,
+layers in the model's order, everything else ascending. Numbers that are not finite are stored as
+null; the column `status` of `intervals` gives the reason.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ WHOLE_RUN = -1
 
 @dataclass(frozen=True)
 class TableSchema:
-    """What one table holds and how it is stored.
+    """The columns of one table, and how it is stored.
 
     Attributes:
-        name: of the table.
-        key: the columns that identify a row, in the order the rows are sorted by.
-        schema: Arrow schema; fields carry ``unit`` and ``description``, the schema the format
-            version, the table's name, description and key.
+        name: the name of the table.
+        key: the columns that identify a row, in the order by which rows are sorted.
+        schema: the Arrow schema; metadata of the fields hold ``unit`` and ``description``, those of
+            the schema the format version and the table's name, description and key.
         description: one line.
         partition: key columns that are constant within a row group of a shard.
-        row_group_size: rows in a full row group.
+        row_group_size: number of rows in a full row group.
     """
 
     name: str
@@ -60,13 +60,13 @@ class TableSchema:
     row_group_size: int
 
     def absent(self, found: pa.Schema) -> tuple[str, ...]:
-        """The columns that a file lacks since an earlier lcray wrote it; they are null then.
+        """The columns that a file lacks since an earlier lcray wrote it; they count as null.
 
         Args:
             found: the schema of the file.
 
         Raises:
-            ValueError: if it has other columns than the table ever had.
+            ValueError: if it has columns that the table never had, or lacks others.
         """
         there = [field for field in self.schema if field.name in found.names]
         lacking = [field for field in self.schema if field.name not in found.names]
@@ -78,8 +78,8 @@ class TableSchema:
         """The rows of a file of an earlier lcray, with null for the columns that it lacks.
 
         Args:
-            rows: those columns of the file that were wanted.
-            columns: all that were wanted, in order; None for all there are.
+            rows: the wanted columns that the file has.
+            columns: the wanted columns, in order; None for all.
         """
         wanted = self.schema.names if columns is None else list(columns)
         if wanted == rows.column_names:
@@ -97,8 +97,8 @@ class TableSchema:
     def write_options(self) -> dict[str, Any]:
         """Keyword arguments of `pyarrow.parquet.ParquetWriter`.
 
-        Dictionaries serve strings only, so that every other column can have its own encoding:
-        split bytes for floats, deltas for integers.
+        Only strings use dictionaries, so that every other column has its own encoding: split bytes
+        for floats, deltas for integers.
         """
         strings = [f.name for f in self.schema if pa.types.is_dictionary(f.type)]
         encodings = {f.name: _encoding(f.type) for f in self.schema}
@@ -116,7 +116,7 @@ class TableSchema:
 
 
 def _since(field: pa.Field) -> str | None:
-    """The version of lcray that first wrote a column; None for what all have."""
+    """The first version of lcray that writes a column; None if all do."""
     since = (field.metadata or {}).get(b"since")
     return None if since is None else since.decode()
 
@@ -144,7 +144,7 @@ def _table(
     schema = pa.schema(list(columns), metadata=metadata)
     parts = tuple(partition.split())
     later = {field.name for field in schema if _since(field) is not None}
-    assert later.isdisjoint((*key.split(), *parts)), "rows are told apart by what all files have"
+    assert later.isdisjoint((*key.split(), *parts)), "keys and partitions are in all files"
     return TableSchema(name, tuple(key.split()), schema, description, parts, row_group_size)
 
 
@@ -224,7 +224,7 @@ def table_schema(name: str) -> TableSchema:
     """The schema of the table called `name`.
 
     Raises:
-        UsageError: if there is no such table; the message names the nearest one.
+        UsageError: if there is no such table; the message names the nearest name.
     """
     if name not in TABLES:
         raise UsageError(suggest(name, [n for n in TABLES if n != "borders"], "table"))
