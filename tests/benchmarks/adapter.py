@@ -125,8 +125,7 @@ def planned_batch(workspace: Workspace, plan: Plan) -> Callable[[], object]:
     """The largest batch of the first split, passed forward and backward."""
     bench = workspace.bench
     bench.adopt(plan.batch_size, plan.memory_format, plan.partial_sums)
-    split, out = bench.splits[0], bench.engine.new_vector()
-    largest = split.single(max(range(len(split.batch_sizes)), key=split.batch_sizes.__getitem__))
+    largest, out = bench.excerpt(0, plan.batch_size), bench.engine.new_vector()
     return lambda: bench.engine.evaluate(largest, out)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcray.tasks.data.pytree import count_bytes, map_tensors
+from lcray.tasks.data.pytree import map_tensors
 
 AHEAD = 2  # batches that a stream may read in advance
 
@@ -78,16 +78,6 @@ class Batches:
             TaskError: if one cannot be read.
         """
         return self.only(range(self._n))
-
-    def single(self, number: int) -> Batches:
-        """One batch alone, resident.
-
-        Raises:
-            TaskError: if it cannot be read.
-        """
-        batch = self[number]
-        size = count_bytes([batch])
-        return Batches(1, self._fetch, self._place, self._device, placed=[batch], nbytes=size)
 
     def only(self, numbers: range) -> Iterator[Any]:
         """Some batches in order.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,11 +31,6 @@ from lcray.tasks.task import Data, Task
 CHUNK = 256  # samples that are read at a time when a split is opened
 
 Place = Callable[[Tensor], Tensor]
-
-#: The labels of a split without groups.
-_UNDIVIDED: dict[str, Any] = dict.fromkeys(("labels", "numbers", "present", "groups"), ()) | {
-    "sorted_by_group": False
-}
 
 
 @dataclass(frozen=True)
@@ -73,18 +68,6 @@ class SplitData:
     drawn_from: int | None = None
     replicates: tuple[int, ...] = ()
     n_replicates: int = 0
-
-    def single(self, number: int) -> SplitData:
-        """One batch alone, resident, without groups and replicates."""
-        return replace(
-            self,
-            n_samples=self.batch_sizes[number],
-            batches=self.batches.single(number),
-            batch_sizes=(self.batch_sizes[number],),
-            replicates=(),
-            n_replicates=0,
-            **_UNDIVIDED,
-        )
 
 
 @dataclass(frozen=True)
@@ -202,8 +185,12 @@ class SplitSource:
             n_samples=sum(len(cut) for cut in cuts),
             batches=Batches(len(cuts), read, place, device, placed=placed, nbytes=nbytes),
             batch_sizes=tuple(len(cut) for cut in cuts),
+            labels=(),
+            numbers=(),
+            present=(),
+            groups=(),
+            sorted_by_group=False,
             sha256=self.sha256,
-            **_UNDIVIDED,
         )
 
     def _cuts(self, batch_size: int) -> list[Index]:
