@@ -105,11 +105,8 @@ def refusal(error: click.ClickException) -> str:
 
 def example(*lines: str) -> str:
     """An epilog: worked examples, one per line, never wrapped."""
-    return "\b\n" + "\n".join(["Examples:" if len(lines) > 1 else "Example:", *map(_indent, lines)])
-
-
-def _indent(line: str) -> str:
-    return f"  {line}"
+    title = "Examples:" if len(lines) > 1 else "Example:"
+    return "\b\n" + "\n  ".join([title, *lines])
 
 
 def after_commas(

@@ -196,6 +196,9 @@ def _allocate(bench: Workbench, settings: Settings, index: int, segment: Segment
         raise CheckpointError(f"split {split.name!r}: no LC between the states: {result.status}")
     lc = result.lc.cpu()
     layers = bench.flat.layers
+    replication = None
+    if split.drawn_from is not None:
+        replication = Replication(split.n_samples, split.drawn_from, first.replicate_weights)
     return Allocation(
         split=split.name,
         loss_start=result.loss_start,
@@ -208,15 +211,9 @@ def _allocate(bench: Workbench, settings: Settings, index: int, segment: Segment
         layer_error=_by_layer(layers, result.layer_error),
         converged=result.converged,
         panels=result.panels,
-        replication=_replication(split, first.replicate_weights),
+        replication=replication,
         replicates=_replicates(split, result),
     )
-
-
-def _replication(split: SplitData, weights: tuple[float, ...]) -> Replication | None:
-    if split.drawn_from is None:
-        return None
-    return Replication(split.n_samples, split.drawn_from, weights)
 
 
 def _replicates(split: SplitData, result: IntervalLC) -> NDArray[Any] | None:

@@ -13,13 +13,11 @@ from typing import Any, Unpack
 from lcray.errors import UsageError, suggest
 from lcray.execution.cluster import jobs
 from lcray.execution.cluster.resources import Resources
-from lcray.execution.driver.analyze import load_plan
 from lcray.planning.make import make_settings
+from lcray.planning.saved import PathLike, load_plan
 from lcray.settings import PlanOptions, Settings, flag_of
 from lcray.storage import Remote, place
 from lcray.tasks.packaging import Package, pack
-
-PathLike = str | os.PathLike[str]
 
 _PLAN = "lcray-plan.json"  # in the package
 _FLAGS = {each.name: flag_of(each) for each in (*fields(Settings), *fields(Resources))}
