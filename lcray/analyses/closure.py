@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from lcray.tables.reading.results import Results
 
@@ -76,10 +75,6 @@ def closures(results: Results) -> list[Closure]:
         f"SELECT split, {', '.join(what)} FROM (SELECT *, abs(gap) AS abs_gap, abs(loss_change) AS "
         f"abs_change FROM {ALLOCATED}) GROUP BY split"
     )
-    order = {split.name: number for number, split in enumerate(results.plan.splits)}
-    rows = sorted(found.to_pylist(), key=lambda row: order[row["split"]])
-    nan = float("nan")
-    known: list[dict[str, Any]] = [
-        {k: nan if v is None else v for k, v in row.items()} for row in rows
-    ]
-    return [Closure(**row) for row in known]
+    rows = {row["split"]: row for row in found.to_pandas().to_dict("records")}
+    names = [split.name for split in results.plan.splits]
+    return [Closure(**rows[name]) for name in names if name in rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,14 @@ FEWEST_RUNS = 6
 FIRST, SECOND, DIFFERENCE = "first", "second", "difference"
 _RESAMPLES = 9999
 _SAME = 1e-4  # relative: analyses of the same run are this close, of two seeds never
+_COLUMNS = {
+    "lc": "lc",
+    "se": "lc_se",
+    "low": "lc_low",
+    "high": "lc_high",
+    "p_t": "p_t",
+    "p_permutation": "p_permutation",
+}
 _ADJUSTMENTS = ("bh", "by")
 
 _FORM = tidy.schema(
@@ -129,18 +137,19 @@ def compare(
     notes: list[str] = []
     totals = [_totals(group, chosen, notes) for group in (first, second) if group]
     _check_distinct([*first, *second], np.concatenate(totals))
-    rows: list[dict[str, Any]] = []
+    blocks: list[dict[str, Any]] = []
     for s, split in enumerate(first[0].plan.splits):
         for w, item in enumerate(chosen):
             head = {"split": split.name, **item.columns}
             samples = [total[:, s, w] for total in totals]
             for condition, tests, n in _conditions(samples, paired, level, seed):
-                rows += _rows(head | {"condition": condition, "n": n}, layers, tests, adjust)
+                of_layers = {"condition": condition, "n": n, "layer": [*layers]}
+                blocks.append(head | of_layers | _columns(tests, adjust))
     if min(len(group) for group in (first, second) if group) < FEWEST_RUNS:
         notes.append(f"no p-values where a condition has fewer than {FEWEST_RUNS} runs")
     parameters = {"paired": paired, "level": level, "adjust": adjust, "seed": seed}
     names = {FIRST: [str(r.path) for r in first], SECOND: [str(r.path) for r in second]}
-    return tidy.table(_FORM, rows, parameters=parameters | names, notes=notes)
+    return tidy.from_columns(_FORM, blocks, parameters=parameters | names, notes=notes)
 
 
 def _check(first: Sequence[Results], second: Sequence[Results], paired: bool) -> None:
@@ -276,29 +285,14 @@ def _test(
     return Test(lc, se, lc - reach, lc + reach, p_t, p_permutation)
 
 
-def _rows(
-    head: Mapping[str, Any], layers: Sequence[str], tests: Sequence[Test], adjust: str
-) -> Iterator[dict[str, Any]]:
-    adjusted = {}
+def _columns(tests: Sequence[Test], adjust: str) -> dict[str, Floats]:
+    """The columns of one condition: tests of the network and of each layer."""
+    columns = {c: np.array([getattr(test, name) for test in tests]) for name, c in _COLUMNS.items()}
     for name in ("p_t", "p_permutation"):
-        values = np.array([getattr(test, name) for test in tests])
-        values[0] = np.nan  # the whole network is not one more layer to adjust for
-        known = np.isfinite(values)
-        adjusted[name] = np.full(len(tests), np.nan)
+        adjusted, known = np.full(len(tests), np.nan), np.isfinite(columns[name])
+        known[0] = False  # the whole network is not one more layer to adjust for
         if known.any():
-            adjusted[name][known] = false_discovery_control(
-                values[known], method="by" if adjust == "by" else "bh"
-            )
-    for number, (layer, test) in enumerate(zip(layers, tests, strict=True)):
-        yield {
-            **head,
-            "layer": layer,
-            "lc": test.lc,
-            "lc_se": test.se,
-            "lc_low": test.low,
-            "lc_high": test.high,
-            "p_t": test.p_t,
-            "p_permutation": test.p_permutation,
-            "p_t_adjusted": adjusted["p_t"][number],
-            "p_permutation_adjusted": adjusted["p_permutation"][number],
-        }
+            method: Literal["bh", "by"] = "by" if adjust == "by" else "bh"
+            adjusted[known] = false_discovery_control(columns[name][known], method=method)
+        columns[f"{name}_adjusted"] = adjusted
+    return columns

@@ -63,19 +63,16 @@ def extremes(
     """
     if top < 1:
         raise UsageError(f"top {top}: must be at least 1")
+    names = ", ".join(literal(layer.name) for layer in results.plan.layers)
+    position = f"list_position([{names}], CAST(layer AS VARCHAR))"
     rows: list[dict[str, Any]] = []
     for split in results.plan.splits:
         for direction, sign in (("helps", 1), ("hurts", -1)):
             query = f"""
                 SELECT layer, {", ".join(_COLUMNS)} FROM parameters
                 WHERE split = {literal(split.name)} AND lc * {sign} < 0
-                ORDER BY lc * {sign}, {_position(results)}, index LIMIT {min(top, LIMIT - 1)}"""
+                ORDER BY lc * {sign}, {position}, index LIMIT {min(top, LIMIT - 1)}"""
             found = results.sql_arrow(query).to_pylist()
             head = {"split": split.name, "direction": direction}
             rows += [head | {"rank": n} | row for n, row in enumerate(found, 1)]
     return tidy.table(_FORM, rows, parameters={"top": top})
-
-
-def _position(results: Results) -> str:
-    names = ", ".join(literal(layer.name) for layer in results.plan.layers)
-    return f"list_position([{names}], CAST(layer AS VARCHAR))"

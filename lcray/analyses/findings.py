@@ -17,7 +17,7 @@ from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.storage import Place, PlaceLike, storage_of
 from lcray.storage.files import writing
 from lcray.tables.manifest import read_manifest
-from lcray.tables.reading.results import Results, open_output
+from lcray.tables.reading.results import open_output
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def findings(
         if on_progress is not None:
             on_progress(finding.name, n_done, len(wanted))
         try:
-            found = _compute(results, finding, window, windows, seed)
+            require(results, *finding.needs)
+            found = finding.compute(results, window=window, windows=windows, seed=seed)
         except InapplicableError as error:
             if only is not None:
                 raise InapplicableError(f"{finding.name}: {error}") from error
@@ -113,13 +114,6 @@ def _chosen(only: Iterable[str] | None) -> tuple[Finding, ...]:
         if name not in known:
             raise UsageError(suggest(name, known, "finding", most=len(known)))
     return tuple(finding for finding in FINDINGS if finding.name in names)
-
-
-def _compute(
-    results: Results, finding: Finding, window: int | None, windows: Ranges | None, seed: int
-) -> pa.Table:
-    require(results, *finding.needs)
-    return finding.compute(results, window=window, windows=windows, seed=seed)
 
 
 def _store(path: Place, found: pa.Table, seed: int, used: Mapping[str, str]) -> pa.Table:

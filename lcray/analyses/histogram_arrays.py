@@ -25,11 +25,13 @@ class Histograms:
     """The histograms of one split: C[window, layer, sign, bin], base windows in order.
 
     Attributes:
+        lowest: number of the first bin that is not the underflow bin.
         edges: logarithms of the bins' edges, [E]; the first is -inf.
         windows: first steps of the base windows, [W].
         counts: [W, L, 2, B].
     """
 
+    lowest: int
     edges: Floats
     windows: NDArray[np.int64]
     counts: Floats
@@ -80,7 +82,7 @@ def read_histograms(results: Results, split: str, names: Sequence[str]) -> Histo
     sign = (rows["sign"].to_numpy() > 0).astype(int)
     known = layer >= 0
     dense[at[known], layer[known], sign[known], column[known]] = counts[known]
-    return Histograms(np.concatenate([[-np.inf], edges]), windows, dense)
+    return Histograms(lo, np.concatenate([[-np.inf], edges]), windows, dense)
 
 
 def held(results: Results, item: Window, windows: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -24,6 +24,7 @@ from lcray.execution.worker.fresh import Unexplained
 from lcray.execution.worker.reports import Outcome, RunningSpan, SpanReport, View
 from lcray.execution.worker.state import state_kept
 from lcray.execution.worker.tuning import rough_seconds
+from lcray.execution.worker.workbench import Share
 from lcray.execution.worker.workspace import Workspace
 from lcray.planning.plan import Plan, Span
 from lcray.settings import Settings
@@ -165,9 +166,11 @@ class Local:
                 self._run,
                 self._settings,
                 steps=self._steps,
-                device=_device(self._resources.gpus_per_worker),
-                threads=self._threads,
-                memory=None if memory is None else int(memory * 2**30),
+                share=Share(
+                    _device(self._resources.gpus_per_worker),
+                    self._threads,
+                    None if memory is None else int(memory * 2**30),
+                ),
                 partial_sums=self._partial_sums,
             )
         return self._workspace

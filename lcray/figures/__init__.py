@@ -18,21 +18,15 @@ _MODULES = {
     "tracks": "tracks",
     "unit_matrix": "matrices",
 }
-__all__ = [
-    "class_layers",
-    "densities",
-    "layer_matrix",
-    "reconstruction",
-    "tracks",
-    "unit_matrix",
-]
+__all__ = [*_MODULES]
 
 if TYPE_CHECKING:
-    from lcray.figures.data.classes import class_layers
-    from lcray.figures.data.densities import densities
-    from lcray.figures.data.matrices import layer_matrix, unit_matrix
-    from lcray.figures.data.reconstruction import reconstruction
-    from lcray.figures.data.tracks import tracks
+    from lcray.figures.data.classes import class_layers as class_layers
+    from lcray.figures.data.densities import densities as densities
+    from lcray.figures.data.matrices import layer_matrix as layer_matrix
+    from lcray.figures.data.matrices import unit_matrix as unit_matrix
+    from lcray.figures.data.reconstruction import reconstruction as reconstruction
+    from lcray.figures.data.tracks import tracks as tracks
 
 
 def __getattr__(name: str) -> Any:

@@ -3,61 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from lcray.checkpoints import Recorder, ranks
 from lcray.errors import RecorderError, UsageError
-
-
-class Recording:
-    """One training's recorder, and its hooks on the optimizers.
-
-    Lightning counts a step each time that an optimizer steps. So does this class, by torch's own
-    hooks: under automatic and manual optimization, with one optimizer or several.
-    """
-
-    def __init__(self, trainer: Any, pl_module: nn.Module, module: str | None, **options: Any):
-        if ranks.is_sharded(trainer.strategy.model or pl_module):
-            raise RecorderError(
-                "Lightning shards this model, which its callback does not gather; train with "
-                "DDP, or convert the checkpoints afterwards with `lcray convert`"
-            )
-        self._recorder = Recorder(
-            _submodule(pl_module, module), start=trainer.global_step, **options
-        )
-        self._hooks = [
-            optimizer.register_step_post_hook(lambda *_: self._recorder.step())
-            for optimizer in trainer.optimizers
-        ]
-
-    def catch_up(self, step: int) -> None:
-        """Count updates that a gradient scaler has skipped, as steps without movement."""
-        while self._recorder.last_step < step:
-            self._recorder.step()
-
-    def close(self, *, complete: bool) -> None:
-        """Remove the hooks, write what is queued, and end the run."""
-        for hook in self._hooks:
-            hook.remove()
-        self._recorder.close(complete=complete)
-
-
-def _submodule(pl_module: nn.Module, name: str | None) -> nn.Module:
-    try:
-        return pl_module if name is None else pl_module.get_submodule(name)
-    except AttributeError:
-        known = ", ".join(sorted(dict(pl_module.named_children()))[:12])
-        raise UsageError(f"module {name!r}: the LightningModule has none; it has {known}") from None
-
-
-def options_of(
-    directory: Any, every: int, overwrite: bool, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The arguments of the recorder."""
-    return {"directory": directory, "every": every, "overwrite": overwrite, **options}
 
 
 class RecordingCallback:
@@ -96,18 +47,31 @@ class RecordingCallback:
         **options: Any,
     ):
         self._module = module
-        self._options = options_of(directory, every, overwrite, options)
-        self._recording: Recording | None = None
+        self._options = {"directory": directory, "every": every, "overwrite": overwrite, **options}
+        self._recorder: Recorder | None = None
+        self._hooks: list[Any] = []
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Record the state that training begins from."""
         self._end(complete=False)  # of a training that failed
-        self._recording = Recording(trainer, pl_module, self._module, **self._options)
+        if ranks.is_sharded(trainer.strategy.model or pl_module):
+            raise RecorderError(
+                "Lightning shards this model, which its callback does not gather; train with "
+                "DDP, or convert the checkpoints afterwards with `lcray convert`"
+            )
+        module = _submodule(pl_module, self._module)
+        self._recorder = recorder = Recorder(module, start=trainer.global_step, **self._options)
+        # Lightning counts a step each time that an optimizer steps. So do torch's own hooks: under
+        # automatic and manual optimization, with one optimizer or several.
+        self._hooks = [
+            optimizer.register_step_post_hook(lambda *_: recorder.step())
+            for optimizer in trainer.optimizers
+        ]
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
-        """Count the updates of this batch that no optimizer made."""
-        if self._recording is not None:
-            self._recording.catch_up(trainer.global_step)
+        """Count updates that a gradient scaler has skipped, as steps without movement."""
+        while self._recorder is not None and self._recorder.last_step < trainer.global_step:
+            self._recorder.step()
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Write what is queued, and end the run."""
@@ -118,6 +82,17 @@ class RecordingCallback:
         self._end(complete=False)
 
     def _end(self, *, complete: bool) -> None:
-        if self._recording is not None:
-            self._recording.close(complete=complete)
-            self._recording = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._recorder is not None:
+            self._recorder.close(complete=complete)
+            self._recorder = None
+
+
+def _submodule(pl_module: nn.Module, name: str | None) -> nn.Module:
+    try:
+        return pl_module if name is None else pl_module.get_submodule(name)
+    except AttributeError:
+        known = ", ".join(sorted(dict(pl_module.named_children()))[:12])
+        raise UsageError(f"module {name!r}: the LightningModule has none; it has {known}") from None

@@ -137,7 +137,8 @@ def _config(source: str | Path | PretrainedConfig) -> PretrainedConfig:
             folder, local_files_only=True
         )
     except Exception as error:  # any fault that the library finds
-        raise TaskError(f"{folder / 'config.json'}: {_short(error)}") from error
+        text = " ".join(str(error).split())[:300]
+        raise TaskError(f"{folder / 'config.json'}: {text}") from error
     return found
 
 
@@ -234,7 +235,3 @@ def _sample_loss(
 
 def _classes(batch: Mapping[str, Tensor]) -> Tensor:
     return batch["labels"].flatten()
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -92,14 +92,10 @@ class RecorderCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Record the last step, if an evaluation has decided that it is the last."""
+        """Record the last step, if an evaluation or a callback has decided that it is the last."""
         self._record_if_last(control)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Record the last step, if a callback has decided that it is the last."""
-        self._record_if_last(control)
+    on_epoch_end = on_save
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -81,7 +81,7 @@ def _of_split(
     counts = found.counts.sum(axis=0)
     counts = np.concatenate([counts.sum(axis=0, keepdims=True), counts])
     rows = counts.reshape(-1, counts.shape[-1])
-    edges, wide = _widened(found.edges, rows, factor)
+    edges, wide = _widened(found.lowest, rows, factor)
     fitted = [_mass(family, found.edges, rows, edges) for family in FAMILIES]
     keys = itertools.product([tidy.ALL_LAYERS, *names], _SIGNS)
     n = rows.sum(axis=1)
@@ -110,22 +110,15 @@ def _mass(family: Family, edges: Floats, counts: Floats, wide: Floats) -> Floats
         return np.asarray(np.exp(family.log_mass(theta, wide)))
 
 
-def _widened(edges: Floats, counts: Floats, factor: int) -> tuple[Floats, Floats]:
+def _widened(first: int, counts: Floats, factor: int) -> tuple[Floats, Floats]:
     """Bins that are `factor` times as wide, aligned to octaves, without the underflow bin."""
-    first, counts = _number(edges[1]), counts[:, 1:]
-    lead = first % factor
+    counts, lead = counts[:, 1:], first % factor
     around = (lead, -(lead + counts.shape[1]) % factor)
     wide = np.pad(counts, ((0, 0), around))
     numbers = np.arange(first - lead, first - lead + wide.shape[1] + 1, factor)
     return _edge(numbers), wide.reshape(len(wide), -1, factor).sum(axis=-1)
 
 
-def _number(edge: float) -> int:
-    """The number m + 8e of the edge with this logarithm, where the edge is (1 + m/8)·2^e."""
-    mantissa, exponent = np.frexp(np.exp(edge))
-    return int(round(float((2 * mantissa - 1) * _FINEST)) + _FINEST * (int(exponent) - 1))
-
-
 def _edge(numbers: np.ndarray[Any, np.dtype[np.int64]]) -> Floats:
-    """Logarithms of the edges with these numbers."""
+    """Logarithms of the edges (1 + m/8)·2^e with these numbers m + 8e."""
     return np.asarray(np.log1p(numbers % _FINEST / _FINEST) + numbers // _FINEST * np.log(2.0))

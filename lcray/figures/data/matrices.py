@@ -6,6 +6,7 @@ Legend: S splits, L layers, C columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -56,15 +57,18 @@ def layer_matrix(results: Results, *, columns: int = 200) -> pa.Table:
     times = Columns.of(results, "layers", columns)
     lc = layer_sums(results, times, ("lc",), splits, layers)["lc"]
     split, layer, at = (i.ravel() for i in np.indices(lc.shape))
-    found = {
-        "split": (split, splits),
-        "layer": (layer, layers),
-        "first_step": times.firsts[at],
-        "end_step": times.ends[at],
-        "lc": lc.ravel(),
-    }
+    keys = {"split": (split, splits), "layer": (layer, layers)}
+    return _matrix(_LAYERS, times, keys, lc, at, columns)
+
+
+def _matrix(
+    form: pa.Schema, times: Columns, keys: dict[str, Any], lc: Floats, at: Any, columns: int
+) -> pa.Table:
+    """A row for each number of `lc`, with the column `at` that it is in."""
+    span = {"first_step": times.firsts[at], "end_step": times.ends[at]}
     parameters = {"columns": columns}
-    return tidy.from_columns(_LAYERS, [found], parameters=parameters, notes=times.notes)
+    blocks = [keys | span | {"lc": lc.ravel()}]
+    return tidy.from_columns(form, blocks, parameters=parameters, notes=times.notes)
 
 
 def layer_sums(
@@ -111,13 +115,5 @@ def unit_matrix(
     place = row, table["col"].to_numpy()
     lc = scattered((len(units), len(times)), place, numbers(table, "lc"))
     which, at = (i.ravel() for i in np.indices(lc.shape))
-    found = {
-        "split": split,
-        "layer": layer,
-        "unit": units[which],
-        "first_step": times.firsts[at],
-        "end_step": times.ends[at],
-        "lc": lc.ravel(),
-    }
-    parameters = {"columns": columns}
-    return tidy.from_columns(_UNITS, [found], parameters=parameters, notes=times.notes)
+    keys = {"split": split, "layer": layer, "unit": units[which]}
+    return _matrix(_UNITS, times, keys, lc, at, columns)

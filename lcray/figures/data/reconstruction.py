@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -51,17 +50,15 @@ def reconstruction(results: Results, *, points: int = 1000) -> pa.Table:
     if points < 2:
         raise UsageError(f"points {points}: must be at least 2")
     frame = results.intervals()
-    rows = [
-        row
-        for split in results.plan.splits
-        for row in _rows(split.name, frame[frame["split"] == split.name], points)
-    ]
-    return tidy.table(_FORM, rows, parameters={"points": points})
+    blocks: list[dict[str, Any]] = []
+    for split in results.plan.splits:
+        here = frame[frame["split"] == split.name]
+        if len(here):
+            blocks.append({"split": split.name} | _columns(here, points))
+    return tidy.from_columns(_FORM, blocks, parameters={"points": points})
 
 
-def _rows(split: str, frame: pd.DataFrame, points: int) -> Iterator[dict[str, Any]]:
-    if frame.empty:
-        return
+def _columns(frame: pd.DataFrame, points: int) -> dict[str, Any]:
     start, end = (frame[name].to_numpy(np.float64) for name in ("loss_start", "loss_end"))
     steps = np.append(frame["start_step"].iloc[:1], frame["end_step"])
     loss = np.append(start[:1], end)
@@ -69,12 +66,11 @@ def _rows(split: str, frame: pd.DataFrame, points: int) -> Iterator[dict[str, An
     claimed = (frame["first_order_lc"] - frame["loss_change"]).to_numpy(np.float64)
     claims = np.isfinite(claimed).any()
     first_order = loss + cumulative(claimed) if claims else np.full(len(loss), np.nan)
-    for i in np.unique(np.linspace(0, len(steps) - 1, points).round().astype(np.int64)):
-        yield {
-            "split": split,
-            "step": int(steps[i]),
-            "loss": loss[i],
-            "reconstructed": loss[i] + gap[i],
-            "gap": gap[i],
-            "first_order": first_order[i],
-        }
+    kept = np.unique(np.linspace(0, len(steps) - 1, points).round().astype(np.int64))
+    return {
+        "step": steps[kept],
+        "loss": loss[kept],
+        "reconstructed": (loss + gap)[kept],
+        "gap": gap[kept],
+        "first_order": first_order[kept],
+    }

@@ -48,7 +48,7 @@ def cards(found: Closure) -> list[tuple[str, str, str]]:
     ends = f"from {plain(found.loss_start, 4)} to {plain(found.loss_end, 4)}"
     whole = found.loss_start == found.loss_start and not found.n_bad
     change = ends if whole else "measured over the intervals that have LC"
-    cards = [
+    return [
         ("Loss change", signed(found.loss_change, 4), f"{change}, split {one_line(found.split)}"),
         ("Σ LC", signed(found.lc, 4), "loss change allocated to all parameters"),
         (
@@ -57,18 +57,13 @@ def cards(found: Closure) -> list[tuple[str, str, str]]:
             "|gap| / |change| over the run; interval by interval, Σ|gap| / Σ|change| is "
             + percent(found.abs_gap, found.abs_change, 2),
         ),
-        (
-            "Helping",
-            percent(found.helping, 1),
-            "of (parameter, iteration) pairs lowered the loss",
-        ),
+        ("Helping", percent(found.helping, 1), "of (parameter, iteration) pairs lowered the loss"),
         (
             "Gradients",
             f"{found.n_gradients:,}",
             f"full-batch gradients of {one_line(found.split)}, endpoints shared; one more per span",
         ),
     ]
-    return cards
 
 
 def settings(plan: Plan, n_intervals: int) -> list[tuple[str, str]]:
