@@ -17,7 +17,7 @@ from lcray.analyses import tidy
 from lcray.analyses.histogram_arrays import Histograms, aligned, held, read_histograms
 from lcray.analyses.requirements import only
 from lcray.analyses.series import Floats, positions
-from lcray.analyses.windows import RUN, Ranges, Window, Windows
+from lcray.analyses.windows import RUN, Ranges, Windows
 from lcray.statistics.bootstrap import Bootstrap, block_length
 from lcray.statistics.families import FAMILIES, Family
 from lcray.statistics.likelihood import (
@@ -181,6 +181,7 @@ def _of_bins(
         units = counts.reshape(n_windows, len(keys), n_bins)
         for item in chosen:
             here = units[held(results, item, found.windows)]
+            head = {"split": split, **item.columns, "source": "histograms"}
             for family in FAMILIES:
                 fitted = _fit_rows(family, found.edges, here, drawing.blocks)
                 for row, (key, one) in enumerate(zip(keys, fitted, strict=True)):
@@ -189,7 +190,7 @@ def _of_bins(
                     if item.name == RUN and drawing.replicates:
                         place = number * step * 2 + row
                         one |= drawing.p_value(family, found.edges, one, place)
-                    yield _row(split, item, key, family, "histograms", one)
+                    yield head | _key(*key, family) | one
 
 
 def _fit_rows(
@@ -239,23 +240,8 @@ def _estimate(found: Estimates, h: int, spread: Floats | None) -> dict[str, Any]
     return row
 
 
-def _row(
-    split: str,
-    item: Window,
-    key: tuple[str, int],
-    family: Family,
-    source: str,
-    fitted: dict[str, Any],
-) -> dict[str, Any]:
-    return {
-        "split": split,
-        **item.columns,
-        "layer": key[0],
-        "sign": key[1],
-        "distribution": family.name,
-        "source": source,
-        **fitted,
-    }
+def _key(layer: str, sign: int, family: Family) -> dict[str, Any]:
+    return {"layer": layer, "sign": sign, "distribution": family.name}
 
 
 def _of_values(
@@ -274,6 +260,7 @@ def _of_values(
     lc, layer, start = lc[some], layer[some], start[some]
     for item in chosen:
         inside = item.holds(start)
+        head = {"split": split, **item.columns, "source": "elements"}
         for number, name in enumerate([tidy.ALL_LAYERS, *names]):
             of_layer = inside if not number else inside & (layer == number - 1)
             for sign in _SIGNS:
@@ -290,7 +277,7 @@ def _of_values(
                         ks = distance(family, binned.edges, fitted["theta"][None], counts)
                         fitted["binned_ks"] = float(ks[0])
                         fitted |= drawing.p_value(family, binned.edges, fitted, place)
-                    yield _row(split, item, (name, sign), family, "elements", fitted)
+                    yield head | _key(name, sign, family) | fitted
 
 
 def _fit_values(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lcray.analyses import tidy
 from lcray.analyses.series import Series, layer_series, with_network
 from lcray.analyses.trace_arrays import sampled_layers
-from lcray.analyses.windows import Ranges, Window, Windows
+from lcray.analyses.windows import Ranges, Windows
 from lcray.statistics.bootstrap import Bootstrap
 from lcray.statistics.sign_runs import flips, net_share
 from lcray.tables.reading.results import Results
@@ -97,7 +97,7 @@ def oscillation(
 
 def _of_layers(results: Results, series: Series, chosen: Windows, draws: Bootstrap) -> Rows:
     sizes = {layer.name: layer.numel for layer in results.plan.layers}
-    numel = [*(sizes[name] for name in series.layers)]
+    numel = [sizes[name] for name in series.layers]
     names, numbers = (tidy.ALL_LAYERS, *series.layers), [sum(numel), *numel]
     possible = _pairs(series)
     for s, split in enumerate(series.splits):
@@ -106,10 +106,11 @@ def _of_layers(results: Results, series: Series, chosen: Windows, draws: Bootstr
         for item in chosen:
             part = [x[item.holds(series.starts)] for x in both]
             errors = _rate_errors(part[0], part[1], draws)
+            head = {"split": split, **item.columns, "quantity": "lc", "source": "layers"}
             for k, name in enumerate(names):
-                counts = (float(x[:, k].sum()) for x in part)
-                row = _row(split, name, item, "lc", "layers", numbers[k], *counts)
-                yield row | {key: ends[k] for key, ends in errors.items()}
+                row = head | {"layer": name, "n_elements": numbers[k]}
+                ends = {key: ends[k] for key, ends in errors.items()}
+                yield row | _rates(*(float(x[:, k].sum()) for x in part)) | ends
 
 
 def _pairs(series: Series) -> NDArray[np.float64]:
@@ -135,6 +136,8 @@ def _of_parameters(results: Results, series: Series) -> Rows:
             if row is None:
                 continue
             possible = int(row["moving"]) * pairs[split.name]
+            head = {"split": split.name, "layer": layer.name, **run.columns}
+            head |= {"source": "parameters", "n_elements": row["n"]}
             counts = {
                 "lc": (row["lc_flips"], row["lc_pairs"]),
                 "displacement": (row["displacement_flips"], possible),
@@ -143,10 +146,9 @@ def _of_parameters(results: Results, series: Series) -> Rows:
             for quantity, (seen, of) in counts.items():
                 if seen is None:
                     continue
-                head = split.name, layer.name, run, quantity, "parameters", row["n"]
                 whole = row.get(f"{quantity}_gross")
                 net = {"net": row[f"{quantity}_net"] / whole} if whole else {}
-                yield _row(*head, int(seen), int(of)) | net
+                yield head | {"quantity": quantity} | _rates(int(seen), int(of)) | net
 
 
 def _of_traces(results: Results, chosen: Windows, draws: Bootstrap) -> Rows:
@@ -156,14 +158,16 @@ def _of_traces(results: Results, chosen: Windows, draws: Bootstrap) -> Rows:
         seen, possible = (np.stack([c[i] for c in counted], axis=1).astype(float) for i in (0, 1))
         for item in chosen:
             here = item.holds(sample.starts)
+            head = {"split": sample.split, "layer": sample.layer, **item.columns}
+            head |= {"source": "traces"}
             errors = _rate_errors(seen[here], possible[here], draws)
             for k, (quantity, values) in enumerate(quantities.items()):
                 if not np.isfinite(values[here]).any():
                     continue
                 counts = seen[here, k].sum(), possible[here, k].sum()
-                head = sample.split, sample.layer, item, quantity, "traces", values.shape[1]
-                row = _row(*head, *counts) | {"net": net_share(values[here])}
-                yield row | {key: ends[k] for key, ends in errors.items()}
+                row = head | {"quantity": quantity, "n_elements": values.shape[1]}
+                ends = {key: ends[k] for key, ends in errors.items()}
+                yield row | _rates(*counts) | {"net": net_share(values[here])} | ends
 
 
 def _rate_errors(
@@ -181,23 +185,9 @@ def _rate_errors(
     return {key: np.where(live, end, np.nan) for key, end in ends.items()}
 
 
-def _row(
-    split: str,
-    layer: str,
-    window: Window,
-    quantity: str,
-    source: str,
-    n_elements: int,
-    seen: float,
-    possible: float,
-) -> dict[str, Any]:
+def _rates(seen: float, possible: float) -> dict[str, Any]:
+    """The columns that follow from the number of flips, and of pairs that could flip."""
     return {
-        "split": split,
-        "layer": layer,
-        **window.columns,
-        "quantity": quantity,
-        "source": source,
-        "n_elements": n_elements,
         "n_flips": int(seen),
         "n_pairs": int(possible),
         "flip_rate": seen / possible if possible else None,

@@ -73,7 +73,7 @@ class Bootstrap:
         found = [w @ values for w in multiplicities(n, length, self.replicates, rng)]
         return np.concatenate(found)
 
-    def spread(self, values: Floats, length: int | None = None) -> dict[str, Floats]:
+    def spread(self, values: Floats) -> dict[str, Floats]:
         """Columns `resampled_se`, `resampled_low` and `resampled_high` of sums over iterations.
 
         How far each sum would spread had these iterations come out as other stretches of the same
@@ -81,12 +81,11 @@ class Bootstrap:
 
         Args:
             values: [T, K], one row an iteration, in order.
-            length: as for `sums`.
 
         Returns:
             [K] each; none where T is below `FEWEST`.
         """
-        drawn = self.sums(values, length)
+        drawn = self.sums(values)
         return {} if drawn is None else dict(zip(RESAMPLED, self.interval(drawn), strict=True))
 
     def interval(self, replicates: Floats) -> tuple[Floats, Floats, Floats]:

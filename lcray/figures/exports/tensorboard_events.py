@@ -53,14 +53,11 @@ def _scalars(results: Results) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """The values of one split, by step."""
     if "intervals" in results.tables:
         for row in results.intervals().to_dict("records"):
-            yield (
-                row["end_step"],
-                [
-                    {"tag": f"lcray/{row['split']}/{name}", "simple_value": row[column]}
-                    for name, column in _SCALARS.items()
-                    if np.isfinite(row[column])
-                ],
-            )
+            values = {name: row[column] for name, column in _SCALARS.items()}
+            tag = f"lcray/{row['split']}"
+            known = {name: value for name, value in values.items() if np.isfinite(value)}
+            found = [{"tag": f"{tag}/{name}", "simple_value": v} for name, v in known.items()]
+            yield row["end_step"], found
     if "layers" in results.tables:
         frame = results.layers()[["split", "layer", "end_step", "lc"]]
         for row in frame[frame["lc"].notna()].to_dict("records"):

@@ -122,8 +122,7 @@ def class_layers(
         raise InapplicableError(f"table 'groups' has no rows of split {split!r}")
     names = list(dict.fromkeys(frame["layer"].astype(str)))
     groups = sorted(set(frame["group"]))
-    grid = frame.pivot(index="layer", columns="group", values="lc")
-    values = grid.reindex(index=names, columns=groups).to_numpy(np.float64)
+    values = frame.pivot(index="layer", columns="group", values="lc").loc[names, groups].to_numpy()
     ax = axis(ax)
     edges = np.arange(len(groups) + 1) - 0.5
     _coloured(ax, edges, values, percentile, f"LC of the class's loss ({LOSS})")
@@ -158,12 +157,8 @@ def coincidences(
     names = list(dict.fromkeys(frame["a"].astype(str)))
     excess = frame.assign(excess=frame["coincidences"] - frame["expected"])
     excess.loc[excess["a"].astype(str) == excess["b"].astype(str), "excess"] = np.nan
-    grids = [
-        excess.pivot(index="a", columns="b", values=name)
-        .reindex(index=names, columns=names)
-        .to_numpy(np.float64)
-        for name in ("excess", "p_adjusted")
-    ]
+    wide = excess.pivot(index="a", columns="b", values=["excess", "p_adjusted"])
+    grids = [wide[name].loc[names, names].to_numpy(float) for name in ("excess", "p_adjusted")]
     ax = axis(ax)
     edges = np.arange(len(names) + 1)
     _coloured(ax, edges, grids[0], 100.0, "coincident peaks above chance", backwards=True)
