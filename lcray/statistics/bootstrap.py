@@ -1,17 +1,19 @@
 """The circular block bootstrap over iterations, and the length of its blocks.
 
-Values of neighbouring iterations are dependent, so iterations are drawn in blocks of consecutive
-ones, the first following the last (Politis and Romano 1992, in *Exploring the Limits of Bootstrap*,
-263). So every iteration is drawn once on average and sums are centred at those of the data; blocks
-that stop at the ends would draw the first and last ones, where training does most, less often. The
-length follows Politis and White (2004, Econometric Reviews 23:53; corrected by Patton, Politis and
-White 2009, ibid. 28:372): with R(k) the autocovariances, λ the flat-top lag window and M twice the
-lag after which correlations are negligible, for the sample mean
+Values of neighbouring iterations are dependent. So iterations are drawn in blocks of consecutive
+ones, where the first iteration follows the last (Politis and Romano 1992, in *Exploring the Limits
+of Bootstrap*, 263). Every iteration is then drawn once on average, and sums are centred at those of
+the data. Blocks that stop at the ends would draw the first and last iterations, at which training
+does most, less often. The length follows Politis and White (2004, Econometric Reviews 23:53;
+corrected by Patton, Politis and White 2009, ibid. 28:372). For the sample mean, with R(k) the
+autocovariances, λ the flat-top lag window and M twice the lag after which correlations are
+negligible, it is
 
     b = (2 G² / D)^(1/3) n^(1/3),   G = Σ λ(k/M) |k| R(k),   D = 4/3 (Σ λ(k/M) R(k))²
 
-Blocks of length b estimate the variance of a mean with a relative bias of order 1/b downward, and
-take a trend within a window for variance. One draw serves all columns: what ties layers stays.
+Blocks of length b estimate the variance of a mean too low, by a relative bias of order 1/b, and
+they count a trend within a window as variance. All columns share the same draws, which keeps the
+dependence between layers.
 
 Legend: T iterations, K columns, B replicates.
 """
@@ -27,10 +29,10 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-#: Iterations below which no error is given: blocks of so few say nothing.
+#: With fewer iterations no error is given: blocks of so few say nothing.
 FEWEST = 8
 REPLICATES = 1000
-#: The columns of `Bootstrap.spread`, and what they hold.
+#: The columns of `Bootstrap.spread`, with their descriptions.
 RESAMPLED = {
     "resampled_se": "standard deviation of the sum over resamplings of the window's intervals",
     "resampled_low": "lower end of its resampled interval: other stretches of the same process",
@@ -41,13 +43,13 @@ _CHUNK = 1 << 21  # weights of a chunk of replicates: 16 MB
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How errors are made.
+    """The way in which errors are estimated.
 
     Attributes:
         seed: of the draws.
         replicates: B.
         level: of the intervals.
-        length: of the blocks; None for the rule of Politis and White.
+        length: of the blocks; None for the length by Politis and White.
     """
 
     seed: int = 0
@@ -59,11 +61,11 @@ class Bootstrap:
         """Sums over iterations in every replicate, [B, K].
 
         Args:
-            values: [T, K], one row an iteration, in order.
-            length: of the blocks; None for the rule's, over all columns.
+            values: [T, K], one row per iteration, in order.
+            length: of the blocks; None for that of `block_length` over all columns.
 
         Returns:
-            The sums, the same for the same seed; None where T is below `FEWEST`.
+            The sums, the same for the same seed; None if T is below `FEWEST`.
         """
         n = len(values)
         if n < FEWEST:
@@ -76,14 +78,14 @@ class Bootstrap:
     def spread(self, values: Floats) -> dict[str, Floats]:
         """Columns `resampled_se`, `resampled_low` and `resampled_high` of sums over iterations.
 
-        How far each sum would spread had these iterations come out as other stretches of the same
-        process. Not the error of the sum itself, which is as exact as its terms.
+        They say how much each sum would vary if these iterations were other stretches of the same
+        process. They are not the error of the sum itself, which is as exact as its terms.
 
         Args:
-            values: [T, K], one row an iteration, in order.
+            values: [T, K], one row per iteration, in order.
 
         Returns:
-            [K] each; none where T is below `FEWEST`.
+            [K] each; no columns if T is below `FEWEST`.
         """
         drawn = self.sums(values)
         return {} if drawn is None else dict(zip(RESAMPLED, self.interval(drawn), strict=True))
@@ -91,7 +93,7 @@ class Bootstrap:
     def interval(self, replicates: Floats) -> tuple[Floats, Floats, Floats]:
         """Standard error and percentile interval of a statistic from its replicates [B, ...].
 
-        Over the replicates that have the statistic; NaN where fewer than two do, as for a ratio
+        Replicates without the statistic are left out; NaN if fewer than two have it, as for a ratio
         whose denominator is always 0.
         """
         tail = (1 - self.level) / 2
@@ -108,7 +110,7 @@ def multiplicities(
 ) -> Iterator[Floats]:
     """How often each of n iterations is drawn, chunk by chunk, [B in all, n]; rows sum to n.
 
-    Once on average: blocks begin anywhere, and go on at the first iteration after the last.
+    It is once on average: blocks begin anywhere, and the first iteration follows the last.
     """
     length = max(1, min(length, n))
     n_blocks = -(-n // length)
@@ -128,9 +130,9 @@ def multiplicities(
 
 
 def block_length(values: Floats) -> int:
-    """The length that the rule gives for a mean of `values` [T, K]: the longest over the columns.
+    """The length by Politis and White for a mean of `values` [T, K]: the longest of all columns.
 
-    At most min(3 √T, T/3), as its authors advise; 1 for columns that are constant.
+    It is at most min(3 √T, T/3), as its authors advise, and 1 if all columns are constant.
     """
     n = len(values)
     centred = values - values.mean(axis=0)
@@ -150,7 +152,7 @@ def _autocovariances(centred: Floats) -> Floats:
 
 
 def _rule(covariance: Floats, n: int) -> float:
-    """B of one column."""
+    """The length b for one column."""
     window = max(5, math.ceil(math.sqrt(math.log10(n))))
     longest = min(math.ceil(math.sqrt(n)) + window, n - 1)
     bound = 2 * math.sqrt(math.log10(n) / n)

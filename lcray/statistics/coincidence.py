@@ -1,11 +1,12 @@
-"""Peaks of learning, and whether several series have theirs at the same intervals.
+"""Peaks of learning, and whether several series have them at the same intervals.
 
 Legend: T intervals, S series, B blocks of intervals, R permutations.
 
-The null hypothesis is that each series has its peaks at intervals of its own, at a rate that may
-change with time: every series' peaks are permuted independently, but within blocks of consecutive
-intervals only. Learning slows down, so peaks crowd at the beginning of every series; permutations
-of the whole run, or circular shifts, would take that shared trend for synchrony.
+The null hypothesis is that the peaks of each series are independent of the other series, at a rate
+that may change with time. So the peaks of every series are permuted independently, but only within
+blocks of consecutive intervals. Learning slows down, so peaks are dense at the beginning of every
+series; permutations of the whole run, or circular shifts, would count this shared trend as
+synchrony.
 
 Source: [LCA] Lan, Liu, Zhou, Yosinski, NeurIPS 2019 (arXiv 1909.01440), section 4.4 for the peaks;
 permutations within blocks: Good, *Permutation, Parametric and Bootstrap Tests of Hypotheses*, 2005.
@@ -26,18 +27,18 @@ Floats = NDArray[np.float64]
 def peaks(
     lc: Floats, *, count: int = 20, prominence: float | None = None, distance: int = 1
 ) -> Flags:
-    """The moments at which a series learned most.
+    """The intervals at which a series learned most.
 
-    A moment of learning is a local minimum of LC below 0: −LC there exceeds that of both
-    neighbours (a plateau counts once, in its middle). Of these, the `count` deepest are kept.
+    A peak of learning is a local minimum of LC below 0: −LC is larger than at both neighbours (a
+    plateau counts once, in its middle). The `count` deepest peaks are kept.
 
     Args:
-        lc: LC interval by interval, in units of the loss, [T, S]. At NaN nothing was
-            learned.
+        lc: LC interval by interval, in units of the loss, [T, S]. NaN counts as no learning.
         count: the most peaks of a series.
-        prominence: how far a peak must rise above the saddles beside it, in standard deviations of
-            its series; None asks for nothing.
-        distance: the fewest intervals between two peaks of a series; the deeper one stays.
+        prominence: the least height of a peak above its neighbouring saddles, in standard
+            deviations of its series; None for no condition.
+        distance: the least number of intervals between two peaks of a series; of peaks that are
+            closer, the deeper one is kept.
 
     Returns:
         Whether there is a peak, [T, S].
@@ -72,16 +73,16 @@ def _summits(depth: Floats) -> NDArray[np.intp]:
 
 
 def default_block(n_intervals: int) -> int:
-    """A twentieth of the intervals, but 10 to 50: short against the time over which rates change.
+    """A twentieth of the intervals, but 10 to 50: short compared with changes of the rate of peaks.
 
-    With rates that fall to 1/e within as few as three blocks of 50, tests at the 5 % level reject a
-    true null at 3 to 6 % for a pair; longer blocks let more of the trend through.
+    If the rates fall to 1/e within as few as three blocks of 50, tests of a pair at the 5 % level
+    reject a true null hypothesis in 3 to 6 % of cases; with longer blocks, the trend counts more.
     """
     return min(50, max(10, round(n_intervals / 20)))
 
 
 def block_bounds(n_intervals: int, block: int | None) -> NDArray[np.int64]:
-    """Where blocks of `block` intervals begin and end, [B + 1]; their lengths differ by one."""
+    """The bounds of blocks of about `block` intervals, [B + 1]; lengths differ by at most 1."""
     block = default_block(n_intervals) if block is None else block
     n_blocks = max(1, round(n_intervals / block))
     return np.round(np.linspace(0, n_intervals, n_blocks + 1)).astype(np.int64)
@@ -111,13 +112,13 @@ class Pairs:
 def pairwise_coincidences(flags: Flags, *, block: int | None = None) -> Pairs:
     """Coincidences of every pair of series, tested one-sidedly against permutation in blocks.
 
-    With a_b and c_b peaks in block b of n_b intervals, permuted independently, the number of
-    coincidences in it is hypergeometric(n_b, a_b, c_b), and the run's is the sum over the blocks:
-    the distribution over all permutations is their convolution, so nothing is drawn.
+    If a block b of n_b intervals has a_b and c_b peaks, which are permuted independently, the
+    number of its coincidences is hypergeometric(n_b, a_b, c_b). The number over the run is the sum
+    over the blocks, and its distribution their convolution: nothing is drawn.
 
     Args:
         flags: the peaks, [T, S].
-        block: intervals per block, about; `default_block` chooses where it is None.
+        block: about the number of intervals per block; None for `default_block`.
     """
     first, second = np.triu_indices(flags.shape[1], 1)
     observed = np.count_nonzero(flags[:, first] & flags[:, second], axis=0)
@@ -195,7 +196,7 @@ def total_coincidences(
 
     Args:
         flags: the peaks, [T, S].
-        block: intervals per block, about; `default_block` chooses where it is None.
+        block: about the number of intervals per block; None for `default_block`.
         permutations: R.
         seed: of the permutations.
     """

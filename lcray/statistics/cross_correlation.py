@@ -1,14 +1,14 @@
-"""By how many intervals one signal follows another, from many noisy pairs of them.
+"""The number of intervals by which one signal follows another, from many noisy pairs of signals.
 
 Legend: T intervals, N elements, M the largest lag, R resamplings.
 
-With x̃ and ỹ the signals of an element less their trend and divided by their standard deviation,
-the cross-correlation at lag τ is the mean over elements n and intervals t of
+Let x̃ and ỹ be the signals of an element without their trend, divided by their standard deviation.
+The cross-correlation at lag τ is the mean over elements n and intervals t
 
     c(τ) = ⟨ x̃_n(t + τ) · ỹ_n(t) ⟩,        −M ≤ τ ≤ M,
 
-where t runs over the T − 2M intervals for which every lag exists, so that lags are compared on the
-same ones. x follows y by the lag at which c is greatest.
+where t runs over the T − 2M intervals for which every lag exists, so that all lags are compared on
+the same intervals. x follows y by the lag at which c is largest.
 
 Source: Box, Jenkins & Reinsel, *Time Series Analysis*, chapter 11 (cross-correlation); Politis &
 Romano 1992 for resampling blocks of the terms.
@@ -30,19 +30,19 @@ TRENDS = ("none", "constant", "linear")
 
 @dataclass(frozen=True)
 class Lag:
-    """The cross-correlation of two signals, and where it is greatest.
+    """The cross-correlation of two signals, and the lag at which it is largest.
 
     Attributes:
         lags: in intervals, ascending, [2M + 1].
-        correlation: at each, between −1 and 1, [2M + 1].
-        lower: of its confidence interval, [2M + 1].
-        upper: likewise.
-        lag: at the greatest correlation, in intervals; positive where x follows y.
-        lag_lower: of its confidence interval.
-        lag_upper: likewise.
-        p_value: that a correlation as great or greater at any lag comes by chance, where there is
-            none at all: from resamplings centred at c, by the greatest difference over all lags.
-        n_elements: N: those that vary in both signals.
+        correlation: at each lag, between −1 and 1, [2M + 1].
+        lower: lower end of its confidence interval, [2M + 1].
+        upper: upper end.
+        lag: at the largest correlation, in intervals; positive if x follows y.
+        lag_lower: lower end of its confidence interval.
+        lag_upper: upper end.
+        p_value: of a correlation as large at any lag, if there were none: by the largest difference
+            over all lags in resamplings centred at c.
+        n_elements: N, the elements that vary in both signals.
         n_intervals: T − 2M.
     """
 
@@ -71,25 +71,25 @@ def lag_of_peak(
     trend: str = "constant",
     bootstrap: Bootstrap | None = None,
 ) -> Lag | None:
-    """By how many intervals `follower` follows `leader`.
+    """The number of intervals by which `follower` follows `leader`.
 
-    The confidence intervals resample blocks of consecutive intervals t, all elements and lags of an
-    interval together: elements share their mini-batches, and the terms are autocorrelated.
+    The confidence intervals resample blocks of consecutive intervals t, with all elements and lags
+    of an interval together: elements share their mini-batches, and the terms are autocorrelated.
 
     Args:
-        follower: x, [T, N]; NaN where it is not known.
-        leader: y, [T, N]; likewise.
-        max_lag: M; `default_max_lag` chooses where it is None.
-        trend: what is taken from each element's signals: ``constant`` (their mean), ``linear`` (a
-            straight line, by least squares) or ``none``.
-        bootstrap: how errors are made.
+        follower: x, [T, N]; NaN if unknown.
+        leader: y, [T, N]; NaN if unknown.
+        max_lag: M; None for `default_max_lag`.
+        trend: the trend to remove from each element's signals: ``constant`` (their mean),
+            ``linear`` (a straight line, by least squares) or ``none``.
+        bootstrap: estimates the errors.
 
     Returns:
-        The lag; None where no element varies in both, or fewer than
+        The lag; None if no element varies in both signals, or if fewer than
         `lcray.statistics.bootstrap.FEWEST` intervals are left.
 
     Raises:
-        UsageError: for a lag or trend that cannot be.
+        UsageError: for an invalid lag or trend.
     """
     if trend not in TRENDS:
         raise UsageError(f"trend {trend!r}: must be one of {', '.join(TRENDS)}")
@@ -108,7 +108,7 @@ def lag_of_peak(
 
 
 def _standardised(signal: Floats, trend: str) -> Floats:
-    """Each column less its trend, by its standard deviation; 0 where it is constant or unknown."""
+    """Each column without its trend, by its standard deviation; 0 if it is constant or unknown."""
     known = np.isfinite(signal)
     n = np.maximum(1, known.sum(axis=0))
     filled = np.where(known, signal, 0.0)
@@ -137,7 +137,7 @@ def _lag(terms: Floats, most: int, n_elements: int, bootstrap: Bootstrap) -> Lag
     lags = np.arange(-most, most + 1)
     correlation = terms.mean(axis=0)
     sums = bootstrap.sums(terms)
-    assert sums is not None, "there are intervals enough"
+    assert sums is not None, "there are enough intervals"
     drawn = sums / len(terms)
     peak = int(correlation.argmax())
     _, lower, upper = bootstrap.interval(drawn)

@@ -1,8 +1,8 @@
-"""Distributions of |LC| on the logarithmic axis, all of one form: a shape and a scale.
+"""Distributions of |LC| on the logarithmic axis, all with a shape and a scale.
 
-With y = log x and θ = (log shape, log scale), or (log scale,), each gives the logarithms of its
-distribution function, of its complement and of the density of y, without loss in the tails; the
-parameters are those of SciPy, location 0:
+With y = log x and θ = (log shape, log scale), or (log scale,), each of them gives the logarithms of
+its distribution function, of the complement and of the density of y, with full precision in the
+tails. The parameters are those of SciPy with location 0:
 
     weibull               F = 1 − exp(−(x/λ)^k)                      `scipy.stats.weibull_min`
     exponential           the same with k = 1                        `scipy.stats.expon`
@@ -39,7 +39,7 @@ class Family:
         has_shape: whether θ begins with the logarithm of a shape.
         log_tails: (θ, y) -> log F and log(1 − F).
         log_density: (θ, y) -> log of the density of y = log x.
-        start: (means [H], standard deviations [H] of y) -> θ that has about these.
+        start: (means [H], standard deviations [H] of y) -> θ with about this mean and deviation.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Family:
     def log_mass(self, theta: Floats, edges: Floats) -> Floats:
         """log(F(upper) − F(lower)) of the bins between edges [E] or [H, E], [H, E − 1].
 
-        From the side where the difference is of small numbers.
+        It is computed on the side on which it is a difference of small numbers.
         """
         below, above = self.log_tails(theta, edges)
         left = below[:, 1:] < -_LOG2
@@ -78,7 +78,7 @@ def _weibull_log_tails(theta: Floats, y: Floats) -> tuple[Floats, Floats]:
     with np.errstate(over="ignore", divide="ignore"):
         z = _log_hazard(theta, y)
         negative = -np.exp(z)
-        # far below, where exp(z) may be no float, F is exp(z)
+        # far below, where exp(z) may underflow, F is exp(z)
         return np.where(z < -40, z, np.log(-np.expm1(negative))), negative
 
 
@@ -95,7 +95,7 @@ def _weibull_start(mean: Floats, sd: Floats) -> Floats:
 
 
 def _exponential_start(mean: Floats, sd: Floats) -> Floats:
-    # that of the mean of a lognormal variable; a start only
+    # the mean of a lognormal variable; this is only a start
     return np.asarray(mean + np.minimum(sd, 4.0) ** 2 / 2)[:, None]
 
 
@@ -110,8 +110,8 @@ def _normal_log_density(theta: Floats, y: Floats) -> Floats:
 def _gaussian_log_tails(theta: Floats, y: Floats) -> tuple[Floats, Floats]:
     """Log P(1/β, h) and log Q(1/β, h) with h = (x/α)^β.
 
-    For small h by P = h^a/Γ(a + 1)·(1 − h·a/(a + 1) + …): for a large β, h may be less than any
-    float where Q is well below 1. Beyond what Q can hold by its asymptotic series (DLMF 8.11.2).
+    For small h, P = h^a/Γ(a + 1)·(1 − h·a/(a + 1) + …): for a large β, h may underflow although Q
+    is well below 1. Where Q underflows, its asymptotic series is used (DLMF 8.11.2).
     """
     a = np.exp(-theta[:, :1])
     log_h = _log_hazard(theta, y)

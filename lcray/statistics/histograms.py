@@ -1,8 +1,8 @@
 """Histograms of |LC| by sign on a logarithmic scale.
 
-A bin of a histogram is one of eight equal parts of an octave: its edges are (1 + m/8)·2^e, m in
-0..7, so the bin of a float64 is its exponent and the first three bits of its mantissa. That
-makes binning exact, the same on every machine, and a shift instead of a search. Bin 0 is
+A bin of a histogram is one of eight equal parts of an octave. Its edges are (1 + m/8)·2^e, m in
+0..7, so the bin of a float64 is its exponent and the first three bits of its mantissa. Binning is
+therefore exact, the same on every machine, and a shift instead of a search. Bin 0 is
 [1, 1.125), bin 8 is [2, 2.25), bin -1 is [0.9375, 1). Exact zeros and subnormals (below 2^-1022)
 share the bin `UNDERFLOW`.
 
@@ -36,17 +36,17 @@ HIGHEST = _NON_FINITE - 1 - _BIAS
 
 
 def bin_edges(bins: Integers) -> tuple[Floats, Floats]:
-    """The exact edges of bins: a magnitude x is in its bin where lower <= x < upper.
+    """The exact edges of bins: a magnitude x is in the bin with lower <= x < upper.
 
     Args:
         bins: bin indices [B], each `UNDERFLOW` or in `LOWEST`..`HIGHEST`.
 
     Returns:
-        lower [B] and upper [B]. `UNDERFLOW` is [0, 2^-1022); the upper edge of `HIGHEST`, 2^1024,
-        is no float64 and is given as infinity, so that `x < upper` holds there too.
+        lower [B] and upper [B]. `UNDERFLOW` is [0, 2^-1022). The upper edge of `HIGHEST`, 2^1024,
+        is not a float64 and is given as infinity, so that `x < upper` is true there as well.
 
     Raises:
-        ValueError: for an index that is no bin.
+        ValueError: for a number that is not a bin.
     """
     bins = np.asarray(bins, dtype=np.int64)
     underflow = bins == UNDERFLOW
@@ -64,11 +64,11 @@ def bin_edges(bins: Integers) -> tuple[Floats, Floats]:
 class LayerHistograms:
     """The histograms of |LC| by sign of many layers.
 
-    Counts are exact; sums are float64, added in the order of the calls. Size: 32 bytes a layer
-    and bin between the lowest and the highest of all layers.
+    Counts are exact; sums are float64, added in the order of the calls. Size: 32 bytes per layer
+    and bin, for all bins between the lowest and the highest of all layers.
 
     Args:
-        n_layers: how many.
+        n_layers: number of layers.
     """
 
     def __init__(self, n_layers: int) -> None:
@@ -77,15 +77,15 @@ class LayerHistograms:
         self._sums = np.zeros((n_layers, 2, _SPECIAL))
 
     def add(self, lc: Floats, layers: Integers, starts: Integers) -> None:
-        """Add the LC of elements that lie layer by layer.
+        """Add the LC of elements that are ordered by layer.
 
         Args:
-            lc: LC [n], float64, finite; no more than stays in the cache.
-            layers: the number of the layer of each stretch [m]; no layer twice.
-            starts: where each stretch starts [m], ascending from 0.
+            lc: LC [n], float64, finite; few enough to fit into the cache.
+            layers: the number of the layer of each stretch of elements [m]; no layer twice.
+            starts: the start of each stretch [m], ascending from 0.
 
         Raises:
-            ValueError: for non-finite values; nothing is added then.
+            ValueError: for non-finite values; then nothing is added.
         """
         bits = lc.view(np.int64)
         cells = bits >> _SHIFT
@@ -99,7 +99,7 @@ class LayerHistograms:
             cells[lc == 0] = _ZERO
         shape = len(layers), 2, width
         size = len(layers) * 2 * width
-        local = size <= 4 * len(lc)  # then summed in a table of their own first, more accurately
+        local = size <= 4 * len(lc)  # these are summed in their own table first: more accurate
         if len(layers) > 1 or not local:
             rows = np.arange(len(layers)) if local else layers
             cells += np.repeat(rows * (2 * width), np.diff(starts, append=len(lc)))
@@ -125,7 +125,7 @@ class LayerHistograms:
         return layers[order], signs[order], bins[order], counts[order], sums[order]
 
     def _to_columns(self, keys: Integers) -> bool:
-        """Make columns of the arrays of the keys, in place; the arrays are widened as needed.
+        """Replace keys by columns of the arrays, in place; the arrays are widened as needed.
 
         Returns whether there are zeros or subnormals, which all become `_SUBNORMAL`.
         """
@@ -143,7 +143,7 @@ class LayerHistograms:
         return has_special
 
     def _cover(self, lo: int, hi: int) -> None:
-        """Widen the range of bins so that it holds the keys [lo, hi), by eight octaves at once."""
+        """Widen the range of bins to include the keys [lo, hi), by eight octaves at a time."""
         lo, hi = max(lo & -64, _FIRST_NORMAL), hi + 63 & -64
         held = self._counts.shape[2] - _SPECIAL
         if not held:

@@ -1,10 +1,11 @@
 """Maximum likelihood of many histograms, or of samples.
 
-A histogram's likelihood is that of interval-censored data, Π_b (F(u_b) − F(l_b))^c_b; that of
-samples is the density's. Both are averages over cells of a term ℓ(θ) with a weight: for bins log
-masses, for samples log densities of log x. Newton steps, damped as by Levenberg and Marquardt
-where they do not ascend, climb them; derivatives by θ = (log shape, log scale) are differences.
-Errors, of which the first are too small for values of LC, which depend on each other:
+The likelihood of a histogram is that of interval-censored data, Π_b (F(u_b) − F(l_b))^c_b; the
+likelihood of samples is the product of their densities. Both are weighted averages over cells of a
+term ℓ(θ): the log mass of a bin, or the log density of log x of a sample. They are maximised by
+Newton steps, with damping as by Levenberg and Marquardt if a step does not ascend. Derivatives by
+θ = (log shape, log scale) are differences. There are two kinds of errors; the first are too small
+for values of LC, which depend on each other:
 
     information matrix   I⁻¹, I = −∂²ℓ/∂θ², for independent values
     blocks               I⁻¹·Var(Σ scores)·I⁻¹ with the scores summed in blocks of iterations: the
@@ -32,8 +33,8 @@ Cells = Callable[[Floats, Any], Floats]  # θ [h, p] of some rows, and which -> 
 _STEP = 1e-5  # of the differences of single terms, in log shape and log scale
 _NARROW, _WIDE = 2e-4, 2e-3  # of those of their sums, in units of θ: on the way, at the maximum
 _ROUNDS, _DOUBLINGS = 200, 30
-_FLAT = 1e-7  # a curvature that is none, in units of θ
-_STEEPEST = 9.0  # log of a shape that no bins can tell from infinity
+_FLAT = 1e-7  # a curvature up to this counts as 0, in units of θ
+_STEEPEST = 9.0  # log of a shape that bins cannot distinguish from infinity
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Estimates:
     """Fits of H histograms.
 
     Attributes:
-        theta: [H, p]; NaN where there is no maximum.
+        theta: [H, p]; NaN if there is no maximum.
         value: log-likelihoods [H].
         information: −∂²/∂θ² of the log-likelihoods [H, p, p].
     """
@@ -57,12 +58,12 @@ class Estimates:
 
     @property
     def errors(self) -> Floats:
-        """Standard errors of θ [H, p] if values were independent; NaN where there are none."""
+        """Standard errors of θ [H, p] if values were independent; NaN if there are none."""
         with np.errstate(invalid="ignore"):
             return np.sqrt([np.diag(covariance(one)) for one in self.information])
 
 
-# what is beyond float64 on the way is refused there
+# steps to where values overflow are rejected
 @np.errstate(over="ignore", invalid="ignore")
 def fit_bins(family: Family, edges: Floats, counts: Floats, *, spare: int = 1) -> Estimates:
     """Fits histograms that share their bins.
@@ -71,11 +72,11 @@ def fit_bins(family: Family, edges: Floats, counts: Floats, *, spare: int = 1) -
         family: the distribution.
         edges: log of the edges [E], ascending; the first may be -inf, the last inf.
         counts: [H, B], >= 0.
-        spare: how many bins more than parameters a histogram must have for a fit. With 0 the fit
-            may go through all bins; those that do so in a limit only have no maximum.
+        spare: a histogram must have this many more bins than parameters for a fit. With 0, a fit
+            may match all bins exactly; if it does so only in a limit, there is no maximum.
 
     Returns:
-        The fits; NaN where there is no maximum, or too few bins.
+        The fits; NaN if there is no maximum, or there are too few bins.
     """
     n, filled = counts.sum(axis=1), (counts > 0).sum(axis=1)
     enough = (filled >= family.p + spare) & (filled > 1)
@@ -109,9 +110,9 @@ def _shapes(family: Family) -> tuple[tuple[int, ...], ...]:
 
 
 def _any_shape(edges: Floats, counts: Floats) -> NDArray[np.bool_]:
-    """Whether the two bins that hold values touch, or are open at both ends, [H].
+    """Whether the two bins with values are neighbours, or open at both ends, [H].
 
-    Then the likelihood has its supremum at an infinite shape, or at none.
+    Then the supremum of the likelihood is at an infinite shape, or at no shape.
     """
     first = (counts > 0).argmax(axis=1)
     last = counts.shape[1] - 1 - (counts > 0)[:, ::-1].argmax(axis=1)
@@ -148,7 +149,7 @@ def slopes(terms: Terms, theta: Floats) -> Floats:
 def _moments(edges: Floats, weights: Floats) -> tuple[Floats, Floats]:
     """Mean and standard deviation of log x, [H] each, as if bins were filled evenly.
 
-    What has no end is an octave long.
+    A bin without an end counts as an octave long.
     """
     low, high = edges[:, :-1], edges[:, 1:]
     low = np.where(np.isfinite(low), low, high - np.log(2.0))
@@ -160,10 +161,10 @@ def _moments(edges: Floats, weights: Floats) -> tuple[Floats, Floats]:
 
 
 class _Hill:
-    """Averaged log-likelihoods Σ weight·ℓ [H], and how they are climbed.
+    """Averaged log-likelihoods Σ weight·ℓ [H], and the way to their maxima.
 
-    From where the distribution has this mean and deviation of log x. Steps u are in units, θ =
-    unit·u, in which the information is 1 wherever they came by.
+    It starts at the θ with this mean and deviation of log x. Steps u are in units, θ = unit·u, in
+    which the information was 1 at the last point.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class _Hill:
         everywhere = np.arange(len(weights))
         self.theta = family.start(mean, sd)
         self.value = self.average(self.theta, everywhere)
-        for _ in range(_DOUBLINGS):  # outliers make hazards enormous, and steps tiny
+        for _ in range(_DOUBLINGS):  # with outliers, hazards are enormous and steps tiny
             wide = family.start(mean, 2 * sd)
             of_wide = self.average(wide, everywhere)
             better = ~((self.value >= of_wide) & np.isfinite(self.value))
@@ -218,7 +219,7 @@ class _Hill:
         return gradient, bent
 
     def _whiten(self, rows: Any) -> None:
-        """Units in which the information of these rows is 1, where it is positive."""
+        """Choose units in which the information of these rows is 1, if it is positive."""
         fine = _positive(self.information[rows])
         rows = rows[fine]
         root = np.linalg.inv(np.linalg.cholesky(self.information[rows]))
@@ -227,7 +228,7 @@ class _Hill:
         self.information[rows] = np.eye(root.shape[-1])
 
     def climb(self, n: Floats) -> Estimates:
-        """The maxima, of n values [H]; what does not settle is NaN."""
+        """The maxima, of n values [H]; NaN for rows that do not converge."""
         damping, settled = np.zeros(len(n)), np.zeros(len(n), np.bool_)
         active = np.arange(len(n))
         for _ in range(_ROUNDS):
@@ -240,8 +241,8 @@ class _Hill:
             gain = np.einsum("hp,hp->h", gradient, step)
             there = self.moved(step, active)
             reached = self.average(there, active)
-            # gain: the squared length of the step in standard errors of a single value; the next
-            # one's is about its square; a gain below the rounding of the value is not judged
+            # gain: the squared length of the step in standard errors of a single value; that of the
+            # next step is about its square; a gain below the rounding of the value is accepted
             near = (gain < 1e-12) & (damped == 0)
             near &= np.abs(there - self.theta[active])[:, 0] < 1e-3
             least = self.value[active] + 1e-4 * gain - 2e-15 * (1 + np.abs(self.value[active]))
@@ -262,9 +263,10 @@ class _Hill:
         return found
 
     def _refine(self, rows: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """One more step of those that have settled, and the information; which have a maximum.
+        """One more step of the rows that converged, and their information.
 
-        By differences of two widths, whose errors cancel to the fourth order.
+        Returns which rows have a maximum. Derivatives are differences of two widths, whose errors
+        cancel to the fourth order.
         """
         fine, coarse = self.derivatives(rows, _WIDE), self.derivatives(rows, 2 * _WIDE)
         gradient, bent = ((4 * f - c) / 3 for f, c in zip(fine, coarse, strict=True))
@@ -278,14 +280,14 @@ class _Hill:
 
 
 def _positive(information: Floats) -> NDArray[np.bool_]:
-    """Whether there is curvature in every direction, [h]."""
+    """Whether the curvature is positive in every direction, [h]."""
     known = np.isfinite(information).all(axis=(1, 2), keepdims=True)
     curvature = np.linalg.eigvalsh(np.where(known, information, 0.0))
     return np.asarray(curvature[:, 0] > np.maximum(_FLAT, 1e-12 * curvature[:, -1]))
 
 
 def _solved(information: Floats, gradient: Floats, damping: Floats) -> Floats:
-    """Newton steps [h, p], damped by so much of the diagonal [h]."""
+    """Newton steps [h, p], with this multiple of the diagonal [h] as damping."""
     size = np.abs(np.einsum("hpp->hp", information))
     extra = damping[:, None] * size + 1e-12
     eye = np.eye(information.shape[-1])
@@ -294,7 +296,7 @@ def _solved(information: Floats, gradient: Floats, damping: Floats) -> Floats:
 
 
 def covariance(information: Floats) -> Floats:
-    """The inverse of an information matrix [p, p]; NaN where there is none."""
+    """The inverse of an information matrix [p, p]; NaN if there is none."""
     try:
         inverse = np.linalg.inv(information)
     except np.linalg.LinAlgError:
@@ -308,13 +310,14 @@ def simulated_distances(
 ) -> Floats:
     """Kolmogorov–Smirnov distances over the edges of histograms drawn from a fit, each refitted.
 
-    A parametric bootstrap: n values in bins from F(θ), θ fitted anew by one scoring step, which is
-    exact to first order in 1/√n, and the distance of the two taken. Values are drawn independently.
+    This is a parametric bootstrap: n independent values are drawn from F(θ) into bins, θ is fitted
+    again by one scoring step, which is exact to first order in 1/√n, and the distance between the
+    two is computed.
 
     Returns:
         [replicates].
     """
-    # with everything below and above the edges as bins of their own
+    # all values below the edges, and all above them, are two more bins
     whole = np.concatenate([[-np.inf], edges[np.isfinite(edges)], [np.inf]])
     here = theta[None]
     terms: Terms = lambda t: family.log_mass(t, whole)  # noqa: E731

@@ -1,6 +1,6 @@
 """Sign flips and runs of equal sign.
 
-Legend: T intervals, N elements. Signs are −1, 0, +1; what is not known has sign 0.
+Legend: T intervals, N elements. Signs are −1, 0, +1; an unknown value has sign 0.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def signs(values: Floats) -> NDArray[np.int8]:
 def flips(values: Floats) -> tuple[Counts, Counts]:
     """Sign flips between neighbouring intervals.
 
-    A flip at interval t: the signs at t − 1 and t multiply to −1.
+    An element flips at interval t if the product of its signs at t − 1 and t is −1.
 
     Args:
         values: [T, N].
 
     Returns:
-        The elements that flip at each interval, and those that could (neither sign is 0), [T];
-        both 0 at the first.
+        The number of elements that flip at each interval, and of those that could (neither sign is
+        0), [T]; both are 0 at the first interval.
     """
     product = np.zeros(values.shape, np.int8)
     known = signs(values)
@@ -38,9 +38,9 @@ def flips(values: Floats) -> tuple[Counts, Counts]:
 
 
 def net_share(values: Floats) -> float:
-    """Net progress against distance travelled: Σ_n |Σ_t x| / Σ_n Σ_t |x|.
+    """Net progress compared with the distance travelled: Σ_n |Σ_t x| / Σ_n Σ_t |x|.
 
-    1 where every element goes one way, about 1/√T for independent Gaussian steps, NaN where
+    It is 1 if every element goes one way, about 1/√T for independent Gaussian steps, and NaN if
     nothing moves.
 
     Args:
@@ -53,13 +53,13 @@ def net_share(values: Floats) -> float:
 
 @dataclass(frozen=True)
 class RunLengths:
-    """How long signs last.
+    """Numbers of runs of equal sign, by length.
 
     Attributes:
         length: of runs, in intervals, ascending, [n].
-        complete: runs of that length between two flips, [n].
-        cut: runs of that length that touch the beginning, the end or a sign of 0: they may be
-            longer than what is seen, [n].
+        complete: number of runs of this length between two flips, [n].
+        cut: number of runs of this length that touch the beginning, the end or a sign of 0, and
+            may be longer, [n].
     """
 
     length: Counts
