@@ -4,29 +4,29 @@ from __future__ import annotations
 
 #: By name, one line for readers.
 TITLES: dict[str, str] = {
-    "shares": "Helping and hurting: share of the parameters, run",
+    "shares": "Shares of parameters that help and that hurt, run",
     "habits": "How often each parameter helps: distribution over parameters",
     "fits": "Distribution of |LC|, run",
-    "first_order": "First order against the rule that was used, run",
-    "memorising": "Learning against memorising: LC on two splits, run",
+    "first_order": "First-order LC compared with the rule that was used, run",
+    "memorising": "Learning or memorising: LC on two splits, run",
     "overfitting": "When each layer starts to overfit",
-    "oscillation": "How often signs flip, and how much of the traffic is progress",
-    "run_lengths": "How long signs last",
+    "oscillation": "Sign flips, half-periods and net progress",
+    "run_lengths": "Lengths of runs of equal sign",
     "extremes": "The parameters that help and hurt most",
     "layer_totals": "Layers that help, and layers that hurt",
     "trajectories": "Cumulative LC of layers",
-    "lags": "By how many intervals motion follows the gradient",
-    "lag_profiles": "Cross-correlation of motion and gradient, lag by lag",
+    "lags": "Lag of the motion behind the gradient, in intervals",
+    "lag_profiles": "Cross-correlation of motion and gradient by lag",
     "synchrony": "Whether layers, and groups, learn at the same iterations",
     "coincidences": "Coincident peaks of pairs of layers, and of groups",
     "peaks": "Peaks of learning",
-    "fisher": "Fisher information beside LC, layer by layer",
+    "fisher": "Fisher information and LC by layer",
 }
 
-#: What LC does not say; shown once, in the report's head and in a summary of findings.
+#: A limit of LC; shown once, in the report's head and in a summary of findings.
 WHAT_HAPPENED = (
-    "LC says what happened in this run, not what would have happened without a layer: the others "
-    "may then do its part."
+    "LC says what happened in this run, not what would have happened without a layer: other layers "
+    "might then have done its part."
 )
 
 #: By name, an explanation of a summary, if its columns do not explain themselves.
@@ -46,11 +46,11 @@ EMPTY: dict[str, dict[str, str]] = {
     "fits": {"shape_se_blocks": _FEW},
     "memorising": {"difference_bound": _NO_BOUND},
     "overfitting": {"onset": "none was found"},
-    "oscillation": {"half_period": "no flip was seen", "net": "this source does not have it"},
+    "oscillation": {"half_period": "no flip was seen", "net": "not available from this source"},
     "layer_totals": {"lc_bound": _NO_BOUND},
     "synchrony": {
         "group": "LC of the whole split",
-        "p_value": "by chance there would be no coincidence at all",
+        "p_value": "no coincidence is expected by chance",
     },
-    "fisher": {"trace_true": "the analysis has the empirical kind alone"},
+    "fisher": {"trace_true": "the analysis has only the empirical kind"},
 }

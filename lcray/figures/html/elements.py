@@ -77,7 +77,7 @@ def distribution(source: Source, store: Store) -> Section:
     return Section(
         says,
         "Both axes are logarithmic: marks are densities in bins of |LC| of single parameters and "
-        "intervals, lines the fitted Weibull densities. A few parameters far right do most.",
+        "intervals, lines the fitted Weibull densities. A few parameters (far right) do most.",
         ("histograms", "fits"),
         "SELECT split, layer, sign, lower, upper, sum(count) AS n FROM histograms\n"
         "GROUP BY split, layer, sign, lower, upper ORDER BY ALL",

@@ -179,7 +179,7 @@ def splits(source: Source, store: Store) -> Section:
         "split",
         {"": figure},
         by_split=False,
-        title=f"{names[0].capitalize()} against {listed(names[1:])}",
+        title=f"{names[0].capitalize()} and {listed(names[1:])}",
     )
 
 

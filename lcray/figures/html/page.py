@@ -154,7 +154,7 @@ def _absent(sections: Sequence[Absent]) -> str:
         f'<li id="{section.id}"><b>{escape(section.title)}</b>: {_text(section.reason)}</li>'
         for section in sections
     )
-    return f"<section class=absent><h2>What this output does not have</h2><ul>{rows}</ul></section>"
+    return f"<section class=absent><h2>Sections that are missing</h2><ul>{rows}</ul></section>"
 
 
 def _text(text: str) -> str:

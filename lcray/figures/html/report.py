@@ -31,14 +31,14 @@ SECTIONS: tuple[tuple[str, str, Callable[[Source, Store], Section]], ...] = (
     ("heat-map", "Every layer at every iteration", along_the_run.heat_map),
     ("trajectories", "Cumulative LC of each layer", along_the_run.trajectories),
     ("shares", "How many parameters help", shares.shares),
-    ("distribution", "How |LC| is distributed", elements.distribution),
+    ("distribution", "Distribution of |LC|", elements.distribution),
     ("units", "Units of a layer", elements.units),
     ("traces", "Single parameters: oscillation", elements.traces),
     ("synchrony", "Do layers learn at the same iterations?", synchrony.synchrony),
     ("classes", "Classes and layers", synchrony.classes),
-    ("splits", "Train against validation", layers.splits),
-    ("first-order", "First order against the rule", shares.first_order),
-    ("fisher", "Fisher information beside LC", layers.fisher),
+    ("splits", "Train and validation", layers.splits),
+    ("first-order", "First-order LC compared with the rule", shares.first_order),
+    ("fisher", "Fisher information and LC", layers.fisher),
 )
 
 

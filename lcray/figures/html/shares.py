@@ -1,4 +1,4 @@
-"""Sections about rates along the run: shares that help, and the first order against the rule."""
+"""Sections about rates along the run: shares that help, and first-order LC and the rule's."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def first_order(source: Source, store: Store) -> Section:
         figures,
         time=True,
         notes=source.coarse,
-        title=f"First order against {rule}",
+        title=f"First-order LC compared with {rule}",
     )
 
 

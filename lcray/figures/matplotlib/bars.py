@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _SIDES = ("train", "other")
-_WHISKERS = "whiskers: what the quadrature may be off"
+_WHISKERS = "whiskers: bounds of the quadrature error"
 
 
 def layer_totals(results: Results, ax: Axes | None = None, *, split: str | None = None) -> Axes:
@@ -130,7 +130,7 @@ def memorising(
         bounded = _whiskers(ax, places, side, bound)
     name_rows(ax, frame["layer"])
     below = f"LC over the run ({LOSS})" + (f"\n{_WHISKERS}" if bounded else "")
-    label(ax, "Learning against memorising", below)
+    label(ax, "Learning or memorising", below)
     legend_above(ax, 2)
     return ax
 
@@ -156,6 +156,6 @@ def fisher(results: Results, ax: Axes | None = None, *, split: str | None = None
     ax = axis(ax)
     _groups(ax, [(name, frame[column], *look) for name, column, *look in sides])
     name_rows(ax, frame["layer"])
-    label(ax, f"Fisher information beside LC, {split}", "share of all layers")
+    label(ax, f"Fisher information and LC, {split}", "share of all layers")
     legend_above(ax, len(sides))
     return ax

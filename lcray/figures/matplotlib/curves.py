@@ -59,7 +59,7 @@ def loss(
     upper.plot(frame["step"], frame["loss"], color=FAINT, linewidth=2.5, label="measured")
     upper.plot(frame["step"], frame["reconstructed"], color=HELPS, label="from LC", linestyle="--")
     upper.legend(frameon=False)
-    label(upper, f"Loss, and what LC adds up to, {split}", y="loss")
+    label(upper, f"Loss and its reconstruction from LC, {split}", y="loss")
     lower.plot(frame["step"], frame["gap"], color=THIRD)
     lower.axhline(0, color=INK, linewidth=0.8)
     lower.set(xlabel="step", ylabel=f"gap ({LOSS})")
@@ -88,7 +88,7 @@ def first_order(
     ax.plot(frame["step"], frame["loss"], color=FAINT, linewidth=2.5, label="measured")
     ax.plot(frame["step"], frame["reconstructed"], "--", color=HELPS, label=rule)
     ax.plot(frame["step"], frame["first_order"], ":", color=OTHER, label="first order")
-    label(ax, f"First order against the rule, {split}", "step", "loss")
+    label(ax, f"First-order LC and the rule, {split}", "step", "loss")
     ax.legend(frameon=False)
     return ax
 
@@ -125,7 +125,7 @@ def trajectories(
         here = frame[frame["layer"] == name]
         dash = "--" if here["lc"].iloc[-1] > 0 else "-"
         ax.plot(here["step"], here["lc"], dash, color=colour, label=shortened(name, 24))
-    text = f"How the totals came about, {split}"
+    text = f"Cumulative LC of layers, {split}"
     label(ax, text, "step", f"cumulative LC ({LOSS})", "dashed: hurts over the run")
     if len(chosen) <= 12:
         ax.legend(frameon=False, fontsize="small")
@@ -173,7 +173,9 @@ def shares(
     if banded:
         low, high = (frame[f"helping_{end}"].to_numpy(np.float64) for end in ("low", "high"))
         ax.fill_between(middle, low, high, color=HELPS, alpha=0.2, linewidth=0)
-    text = f"Who helps and who hurts, {split}" + (f", {shortened(layer)}" if layer else "")
+    text = f"Shares of parameters that help and hurt, {split}" + (
+        f", {shortened(layer)}" if layer else ""
+    )
     small = "band: helping in 95% of resamplings" if banded else ""
     label(ax, text, "step", "share of parameters", small)
     ax.legend(frameon=False)

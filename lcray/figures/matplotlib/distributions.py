@@ -62,7 +62,7 @@ def distribution(
             known = name.replace("_", " ") if sign < 0 else None
             ax.plot(middle, line, _DASHES[name], color=colour, label=known)
     ax.set(xscale="log", yscale="log")
-    text = f"How |LC| is distributed, {split}" + (f", {shortened(layer)}" if layer else "")
+    text = f"Distribution of |LC|, {split}" + (f", {shortened(layer)}" if layer else "")
     below = f"|LC| of an element at an interval ({LOSS})"
     label(ax, text, below, "density of ln |LC|", "lines: maximum-likelihood fits")
     ax.legend(frameon=False, fontsize="small")

@@ -129,7 +129,7 @@ def class_layers(
     name_rows(ax, names, np.arange(len(names)) + 0.5)
     step = -(-len(groups) // 20)
     ax.set_xticks(np.arange(len(groups))[::step], [str(g) for g in groups[::step]])
-    label(ax, f"Which layer taught which class, {split}", "class")
+    label(ax, f"LC of classes by layer, {split}", "class")
     return ax
 
 
@@ -167,7 +167,7 @@ def coincidences(
     name_rows(ax, names, np.arange(len(names)) + 0.5)
     step = -(-len(names) // 40)
     ax.set_xticks((edges[:-1] + 0.5)[::step], [*map(literal, names[::step])], rotation=90)
-    label(ax, f"Which learn together, {split}", note="dots: p < 0.05, adjusted")
+    label(ax, f"Coincident peaks of learning, {split}", note="dots: p < 0.05, adjusted")
     return ax
 
 
