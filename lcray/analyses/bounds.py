@@ -1,4 +1,4 @@
-"""How exactly totals of LC are known: their bounds, and the verdicts that depend on them.
+"""The bounds of totals of LC, and the verdicts that depend on them.
 
 The embedded rule on the same nodes gives an estimate of the error of an interval's LC (the column
 `lc_error` of `layers`). The *bound* of a total is Σ lc_error over its terms, by the triangle
@@ -45,7 +45,7 @@ def verdicts(totals: Floats, within: Floats) -> NDArray[np.int64]:
 
 
 def notes(results: Results, blocks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What a reader of verdicts must know: bounds are missing, or only a sample was used.
+    """Notes for readers of verdicts: bounds are missing, or only a sample was used.
 
     Args:
         results: the output.

@@ -1,4 +1,4 @@
-"""How |LC| is distributed: four distributions fitted to every layer, sign and window."""
+"""The distribution of |LC|: four distributions fitted to every layer, sign and window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often LC, movements and gradients change sign, and the share of net progress."""
+"""Sign flips of LC, movements and gradients, and the share of net progress."""
 
 from __future__ import annotations
 

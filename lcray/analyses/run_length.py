@@ -1,4 +1,4 @@
-"""How long signs last: the distribution of the lengths of runs of equal sign."""
+"""The distribution of the lengths of runs of equal sign."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def table(
         form: from `schema`.
         rows: values by column; a value that is left out, NaN or infinite becomes null.
         parameters: the parameters of the computation, for the metadata.
-        notes: what a reader of the table must know, one line each.
+        notes: for readers of the table, one line each.
 
     Raises:
         ValueError: as in `lcray.tables.arrow.fill`.
@@ -97,5 +97,5 @@ def from_columns(
 
 
 def notes_of(found: pa.Table) -> list[str]:
-    """The notes that a reader of the table must know."""
+    """The notes for readers of the table."""
     return list(json.loads(found.schema.metadata.get(b"lcray.notes", b"[]")))

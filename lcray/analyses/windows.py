@@ -37,7 +37,7 @@ class Window:
 
     @property
     def columns(self) -> dict[str, str | int]:
-        """What a finding's rows have of it: window, first_step, end_step."""
+        """The columns of a finding's rows: window, first_step, end_step."""
         return {"window": self.name, "first_step": self.first, "end_step": self.end}
 
     def holds(self, starts: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -116,9 +116,6 @@ def _widened(first: int, counts: Floats, factor: int) -> tuple[Floats, Floats]:
     around = (lead, -(lead + counts.shape[1]) % factor)
     wide = np.pad(counts, ((0, 0), around))
     numbers = np.arange(first - lead, first - lead + wide.shape[1] + 1, factor)
-    return _edge(numbers), wide.reshape(len(wide), -1, factor).sum(axis=-1)
-
-
-def _edge(numbers: np.ndarray[Any, np.dtype[np.int64]]) -> Floats:
-    """Logarithms of the edges (1 + m/8)·2^e with these numbers m + 8e."""
-    return np.asarray(np.log1p(numbers % _FINEST / _FINEST) + numbers // _FINEST * np.log(2.0))
+    # edges are (1 + m/8)·2^e, and their numbers m + 8e
+    edges = np.log1p(numbers % _FINEST / _FINEST) + numbers // _FINEST * np.log(2.0)
+    return edges, wide.reshape(len(wide), -1, factor).sum(axis=-1)

@@ -66,10 +66,10 @@ def render(
         policy=_POLICY.format(scripts=" ".join(map(_hash, (plotly, script)))),
         style=css() + "\n" + (static / "page.css").read_text("utf-8"),
         head=head,
-        contents="\n".join(_entry(section) for section in sections),
-        sections="\n".join(
-            _section(section, links) for section in sections if isinstance(section, Section)
+        contents="\n".join(
+            f'<li><a href="#{section.id}">{escape(section.title)}</a></li>' for section in shown
         ),
+        sections="\n".join(_section(section, links) for section in shown),
         absent=_absent([section for section in sections if isinstance(section, Absent)]),
         plotly=_pack(plotly),
         data=_pack(packed),
@@ -112,12 +112,6 @@ def links_to(out: Place, page: Path, tables: Sequence[str]) -> dict[str, str]:
         )
         for name in tables
     }
-
-
-def _entry(section: Section | Absent) -> str:
-    if isinstance(section, Absent):
-        return ""
-    return f'<li><a href="#{section.id}">{escape(section.title)}</a></li>'
 
 
 def _section(section: Section, links: dict[str, str]) -> str:

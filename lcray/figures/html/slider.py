@@ -15,23 +15,19 @@ from lcray.figures.html.store import Store
 MOST_WINDOWS = 1000
 
 
-def window_widths(source: Source) -> list[int]:
-    """Widths in steps that the slider offers in addition to single intervals."""
-    steps = source.results.plan.steps
-    run = steps[-1] - steps[0]
-    wanted = (source.results.plan.window, -(-run // 4), run)
-    return sorted({w for w in wanted if 1 < w <= run and run / w <= MOST_WINDOWS})
-
-
 def windows(source: Source, store: Store) -> list[dict[str, Any]]:
-    """LC of layers and the network for each column and window that the slider can show."""
+    """LC of layers and the network for each column and window that the slider can show.
+
+    The windows have the plan's width, a quarter of the run's, and that of the run.
+    """
     label = f"single {source.span}" if source.each == 1 else source.span
     sums = (source.intervals["loss_change"], source.intervals["lc"])
     found = [_shown(store, label, (source.starts, source.ends), source.by_layer["lc"], *sums)]
-    widths = window_widths(source)
-    for width in widths:
-        origin = source.results.plan.steps[0] if width == widths[-1] else 0
-        found.append(_window(source, store, width, origin))
+    first, last = source.results.plan.steps[0], source.results.plan.steps[-1]
+    run = last - first
+    wanted = {source.results.plan.window, -(-run // 4), run}
+    for width in sorted(w for w in wanted if 1 < w <= run and run / w <= MOST_WINDOWS):
+        found.append(_window(source, store, width, first if width == run else 0))
     return found
 
 

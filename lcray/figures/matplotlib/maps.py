@@ -136,7 +136,7 @@ def class_layers(
 def coincidences(
     results: Results, ax: Axes | None = None, *, split: str | None = None, kind: str = "layer"
 ) -> Axes:
-    """How many more peaks than by chance pairs of layers, or of classes, have in common.
+    """Coincident peaks of pairs of layers, or of classes, minus the number expected by chance.
 
     Dots mark pairs whose adjusted p-value is below 0.05.
 

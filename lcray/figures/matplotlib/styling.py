@@ -1,4 +1,4 @@
-"""What all figures have in common: colours, axes, sizes and notes."""
+"""The common parts of all figures: colours, axes, sizes and labels."""
 
 from __future__ import annotations
 
