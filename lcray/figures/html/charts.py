@@ -43,11 +43,11 @@ def line(
     seen: str,
     *,
     width: float = 2,
-    dash: str = "solid",
+    dash: str = "",
     **more: Any,
 ) -> dict[str, Any]:
-    """A curve; `seen` is from `hover`."""
-    style = {"color": colour, "width": width, "dash": dash}
+    """A curve, solid unless `dash` is given; `seen` is from `hover`."""
+    style = {"color": colour, "width": width} | ({"dash": dash} if dash else {})
     base = {"type": "scatter", "mode": "lines", "x": x, "y": y, "name": name, "line": style}
     return {**base, "hovertemplate": seen, **more}
 
@@ -76,7 +76,6 @@ def heat(
         "z": z,
         "zmin": -limit,
         "zmax": limit,
-        "zmid": 0,
         "colorscale": colours,
         "colorbar": {
             "title": {"text": bar, "side": "right"},

@@ -91,17 +91,15 @@ def _density(
     store: Store, split: str, layer: str, groups: dict[Any, pd.DataFrame], fits: dict[Any, float]
 ) -> Figure:
     traces: list[dict[str, Any]] = []
-    bins: list[pd.DataFrame] = []
+    words: list[str] = []
+    bins: list[Floats] = []
     for sign, (word, colour, symbol) in _SIGNS.items():
         if (split, layer, sign) not in groups:
             continue
         lower, upper, n = _merged(groups[split, layer, sign])
         density, middle = n / n.sum() / (upper - lower), np.sqrt(lower * upper)
-        bins.append(
-            pd.DataFrame(
-                {"sign": word, "lower": lower, "upper": upper, "count": n, "density": density}
-            )
-        )
+        words += [word] * len(n)
+        bins.append(np.stack([lower, upper, n, density]))
         text = hover(
             f"{in_hover(layer)}, {word}",
             "whole run, all iterations",
@@ -120,12 +118,11 @@ def _density(
         "yaxis": axis("density", **powers),
         "legend": LEGEND,
     }
-    table = pd.concat(bins) if bins else pd.DataFrame(columns=["sign", *_BINS])
-    columns = [column("sign", table["sign"].tolist())]
-    columns += [
-        column(name, store.put(table[name].to_numpy(float)), unit) for name, unit in _BINS.items()
-    ]
-    return Figure(traces, layout, 420, columns, len(table))
+    found = np.concatenate(bins, axis=1) if bins else np.zeros((len(_BINS), 0))
+    columns = [column("sign", words)]
+    for (name, unit), values in zip(_BINS.items(), found, strict=True):
+        columns.append(column(name, store.put(values), unit))
+    return Figure(traces, layout, 420, columns, len(words))
 
 
 def _merged(rows: pd.DataFrame) -> tuple[Floats, Floats, Floats]:
