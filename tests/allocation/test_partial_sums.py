@@ -238,7 +238,7 @@ def test_streamed_parts_are_those_that_are_resident(tmp_path: Path) -> None:
     options = {"batch_size": 2}
     resident, _, _ = work(run, scenes.plain, tmp_path / "a", 3, 2, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Workbench, "_measure_room", lambda self, memory, sharers: 0)
+        patch.setattr(Workbench, "_measure_room", lambda self, share: 0)
         streamed, computed, _ = work(run, scenes.plain, tmp_path / "b", 3, 2, **options)
     assert computed and streamed == resident
 
