@@ -26,7 +26,7 @@ from lcray.tables.reading.duckdb import check_name, connect, query_room, select,
 from lcray.tables.reading.formats import distinct, holding
 from lcray.tables.reading.recipes import quotes_for, recipe_for, tables_for
 from lcray.tables.reading.soundness import Soundness
-from lcray.tables.reading.views import named_in, rows_of, views_of
+from lcray.tables.reading.views import needed_by, rows_of, views_of
 from lcray.tables.record import Record
 from lcray.tables.schema import TABLES
 
@@ -257,7 +257,7 @@ class Results:
                 "the query in UTF-8"
             ) from error
         with self._local(query) as folder, connect(room) as connection:
-            shut(connection, self._create_views(connection, folder))
+            shut(connection, self._create_views(connection, folder, needed_by(query, self.tables)))
             try:
                 return select(connection, query, room // 2)
             except duckdb.Error as error:
@@ -274,9 +274,7 @@ class Results:
     @contextmanager
     def _local(self, query: str) -> Iterator[Path]:
         """A local folder with the tables; for a remote output, copies of those in the query."""
-        views = named_in(query, [view.name for view in views_of(self.tables)])
-        needed = {t for view in views_of(self.tables) if view.name in views for t in view.tables}
-        needed.update(named_in(query, self.tables))
+        needed = needed_by(query, self.tables)
         names = [self._file(table).name for table in self.tables if table in needed]
         try:
             with local_copies(self.output.tables, names) as folder:
@@ -284,15 +282,22 @@ class Results:
         except OSError as error:
             raise self._unreadable(self.output.tables, error) from error
 
-    def _create_views(self, connection: duckdb.DuckDBPyConnection, folder: Path) -> list[Path]:
-        """Makes the views of the tables in `folder`, and the views on these; returns the files."""
+    def _create_views(
+        self, connection: duckdb.DuckDBPyConnection, folder: Path, named: set[str]
+    ) -> list[Path]:
+        """Makes the named views, of the tables in `folder` and on these; returns the files.
+
+        Each view takes time. If none is named, all are made, for the hints in DuckDB's errors.
+        """
         import duckdb
 
+        if not named and not isinstance(self.path, Remote):
+            named = {*self.tables, *(view.name for view in self._views())}
         files = []
         for table in self.tables:
+            if table not in named:
+                continue
             path = folder / self._file(table).name
-            if isinstance(self.path, Remote) and not path.exists():
-                continue  # the query does not name it
             try:
                 absent = self._check(path, table)
             except (OSError, ValueError, pa.ArrowException) as error:
@@ -303,9 +308,8 @@ class Results:
             except duckdb.Error as error:
                 raise self._unreadable(path, error) from error
             files.append(path)
-        present = {path.stem for path in files}
-        for view in views_of(self.tables):
-            if present.issuperset(view.tables):
+        for view in self._views():
+            if view.name in named:
                 connection.execute(f"CREATE VIEW {view.name} AS {view.select(self.plan)}")
         return files
 

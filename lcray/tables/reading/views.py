@@ -206,6 +206,18 @@ def named_in(query: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if re.search(rf"\b{name}\b", query, re.IGNORECASE)]
 
 
+def needed_by(query: str, tables: Sequence[str]) -> set[str]:
+    """The tables and views that a query may name, of these and on these; with views, their tables.
+
+    Args:
+        query: SQL.
+        tables: of an output.
+    """
+    views = [view for view in views_of(tables) if named_in(query, [view.name])]
+    below = {table for view in views for table in view.tables}
+    return below.union(named_in(query, tables), (view.name for view in views))
+
+
 def literal(text: str) -> str:
     """A string as a literal of SQL."""
     return "'" + text.replace("'", "''") + "'"
