@@ -14,7 +14,6 @@ from lcray.analyses.windows import Ranges, Windows
 from lcray.errors import UsageError
 from lcray.statistics.coincidence import (
     block_bounds,
-    false_discovery,
     pairwise_coincidences,
     peaks,
     total_coincidences,
@@ -256,7 +255,10 @@ def _head(bundle: Bundle) -> dict[str, Any]:
 def _matrix(names: tuple[str, ...], flags: NDArray[np.bool_], block: int | None) -> dict[str, Any]:
     """The columns of all pairs, in both orders; a series coincides with itself at its peaks."""
     found = pairwise_coincidences(flags, block=block)
-    adjusted = false_discovery(found.p_value)
+    from scipy.stats import false_discovery_control  # slow to import
+
+    p_value = found.p_value
+    adjusted = false_discovery_control(p_value) if len(p_value) else p_value
     a, b = (i.ravel() for i in np.indices((len(names),) * 2))
     columns: dict[str, Any] = {"a": (a, list(names)), "b": (b, list(names))}
     own, nothing = flags.sum(axis=0), np.full(len(names), np.nan)

@@ -43,33 +43,19 @@ def peaks(
     Returns:
         Whether there is a peak, [T, S].
     """
+    from scipy.signal import find_peaks  # slow to import
+
     found = np.zeros(lc.shape, bool)
     for number, column in enumerate(lc.T):
         depth = np.where(np.isnan(column), -np.inf, -column)
         tall = depth[np.isfinite(depth)]
-        at = _summits(depth)
-        if distance > 1 or (prominence is not None and len(tall)):
-            from scipy.signal import find_peaks  # slow to import
-
-            least = None if prominence is None or not len(tall) else prominence * tall.std()
-            at, _ = find_peaks(
-                depth, height=np.nextafter(0.0, 1.0), distance=distance, prominence=least
-            )
+        least = None if prominence is None or not len(tall) else prominence * tall.std()
+        at, _ = find_peaks(
+            depth, height=np.nextafter(0.0, 1.0), distance=distance, prominence=least
+        )
         deepest = at[np.argsort(-depth[at], kind="stable")[:count]]
         found[deepest, number] = True
     return found
-
-
-def _summits(depth: Floats) -> NDArray[np.intp]:
-    """The places of local maxima above 0, a plateau's in its middle, rounded down."""
-    changes = np.flatnonzero(depth[1:] != depth[:-1])  # between runs of equal values
-    first, last = np.append(0, changes + 1), np.append(changes, len(depth) - 1)
-    if len(first) < 3:
-        return np.zeros(0, np.intp)
-    value = depth[first]
-    above = np.zeros(len(first), bool)
-    above[1:-1] = (value[1:-1] > np.maximum(value[:-2], value[2:])) & (value[1:-1] > 0)
-    return np.asarray((first + last)[above] // 2)
 
 
 def default_block(n_intervals: int) -> int:
@@ -142,23 +128,10 @@ def _block_null(size: int, a: NDArray[np.int64], c: NDArray[np.int64]) -> Floats
         return np.ones((len(a), 1))
     k = np.arange(most + 1)
     shapes, where = np.unique(np.stack([a, c], axis=1), axis=0, return_inverse=True)
-    a, c = shapes[:, :1], shapes[:, 1:]
-    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, size + 1)))])  # of factorials
-    rest = size - a - c + k
-    possible = (k <= a) & (k <= c) & (rest >= 0)
-    parts = (k, a - k, c - k, rest)
-    below = logs[size] + sum(logs[np.where(possible, part, 0)] for part in parts)
-    above = logs[a] + logs[size - a] + logs[c] + logs[size - c]
-    return np.exp(np.where(possible, above - below, -np.inf))[where.reshape(-1)]
+    from scipy.stats import hypergeom  # slow to import
 
-
-def false_discovery(p_value: Floats) -> Floats:
-    """P-values [n] adjusted for the false discovery rate by Benjamini and Hochberg's procedure."""
-    order = np.argsort(p_value)[::-1]
-    rates = p_value[order] * len(p_value) / np.arange(len(p_value), 0, -1)
-    adjusted = np.empty_like(p_value)
-    adjusted[order] = np.minimum(np.minimum.accumulate(rates), 1.0)
-    return adjusted
+    found: Floats = np.asarray(hypergeom.pmf(k, size, shapes[:, :1], shapes[:, 1:]))
+    return found[where.reshape(-1)]
 
 
 def _convolved(left: Floats, right: Floats) -> Floats:

@@ -111,20 +111,31 @@ def _gaussian_log_tails(theta: Floats, y: Floats) -> tuple[Floats, Floats]:
     """Log P(1/β, h) and log Q(1/β, h) with h = (x/α)^β.
 
     For small h, P = h^a/Γ(a + 1)·(1 − h·a/(a + 1) + …): for a large β, h may underflow although Q
-    is well below 1. Where Q underflows, its asymptotic series is used (DLMF 8.11.2).
+    is well below 1. Where Q underflows, its asymptotic series is used (DLMF 8.11.2). Elsewhere the
+    smaller of P and Q is computed, which takes nearly all the time, and the other from it.
     """
-    a = np.exp(-theta[:, :1])
     log_h = _log_hazard(theta, y)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         h = np.exp(log_h)
-        small = a * log_h - gammaln(a + 1) - h * a / (a + 1)
-        below = np.where(h < 1e-8, small, np.log(gammainc(a, np.maximum(h, 1e-8))))
-        tail = gammaincc(a, h)
-        series = np.log1p((a - 1) / h * (1 + (a - 2) / h * (1 + (a - 3) / h)))
-        far = -h + (a - 1) * np.log(h) - gammaln(a) + series
-        far = np.where(np.isinf(h), -np.inf, far)
-        above = np.where(tail > 1e-280, np.log(tail), far)
-        return below, np.where(h < 1e-8, np.log(-np.expm1(below)), above)
+        a = np.broadcast_to(np.exp(-theta[:, :1]), h.shape)
+        tiny, left = h < 1e-8, h < a
+        part = np.full_like(h, 0.5)  # P on the left, Q on the right
+        some = left & ~tiny
+        part[some] = gammainc(a[some], h[some])
+        part[~left] = gammaincc(a[~left], h[~left])
+        log_part, log_rest = np.log(part), np.log1p(-part)
+        below, above = np.where(left, log_part, log_rest), np.where(left, log_rest, log_part)
+        if tiny.any():
+            b, x = a[tiny], h[tiny]
+            below[tiny] = b * log_h[tiny] - gammaln(b + 1) - x * b / (b + 1)
+            above[tiny] = np.log(-np.expm1(below[tiny]))
+        far = ~left & (part <= 1e-280)
+        if far.any():
+            b, x = a[far], h[far]
+            series = np.log1p((b - 1) / x * (1 + (b - 2) / x * (1 + (b - 3) / x)))
+            found = -x + (b - 1) * np.log(x) - gammaln(b) + series
+            above[far] = np.where(np.isinf(x), -np.inf, found)
+        return below, above
 
 
 def _gaussian_log_density(theta: Floats, y: Floats) -> Floats:

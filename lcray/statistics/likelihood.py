@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ Cells = Callable[[Floats, Any], Floats]  # θ [h, p] of some rows, and which -> 
 _STEP = 1e-5  # of the differences of single terms, in log shape and log scale
 _NARROW, _WIDE = 2e-4, 2e-3  # of those of their sums, in units of θ: on the way, at the maximum
 _ROUNDS, _DOUBLINGS = 200, 30
+_TOGETHER = 1 << 18  # cells that are evaluated at once; above it, single calls are as fast
 _FLAT = 1e-7  # a curvature up to this counts as 0, in units of θ
 _STEEPEST = 9.0  # log of a shape that bins cannot distinguish from infinity
 
@@ -203,20 +205,26 @@ class _Hill:
         """Gradient [h, p] and minus the second derivatives [h, p, p] of some rows, by u."""
         p = self.theta.shape[1]
         gradient, bent = np.empty((len(rows), p)), np.empty((len(rows), p, p))
-        shifts = width * np.eye(p)
-
-        def at(shift: Floats) -> Floats:
-            return self.average(self.moved(shift, rows), rows)
-
-        twice = 2 * at(np.zeros(p))
-        for i, a in enumerate(shifts):
-            up, down = at(a), at(-a)
+        places = [*product((0, 1, -1), repeat=p)]  # steps in each direction
+        at = dict(zip(places, self._shifted(width * np.array(places), rows), strict=True))
+        zero = (0,) * p
+        for i in range(p):
+            up, down = (at[(*zero[:i], sign, *zero[i + 1 :])] for sign in (1, -1))
             gradient[:, i] = (up - down) / (2 * width)
-            bent[:, i, i] = (twice - up - down) / width**2
-            for j, b in enumerate(shifts[:i]):
-                cross = at(a + b) - at(a - b) - at(b - a) + at(-a - b)
-                bent[:, i, j] = bent[:, j, i] = -cross / (4 * width**2)
+            bent[:, i, i] = (2 * at[zero] - up - down) / width**2
+        if p == 2:
+            cross = at[1, 1] - at[1, -1] - at[-1, 1] + at[-1, -1]
+            bent[:, 1, 0] = bent[:, 0, 1] = -cross / (4 * width**2)
         return gradient, bent
+
+    def _shifted(self, shifts: Floats, rows: Any) -> Floats:
+        """Averages [S, h] of some rows after each of S steps."""
+        steps = (self._unit[rows] @ shifts[:, None, :, None])[..., 0]
+        moved = self.theta[rows] + steps  # [S, h, p]
+        if self._weights.shape[1] * moved[..., 0].size > _TOGETHER:
+            return np.stack([self.average(theta, rows) for theta in moved])
+        found = self.average(moved.reshape(-1, moved.shape[2]), np.tile(rows, len(moved)))
+        return found.reshape(len(moved), -1)
 
     def _whiten(self, rows: Any) -> None:
         """Choose units in which the information of these rows is 1, if it is positive."""

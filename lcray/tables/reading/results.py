@@ -292,7 +292,7 @@ class Results:
         import duckdb
 
         if not named and not isinstance(self.path, Remote):
-            named = {*self.tables, *(view.name for view in self._views())}
+            named = {*self.tables, *(view.name for view in views_of(self.tables))}
         files = []
         for table in self.tables:
             if table not in named:
@@ -308,7 +308,7 @@ class Results:
             except duckdb.Error as error:
                 raise self._unreadable(path, error) from error
             files.append(path)
-        for view in self._views():
+        for view in views_of(self.tables):
             if view.name in named:
                 connection.execute(f"CREATE VIEW {view.name} AS {view.select(self.plan)}")
         return files
