@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from operator import itemgetter
 from typing import Any
 
@@ -179,36 +179,35 @@ def _of_bins(
     for number, (layers, counts) in enumerate(groups):
         keys = [(layer, sign) for layer in layers for sign in _SIGNS]
         units = counts.reshape(n_windows, len(keys), n_bins)
-        for item in chosen:
-            here = units[held(results, item, found.windows)]
-            head = {"split": split, **item.columns, "source": "histograms"}
-            for family in FAMILIES:
-                fitted = _fit_rows(family, found.edges, here, drawing.blocks)
-                for row, (key, one) in enumerate(zip(keys, fitted, strict=True)):
-                    if not math.isfinite(one.get("shape_or_scale", math.nan)):
-                        continue
-                    if item.name == RUN and drawing.replicates:
-                        place = number * step * 2 + row
-                        one |= drawing.p_value(family, found.edges, one, place)
-                    yield head | _key(*key, family) | one
+        parts = [units[held(results, item, found.windows)] for item in chosen]
+        for family in FAMILIES:
+            fits_of = _fit_rows(family, found.edges, parts, drawing.blocks)
+            for item, (row, key) in product(chosen, enumerate(keys)):
+                one = next(fits_of)
+                if not math.isfinite(one.get("shape_or_scale", math.nan)):
+                    continue
+                if item.name == RUN and drawing.replicates:
+                    place = number * step * 2 + row
+                    one |= drawing.p_value(family, found.edges, one, place)
+                head = {"split": split, **item.columns, "source": "histograms"}
+                yield head | _key(*key, family) | one
 
 
 def _fit_rows(
-    family: Family, edges: Floats, units: Floats, draws: Bootstrap
-) -> list[dict[str, Any]]:
-    """Fits of the sums of units [W, rows, B], with errors by units."""
-    counts = units.sum(axis=0)
+    family: Family, edges: Floats, parts: Sequence[Floats], draws: Bootstrap
+) -> Iterator[dict[str, Any]]:
+    """Fits of the sums of units [W, rows, B] each, with errors by units; of all parts at once."""
+    counts = np.concatenate([units.sum(axis=0) for units in parts])
     found = fit_bins(family, edges, counts)
-    ks = distance(family, edges, found.theta, counts)
-    scores = np.einsum(
-        "hpb,whb->whp", slopes(lambda t: family.log_mass(t, edges), found.theta), units
-    )
-    spread = _spread(scores.reshape(len(units), -1), draws)
-    rows = []
-    for h, n in enumerate(counts.sum(axis=1)):
-        part = None if spread is None else spread[:, h * family.p : (h + 1) * family.p]
-        rows.append(_estimate(found, h, part) | {"n": int(n), "ks": float(ks[h])})
-    return rows
+    ks, n = distance(family, edges, found.theta, counts), counts.sum(axis=1)
+    for number, units in enumerate(parts):
+        rows = range(number * units.shape[1], (number + 1) * units.shape[1])
+        slope = slopes(lambda t: family.log_mass(t, edges), found.theta[rows])
+        scores = np.einsum("hpb,whb->whp", slope, units)
+        spread = _spread(scores.reshape(len(units), -1), draws)
+        for at, h in enumerate(rows):
+            part = None if spread is None else spread[:, at * family.p : (at + 1) * family.p]
+            yield _estimate(found, h, part) | {"n": int(n[h]), "ks": float(ks[h])}
 
 
 def _spread(scores: Floats, draws: Bootstrap) -> Floats | None:

@@ -125,15 +125,15 @@ def _any_shape(edges: Floats, counts: Floats) -> NDArray[np.bool_]:
 def _filled(edges: Floats, counts: Floats) -> tuple[Floats, Floats]:
     """Edges and counts of each row's own bins, [H, E] and [H, E − 1], with gaps as single bins.
 
-    Shorter rows end in bins of no width.
+    Shorter rows end in edges at infinity, where every distribution is known without effort.
     """
     filled = np.pad(counts > 0, ((0, 0), (1, 1)))
     used = filled[:, 1:] | filled[:, :-1]
     order = np.argsort(~used, axis=1, kind="stable")[:, : used.sum(axis=1).max()]
     used = np.take_along_axis(used, order, axis=1)
-    own = np.where(used, edges[order], -np.inf)
+    own = np.where(used, edges[order], np.inf)
     counts = np.take_along_axis(np.pad(counts, ((0, 0), (0, 1))), order, axis=1)
-    return np.maximum.accumulate(own, axis=1), np.where(used, counts, 0.0)[:, :-1]
+    return own, np.where(used, counts, 0.0)[:, :-1]
 
 
 def slopes(terms: Terms, theta: Floats) -> Floats:
