@@ -23,6 +23,7 @@ from lcray.cli.plan import plan
 from lcray.cli.query import query
 from lcray.cli.reduce import reduce
 from lcray.cli.report import report
+from lcray.cli.signals import leave
 from lcray.cli.status import status
 from lcray.cli.submit import submit
 from lcray.cli.trace import trace
@@ -76,6 +77,8 @@ def main() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     terminal.prepare()
     try:
         app(prog_name="lcray", standalone_mode=False)

@@ -11,7 +11,9 @@ import click
 
 from lcray.cli import terminal
 from lcray.cli.options import OUT, Command, example
+from lcray.cli.signals import leaving_at_once
 from lcray.errors import UsageError
+from lcray.storage.interrupt import Stopped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,11 +49,6 @@ def query(out: str, sql: str | None, form: str, output: str | None) -> None:
 
     Without SQL: list the tables and views that OUT has.
     """
-    import pyarrow as pa
-
-    from lcray.tables.reading.formats import WRITERS, distinct, holding
-    from lcray.tables.reading.results import open_output
-
     if _SELECT.match(out) and not _SELECT.match(sql or ""):
         raise UsageError('query: the output comes first, then the SELECT: lcray query OUT "…"')
     if form == "parquet" and output is None and sys.stdout.isatty():
@@ -60,7 +57,26 @@ def query(out: str, sql: str | None, form: str, output: str | None) -> None:
         raise UsageError(
             "--output: give --format csv, json, jsonl or parquet; table is for the screen only"
         )
-    results, sql = open_output(out), _text(sql)
+    with leaving_at_once():
+        import pandas as pd  # noqa: F401 - as DuckDB slow, and not to be interrupted
+
+        if sql is not None:
+            import duckdb  # noqa: F401
+
+        from lcray.tables.reading.results import open_output
+
+        results = open_output(out)
+    try:
+        _answer(results, _text(sql), form, output)
+    except KeyboardInterrupt as error:  # whichever signal: a query leaves nothing undone
+        raise Stopped from error
+
+
+def _answer(results: Results, sql: str | None, form: str, output: str | None) -> None:
+    import pyarrow as pa
+
+    from lcray.tables.reading.formats import WRITERS, distinct, holding
+
     if form == "table":
         _show(results.contents() if sql is None else results.sql(sql))
         return

@@ -80,6 +80,34 @@ def test_a_signal_ends_a_query(out: Path, query: str, number: signal.Signals) ->
     assert errors.strip() == "lcray: interrupted"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+def test_an_early_signal_ends_a_query_as_well(
+    out: Path, moment: float, number: signal.Signals
+) -> None:
+    """While modules load, or the output is opened: from when Python runs the command's file on."""
+    code = "import os, runpy; os.write(1, b'.'); runpy.run_module('lcray', run_name='__main__')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "query", str(out), ENDLESS["recursive"]],
+        env=scenes.python_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_signals,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.read(1) == "."
+        time.sleep(moment)
+        process.send_signal(number)
+        said, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, said) == (130, "")
+    assert errors.strip() == "lcray: interrupted"
+
+
 @contextmanager
 def interrupted_after(seconds: float) -> Iterator[None]:
     """SIGINT reaches this process, as by Ctrl-C."""
