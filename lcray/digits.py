@@ -69,7 +69,7 @@ def _file() -> Path:
     """What `sklearn.datasets.load_digits` reads, without the seconds that importing it takes."""
     try:
         found = find_spec("sklearn")
-    except ValueError:  # it is blocked
+    except ValueError:  # a module of that name that no file is behind
         found = None
     for folder in (found.submodule_search_locations or ()) if found else ():
         file = Path(folder, "datasets", "data", "digits.csv.gz")

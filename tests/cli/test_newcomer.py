@@ -213,7 +213,7 @@ class TestMistakes:
     def test_an_extra_that_is_missing(
         self, outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+        monkeypatch.setitem(sys.modules, "sklearn", None)
         code, line = outcome("demo", "--dir", tmp_path / "demo")
         assert (code, "pip install 'lcray[demo]'" in line) == (2, True), line
 

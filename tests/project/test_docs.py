@@ -109,7 +109,12 @@ def test_every_command_teaches_by_an_example() -> None:
 
 
 def test_commands_and_options_that_pages_name_exist() -> None:
-    options = {o for command in app.commands.values() for p in command.params for o in p.opts}
+    options = {
+        o
+        for command in app.commands.values()
+        for p in command.params
+        for o in (*p.opts, *p.secondary_opts)
+    }
     foreign = {"--generate", "--scale", "--page"}  # options of other programs
     for path in sorted(DOCS.glob("*.md")):
         text = path.read_text()

@@ -405,7 +405,7 @@ def test_demo_training_is_seeded_and_leaves_the_generator_alone(tmp_path: Path) 
 
 
 def test_demo_without_sklearn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(UsageError, match=r"lcray\[demo\]"):
         load_task("lcray.digits:task").splits()
 

@@ -69,7 +69,12 @@ def test_commands_and_options_exist() -> None:
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
     commands = set(re.findall(r"(?:^|--|`) *\\?\n? *lcray (\w+)", blocks, re.MULTILINE))
     commands |= set(re.findall(r"`lcray (\w+)", README))
-    options = {o for command in app.commands.values() for p in command.params for o in p.opts}
+    options = {
+        o
+        for command in app.commands.values()
+        for p in command.params
+        for o in (*p.opts, *p.secondary_opts)
+    }
     flags = {flag for flag in re.findall(r"`(--[a-z-]+)[ `]", README) if flag != "--index-url"}
     assert {"analyze", "inspect", "plan", "query", "verify"} <= commands <= set(app.commands)
     assert flags <= options
