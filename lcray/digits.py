@@ -135,7 +135,8 @@ def demo(
 ) -> Results:
     """Train, record and analyze: ``directory/run`` and ``directory/out``.
 
-    A run that exists is analyzed as it is, and an unfinished analysis is resumed.
+    A run that exists is analyzed as it is, and an unfinished analysis is resumed. Without `workers`
+    this process does the work, without Ray.
 
     Raises:
         UsageError: if scikit-learn is not installed.
@@ -150,7 +151,7 @@ def demo(
         run,
         "lcray.digits:task",
         directory / "out",
-        resources=Resources(workers=workers),
+        resources=Resources(workers=workers, local=workers is None),
         on_progress=on_progress,
         batch_size=EVALUATION_BATCH,  # not measured, so that everybody sees the same numbers
         memory_format="contiguous",

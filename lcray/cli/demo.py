@@ -21,7 +21,7 @@ from lcray.cli.options import Command, example, folders
     shell_complete=folders,
     help="Where run and output go.",
 )
-@click.option("--workers", type=int, help="Number of workers.  [default: one per CPU core]")
+@click.option("--workers", type=int, help="Number of workers.  [default: none, but this process]")
 def demo(directory: Path, workers: int | None) -> None:
     """Train a small net on handwritten digits, analyze it, and show the result."""
     from lcray import digits
