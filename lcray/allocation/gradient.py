@@ -304,7 +304,7 @@ def layer_dots(flat: FlatModel, gradient: Tensor, segment: Segment) -> Tensor:
     for block, pieces in flat.layout.pieces(size):
         product = segment.difference(block) * gradient[block]
         for number, where in pieces:
-            sums[number] += product[where].sum()
+            sums[number].add_(product[where].sum())
     return sums
 
 

@@ -8,6 +8,7 @@ computed block by block, in the cache, and kept only if it is small.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from torch import Tensor
 from lcray.tasks.model.flat import FlatModel
 
 _KEEP = 1 << 20  # elements: up to here, Δ is kept as a whole (8 MiB)
-_BLOCK = 1 << 16
+_BLOCK, _LARGE = 1 << 16, 1 << 22  # elements of a block on a CPU, and elsewhere
 _ALL = slice(None)
 
 
@@ -59,14 +60,21 @@ class Segment:
 
     def _between(self, where: slice) -> Tensor:
         a, b = self.start.vector[where], self.end.vector[where]
-        # Equal infinities do not move.
-        return (b.double() - a).masked_fill_(a == b, 0.0)
+        delta = b.to(torch.float64, copy=True).sub_(a.double())
+        if delta.device.type == "cpu" and math.isfinite(delta.sum()):
+            return delta  # as almost always; asking would make another device wait
+        return delta.masked_fill_(a == b, 0.0)  # equal infinities do not move
 
     @cached_property
     def is_finite(self) -> bool:
         """Whether the whole path is finite; a NaN in either checkpoint makes it not finite."""
-        starts = range(0, len(self.start.vector), _BLOCK)
-        return all(bool(self.difference(slice(a, a + _BLOCK)).isfinite().all()) for a in starts)
+        size = _BLOCK if self.start.vector.device.type == "cpu" else _LARGE
+        blocks = [slice(a, a + size) for a in range(0, len(self.start.vector), size)]
+        sums = [self.difference(where).sum() for where in blocks]
+        if not sums or bool(torch.stack(sums).isfinite().all()):
+            return True
+        # Sums of finite float64 may overflow.
+        return all(bool(self.difference(where).isfinite().all()) for where in blocks)
 
     def moving_buffers(self, flat: FlatModel) -> frozenset[int]:
         """Indices of the float buffers that move."""

@@ -23,6 +23,7 @@ from . import (
     speed,
     startup,
     storage,
+    tables,
     teams,
     wall,
 )
@@ -35,6 +36,7 @@ MODULES = (
     economy,
     recorder,
     storage,
+    tables,
     growth,
     scale,
     findings,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lcray.allocation.gradient import GradientEngine
+from lcray.allocation.interval import IntervalLC
 from lcray.allocation.path import Point, Segment
 from lcray.allocation.quadrature import get_rule
 from lcray.errors import UsageError
@@ -19,13 +20,21 @@ from lcray.execution.worker.reports import SpanReport
 from lcray.execution.worker.workbench import Share
 from lcray.execution.worker.workspace import Workspace
 from lcray.planning.make import make_plan, make_settings
-from lcray.planning.plan import Crew, Plan, Probed
+from lcray.planning.plan import Crew, Plan, Probed, SplitPlan
 from lcray.tables.output import Output
 from lcray.tables.record import Record
+from lcray.tables.writing.row_groups import ElementsWriter
+from lcray.tables.writing.split_tables import SplitTables
+from lcray.tasks.layer import Layer
 from lcray.tasks.task import Task, load_task
 
 __all__ = [
+    "ElementsWriter",
+    "IntervalLC",
     "Plan",
+    "Point",
+    "Segment",
+    "SplitTables",
     "Stopwatch",
     "checks",
     "count_gradients",
@@ -35,6 +44,7 @@ __all__ = [
     "planned_batch",
     "planned_gradients",
     "run_span",
+    "tables_plan",
     "time_evaluations",
     "tune",
     "worker_environment",
@@ -83,6 +93,13 @@ def draft(workspace: Workspace, span_length: int, threads: int = 1) -> Plan:
         probed=Probed(batch_size=probe.tuning.batch_size, memory_format=probe.tuning.memory_format),
         span_length=span_length,
     )
+
+
+def tables_plan(shapes: Sequence[tuple[int, ...]], intervals: int) -> Plan:
+    """A plan with the default tables, of one span, for layers of these shapes."""
+    layers = [Layer(f"layer{n}", "", "parameter", s, 0, True) for n, s in enumerate(shapes)]
+    steps, split = range(intervals + 1), SplitPlan("train", 1, 1, 1.0, 1.0, 1)
+    return make_plan(steps, make_settings({}), layers, [split], span_length=intervals)
 
 
 def run_span(workspace: Workspace, plan: Plan, index: int, out: Path) -> SpanReport:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from lcray.errors import OutputError
 from lcray.planning.plan import Span
@@ -84,8 +85,8 @@ class Recorded:
         self.steps.append(data.column("start_step")[0].as_py())
 
 
-def values(n: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return np.linspace(-1, 1, n, dtype=np.float32)
+def values(n: int) -> torch.Tensor:
+    return torch.linspace(-1, 1, n)
 
 
 def test_elements_are_written_in_order_by_one_other_thread(tmp_path: Path) -> None:

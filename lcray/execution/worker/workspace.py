@@ -314,7 +314,7 @@ class Workspace:
         with ShardWriter(out, span, attempt) as writer, ElementsWriter(writer) as elements:
 
             def tables_of(split: SplitPlan) -> SplitTables:
-                return SplitTables(plan, split, writer, elements)
+                return SplitTables(plan, split, writer, elements, self.bench.device)
 
             for names in self._passes(plan):
                 self._pass(plan, span, names, (hashes, stamps), tables_of, tally)

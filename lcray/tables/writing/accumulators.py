@@ -1,16 +1,18 @@
-"""Sums over intervals by element, and over elements by layer and unit, in one pass over blocks.
+"""Sums over intervals by element, and over elements by layer and unit, on the device of LC.
 
-Legend: P elements, L layers, U units, T intervals of a span; m stretches of layers in a block.
+Legend: P elements, L layers, U units, T intervals of a span; n elements of a block, in m pieces of
+one layer each.
 
-Every vector is in the order of the elements in memory. An interval is processed block by block, so
-that intermediate values stay in the cache and no other vector of size P is allocated. Sums are
-float64 and added in the order of the blocks: they depend on the layout alone. Little is kept per
-element: a sign takes two bits, and movements are read from the checkpoints.
+Every vector is in the order of the elements in memory. An interval is processed block by block: on
+a CPU, blocks stay in the cache. No other vector of size P is allocated. Only sums by layer and unit
+go to the host. They are float64 and added in the order of the blocks: they depend on the layout and
+the kind of device alone. Little is kept per element: a sign takes two bits, and movements are read
+from the checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -21,31 +23,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcray.allocation.path import Segment
-from lcray.statistics.histograms import LayerHistograms
+from lcray.tables.writing.layer_histograms import Block, LayerHistograms, Pieces
+from lcray.tables.writing.pieces import Array, array_of, count_pieces, module_of, sum_pieces
 from lcray.tasks.model.layout import Layout
 from lcray.tasks.model.vectors import zeros
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Bits = NDArray[Any]  # uint8
 
-#: Takes the elements of some rows out of a vector [P].
-Take = Callable[[NDArray[Any]], NDArray[Any]]
+#: Takes the elements of some rows out of a vector [P], as an array.
+Take = Callable[[Tensor], NDArray[Any]]
 
 #: Quantities with a sign, and counts of their flips; a code has two bits of each, lowest first.
 SIGNED = ("lc", "displacement", "gradient")
 FLIPS = ("n_flips", "displacement_flips", "gradient_flips")
 
-#: Elements of a block: several float64 vectors of this length stay in the cache.
-_BLOCK = 1 << 15
-
-
-@dataclass(frozen=True)
-class _Stretches:
-    """Stretches [m] of a block that belong to one layer or unit each: its number and the start."""
-
-    numbers: Integers
-    starts: Integers
+#: Elements of a block on a CPU: several float64 vectors of this length stay in the cache.
+_BLOCK = 1 << 17
+#: Elements of a block on another device.
+_LARGE = 1 << 22
+COUNTS = ("n_helping", "n_hurting", *FLIPS)
 
 
 @dataclass(frozen=True)
@@ -54,15 +51,15 @@ class _Block:
 
     Attributes:
         where: the block.
-        layers: the stretches of layers.
-        units: the stretches of units; U for elements without a unit. None if there are no units.
-        detail: runs of layers with histograms, each as a slice of the block and its stretches.
+        starts: where its pieces start, [m].
+        pieces: the numbers of the pieces, m of all.
+        detail: runs of layers with histograms, each as a slice of the block and its pieces.
     """
 
     where: slice
-    layers: _Stretches
-    units: _Stretches | None
-    detail: tuple[tuple[slice, _Stretches], ...]
+    starts: tuple[int, ...]
+    pieces: slice
+    detail: tuple[tuple[slice, Pieces], ...]
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class LayerSums:
         hurting: sum of the positive LC, [L].
         update: sum of the squared movement, [L].
         gradient: sum of the squared gradient at the start, [L]; 0 without one.
-        units: LC by unit, and of all elements without a unit, [U + 1].
+        units: LC by unit, [U].
         n_helping: elements of parameters with LC < 0, [L].
         n_hurting: elements with LC > 0, [L].
         n_flips: elements whose LC has the opposite sign in the interval before, [L].
@@ -114,44 +111,55 @@ class Units:
         self._layout = layout
         sizes = [layout.layers[number].n_units for number in numbers]
         stops = np.cumsum([0, *sizes])
-        self._first = dict(zip(numbers, stops.tolist(), strict=False))
+        self._first: dict[int, int] = dict(zip(numbers, stops.tolist(), strict=False))
         self.size = int(stops[-1])
         self.numbers = np.repeat(np.asarray(list(numbers), np.int32), sizes)
         self.index = np.arange(self.size) - np.repeat(stops[:-1], sizes)
-        # Units along an axis other than the first are not stretches.
-        self._across = [n for n in numbers if layout.layers[n].unit_axis not in (None, 0)]
+        layers = [(number, layout.layers[number]) for number in numbers]
+        held = [(number, layer.unit_axis in (None, 0)) for number, layer in layers if layer.numel]
+        self._along = [number for number, along in held if along]
+        self._across = [number for number, along in held if not along]
+        self._stretches = list(self._runs())
 
-    def stretches(self, block: slice, pieces: list[tuple[int, slice]]) -> _Stretches | None:
-        """The units along the first axis within a block."""
-        if not self.size:
-            return None
-        numbers, starts = [], []
-        for number, piece in pieces:
-            layer, first = self._layout.layers[number], self._first.get(number)
-            if first is None or number in self._across:
-                numbers.append(np.array([self.size]))
-                starts.append(np.array([piece.start]))
-                continue
-            width = layer.numel // layer.n_units
-            before = block.start + piece.start - self._layout.slices[number].start
-            length = piece.stop - piece.start
-            within = np.arange(before // width, (before + length - 1) // width + 1)
-            numbers.append(first + within)
-            starts.append(piece.start + np.maximum(within * width - before, 0))
-        return _Stretches(np.concatenate(numbers), np.concatenate(starts))
-
-    def add_across(self, lc: Tensor, sums: Floats) -> None:
-        """Add the units along other axes to `sums`, [U + 1]."""
-        for number in self._across:
+    def sums(self, lc: Tensor) -> Floats:
+        """LC [P] summed by unit, [U]."""
+        total = torch.zeros(self.size, dtype=torch.float64, device=lc.device)
+        for where, starts, place in self._stretches if lc.device.type == "cpu" else ():
+            np.add.reduceat(lc[where].numpy(), starts, out=total[place].numpy())
+        along = () if lc.device.type == "cpu" else self._along
+        for number in (*along, *self._across):
             layer, first = self._layout.layers[number], self._first[number]
-            axes = [axis for axis in range(len(layer.shape)) if axis != layer.unit_axis]
-            values = self._layout.shaped(lc, number)
-            if layer.unit_groups > 1:  # [groups, inputs of a group, outputs of a group, …]
-                values = values.unflatten(0, (layer.unit_groups, -1))
-                values = values.sum([1, *range(3, values.dim())]).reshape(-1)
-            else:
-                values = values.sum(axes)
-            sums[first : first + layer.n_units] += values.numpy()
+            total[first : first + layer.n_units] = self._of_layer(lc, number)
+        found: Floats = total.cpu().numpy()
+        return found
+
+    def _of_layer(self, lc: Tensor, number: int) -> Tensor:
+        layer = self._layout.layers[number]
+        if layer.unit_axis in (None, 0):
+            return lc[self._layout.slices[number]].view(layer.n_units, -1).sum(1)
+        values = self._layout.shaped(lc, number)
+        if layer.unit_groups > 1:  # [groups, inputs of a group, outputs of a group, …]
+            values = torch.unflatten(values, 0, (layer.unit_groups, -1))
+            return values.sum([1, *range(3, values.dim())]).reshape(-1)
+        return values.sum([axis for axis in range(len(layer.shape)) if axis != layer.unit_axis])
+
+    def _runs(self) -> Iterator[tuple[slice, Integers, slice]]:
+        """Runs of layers whose units are stretches: a slice, where units start in it, the units."""
+        at, starts, first = slice(0, 0), list[Integers](), 0
+        for number in self._along:
+            where, layer = self._layout.slices[number], self._layout.layers[number]
+            if starts and (
+                where.start != at.stop or self._first[number] != first + sum(map(len, starts))
+            ):
+                yield at, np.concatenate(starts), slice(first, first + sum(map(len, starts)))
+                starts = []
+            if not starts:
+                at, first = where, self._first[number]
+            at = slice(at.start, where.stop)
+            width = layer.numel // layer.n_units
+            starts.append(where.start - at.start + np.arange(layer.n_units) * width)
+        if starts:
+            yield at, np.concatenate(starts), slice(first, first + sum(map(len, starts)))
 
 
 class Accumulators:
@@ -163,6 +171,7 @@ class Accumulators:
         units: the units to sum.
         detail: numbers of the layers with histograms, ascending.
         by_element: whether to keep sums by element as well as the signs.
+        device: where the vectors are.
 
     Attributes:
         by_element: the sums by element, or None.
@@ -176,15 +185,31 @@ class Accumulators:
         units: Units,
         detail: Collection[int],
         by_element: bool,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.n_ok = 0
-        self.by_element = ElementSums(layout.size, intervals) if by_element else None
-        self._layout, self._units = layout, units
-        self._first: Bits = _vector(layout.size, torch.uint8)
-        self._last: Bits = _vector(layout.size, torch.uint8)
+        self._device = torch.device(device)
+        self.by_element = ElementSums(layout.size, intervals, device) if by_element else None
+        self._layout, self._units, self._detail = layout, units, list(detail)
+        self._first, self._last = (zeros(layout.size, torch.uint8, device) for _ in range(2))
         self._n_intervals = 0
         self._buffers = np.array([layer.kind == "buffer" for layer in layout.layers])
-        self._blocks = list(_blocks(layout, units, detail))
+        self._numel = np.array([layer.numel for layer in layout.layers])
+        size = _BLOCK if self._device.type == "cpu" else _LARGE
+        self._blocks: list[_Block] = []
+        numbers: list[int] = []
+        rows = {number: row for row, number in enumerate(detail)}
+        for where, pieces in layout.pieces(size):
+            own = slice(len(numbers), len(numbers) + len(pieces))
+            numbers += [number for number, _ in pieces]
+            starts = tuple(piece.start for _, piece in pieces)
+            self._blocks.append(_Block(where, starts, own, tuple(_runs(pieces, rows))))
+        self._numbers = np.array(numbers, np.int64)
+        self._binned: list[Block] = [
+            (slice(block.where.start + run.start, block.where.start + run.stop), pieces)
+            for block in self._blocks
+            for run, pieces in block.detail
+        ]
 
     def add(
         self,
@@ -193,7 +218,7 @@ class Accumulators:
         gradient: Tensor | None,
         histograms: LayerHistograms | None = None,
     ) -> LayerSums:
-        """Add the next interval; all tensors are on the CPU.
+        """Add the next interval; all tensors are on the device.
 
         Args:
             lc: LC, [P] float64; None if the interval is not ok.
@@ -201,25 +226,23 @@ class Accumulators:
             gradient: gradient at the start of an interval that is ok, [P]; None if unknown.
             histograms: histograms to which |LC| is added, of the layers that have them.
         """
-        sums = LayerSums.zero(len(self._layout.layers), self._units.size + 1)
-        values = None if lc is None else lc.numpy()
-        slopes = None if gradient is None else gradient.numpy()
-        with np.errstate(over="ignore", invalid="ignore"):
+        work = _Work(self._blocks, len(self._numbers), self._device)
+        if histograms is not None and lc is not None:
+            histograms.begin()
+        with np.errstate(invalid="ignore"):  # NaN where a checkpoint is not finite
             for block in self._blocks:
-                where, delta = block.where, segment.difference(block.where).numpy()
-                _add_squares(sums.update, delta, block.layers)
-                slope = None if slopes is None else slopes[where]
-                if slope is not None:
-                    _add_squares(sums.gradient, slope, block.layers)
-                if values is not None:
-                    self._take(block, values[where], delta, slope, sums)
-                    if histograms is not None:
-                        for part, layers in block.detail:
-                            histograms.add(values[where][part], layers.numbers, layers.starts)
+                own = work.on(block)
+                own.add_squares(segment.difference(block.where), gradient)
+                if lc is not None:
+                    self._take(own, lc[block.where], gradient is not None, histograms)
+        sums = work.by_layer(self._numbers, len(self._buffers), self._units.size)
         if lc is None:
-            self._last.fill(0)  # there is no flip from here to the next interval
+            self._last.fill_(0)  # there is no flip from here to the next interval
         else:
-            self._units.add_across(lc, sums.units)
+            sums.units[:] = self._units.sums(lc)
+            if histograms is not None:
+                n_zero = self._numel - sums.n_helping - sums.n_hurting
+                histograms.end(lc, self._binned, n_zero[self._detail])
             self.n_ok += 1
         self._n_intervals += 1
         for count in (sums.n_helping, sums.n_hurting, sums.n_flips):
@@ -227,32 +250,29 @@ class Accumulators:
         return sums
 
     def _take(
-        self, block: _Block, lc: Floats, delta: Floats, slope: NDArray[Any] | None, sums: LayerSums
+        self, work: _BlockWork, lc: Tensor, has_slope: bool, histograms: LayerHistograms | None
     ) -> None:
         """Signs, flips and sums of one block of an interval that is ok."""
-        where, layers = block.where, block.layers
-        hurting, helping = (lc > 0).view(np.uint8), (lc < 0).view(np.uint8)
-        codes = helping << 1
-        codes |= hurting
-        codes |= _codes(delta) << 2
-        if slope is not None:
-            codes |= _codes(slope) << 4
-        flips = codes ^ self._last[where]
-        flips &= flips >> 1  # both bits of a sign differ exactly if it is opposite
-        self._last[where] = codes
+        where, run = work.block.where, module_of(self._device)
+        codes = work.add_signs(lc, has_slope)
+        last = array_of(self._last[where])
+        flips, other = array_of(work.flips), array_of(work.spare)
+        run.bitwise_xor(array_of(codes), last, out=flips)
+        run.bitwise_right_shift(flips, 1, out=other)
+        # Both bits of a sign differ exactly if it is opposite.
+        run.bitwise_and(flips, other, out=flips)
+        last[...] = array_of(codes)
         if not self._n_intervals:
             self._first[where] = codes
-        magnitude = np.abs(lc)
-        # x - |x| is exactly 2x for x < 0, else 0: much faster than minimum.
-        sums.helping[layers.numbers] += _summed(lc - magnitude, layers) / 2
-        sums.hurting[layers.numbers] += _summed(lc + magnitude, layers) / 2
-        sums.n_helping[layers.numbers] += _counted(helping, layers)
-        sums.n_hurting[layers.numbers] += _counted(hurting, layers)
-        sums.n_flips[layers.numbers] += _counted(flips & 1, layers)
-        if block.units is not None:
-            sums.units[block.units.numbers] += _summed(lc, block.units)
+        for place, row in enumerate(array_of(work.bits[2:])):
+            run.bitwise_right_shift(flips, 2 * place, out=row)
+            run.bitwise_and(row, 1, out=row)
+        work.add_up(lc)
         if self.by_element is not None:
-            self.by_element.add(where, lc, magnitude, (helping, hurting), flips)
+            self.by_element.add(where, lc, work)
+        if histograms is not None:
+            for part, pieces in work.block.detail:
+                histograms.put(lc[part], work.magnitude[part], pieces)
 
     def borders(self, take: Take, has_gradient: bool) -> dict[str, NDArray[np.int8]]:
         """The columns of `borders` for the elements that `take` takes of a vector [P]."""
@@ -265,6 +285,109 @@ class Accumulators:
         return columns
 
 
+class _BlockWork:
+    """What is computed of a block of n elements and m pieces.
+
+    Attributes:
+        block: the block.
+        bits: whether LC is negative, and positive; whether LC, movement and gradient have flipped,
+            [5, n] uint8.
+        flips: flips in one byte, [n].
+        spare: of any use, [n] uint8.
+        magnitude: |LC|, [n].
+    """
+
+    def __init__(self, block: _Block, work: _Work) -> None:
+        n = block.where.stop - block.where.start
+        self.block = block
+        self._floats, self.magnitude = work.floats[:4, :n], work.floats[4, :n]
+        self.bits, (self.flips, self.spare) = work.bits[:5, :n], work.bits[5:7, :n]
+        self._signs = work.bits[7:, :n]
+        self._totals, self._counts = work.totals[:, block.pieces], work.counts[:, block.pieces]
+        self._delta, self._slope = self.magnitude, self.magnitude
+
+    def add_squares(self, delta: Tensor, gradient: Tensor | None) -> None:
+        """Sum the squares of movement [n] and gradient [P]."""
+        squares = self._floats[2:]
+        torch.mul(delta, delta, out=squares[0])
+        self._delta = delta
+        if gradient is not None:
+            self._slope = gradient[self.block.where]
+            squares[1].copy_(self._slope).mul_(squares[1])
+        some = squares if gradient is not None else squares[:1]
+        sum_pieces(some, self.block.starts, self._totals[2 : 2 + len(some)])
+
+    def add_signs(self, lc: Tensor, has_slope: bool) -> Tensor:
+        """The codes of the signs of LC, movement and gradient, [n] uint8."""
+        run, codes = module_of(lc.device), self._signs[2]
+        names = (lc, self._delta, self._slope) if has_slope else (lc, self._delta)
+        for place, values in enumerate(names):
+            below, above = self._signs[:2] if place else self.bits[:2]
+            run.less(array_of(values), 0, out=array_of(below.view(torch.bool)))
+            run.greater(array_of(values), 0, out=array_of(above.view(torch.bool)))
+            if place:
+                codes.add_(above, alpha=1 << 2 * place).add_(below, alpha=2 << 2 * place)
+            else:
+                torch.add(above, below, alpha=2, out=codes)
+        return codes
+
+    def add_up(self, lc: Tensor) -> None:
+        """Sum LC [n] and count bits."""
+        torch.clamp(lc, max=0.0, out=self._floats[0])
+        torch.clamp(lc, min=0.0, out=self._floats[1])
+        sum_pieces(self._floats[:2], self.block.starts, self._totals[:2])
+        count_pieces(self.bits[:3], self.block.starts, self._counts)
+        torch.abs(lc, out=self.magnitude)
+
+
+class _Work:
+    """Memory for the blocks of an interval, and the sums of their M pieces.
+
+    Attributes:
+        floats: negative LC, positive LC, squared movement and gradient, and |LC|, [5, n] float64.
+        bits: see `_BlockWork`; and signs and codes, [10, n] uint8.
+        totals: sums of the first four floats, [4, M].
+        counts: sums of the first three bits, [3, M].
+    """
+
+    def __init__(self, blocks: Collection[_Block], n_pieces: int, device: torch.device) -> None:
+        n = max((block.where.stop - block.where.start for block in blocks), default=0)
+        self.floats = torch.empty((5, n), dtype=torch.float64, device=device)
+        self.bits = torch.empty((10, n), dtype=torch.uint8, device=device)
+        self.totals = torch.zeros((4, n_pieces), dtype=torch.float64, device=device)
+        self.counts = torch.zeros((3, n_pieces), dtype=torch.int64, device=device)
+
+    def on(self, block: _Block) -> _BlockWork:
+        """The memory for one block."""
+        return _BlockWork(block, self)
+
+    def by_layer(self, numbers: Integers, n_layers: int, n_units: int) -> LayerSums:
+        """The sums of layers from those of pieces; `numbers` has the layer of each, [M]."""
+        sums = LayerSums.zero(n_layers, n_units)
+        if not len(numbers):
+            return sums
+        starts = np.flatnonzero(np.diff(numbers, prepend=-1))  # pieces of a layer follow each other
+        held = numbers[starts]
+        with np.errstate(over="ignore", invalid="ignore"):
+            totals = np.add.reduceat(self.totals.cpu().numpy(), starts, axis=1)
+        counts = np.add.reduceat(self.counts.cpu().numpy(), starts, axis=1)
+        sums.helping[held], sums.hurting[held], sums.update[held], sums.gradient[held] = totals
+        sums.n_helping[held], sums.n_hurting[held], sums.n_flips[held] = counts
+        return sums
+
+
+def _runs(pieces: Pieces, rows: Mapping[int, int]) -> Iterator[tuple[slice, Pieces]]:
+    """Runs of layers that have a row, as slices of a block, with the rows' slices of the run."""
+    for chosen, run in groupby(pieces, key=lambda piece: piece[0] in rows):
+        if chosen:
+            found = list(run)
+            first, last = found[0][1].start, found[-1][1].stop
+            yield (
+                slice(first, last),
+                [(rows[n], slice(p.start - first, p.stop - first)) for n, p in found],
+            )
+
+
 class ElementSums:
     """Sums over a span's intervals by element, [P] each.
 
@@ -273,38 +396,31 @@ class ElementSums:
     Args:
         size: P.
         intervals: the largest T.
+        device: where the vectors are.
     """
 
-    def __init__(self, size: int, intervals: int) -> None:
+    def __init__(self, size: int, intervals: int, device: torch.device | str = "cpu") -> None:
         kinds = (torch.uint8, torch.int16, torch.int32)
         count = next(kind for kind in kinds if intervals <= torch.iinfo(kind).max)
-        self._lc = _vectors(("lc", "abs_lc"), size, torch.float64)
-        self._signs = _vectors(("n_helping", "n_hurting"), size, count)
-        self._flips = _vectors(FLIPS, size, count)
 
-    def add(
-        self,
-        where: slice,
-        lc: Floats,
-        magnitude: Floats,
-        signs: tuple[Bits, Bits],
-        flips: Bits,
-    ) -> None:
+        def vectors(names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+            return {name: zeros(size, dtype, device) for name in names}
+
+        self._lc = vectors(("lc", "abs_lc"), torch.float64)
+        self._counts = zeros(len(COUNTS) * size, count, device).view(len(COUNTS), size)
+
+    def add(self, where: slice, lc: Tensor, work: _BlockWork) -> None:
         """Add one block of an interval.
 
         Args:
             where: the block, of n elements.
             lc: LC, [n].
-            magnitude: |LC|, [n].
-            signs: whether LC is negative, and positive, as 0 and 1, [n] each.
-            flips: bits 0, 2 and 4 say whether LC, movement and gradient have flipped, [n].
+            work: what is known of the block.
         """
-        self._lc["lc"][where] += lc
-        self._lc["abs_lc"][where] += magnitude
-        for total, bits in zip(self._signs.values(), signs, strict=True):
-            total[where] += bits
-        for place, total in enumerate(self._flips.values()):
-            total[where] += flips >> 2 * place & 1
+        self._lc["lc"][where].add_(lc)
+        self._lc["abs_lc"][where].add_(work.magnitude)
+        counts: Array = array_of(self._counts[:, where])
+        module_of(lc.device).add(counts, array_of(work.bits), out=counts)
 
     def columns(self, take: Take, n_ok: int, has_gradient: bool) -> dict[str, NDArray[Any]]:
         """The columns of `parameters` for the elements that `take` takes of a vector [P].
@@ -317,60 +433,10 @@ class ElementSums:
             has_gradient: whether gradients at the start are known.
         """
         columns: dict[str, NDArray[Any]] = {name: take(total) for name, total in self._lc.items()}
-        columns |= {name: take(count).astype(np.int64) for name, count in self._signs.items()}
+        columns |= {name: take(row) for name, row in zip(COUNTS, self._counts, strict=True)}
+        for name in ("n_helping", "n_hurting"):
+            columns[name] = columns[name].astype(np.int64)
         columns["n_zero"] = n_ok - columns["n_helping"] - columns["n_hurting"]
-        columns |= {name: take(count) for name, count in self._flips.items()}
         if not has_gradient:
             del columns["gradient_flips"]
         return columns
-
-
-def _vectors(names: Iterable[str], size: int, dtype: torch.dtype) -> dict[str, NDArray[Any]]:
-    return {name: _vector(size, dtype) for name in names}
-
-
-def _vector(size: int, dtype: torch.dtype) -> NDArray[Any]:
-    array: NDArray[Any] = zeros(size, dtype).numpy()
-    return array
-
-
-def _codes(values: NDArray[Any]) -> Bits:
-    """The sign of each value in two bits: 1 for +, 2 for -, 0 for 0, [n]."""
-    codes: Bits = (values < 0).view(np.uint8) << 1
-    codes |= (values > 0).view(np.uint8)
-    return codes
-
-
-def _summed(values: Floats, stretches: _Stretches) -> Floats:
-    return np.add.reduceat(values, stretches.starts)
-
-
-def _counted(bits: Bits, stretches: _Stretches) -> Integers:
-    """The number of ones among zeros and ones, in each stretch, [m]."""
-    if len(stretches.starts) == 1:
-        return np.array([np.count_nonzero(bits)])
-    return np.add.reduceat(bits, stretches.starts, dtype=np.int64)
-
-
-def _add_squares(sums: Floats, values: NDArray[Any], stretches: _Stretches) -> None:
-    squares = values.astype(np.float64)
-    squares *= squares
-    sums[stretches.numbers] += np.add.reduceat(squares, stretches.starts)
-
-
-def _blocks(layout: Layout, units: Units, detail: Collection[int]) -> Iterator[_Block]:
-    rows = {number: row for row, number in enumerate(detail)}
-    for where, pieces in layout.pieces(_BLOCK):
-        numbers = np.array([number for number, _ in pieces])
-        starts = np.array([piece.start for _, piece in pieces])
-        runs = []
-        for chosen, run in groupby(pieces, key=lambda piece: piece[0] in rows):
-            if chosen:
-                found = list(run)
-                first, last = found[0][1].start, found[-1][1].stop
-                mine = np.array([rows[number] for number, _ in found])
-                offsets = np.array([piece.start - first for _, piece in found])
-                runs.append((slice(first, last), _Stretches(mine, offsets)))
-        yield _Block(
-            where, _Stretches(numbers, starts), units.stretches(where, pieces), tuple(runs)
-        )

@@ -8,7 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lcray.tables.arrow import make_table
 from lcray.tables.schema import TABLES
@@ -91,6 +93,7 @@ class ElementsWriter:
         self._writer = writer
         self._thread = ThreadPoolExecutor(1, "lcray-elements")  # started by the first rows
         self._pending: deque[Future[None]] = deque()
+        self._stream: torch.cuda.Stream | None = None
 
     def __enter__(self) -> ElementsWriter:
         return self
@@ -98,22 +101,22 @@ class ElementsWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def put(
-        self, split: str, start_step: int, parts: Sequence[tuple[str, int, NDArray[np.float32]]]
-    ) -> None:
+    def put(self, split: str, start_step: int, parts: Sequence[tuple[str, int, Tensor]]) -> None:
         """Hand over rows of one interval; blocks while too many rows wait.
 
         Args:
             split: the split.
             start_step: start step of the interval.
-            parts: layer, index of its first element, and LC [n]; the thread owns them afterwards.
+            parts: layer, index of its first element, and LC [n] float32, on any device; the thread
+                owns them afterwards.
 
         Raises:
             OutputError: if writing earlier rows to disk failed.
         """
         while self._pending and (len(self._pending) > _WAITING or self._pending[0].done()):
             self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._write, split, start_step, parts))
+        ready = _computed(parts[0][2].device)
+        self._pending.append(self._thread.submit(self._write, split, start_step, parts, ready))
 
     def drain(self) -> None:
         """Wait until all rows are written.
@@ -129,10 +132,33 @@ class ElementsWriter:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _write(
-        self, split: str, start_step: int, parts: Sequence[tuple[str, int, NDArray[np.float32]]]
+        self,
+        split: str,
+        start_step: int,
+        parts: Sequence[tuple[str, int, Tensor]],
+        ready: torch.cuda.Event | None,
     ) -> None:
-        for layer, first, lc in parts:
+        for layer, first, values in parts:
+            lc = self._on_host(values, ready)
             index = np.arange(first, first + len(lc))
             columns = {"split": split, "start_step": start_step, "layer": layer}
             table = make_table("elements", {**columns, "index": index, "lc": lc})
             self._writer.write("elements", table)
+
+    def _on_host(self, values: Tensor, ready: torch.cuda.Event | None) -> NDArray[np.float32]:
+        """Copy from the device, in a stream of its own: the worker's does not wait."""
+        if ready is None:
+            return values.numpy()
+        self._stream = self._stream or torch.cuda.Stream(values.device)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            return values.cpu().numpy()
+
+
+def _computed(device: torch.device) -> torch.cuda.Event | None:
+    """What says that all work given to a GPU so far is done; None for a CPU, where it is."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event

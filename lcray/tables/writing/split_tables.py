@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,11 +24,12 @@ from lcray.allocation.interval import OK, IntervalLC
 from lcray.allocation.path import Point, Segment
 from lcray.allocation.quadrature import get_rule
 from lcray.planning.plan import Plan, SplitPlan
-from lcray.statistics.histograms import LayerHistograms, bin_edges
+from lcray.statistics.histograms import bin_edges
 from lcray.tables.arrow import make_table
 from lcray.tables.schema import TABLES
 from lcray.tables.shards.writer import ShardWriter
 from lcray.tables.writing.accumulators import Accumulators, LayerSums, Units
+from lcray.tables.writing.layer_histograms import LayerHistograms
 from lcray.tables.writing.row_groups import ElementsWriter, IntervalRows, Piece
 from lcray.tables.writing.traced_elements import trace_indices
 from lcray.tables.writing.traces import Traces
@@ -45,10 +45,16 @@ class SplitTables:
         split: the split.
         writer: writer of the span's shards.
         elements: writes `elements` for all splits of the span.
+        device: where the vectors are.
     """
 
     def __init__(
-        self, plan: Plan, split: SplitPlan, writer: ShardWriter, elements: ElementsWriter
+        self,
+        plan: Plan,
+        split: SplitPlan,
+        writer: ShardWriter,
+        elements: ElementsWriter,
+        device: torch.device | str = "cpu",
     ) -> None:
         self._plan, self._split, self._writer, self._elements = plan, split, writer, elements
         self._layout = Layout(plan.layers, plan.memory_format)
@@ -67,7 +73,9 @@ class SplitTables:
             units,
             self._detail if has_histograms else [],
             "parameters" in plan.tables,
+            device,
         )
+        self._device = device
         self._intervals: dict[str, list[Any]] = defaultdict(list)
         self._layers = IntervalRows("layers", self._fixed_layers(), self._write)
         self._unit_rows = IntervalRows("units", self._fixed_units(units), self._write)
@@ -82,9 +90,9 @@ class SplitTables:
         own = self._fixed_parts("replicate", range(len(shares)), shares)
         self._replicate_layers = IntervalRows("replicate_layers", own, self._write)
         self._window = -1
-        self._histograms = LayerHistograms(len(self._detail)) if has_histograms else None
+        self._histograms = LayerHistograms(len(self._detail), device) if has_histograms else None
         samples = trace_indices(plan) if "traces" in plan.tables else {}
-        self._traces = Traces(self._layout, samples, intervals, dtype)
+        self._traces = Traces(self._layout, samples, intervals, dtype, device)
         self._moves: list[tuple[int, int]] = []  # the intervals that are ok
 
     def add(self, result: IntervalLC, segment: Segment) -> None:
@@ -94,9 +102,7 @@ class SplitTables:
             OutputError: if writing rows of this or an earlier interval to disk fails.
         """
         ok = result.status == OK
-        segment = _on_host(segment)
-        lc = result.lc.cpu() if result.lc is not None else None
-        start = None if result.start_gradient is None else result.start_gradient.cpu()
+        lc, start = result.lc, result.start_gradient
         self._open_window(result.start_step)
         sums = self._sums.add(lc, segment, start, self._histograms)
         n_zero = np.where(self._parameters & ok, self._numel - sums.n_helping - sums.n_hurting, 0)
@@ -105,7 +111,7 @@ class SplitTables:
         self._traces.add(result.start_step, segment.start.vector, start, lc)
         if lc is not None:
             steps = {"start_step": result.start_step}
-            self._unit_rows.add(steps, {"lc": sums.units[:-1]})
+            self._unit_rows.add(steps, {"lc": sums.units})
             if result.group_lc is not None:
                 self._add_parts(result, result.group_lc.cpu().numpy())
             self._moves.append((result.start_step, result.end_step))
@@ -231,10 +237,10 @@ class SplitTables:
     def _add_elements(self, start_step: int, lc: Tensor) -> None:
         """Hand over float32 copies; small layers are put together."""
         limit = TABLES["elements"].row_group_size
-        parts: list[tuple[str, int, NDArray[np.float32]]] = []
+        parts: list[tuple[str, int, Tensor]] = []
         size = 0
         for piece in self._pieces("elements", self._detail):
-            values = self._layout.rows(lc, *piece).to(torch.float32).numpy()
+            values = self._layout.rows(lc, *piece).to(torch.float32)
             if parts and size + len(values) > limit:
                 self._elements.put(self._split.name, start_step, parts)
                 parts, size = [], 0
@@ -260,7 +266,7 @@ class SplitTables:
             numbers = np.asarray(self._detail, np.int32)[layers]
             columns |= {"window": np.full(len(bins), self._window), "sign": signs.astype(np.int8)}
             self._write("histograms", {**columns, "layer": self._named(numbers)})
-            self._histograms = LayerHistograms(len(self._detail))
+            self._histograms = LayerHistograms(len(self._detail), self._device)
 
     def _write_parameters(self, read: Callable[[int], Tensor], has_gradient: bool) -> None:
         sums = self._sums.by_element
@@ -279,8 +285,8 @@ class SplitTables:
             for start in range(0, numel, size):
                 yield Piece(number, start, min(numel, start + size))
 
-    def _rows(self, piece: Piece, vector: NDArray[Any]) -> NDArray[Any]:
-        return self._layout.rows(torch.from_numpy(vector), *piece).numpy()
+    def _rows(self, piece: Piece, vector: Tensor) -> NDArray[Any]:
+        return self._layout.rows(vector, *piece).cpu().numpy()
 
     def _write_piece(self, table: str, piece: Piece, columns: Mapping[str, Any]) -> None:
         place = {
@@ -328,14 +334,6 @@ class _Movement:
 
 def _segment(start: Tensor, end: Tensor) -> Segment:
     return Segment(Point(0, start, {}), Point(1, end, {}))
-
-
-def _on_host(segment: Segment) -> Segment:
-    """The segment with its vectors in the host's memory, copied at most once."""
-    ends = segment.start, segment.end
-    if all(point.vector.device.type == "cpu" for point in ends):
-        return segment
-    return Segment(*(replace(point, vector=point.vector.cpu()) for point in ends))
 
 
 def _encoded(names: list[str]) -> tuple[NDArray[np.int32], list[str]]:
