@@ -13,7 +13,7 @@ WORKERS ?= 2
 # Tests start hundreds of processes, which would compile the package each where PYTHONDONTWRITEBYTECODE is set.
 COMPILE := $(BIN)/python -m compileall -q lcray
 
-.PHONY: demo test test-slow fuzz soak coverage docs lint types bench setup clean
+.PHONY: demo test test-slow fuzz soak coverage docs lint types bench gpu setup clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lcray demo
@@ -50,6 +50,10 @@ soak: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.benchmarks
+
+# What takes another way on a GPU; nothing of it starts Ray.
+gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/gpu -rs
 
 setup: $(VENV)/.dev
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from twin import sign
 
 from lcray.allocation.path import Point, Segment
-from lcray.tables.writing import accumulators
-from lcray.tables.writing.accumulators import Accumulators, LayerSums, Units
+from lcray.tables.writing import accumulators, layer_histograms, pieces
+from lcray.tables.writing.accumulators import Accumulators, LayerSums
 from lcray.tables.writing.layer_histograms import LayerHistograms
+from lcray.tables.writing.units import Units
 from lcray.tasks.layer import Layer
 from lcray.tasks.model.layout import Layout
 
@@ -105,6 +106,17 @@ def layout(request: pytest.FixtureRequest) -> Layout:
 @pytest.fixture(params=[7, 1 << 17])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accumulators, "_BLOCK", request.param)
+
+
+@pytest.fixture(params=["cpu", "elsewhere"], autouse=True)
+def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other devices use works on a CPU as well, only more slowly."""
+    if request.param == "elsewhere":
+        monkeypatch.setattr(accumulators, "module_of", lambda device: torch)
+        monkeypatch.setattr(accumulators, "array_of", lambda tensor: tensor)
+        monkeypatch.setattr(accumulators, "sum_pieces", pieces.sum_one_by_one)
+        monkeypatch.setattr(accumulators, "count_pieces", pieces.sum_one_by_one)
+        monkeypatch.setattr(layer_histograms, "_IN_ORDER", ())
 
 
 def run(

@@ -13,7 +13,7 @@ from the checkpoints.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from lcray.allocation.path import Segment
 from lcray.tables.writing.layer_histograms import Block, LayerHistograms, Pieces
 from lcray.tables.writing.pieces import Array, array_of, count_pieces, module_of, sum_pieces
+from lcray.tables.writing.units import Units
 from lcray.tasks.model.layout import Layout
 from lcray.tasks.model.vectors import zeros
 
@@ -71,7 +72,7 @@ class LayerSums:
         hurting: sum of the positive LC, [L].
         update: sum of the squared movement, [L].
         gradient: sum of the squared gradient at the start, [L]; 0 without one.
-        units: LC by unit, [U].
+        units: LC by unit, [U]; empty if the interval is not ok.
         n_helping: elements of parameters with LC < 0, [L].
         n_hurting: elements with LC > 0, [L].
         n_flips: elements whose LC has the opposite sign in the interval before, [L].
@@ -85,81 +86,6 @@ class LayerSums:
     n_helping: Integers
     n_hurting: Integers
     n_flips: Integers
-
-    @classmethod
-    def zero(cls, layers: int, units: int) -> LayerSums:
-        """Sums over no elements: all 0."""
-        a, b, c, d = (np.zeros(layers) for _ in range(4))
-        e, f, g = (np.zeros(layers, np.int64) for _ in range(3))
-        return cls(a, b, c, d, np.zeros(units), e, f, g)
-
-
-class Units:
-    """Positions of the units of some layers.
-
-    Args:
-        layout: layout of the flat vectors.
-        numbers: numbers of the layers, ascending.
-
-    Attributes:
-        size: U.
-        numbers: the number of each unit's layer, [U].
-        index: the number of each unit within its layer, [U].
-    """
-
-    def __init__(self, layout: Layout, numbers: Collection[int]) -> None:
-        self._layout = layout
-        sizes = [layout.layers[number].n_units for number in numbers]
-        stops = np.cumsum([0, *sizes])
-        self._first: dict[int, int] = dict(zip(numbers, stops.tolist(), strict=False))
-        self.size = int(stops[-1])
-        self.numbers = np.repeat(np.asarray(list(numbers), np.int32), sizes)
-        self.index = np.arange(self.size) - np.repeat(stops[:-1], sizes)
-        layers = [(number, layout.layers[number]) for number in numbers]
-        held = [(number, layer.unit_axis in (None, 0)) for number, layer in layers if layer.numel]
-        self._along = [number for number, along in held if along]
-        self._across = [number for number, along in held if not along]
-        self._stretches = list(self._runs())
-
-    def sums(self, lc: Tensor) -> Floats:
-        """LC [P] summed by unit, [U]."""
-        total = torch.zeros(self.size, dtype=torch.float64, device=lc.device)
-        for where, starts, place in self._stretches if lc.device.type == "cpu" else ():
-            np.add.reduceat(lc[where].numpy(), starts, out=total[place].numpy())
-        along = () if lc.device.type == "cpu" else self._along
-        for number in (*along, *self._across):
-            layer, first = self._layout.layers[number], self._first[number]
-            total[first : first + layer.n_units] = self._of_layer(lc, number)
-        found: Floats = total.cpu().numpy()
-        return found
-
-    def _of_layer(self, lc: Tensor, number: int) -> Tensor:
-        layer = self._layout.layers[number]
-        if layer.unit_axis in (None, 0):
-            return lc[self._layout.slices[number]].view(layer.n_units, -1).sum(1)
-        values = self._layout.shaped(lc, number)
-        if layer.unit_groups > 1:  # [groups, inputs of a group, outputs of a group, …]
-            values = torch.unflatten(values, 0, (layer.unit_groups, -1))
-            return values.sum([1, *range(3, values.dim())]).reshape(-1)
-        return values.sum([axis for axis in range(len(layer.shape)) if axis != layer.unit_axis])
-
-    def _runs(self) -> Iterator[tuple[slice, Integers, slice]]:
-        """Runs of layers whose units are stretches: a slice, where units start in it, the units."""
-        at, starts, first = slice(0, 0), list[Integers](), 0
-        for number in self._along:
-            where, layer = self._layout.slices[number], self._layout.layers[number]
-            if starts and (
-                where.start != at.stop or self._first[number] != first + sum(map(len, starts))
-            ):
-                yield at, np.concatenate(starts), slice(first, first + sum(map(len, starts)))
-                starts = []
-            if not starts:
-                at, first = where, self._first[number]
-            at = slice(at.start, where.stop)
-            width = layer.numel // layer.n_units
-            starts.append(where.start - at.start + np.arange(layer.n_units) * width)
-        if starts:
-            yield at, np.concatenate(starts), slice(first, first + sum(map(len, starts)))
 
 
 class Accumulators:
@@ -205,6 +131,8 @@ class Accumulators:
             starts = tuple(piece.start for _, piece in pieces)
             self._blocks.append(_Block(where, starts, own, tuple(_runs(pieces, rows))))
         self._numbers = np.array(numbers, np.int64)
+        # Pieces of a layer follow each other.
+        self._starts = np.flatnonzero(np.diff(self._numbers, prepend=-1))
         self._binned: list[Block] = [
             (slice(block.where.start + run.start, block.where.start + run.stop), pieces)
             for block in self._blocks
@@ -235,11 +163,12 @@ class Accumulators:
                 own.add_squares(segment.difference(block.where), gradient)
                 if lc is not None:
                     self._take(own, lc[block.where], gradient is not None, histograms)
-        sums = work.by_layer(self._numbers, len(self._buffers), self._units.size)
+        held = self._numbers[self._starts]
+        sums = work.by_layer(self._starts, held, len(self._buffers))
         if lc is None:
             self._last.fill_(0)  # there is no flip from here to the next interval
         else:
-            sums.units[:] = self._units.sums(lc)
+            sums = replace(sums, units=self._units.sums(lc))
             if histograms is not None:
                 n_zero = self._numel - sums.n_helping - sums.n_hurting
                 histograms.end(lc, self._binned, n_zero[self._detail])
@@ -361,19 +290,21 @@ class _Work:
         """The memory for one block."""
         return _BlockWork(block, self)
 
-    def by_layer(self, numbers: Integers, n_layers: int, n_units: int) -> LayerSums:
-        """The sums of layers from those of pieces; `numbers` has the layer of each, [M]."""
-        sums = LayerSums.zero(n_layers, n_units)
-        if not len(numbers):
-            return sums
-        starts = np.flatnonzero(np.diff(numbers, prepend=-1))  # pieces of a layer follow each other
-        held = numbers[starts]
-        with np.errstate(over="ignore", invalid="ignore"):
-            totals = np.add.reduceat(self.totals.cpu().numpy(), starts, axis=1)
-        counts = np.add.reduceat(self.counts.cpu().numpy(), starts, axis=1)
-        sums.helping[held], sums.hurting[held], sums.update[held], sums.gradient[held] = totals
-        sums.n_helping[held], sums.n_hurting[held], sums.n_flips[held] = counts
-        return sums
+    def by_layer(self, starts: Integers, held: Integers, n_layers: int) -> LayerSums:
+        """The sums of layers from those of pieces.
+
+        Args:
+            starts: the first piece of each layer that has any.
+            held: the numbers of these layers.
+            n_layers: L.
+        """
+        totals, counts = np.zeros((4, n_layers)), np.zeros((3, n_layers), np.int64)
+        if len(starts):
+            with np.errstate(over="ignore", invalid="ignore"):
+                totals[:, held] = np.add.reduceat(self.totals.cpu().numpy(), starts, axis=1)
+            counts[:, held] = np.add.reduceat(self.counts.cpu().numpy(), starts, axis=1)
+        helping, hurting, update, gradient = totals
+        return LayerSums(helping, hurting, update, gradient, np.zeros(0), *counts)
 
 
 def _runs(pieces: Pieces, rows: Mapping[int, int]) -> Iterator[tuple[slice, Pieces]]:

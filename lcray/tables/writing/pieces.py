@@ -53,13 +53,13 @@ def sum_pieces(values: Tensor, starts: Sequence[int], out: Tensor) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
             np.add.reduceat(values.numpy(), starts, axis=1, out=out.numpy())
     else:
-        _one_by_one(values, starts, out)
+        sum_one_by_one(values, starts, out)
 
 
 def count_pieces(bits: Tensor, starts: Sequence[int], out: Tensor) -> None:
     """Count the ones among zeros and ones, [Q, n] uint8, in each piece, into `out` [Q, m] int64."""
     if bits.device.type != "cpu":
-        _one_by_one(bits, starts, out)
+        sum_one_by_one(bits, starts, out)
         return
     edges, found = (*starts, bits.shape[1]), []
     for row in bits.view(torch.bool).numpy():
@@ -67,7 +67,8 @@ def count_pieces(bits: Tensor, starts: Sequence[int], out: Tensor) -> None:
     out.copy_(torch.tensor(found))
 
 
-def _one_by_one(values: Tensor, starts: Sequence[int], out: Tensor) -> None:
+def sum_one_by_one(values: Tensor, starts: Sequence[int], out: Tensor) -> None:
+    """Sum values [Q, n] over each piece into `out` [Q, m], in its dtype, by one call a piece."""
     stops = (*starts[1:], values.shape[1])
     for number, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         out[:, number] = values[:, start:stop].sum(1, dtype=out.dtype)

@@ -28,11 +28,12 @@ from lcray.statistics.histograms import bin_edges
 from lcray.tables.arrow import make_table
 from lcray.tables.schema import TABLES
 from lcray.tables.shards.writer import ShardWriter
-from lcray.tables.writing.accumulators import Accumulators, LayerSums, Units
+from lcray.tables.writing.accumulators import Accumulators, LayerSums
 from lcray.tables.writing.layer_histograms import LayerHistograms
 from lcray.tables.writing.row_groups import ElementsWriter, IntervalRows, Piece
 from lcray.tables.writing.traced_elements import trace_indices
 from lcray.tables.writing.traces import Traces
+from lcray.tables.writing.units import Units
 from lcray.tasks.model.layout import Layout
 from lcray.tasks.model.vectors import zeros
 
