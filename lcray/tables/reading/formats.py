@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any, TextIO
@@ -33,12 +33,12 @@ def to_csv(table: pa.Table) -> bytes:
 
 
 def write_csv(table: pa.Table, text: TextIO) -> None:
-    """As `to_csv`, row by row into a text file that does not translate line breaks."""
+    """As `to_csv`, piece by piece into a text file that does not translate line breaks."""
     # csv quotes only line breaks that occur in its own line terminator.
     writer = csv.writer(_Lines(text), lineterminator="\r\n")
     writer.writerow(map(_cell, table.column_names))
-    for row in _rows(table):
-        writer.writerow([_cell(value) for value in row])
+    for batch in _batches(table):
+        writer.writerows(zip(*map(_cells, batch.columns), strict=True))
 
 
 class _Lines:
@@ -111,13 +111,24 @@ def _objects(table: pa.Table) -> Iterator[dict[str, Any]]:
         yield dict(zip(table.column_names, map(_plain, row), strict=True))
 
 
+def _cells(column: pa.Array) -> Iterable[Any]:
+    """The values of a column as `_cell` has them; each text of a dictionary is made once."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        texts = [*map(_cell, column.dictionary.to_pylist()), None]
+        return [texts[i] for i in column.indices.fill_null(-1).to_pylist()]
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return [*column.to_pylist()]
+    return map(_cell, column.to_pylist())
+
+
 def _cell(value: Any) -> Any:
-    """A value that `csv` writes unchanged; numbers keep all digits, and their sign."""
+    """A value that `csv` writes unchanged; it keeps all digits of numbers, and their sign."""
     if isinstance(value, str):
         return f"'{value}" if value.startswith(_FORMULA) else value
     if isinstance(value, bool):
         return str(value).lower()
-    return repr(value) if isinstance(value, float) else value
+    return value
 
 
 def _plain(value: Any) -> Any:
