@@ -202,7 +202,7 @@ def test_another_ray_that_ends_is_told_in_one_line(driver: Driver) -> None:
 
 PLAN = """
 import json, lcray, ray, sys
-report = lcray.plan(sys.argv[1], "scenes:plain")
+report = lcray.plan(sys.argv[1], "scenes:plain", resources=lcray.Resources(local=False))
 assert not ray.is_initialized()
 print(json.dumps([report.workers, sorted(report.estimate.__dict__)]))
 """

@@ -30,7 +30,8 @@ def record(name: str, run: Path, data: Path, *, steps: int, samples: int) -> Non
 
 def analyze(name: str, run: Path, out: Path, data: Path, samples: int, *options: str) -> Any:
     task = f"{EXAMPLES / name}.py:task"
-    command = ["-m", "lcray", "analyze", str(run), "--task", task, "--out", str(out), *options]
+    command = ["-m", "lcray", "analyze", str(run), "--task", task, "--out", str(out)]
+    command += ["--no-local", *options]
     _call(data, samples, *command)
     verified = lcray.verify(out)
     assert verified.ok, verified.problems
