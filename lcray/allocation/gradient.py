@@ -302,7 +302,8 @@ def layer_dots(flat: FlatModel, gradient: Tensor, segment: Segment) -> Tensor:
     sums = torch.zeros(len(flat.layers), dtype=torch.float64, device=gradient.device)
     size = next(flat.blocks()).stop
     for block, pieces in flat.layout.pieces(size):
-        product = segment.difference(block) * gradient[block]
+        # Converted first: products of two dtypes take four times as long.
+        product = segment.difference(block) * gradient[block].double()
         for number, where in pieces:
             sums[number].add_(product[where].sum())
     return sums

@@ -79,12 +79,11 @@ class Segment:
     def moving_buffers(self, flat: FlatModel) -> frozenset[int]:
         """Indices of the float buffers that move."""
         if "_moving" not in self.__dict__:
-            layers = zip(flat.layers, flat.slices, strict=True)
-            found = frozenset(
-                number
-                for number, (layer, where) in enumerate(layers)
-                if layer.kind == "buffer" and bool(torch.any(self.difference(where) != 0))
-            )
+            buffers = [n for n, layer in enumerate(flat.layers) if layer.kind == "buffer"]
+            moves = [torch.any(self.difference(flat.slices[n]) != 0) for n in buffers]
+            # Asked once: each answer makes a GPU wait.
+            answers = torch.stack(moves).tolist() if moves else []
+            found = frozenset(n for n, moved in zip(buffers, answers, strict=True) if moved)
             self.__dict__["_moving"] = found
         moving: frozenset[int] = self.__dict__["_moving"]
         return moving

@@ -17,7 +17,7 @@ from lcray.planning.plan import Span
 from lcray.tasks.model.flat import FlatModel
 
 _SMALL = 1 << 24  # bytes of a vector: up to this size two are read ahead, else one
-_KEEP = 1 << 24  # bytes of all vectors of a span: up to this size none is read twice
+_KEEP = 1 << 26  # bytes of all vectors of a span: up to this size none is read twice
 Following = Callable[[], Segment | None]
 
 
