@@ -174,7 +174,7 @@ AT_ONCE = {
     "status {out}": {"rich"},
     "status {out} --json": set(),
     "export {out} --to csv --out {folder}": set(),
-    "report {out}": {"duckdb"},
+    "report {out}": {"duckdb", "scipy", "scipy.signal", "scipy.stats"},
     "findings {out} --only shares --json": {"scipy", "rich"},
 }
 
