@@ -66,7 +66,7 @@ def digits() -> dict[str, Batch]:
 
 
 def _file() -> Path:
-    """What `sklearn.datasets.load_digits` reads, without the seconds that importing it takes."""
+    """The digits that come with scikit-learn, read without the seconds that importing it takes."""
     try:
         found = find_spec("sklearn")
     except ValueError:  # a module of that name that no file is behind

@@ -843,7 +843,7 @@ plan = synthetic_plan([(width, width)] * n, 2)
 plan = replace(plan, tables=tuple(t for t in plan.tables if t != "elements"))
 writer = Collected(plan.spans[0])
 writer.write = lambda table, data: None
-warm = synthetic_plan([(4, 4)], 2)
+warm = synthetic_plan([(400, 400)], 2)  # more than a block: blocks need memory of their own
 
 def tabulate(plan):
     size = sum(layer.numel for layer in plan.layers)
@@ -864,7 +864,7 @@ print(*tabulate(plan))
 """
 
 
-@pytest.mark.parametrize(("n", "width"), [(1, 2800), (1225, 80)], ids=["one", "many"])
+@pytest.mark.parametrize(("n", "width"), [(1, 4000), (1225, 80)], ids=["one", "many"])
 @pytest.mark.slow
 def test_nothing_of_the_size_of_the_model_is_made_on_the_way(n: int, width: int) -> None:
     command = [sys.executable, "-c", GROWTH, str(n), str(width)]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -227,7 +227,7 @@ class Results:
             return pq.read_table(path, columns=columns, filters=rows, schema=new, partitioning=None)
         with open_seekable(path) as source:
             with pq.ParquetFile(source) as file:
-                new = TABLES[name].schema if self._soundness.check(file, name, ()) else None
+                new = TABLES[name].schema if self._soundness.check(file, name) else None
             source.seek(0)
             return pq.read_table(source, columns=columns, filters=rows, schema=new)
 
@@ -285,9 +285,10 @@ class Results:
     def _create_views(
         self, connection: duckdb.DuckDBPyConnection, folder: Path, named: set[str]
     ) -> list[Path]:
-        """Makes the named views, of the tables in `folder` and on these; returns the files.
+        """Makes the named views, of the tables in `folder` and on these; returns their files.
 
-        Each view takes time. If none is named, all are made, for the hints in DuckDB's errors.
+        Each view takes time. If none is named, all are made, for the hints in DuckDB's errors. All
+        tables in `folder` are checked.
         """
         import duckdb
 
@@ -295,13 +296,15 @@ class Results:
             named = {*self.tables, *(view.name for view in views_of(self.tables))}
         files = []
         for table in self.tables:
-            if table not in named:
-                continue
             path = folder / self._file(table).name
+            if isinstance(self.path, Remote) and not path.exists():
+                continue  # the query does not name it
             try:
                 absent = self._check(path, table)
             except (OSError, ValueError, pa.ArrowException) as error:
                 raise self._unreadable(self._file(table), error) from error
+            if table not in named:
+                continue
             try:
                 rows = rows_of(table, sql_path(path), absent)
                 connection.execute(f"CREATE VIEW {table} AS {rows}")
@@ -317,15 +320,21 @@ class Results:
     def _soundness(self) -> Soundness:
         return Soundness(self.plan)
 
+    @cached_property
+    def _checked(self) -> dict[tuple[Any, ...], tuple[str, ...]]:
+        return {}  # the columns that a sound file lacks, by table and stamp
+
     def _check(self, path: Path, table: str) -> tuple[str, ...]:
         """The columns that are missing since an earlier lcray wrote the file.
 
         Raises ValueError for content that no analysis by this plan writes; a file is checked once.
         """
         status = path.stat()
-        with pq.ParquetFile(path) as file:
-            stamp = (status.st_size, status.st_mtime_ns, status.st_ino)
-            return self._soundness.check(file, table, stamp)
+        stamp = (table, status.st_size, status.st_mtime_ns, status.st_ino)
+        if stamp not in self._checked:
+            with pq.ParquetFile(path) as file:
+                self._checked[stamp] = self._soundness.check(file, table)
+        return self._checked[stamp]
 
     def _unreadable(self, path: Place, error: Exception) -> CorruptionError:
         reason = (getattr(error, "strerror", None) or str(error).splitlines()[0])[:300]
