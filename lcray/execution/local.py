@@ -22,7 +22,7 @@ from lcray.execution.cluster.scheduler import Policy
 from lcray.execution.worker.descriptions import Description, Probe
 from lcray.execution.worker.fresh import Unexplained
 from lcray.execution.worker.reports import Outcome, RunningSpan, SpanReport, View
-from lcray.execution.worker.state import state_kept
+from lcray.execution.worker.state import folder_kept, state_kept
 from lcray.execution.worker.tuning import rough_seconds
 from lcray.execution.worker.workbench import Share
 from lcray.execution.worker.workspace import Workspace
@@ -91,24 +91,29 @@ class Local:
         release()
         self._kept.close()
 
+    @folder_kept()
     def describe(self) -> Description:
         """As `lcray.execution.cluster.pool.Pool.describe`."""
         if self._description is None:
             self._description = self._ready().describe()
         return self._description
 
+    @folder_kept()
     def check(self) -> Unexplained:
         """As `lcray.execution.cluster.pool.Pool.check`."""
         return self._ready().check()
 
+    @folder_kept()
     def probe(self) -> Probe:
         """As `lcray.execution.cluster.pool.Pool.probe`."""
         return self._ready().probe()
 
+    @folder_kept()
     def losses(self, plan: Plan) -> dict[str, float]:
         """As `lcray.execution.cluster.pool.Pool.losses`."""
         return self._ready().losses(plan)
 
+    @folder_kept()
     def rough_seconds(self, enough: float) -> float:
         """Roughly the seconds of one gradient of every split; see `tuning.rough_seconds`."""
         work = self._ready()
@@ -131,6 +136,7 @@ class Local:
         Raises:
             DisagreementError: if the numbers differ from the plan's.
         """
+        where = out.resolve()  # the task may go elsewhere
         outcome, work = Outcome(), self._ready()
         waiting = deque((span, 1) for span in spans)
         while waiting:
@@ -140,7 +146,8 @@ class Local:
             name = f"{attempt}-{uuid.uuid4().hex[:12]}"
             tell = _Telling(span, attempt, outcome.failures, on_tick)
             try:
-                report = work.run(plan, span, out.resolve(), name, tell)
+                with folder_kept():
+                    report = work.run(plan, span, where, name, tell)
             except DisagreementError:
                 raise
             except LcrayError as error:
@@ -158,6 +165,7 @@ class Local:
         """As `lcray.execution.cluster.pool.Pool.reduce`."""
         return merge(Output(out.resolve()))
 
+    @folder_kept()
     def _ready(self) -> Workspace:
         if self._workspace is None:
             memory = self._resources.memory

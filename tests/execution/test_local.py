@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,43 @@ class TestTheProcess:
             assert self.state() == before
         assert scenes.tables(tmp_path / "out") == scenes.tables(plain_out)
 
+    def test_defaults_of_the_caller_do_not_come_in(
+        self, plain_run: Path, plain_out: Path, tmp_path: Path
+    ) -> None:
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                before = str(torch.get_default_device()), torch.get_default_dtype()
+                lcray.analyze(plain_run, scenes.plain, tmp_path / "out", resources=LOCAL, **OPTIONS)
+                assert before == (str(torch.get_default_device()), torch.get_default_dtype())
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert scenes.tables(tmp_path / "out") == scenes.tables(plain_out)
+
+    @pytest.mark.filterwarnings("ignore:Anomaly Detection")
+    def test_a_task_that_goes_elsewhere_takes_no_output_along(
+        self, plain_run: Path, tmp_path: Path
+    ) -> None:
+        task = replace(scenes.plain, model=self.model)
+        lcray.analyze(plain_run, task, "relative", resources=LOCAL, **OPTIONS)
+        assert lcray.verify(tmp_path / "relative").ok
+
+    def test_analyses_in_several_threads_take_turns(self, plain_run: Path, tmp_path: Path) -> None:
+        task, before = replace(scenes.plain, model=disturbing_model), self.state()
+        outs = [tmp_path / str(number) for number in range(3)]
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda out: lcray.analyze(plain_run, task, out, resources=LOCAL), outs))
+        assert self.state() == before
+        assert len({str(scenes.tables(out)) for out in outs}) == 1
+
+
+def disturbing_model() -> nn.Module:
+    """Changes, while it is built, what an analysis in another thread would find and put back."""
+    os.environ[f"OF_{threading.get_ident()}"] = "1"
+    torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+    time.sleep(0.2)
+    return scenes.build_plain()
+
 
 class TestFailures:
     def test_a_task_that_fails_is_not_tried_again(self, plain_run: Path, tmp_path: Path) -> None:
@@ -346,6 +384,16 @@ def test_what_takes_ray_is_refused(option: dict[str, Any], plain_run: Path, tmp_
             plain_run, "scenes:plain", tmp_path / "out", resources=Resources(local=True, **option)
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_that_no_process_has(
+    local: bool, threads: int, plain_run: Path, tmp_path: Path
+) -> None:
+    resources = Resources(local=local, threads=threads)
+    with pytest.raises(UsageError, match=f"threads {threads}: must be at least 1"):
+        lcray.analyze(plain_run, "scenes:plain", tmp_path / "out", resources=resources)
 
 
 def test_what_a_process_has_is_not_refused(plain_run: Path) -> None:

@@ -175,6 +175,16 @@ def test_sql_sees_the_tables(results: Results) -> None:
         assert count == [len(results.table(table))]
 
 
+def test_a_query_about_the_tables_sees_them_all(results: Results) -> None:
+    """Whatever table it names, and however it names them."""
+    sql = "SELECT table_name AS name FROM information_schema.tables WHERE table_name <> 'fits'"
+    assert {*TABLES} - {"fits"} <= {*results.sql(sql)["name"]}
+    put_together = "SELECT count(*) AS n FROM query('FROM lay' || 'ers') WHERE 'intervals' <> ''"
+    assert results.sql(put_together)["n"].tolist() == [len(results.layers())]
+    with pytest.raises(UsageError, match="layers"):
+        results.sql("SELECT * FROM intervals JOIN layer USING (split)")
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_sql_reaches_nothing_else(results: Results, out: Path, attack: str) -> None:
     secret = pd.DataFrame({"a": [1]})  # a variable of the caller's is no table

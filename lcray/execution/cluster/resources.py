@@ -214,6 +214,8 @@ def check_resources(resources: Resources) -> None:
         raise UsageError(f"memory {resources.memory:g}: must be positive, in GiB")
     if resources.patience is not None and not resources.patience > 0:
         raise UsageError(f"patience {resources.patience:g}: must be positive, in seconds")
+    if resources.threads is not None and resources.threads < 1:
+        raise UsageError(f"threads {resources.threads}: must be at least 1")
     if resources.data_parallel < 1:
         raise UsageError(f"data-parallel {resources.data_parallel}: must be at least 1")
     if resources.workers is not None and resources.workers < 1:

@@ -22,6 +22,7 @@ from lcray.execution.driver.record import (
     make_notes,
 )
 from lcray.execution.local import check_local
+from lcray.execution.worker.state import folder_kept
 from lcray.execution.worker.workers import Workers
 from lcray.planning.costs import estimate, pass_seconds
 from lcray.planning.make import extend_plan, following_length, make_plan
@@ -56,7 +57,8 @@ class Job:
         self.series: CheckpointSeries = growth.first() if growth else open_series(run, steps)
         self.run = str(place(run).resolve())
         self.source = locate(task)
-        self.source.load()
+        with folder_kept():  # relative paths stay those of the caller
+            self.source.load()
         self.resources = resources or Resources()
         if self.resources.local:
             check_local(self.resources)

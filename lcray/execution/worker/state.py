@@ -17,6 +17,9 @@ import torch
 
 from lcray.tasks.model.precision import precision_kept
 
+#: Analyses in several threads of one process wait for each other: its state is theirs in turn.
+_ONE_AT_A_TIME = threading.RLock()
+
 
 @contextmanager
 def state_kept() -> Iterator[None]:
@@ -28,6 +31,7 @@ def state_kept() -> Iterator[None]:
     handlers of signals.
     """
     with ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
         stack.enter_context(precision_kept())
         stack.enter_context(warnings.catch_warnings())
         for read, write in _SWITCHES:
@@ -35,11 +39,33 @@ def state_kept() -> Iterator[None]:
         for read, write in _generators():
             stack.callback(write, read())
         _keep_process(stack)
+        torch.set_default_dtype(torch.float32)
+        stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextmanager
+def folder_kept() -> Iterator[None]:
+    """A context that leaves the working directory as it was; also a decorator."""
+    folder = _folder()
+    try:
+        yield
+    finally:
+        if folder is not None:
+            with suppress(OSError):  # it may be gone
+                os.chdir(folder)
+
+
+def _folder() -> str | None:
+    """The working directory; None if it is gone."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
 
 
 def _put_back(read: Callable[[], Any], write: Callable[[Any], Any], value: Any) -> None:
@@ -75,14 +101,8 @@ def _generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any]]]:
 def _keep_process(stack: ExitStack) -> None:
     """Keep what belongs to the process, not to torch."""
     stack.callback(_restore_variables, dict(os.environ))
-    path, folder = list(sys.path), os.getcwd()
-
-    def go_back() -> None:
-        sys.path[:] = path
-        with suppress(OSError):  # it may be gone
-            os.chdir(folder)
-
-    stack.callback(go_back)
+    stack.enter_context(folder_kept())
+    stack.callback(sys.path.__setitem__, slice(None), list(sys.path))
     if threading.current_thread() is threading.main_thread():
         handlers: dict[int, Any] = {n: signal.getsignal(n) for n in signal.valid_signals()}
         stack.callback(_restore_handlers, handlers)

@@ -257,7 +257,7 @@ class Results:
                 "the query in UTF-8"
             ) from error
         with self._local(query) as folder, connect(room) as connection:
-            shut(connection, self._create_views(connection, folder, needed_by(query, self.tables)))
+            shut(connection, self._create_views(connection, folder))
             try:
                 return select(connection, query, room // 2)
             except duckdb.Error as error:
@@ -282,18 +282,10 @@ class Results:
         except OSError as error:
             raise self._unreadable(self.output.tables, error) from error
 
-    def _create_views(
-        self, connection: duckdb.DuckDBPyConnection, folder: Path, named: set[str]
-    ) -> list[Path]:
-        """Makes the named views, of the tables in `folder` and on these; returns their files.
-
-        Each view takes time. If none is named, all are made, for the hints in DuckDB's errors. All
-        tables in `folder` are checked.
-        """
+    def _create_views(self, connection: duckdb.DuckDBPyConnection, folder: Path) -> list[Path]:
+        """Makes the views of the tables in `folder`, and the views on these; returns the files."""
         import duckdb
 
-        if not named and not isinstance(self.path, Remote):
-            named = {*self.tables, *(view.name for view in views_of(self.tables))}
         files = []
         for table in self.tables:
             path = folder / self._file(table).name
@@ -303,17 +295,14 @@ class Results:
                 absent = self._check(path, table)
             except (OSError, ValueError, pa.ArrowException) as error:
                 raise self._unreadable(self._file(table), error) from error
-            if table not in named:
-                continue
             try:
                 rows = rows_of(table, sql_path(path), absent)
                 connection.execute(f"CREATE VIEW {table} AS {rows}")
             except duckdb.Error as error:
                 raise self._unreadable(path, error) from error
             files.append(path)
-        for view in views_of(self.tables):
-            if view.name in named:
-                connection.execute(f"CREATE VIEW {view.name} AS {view.select(self.plan)}")
+        for view in views_of([path.stem for path in files]):
+            connection.execute(f"CREATE VIEW {view.name} AS {view.select(self.plan)}")
         return files
 
     @cached_property
