@@ -8,8 +8,11 @@ covers everything. S splits, T intervals, L layers, n elements of a layer.
 from __future__ import annotations
 
 import hashlib
+import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +255,16 @@ def bin_of(x: Floats) -> Counts:
     mantissa, exponent = np.frexp(x)  # mantissa in [0.5, 1)
     bins = 8 * (exponent.astype(np.int64) - 1) + np.floor((2 * mantissa - 1) * 8).astype(np.int64)
     return np.where(x >= 2.0**-1022, bins, UNDERFLOW)
+
+
+def slow_bin(x: float) -> int:
+    """The bin by its definition: x in [(1 + m/8)·2^e, (1 + (m+1)/8)·2^e), in fractions."""
+    if x < sys.float_info.min:
+        return UNDERFLOW
+    _, power = math.frexp(x)  # x = mantissa·2^power, mantissa in [1/2, 1)
+    e = power - 1
+    m = math.floor((Fraction(x) / Fraction(2) ** e - 1) * 8)
+    return 8 * e + m
 
 
 # Tables of a world, in the intervals `ts`

@@ -58,7 +58,7 @@ def query(out: str, sql: str | None, form: str, output: str | None) -> None:
             "--output: give --format csv, json, jsonl or parquet; table is for the screen only"
         )
     with leaving_at_once():
-        import pandas as pd  # noqa: F401 - as DuckDB slow, and not to be interrupted
+        import pandas as pd  # noqa: F401 - slow to import, as is DuckDB
 
         if sql is not None:
             import duckdb  # noqa: F401

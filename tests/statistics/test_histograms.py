@@ -21,16 +21,6 @@ EPSILON = sys.float_info.epsilon
 magnitudes = st.floats(min_value=0.0, allow_nan=False, allow_infinity=False)
 
 
-def slow_bin(x: float) -> int:
-    """The bin by its definition: x in [(1 + m/8)·2^e, (1 + (m+1)/8)·2^e), in fractions."""
-    if x < TINY:
-        return UNDERFLOW
-    _, power = math.frexp(x)  # x = mantissa·2^power, mantissa in [1/2, 1)
-    e = power - 1
-    m = math.floor((Fraction(x) / Fraction(2) ** e - 1) * 8)
-    return 8 * e + m
-
-
 def slow_edges(index: int) -> tuple[Fraction, Fraction]:
     """The edges by their definition."""
     if index == UNDERFLOW:

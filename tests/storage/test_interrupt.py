@@ -44,6 +44,17 @@ def default_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=scenes.python_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_signals,
+    )
+
+
 def wait_until_at_work(process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
@@ -59,14 +70,7 @@ def wait_until_at_work(process: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("query", ENDLESS)
 def test_a_signal_ends_a_query(out: Path, query: str, number: signal.Signals) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lcray", "query", str(out), ENDLESS[query]],
-        env=scenes.python_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=default_signals,
-    )
+    process = start("-m", "lcray", "query", str(out), ENDLESS[query])
     try:
         wait_until_at_work(process)
         began = time.monotonic()
@@ -88,14 +92,7 @@ def test_an_early_signal_ends_a_query_as_well(
 ) -> None:
     """While modules load, or the output is opened: from when Python runs the command's file on."""
     code = "import os, runpy; os.write(1, b'.'); runpy.run_module('lcray', run_name='__main__')"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "query", str(out), ENDLESS["recursive"]],
-        env=scenes.python_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=default_signals,
-    )
+    process = start("-c", code, "query", str(out), ENDLESS["recursive"])
     try:
         assert process.stdout is not None and process.stdout.read(1) == "."
         time.sleep(moment)

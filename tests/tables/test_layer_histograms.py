@@ -11,25 +11,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from planting import slow_bin
 from torch import Tensor
 
-from lcray.statistics.histograms import UNDERFLOW
 from lcray.tables.writing.layer_histograms import Block, LayerHistograms, add_by_cell
 
 TINY = sys.float_info.min  # 2^-1022, the smallest normal float64
 EPSILON = sys.float_info.epsilon
 
 signed = st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, -0.0, 5e-324])
-
-
-def slow_bin(x: float) -> int:
-    """The bin by its definition: x in [(1 + m/8)·2^e, (1 + (m+1)/8)·2^e), in fractions."""
-    if x < TINY:
-        return UNDERFLOW
-    _, power = math.frexp(x)  # x = mantissa·2^power, mantissa in [1/2, 1)
-    e = power - 1
-    m = math.floor((Fraction(x) / Fraction(2) ** e - 1) * 8)
-    return 8 * e + m
 
 
 def rows_by_definition(layers: dict[int, list[float]]) -> dict[tuple[int, int, int], list[float]]:

@@ -207,15 +207,9 @@ def named_in(query: str, names: Sequence[str]) -> list[str]:
 
 
 def needed_by(query: str, tables: Sequence[str]) -> set[str]:
-    """The tables and views that a query may name, of these and on these; with views, their tables.
-
-    Args:
-        query: SQL.
-        tables: of an output.
-    """
+    """The tables, of these, that a query may name, itself or by a view on them."""
     views = [view for view in views_of(tables) if named_in(query, [view.name])]
-    below = {table for view in views for table in view.tables}
-    return below.union(named_in(query, tables), (view.name for view in views))
+    return {table for view in views for table in view.tables}.union(named_in(query, tables))
 
 
 def literal(text: str) -> str:
