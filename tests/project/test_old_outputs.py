@@ -268,6 +268,7 @@ def check(lacks):
 def views_file():
     import duckdb
     with duckdb.connect() as connection:
+        connection.execute("SET VARIABLE lcray_out = ?", [str(out)])  # it has moved
         connection.execute((out / "views.sql").read_text())
         return connection.execute("SELECT count(*) FROM layers").fetchone()[0]
 
