@@ -84,14 +84,26 @@ class Settings:
         "simpson",
         INTEGRAL,
         "left (first order), midpoint, trapezoid, simpson (RK4), gauss-lobatto, gauss; rule*n on n "
-        "panels; or auto: trapezoid where the gap and regular midpoint probes allow it, else "
-        "simpson, halved where needed, within --rtol.",
-        choices=("left", "midpoint", "trapezoid", "simpson", "gauss-lobatto", "gauss", "auto"),
+        "panels; or simpson-sampled: midpoints on a sample of the batches, with a standard error.",
+        choices=(
+            "left",
+            "midpoint",
+            "trapezoid",
+            "simpson",
+            "simpson-sampled",
+            "gauss-lobatto",
+            "gauss",
+        ),
         metavar="NAME",
     )
     refine: bool = option(False, INTEGRAL, "Halve the panels of intervals that miss the tolerance.")
     rtol: float = option(1e-3, INTEGRAL, "Tolerance of the gap, relative to the loss change.")
     max_panels: int = option(16, INTEGRAL, "The most panels that refinement may reach.")
+    sampling_error: float = option(
+        0.01,
+        INTEGRAL,
+        "Standard error that simpson-sampled aims at, relative to the LC of the layers.",
+    )
     splits: tuple[str, ...] | None = option(
         None, DATA, "Only this split (repeatable).", otherwise="all", flag="split", metavar="NAME"
     )
@@ -102,7 +114,7 @@ class Settings:
         "confidence intervals.",
         otherwise="all",
     )
-    sample_seed: int = option(0, DATA, "Seed of that draw.")
+    sample_seed: int = option(0, DATA, "Seed of that draw, and of those of simpson-sampled.")
     layers: str | None = option(
         None, TABLES, "Only these layers in the detailed tables, as in 'conv*'.", metavar="PATTERN"
     )
@@ -189,6 +201,7 @@ class Options(TypedDict, total=False):
     refine: bool
     rtol: float
     max_panels: int
+    sampling_error: float
     splits: Sequence[str] | None
     samples: int | None
     sample_seed: int

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from twin import Interval, Twin
 
-from lcray.allocation.allocator import Accuracy, IntervalLC, SplitAllocator
+from lcray.allocation.allocator import Accuracy, IntervalLC, Sampling, SplitAllocator
 from lcray.allocation.path import Point, Segment
 from lcray.allocation.quadrature import get_rule
 from lcray.execution.worker.workbench import Workbench
@@ -91,7 +91,8 @@ class Bench:
     def allocator(self, first_loss: float | None = None, rule: Any = None) -> SplitAllocator:
         accuracy = Accuracy.of(self.settings, first_loss)
         rule = rule or get_rule(self.settings.rule)
-        return SplitAllocator(self.engine, self.split, rule, accuracy)
+        sampling = Sampling.of(self.settings)
+        return SplitAllocator(self.engine, self.split, rule, accuracy, sampling=sampling)
 
     def run(self, states: tuple[State, ...], **options: Any) -> list[IntervalLC]:
         """All intervals, endpoints shared; what is only valid until the next one is copied."""

@@ -12,7 +12,7 @@ function of the point alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lcray.allocation.partial_sums import Answer, Colleagues, PartSums, Request, Site, cut_parts
 from lcray.allocation.path import Segment
-from lcray.allocation.sums import Evaluation, Sums, evaluation_of
+from lcray.allocation.sums import Evaluation, Sums, Tap, evaluation_of
 from lcray.errors import TaskError, brief
 from lcray.tasks.data.pytree import map_tensors
 from lcray.tasks.data.split import SplitData
@@ -33,6 +33,7 @@ from lcray.tasks.model.vectors import zeros
 from lcray.tasks.task import Task
 
 _FROM_EDGES = torch.__version__ >= "2.7"
+_NOBODY: Mapping[int, Sequence[Tap]] = {}
 
 
 class GradientEngine:
@@ -76,6 +77,7 @@ class GradientEngine:
         *,
         share: float | None = None,
         site: Site | None = None,
+        taps: Mapping[int, Sequence[Tap]] = _NOBODY,
     ) -> Evaluation:
         """Loss of `split` at the current point, and its gradient if asked for.
 
@@ -87,6 +89,7 @@ class GradientEngine:
             share: add this times Σ w ∂ℓ/∂θ to `out`, instead of writing the gradient of the mean.
             site: where the model is, so that colleagues can go there as well; None computes all
                 parts here.
+            taps: what takes in the gradients of some batches, by batch; only without colleagues.
 
         Raises:
             TaskError: if the task's loss fails or breaks the contract.
@@ -105,7 +108,8 @@ class GradientEngine:
             own, answers = self.colleagues.share_out(request, len(parts))
         whole = len(parts) <= 1
         sums = [
-            self._add_part(split, parts[number], whole, out, directions, share) for number in own
+            self._add_part(split, parts[number], whole, out, directions, share, taps)
+            for number in own
         ]
         for answer in answers:
             sums.append(answer.sums)
@@ -125,22 +129,24 @@ class GradientEngine:
         out: Tensor | None,
         directions: Sequence[Segment],
         share: float,
+        taps: Mapping[int, Sequence[Tap]],
     ) -> PartSums:
         """Add the sum over a part to `out`; a part of several is first summed by itself."""
         if whole or out is None:
-            return self.sum_part(split, batches, out, directions, share)
+            return self.sum_part(split, batches, out, directions, share, taps)
         self._part = self.new_vector() if self._part is None else self._part.zero_()
-        sums = self.sum_part(split, batches, self._part, directions, share)
+        sums = self.sum_part(split, batches, self._part, directions, share, taps)
         out.add_(self._part)
         return sums
 
     def sum_part(
         self,
         split: SplitData,
-        batches: range,
+        batches: Sequence[int],
         out: Tensor | None,
         directions: Sequence[Segment],
         share: float,
+        taps: Mapping[int, Sequence[Tap]] = _NOBODY,
     ) -> PartSums:
         """Sums over some batches of `split` at the current point.
 
@@ -151,13 +157,14 @@ class GradientEngine:
             directions: paths along which the directional derivatives of groups and replicates are
                 taken.
             share: the factor.
+            taps: what takes in the gradients of some batches, by batch.
 
         Raises:
             TaskError: if the task's loss fails or breaks the contract.
         """
         divided = split.labels or split.replicates
         sums = Sums(self.flat, split, directions if divided else (), out, share)
-        if out is not None:
+        if out is not None or taps:
             self.flat.forget_gradients()
         with self._functions(), torch.enable_grad():
             for index, batch in zip(batches, split.batches.only(batches), strict=True):
@@ -165,8 +172,8 @@ class GradientEngine:
                 sums.add_losses(index, losses, weights)
                 if self.on_items is not None:
                     self.on_items(index, losses.detach(), weights)
-                if out is not None:
-                    self._add_gradients(split, index, losses, weights, sums)
+                if out is not None or index in taps:
+                    self._add_gradients(split, index, losses, weights, sums, taps.get(index, ()))
         self.flat.check_tied()
         return sums.result()
 
@@ -201,12 +208,18 @@ class GradientEngine:
             return
 
     def _add_gradients(
-        self, split: SplitData, index: int, losses: Tensor, weights: Tensor | None, sums: Sums
+        self,
+        split: SplitData,
+        index: int,
+        losses: Tensor,
+        weights: Tensor | None,
+        sums: Sums,
+        taps: Sequence[Tap],
     ) -> None:
         weighted = losses if weights is None else torch.where(weights > 0, losses, 0) * weights
-        parts = sums.parts(index, weighted)
+        parts = sums.parts(index, weighted, tapped=bool(taps))
         for number, (rows, part) in enumerate(parts):
-            self.flat.receiver = partial(sums.add_gradient, rows)
+            self.flat.receiver = partial(sums.add_gradient, rows, taps)
             try:
                 _backward(part.sum(), keep=number + 1 < len(parts))
             except Exception as error:

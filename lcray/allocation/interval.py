@@ -25,7 +25,8 @@ from torch import Tensor
 
 from lcray.allocation.gradient import GradientEngine, layer_dots
 from lcray.allocation.path import Segment
-from lcray.allocation.quadrature import QuadratureRule, get_rule
+from lcray.allocation.quadrature import QuadratureRule
+from lcray.allocation.sampled import BatchSample
 from lcray.settings import Settings
 
 OK = "ok"
@@ -54,8 +55,7 @@ class Accuracy:
     def of(cls, settings: Settings, first_loss: float | None) -> Accuracy:
         """The accuracy in `settings`; atol is 1e-6 of the first loss, 1e-12 in float64."""
         atol = (1e-6 if settings.dtype == "float32" else 1e-12) * abs(first_loss or 0.0)
-        refines = settings.refine or get_rule(settings.rule).probe_every > 0
-        return cls(settings.rtol, atol, settings.max_panels if refines else 1)
+        return cls(settings.rtol, atol, settings.max_panels if settings.refine else 1)
 
     def bound(self, loss_change: float) -> float:
         """The largest |gap| that counts as converged."""
@@ -75,6 +75,7 @@ class IntervalLC:
         rule: the name of the rule that was used.
         lc: LC by element, [P] float64; None unless the status is ok. Like `start_gradient`, it is
             valid until the next interval of any split that shares the scratch vectors.
+        layer_lc: LC by layer, [L] float64; None unless the status is ok.
         layer_error: |Σ_i (rule_i − embedded_i)| by layer, [L]; None without an embedded rule.
         first_order: Δ·g(0) by layer, [L]; None if the rule has no node at 0.
         start_gradient: g(0), [P] in the compute dtype; None if the rule has no node at 0.
@@ -82,8 +83,12 @@ class IntervalLC:
             None without groups and replicates.
         panels: the final number of panels.
         n_gradients: number of gradients, without the shared left endpoint.
-        converged: whether the tolerance was met.
+        converged: whether the tolerance was met; None for a rule that takes samples of batches.
         replicate_losses: the mean loss of each replicate at the start and at the end, [2, R].
+        sampled_gradients: the gradients of samples of batches, in full-batch gradients.
+        layer_se: standard error of LC from sampling batches, by layer, [L]; NaN where it cannot be
+            told; None for a rule that takes no samples.
+        lc_se: the same of the sum over all layers.
     """
 
     start_step: int
@@ -93,14 +98,18 @@ class IntervalLC:
     loss_end: float
     rule: str
     lc: Tensor | None = None
+    layer_lc: Tensor | None = None
     layer_error: Tensor | None = None
     first_order: Tensor | None = None
     start_gradient: Tensor | None = None
     group_lc: Tensor | None = None
     panels: int = 1
     n_gradients: int = 0
-    converged: bool = False
+    converged: bool | None = False
     replicate_losses: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+    sampled_gradients: float = 0.0
+    layer_se: Tensor | None = None
+    lc_se: float | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,6 @@ class Interval:
         self._rule, self._accuracy, self._flat = rule, accuracy, engine.flat
         self._scratch, self._segment, self._left = scratch, segment, left
         self._at_end, self._inside = at_end, inside
-        self.agrees = False  # whether the layers' sums are close to the embedded rule's
 
     @cached_property
     def right(self) -> Node:
@@ -217,42 +225,16 @@ class Interval:
         converged = abs(self._gap(layers)) <= self._bound
         return self._result(terms, layers, error, groups, rule.panels, rule.n_gradients, converged)
 
-    def adapted(self, trusted: bool = False) -> IntervalLC:
-        """Simpson's rule, its panels halved until it has converged or the cap is reached.
-
-        Args:
-            trusted: whether the embedded rule, the trapezoid, may be used alone if its gap allows.
-        """
-        middle = None
-        if not self._rule.probe_every:
-            middle, middle_groups = self._midpoints(1)
+    def refined(self) -> IntervalLC:
+        """Simpson's rule, its panels halved until it has converged or the cap is reached."""
+        middle, middle_groups = self._midpoints(1)
         if not self._losses_are_finite:
             return self.without(NONFINITE_LOSS)
-        (left, a, left_groups), (right, b, right_groups) = self._end(0.0), self._end(1.0)
-        trapezoid, groups = (a + b) / 2, _plus(_plus(None, 0.5, left_groups), 0.5, right_groups)
-        if trusted and abs(self._gap(trapezoid)) <= self._bound:
-            terms = [(left, 0.5), (right, 0.5)]
-            return self._result(
-                terms, trapezoid, (trapezoid - a).abs(), groups, 1, 1, True, whole=False
-            )
-        if middle is None:
-            middle, middle_groups = self._midpoints(1)
-        return self._halved(trapezoid, groups, middle, middle_groups)
-
-    def _halved(
-        self,
-        trapezoid: Tensor,
-        groups: Tensor | None,
-        middle: Tensor,
-        middle_groups: Tensor | None,
-    ) -> IntervalLC:
-        """Refines from T_1 and M_1 by layer; ``scratch.middle`` holds M_1."""
         scratch, bound, panels = self._scratch, self._bound, 1
-        (left, _, _), (right, _, _) = self._end(0.0), self._end(1.0)
+        left, right, trapezoid, groups = self._trapezoid()
         terms = [(left, 1 / 6), (right, 1 / 6), (scratch.middle, 2 / 3)]
         layers = (trapezoid + 2 * middle) / 3
         error = (layers - trapezoid).abs()
-        self.agrees = float(error.sum()) <= _LAYERS * bound
         converged = abs(self._gap(layers)) <= bound
         while not converged and 2 * panels <= self._accuracy.max_panels:
             panels *= 2
@@ -271,6 +253,27 @@ class Interval:
         groups = _plus(_plus(None, 1 / 3, groups), 2 / 3, middle_groups)
         return self._result(terms, layers, error, groups, panels, 2 * panels, converged)
 
+    def corrected(self, sample: BatchSample) -> IntervalLC:
+        """The trapezoid, corrected towards Simpson's rule by a sample of the batches.
+
+        Args:
+            sample: whose vector holds the correction, once both ends have been evaluated.
+        """
+        self._inside(0.5, 1.0)
+        if not self._losses_are_finite:
+            return self.without(NONFINITE_LOSS)
+        left, right, trapezoid, groups = self._trapezoid()
+        correction = sample.scale * self._dots(sample.vector)
+        groups = _plus(groups, 1.0, sample.group_correction())
+        terms = [(left, 0.5), (right, 0.5), (sample.vector, sample.scale)]
+        layers = trapezoid + correction
+        return self._result(terms, layers, correction.abs(), groups, 1, 1, False)
+
+    def _trapezoid(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The gradients at both ends [P], and T_1 by layer [L] and by group [G, L]."""
+        (left, a, left_groups), (right, b, right_groups) = self._end(0.0), self._end(1.0)
+        return left, right, (a + b) / 2, _plus(_plus(None, 0.5, left_groups), 0.5, right_groups)
+
     def _midpoints(self, panels: int) -> tuple[Tensor, Tensor | None]:
         """M_n by layer [L] and group [G, L]; the vector is in ``total``, M_1 also in ``middle``."""
         scratch, groups = self._scratch, None
@@ -286,7 +289,7 @@ class Interval:
     def without(self, status: str) -> IntervalLC:
         """A result without LC, and the reason."""
         steps = self._segment.start.step, self._segment.end.step
-        return IntervalLC(*steps, status, self._left.loss, self.right.loss, self._rule.shown_name)
+        return IntervalLC(*steps, status, self._left.loss, self.right.loss, self._rule.name)
 
     @property
     def _losses_are_finite(self) -> bool:
@@ -335,8 +338,6 @@ class Interval:
         panels: int,
         n_gradients: int,
         converged: bool,
-        *,
-        whole: bool = True,
     ) -> IntervalLC:
         if not bool(torch.isfinite(layers).all()):
             return self.without(NONFINITE_GRADIENT)
@@ -348,8 +349,9 @@ class Interval:
             status=OK,
             loss_start=self._left.loss,
             loss_end=self.right.loss,
-            rule=self._rule.shown_name if whole else self._rule.embedded_name,
+            rule=self._rule.name,
             lc=total,
+            layer_lc=layers,
             layer_error=error,
             first_order=None if start is None else self._left_dots,
             start_gradient=start,

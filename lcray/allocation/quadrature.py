@@ -34,10 +34,8 @@ class QuadratureRule:
         embedded: K weights of a lower rule on the same nodes, or None.
         panels: the number of equal panels that the rule consists of.
         refinable: whether uniform halving reuses every node (Simpson's family).
-        probe_every: if positive, the embedded rule may be used alone in an interval, as long as its
-            gap allows it and so does a probe by the whole rule, once in this many intervals.
-        embedded_name: the name of the embedded rule when it is used alone.
-        whole_name: the name of this rule in such an analysis; empty means `name`.
+        block: if positive, gradients between the endpoints are of a sample of the batches, whose
+            size follows from earlier intervals of a block of so many intervals.
 
     Raises:
         UsageError: if nodes and weights are not a rule of this degree.
@@ -50,9 +48,7 @@ class QuadratureRule:
     embedded: tuple[float, ...] | None = None
     panels: int = 1
     refinable: bool = False
-    probe_every: int = 0
-    embedded_name: str = ""
-    whole_name: str = ""
+    block: int = 0
 
     def __post_init__(self) -> None:
         _check_nodes(self)
@@ -71,11 +67,6 @@ class QuadratureRule:
         return self.nodes[-1] == 1.0
 
     @property
-    def shown_name(self) -> str:
-        """The rule's name in the tables, for intervals that used all nodes."""
-        return self.whole_name or self.name
-
-    @property
     def n_gradients(self) -> int:
         """Gradients per interval, without the left endpoint shared with the previous interval."""
         return len(self.nodes) - (self.has_left and self.has_right)
@@ -88,11 +79,11 @@ class QuadratureRule:
 
         Raises:
             UsageError: if `panels` is below 1 or above `MAX_PANELS`, or if the rule is already a
-                composite or chooses panels itself.
+                composite or takes samples of the batches.
         """
         if panels > MAX_PANELS:
             raise UsageError(f"rule {self.name!r}: at most {MAX_PANELS} panels, as {self.name}*64")
-        if panels < 1 or self.panels != 1 or self.probe_every:
+        if panels < 1 or self.panels != 1 or self.block:
             raise UsageError(f"rule {self.name!r}: cannot be split into {panels} panels")
         if panels == 1:
             return self
@@ -156,22 +147,30 @@ GAUSS = QuadratureRule(
     "gauss", (_GAUSS, 0.5, 1 - _GAUSS), (5 / 18, 8 / 18, 5 / 18), 5, (0.0, 1.0, 0.0)
 )
 
+#: Simpson's rule with the midpoint on a sample of the batches: see `lcray.allocation.sampled`.
+SIMPSON_SAMPLED = replace(SIMPSON, name="simpson-sampled", refinable=False, block=16)
+
 #: The named rules. ``left`` is the first-order variant of [LCA]; ``simpson`` is RK4, the default.
-RULES = {r.name: r for r in (LEFT, MIDPOINT, TRAPEZOID, SIMPSON, GAUSS_LOBATTO, GAUSS)}
-#: Simpson's rule, or the trapezoid on the same endpoints if it is accurate enough, in blocks of
-#: eight intervals, each of which begins with a probe.
-AUTO = replace(
-    SIMPSON, name="auto", probe_every=8, embedded_name=TRAPEZOID.name, whole_name=SIMPSON.name
-)
-#: Rules that choose between two rules, interval by interval.
-ADAPTIVE = {AUTO.name: AUTO}
+RULES = {
+    rule.name: rule
+    for rule in (LEFT, MIDPOINT, TRAPEZOID, SIMPSON, SIMPSON_SAMPLED, GAUSS_LOBATTO, GAUSS)
+}
+#: Batches in a sample, at least, and in each stratum, so that they show how they differ.
+FEWEST_BATCHES, FEWEST_IN_STRATUM = 12, 2
+#: What analyses of earlier versions may have used; new ones cannot.
+RETIRED = {"auto": replace(SIMPSON, name="auto", refinable=False)}
 _ALIASES = {"first-order": "left", "rk4": "simpson"}
+
+
+def fewest_batches(n_batches: int, n_strata: int) -> int:
+    """The size of the smallest sample that a rule may take of `n_batches` in so many strata."""
+    return min(n_batches, max(FEWEST_BATCHES, FEWEST_IN_STRATUM * n_strata))
 
 
 def get_rule(name: str) -> QuadratureRule:
     """The rule called `name`, with ``name*n`` for its composite on n panels.
 
-    ``auto`` is Simpson's rule that may use the trapezoid instead (see `probe_every`).
+    This includes `RETIRED` rules, since plans and outputs of earlier versions name them.
 
     Raises:
         UsageError: if there is no such rule (the message names the nearest one), or if the number
@@ -179,16 +178,12 @@ def get_rule(name: str) -> QuadratureRule:
     """
     base, star, panels = name.partition("*")
     base = _ALIASES.get(base, base)
-    known = {**RULES, **ADAPTIVE}
-    if base not in known:
-        raise UsageError(suggest(name, [*known, *_ALIASES], "rule"))
+    if base not in RULES | RETIRED:
+        raise UsageError(suggest(name, [*RULES, *_ALIASES], "rule"))
+    rule = (RULES | RETIRED)[base]
     if not star:
-        return known[base]
+        return rule
     count = whole_number(panels)
     if count is None:
         raise UsageError(f"rule {brief(name)}: panels must be a positive integer: 'simpson*2'")
-    if known[base].probe_every:
-        raise UsageError(
-            f"rule {brief(name)}: {base} chooses the panels itself; leave {brief(panels)} out"
-        )
-    return known[base].composite(count)
+    return rule.composite(count)

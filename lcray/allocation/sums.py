@@ -51,6 +51,48 @@ class Evaluation:
     weight_marks: tuple[int, ...] = ()
 
 
+class Tap:
+    """Takes in the gradient of one batch on its way, for a sample of the batches.
+
+    Args:
+        flat: the model.
+        path: an interval.
+        factor: of the gradient.
+        products: gets factor · Σ g·Δ over each layer, [L] float64.
+        expansion: one more factor, of `vector` and `groups`.
+        vector: gets the gradient, [P] float64; None for nobody.
+        groups: gets the products by group, [G, L] float64; None for nobody.
+    """
+
+    def __init__(
+        self,
+        flat: FlatModel,
+        path: Segment,
+        factor: float,
+        products: Tensor,
+        *,
+        expansion: float,
+        vector: Tensor | None,
+        groups: Tensor | None,
+    ) -> None:
+        self._flat, self._path, self._factor, self._products = flat, path, factor, products
+        self._expansion, self._vector, self._groups = expansion, vector, groups
+
+    def add(self, rows: tuple[int, ...], number: int, gradient: Tensor) -> None:
+        """Add a layer's gradient [n] of the part of the batch that counts in the groups `rows`."""
+        first = self._flat.slices[number].start
+        for start in range(0, len(gradient), self._flat.block):
+            piece = gradient[start : start + self._flat.block]
+            where = slice(first + start, first + start + len(piece))
+            found = self._factor * (self._path.difference(where) * piece).sum()
+            self._products[number] += found
+            if self._groups is not None:
+                for row in rows:
+                    self._groups[row, number] += self._expansion * found
+            if self._vector is not None:
+                self._vector[where].add_(piece, alpha=self._expansion * self._factor)
+
+
 class Sums:
     """Sums over the batches of one part, all float64.
 
@@ -100,12 +142,14 @@ class Sums:
         found = torch.zeros(len(self._split.groups) + 1, dtype=torch.float64, device=mass.device)
         self._group_weights.append(found.index_add_(0, numbers, mass))
 
-    def parts(self, index: int, weighted: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
+    def parts(
+        self, index: int, weighted: Tensor, *, tapped: bool
+    ) -> list[tuple[tuple[int, ...], Tensor]]:
         """The sums to differentiate in turn: the whole batch, or one group after another.
 
         Each comes with the rows of dot products that it counts in: its group's and replicate's.
         """
-        if not self._directions:
+        if not self._directions and not tapped:
             return [((), weighted)]
         split, none = self._split, len(self._split.groups)
         sample = (none + split.replicates[index],) if split.replicates else ()
@@ -117,8 +161,14 @@ class Sums:
         numbers = split.numbers[index]
         return [((k, *sample), weighted[numbers == k]) for k in present if k < none]
 
-    def add_gradient(self, rows: tuple[int, ...], number: int, gradient: Tensor) -> None:
+    def add_gradient(
+        self, rows: tuple[int, ...], taps: Sequence[Tap], number: int, gradient: Tensor
+    ) -> None:
         """Add a layer's gradient [n] of the part of a batch that counts in `rows`."""
+        for tap in taps:
+            tap.add(rows, number, gradient)
+        if not self._targets:
+            return
         if len(gradient) <= self._flat.block:
             self._targets[number].add_(gradient, alpha=self._share)
             if rows:

@@ -28,7 +28,7 @@ from lcray.cli.options import (
     cls=Command,
     epilog=example(
         "lcray plan runs/mine --task mytask:task",
-        "lcray plan runs/mine --task mytask:task --rule auto --rtol 0.05 --save plan.json",
+        "lcray plan runs/mine --task mytask:task --rule simpson-sampled --save plan.json",
     ),
 )
 @RUN

@@ -41,7 +41,7 @@ class Allocation:
         elements: LC of each element, by layer, in the layer's shape, float64.
         groups: LC of each group's own mean loss, by group and layer; empty without groups.
         layer_error: |Σ_i (rule_i − embedded_i)| by layer; empty without an embedded rule.
-        converged: whether |gap| met the tolerance.
+        converged: whether |gap| met the tolerance; None for a rule that takes samples of batches.
         panels: final number of panels of the rule.
         replication: the drawn sample; None if all data were taken.
         replicates: loss change, LC and LC of each layer on each replicate, [2 + L, R] float64.
@@ -54,7 +54,7 @@ class Allocation:
     elements: dict[str, Tensor]
     groups: dict[int, dict[str, float]]
     layer_error: dict[str, float]
-    converged: bool
+    converged: bool | None
     panels: int
     replication: Replication | None = None
     replicates: NDArray[Any] | None = None

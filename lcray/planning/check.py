@@ -11,7 +11,7 @@ from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from lcray.allocation.quadrature import MAX_PANELS, get_rule
+from lcray.allocation.quadrature import MAX_PANELS, RETIRED, get_rule
 from lcray.errors import UsageError, suggest
 from lcray.planning.costs import ROW_BYTES
 from lcray.planning.plan import MEMORY_FORMATS, Plan, SplitPlan, memory_format_of
@@ -37,6 +37,13 @@ def check_settings(settings: Settings) -> None:
         if isinstance(value, int) and abs(value) >= LIMIT:  # nobody could read the plan
             raise UsageError(f"{name.replace('_', '-')}: must be below {LIMIT:g}")
     rule = get_rule(settings.rule)
+    if settings.rule.partition("*")[0] in RETIRED:
+        raise UsageError(
+            f"rule {settings.rule!r}: is no longer offered; use simpson-sampled, which takes fewer "
+            "gradients with a stated error, or simpson with --refine"
+        )
+    if rule.block:
+        _check_sampled(settings)
     if settings.refine and not (rule.refinable and rule.panels == 1):
         raise UsageError(f"rule {settings.rule!r}: cannot be refined; use simpson, or no --refine")
     for each in fields(Settings):
@@ -63,8 +70,23 @@ def check_settings(settings: Settings) -> None:
             raise UsageError(f"{name.replace('_', '-')} {seed}: must not be negative")
     if settings.splits is not None and not settings.splits:
         raise UsageError("splits: name at least one, or leave the option out for all of the task's")
-    if not settings.rtol > 0 or not math.isfinite(settings.rtol):
-        raise UsageError(f"rtol {settings.rtol}: must be positive")
+    for name in ("rtol", "sampling_error"):
+        value = getattr(settings, name)
+        if not value > 0 or not math.isfinite(value):
+            raise UsageError(f"{name.replace('_', '-')} {value}: must be positive")
+
+
+def _check_sampled(settings: Settings) -> None:
+    """Refuse settings that do not go with a rule that takes samples of the batches."""
+    reasons = {
+        "refine": settings.refine and "its midpoints are estimates; leave it out",
+        "samples": settings.samples and "it samples batches of all data itself; leave it out",
+        "batch-norm": settings.batch_norm == "batch" and "batches are part of the loss; running",
+        "partial-sums": (settings.partial_sums or 1) > 1 and "it adds gradients in one part",
+    }
+    for name, reason in reasons.items():
+        if reason:
+            raise UsageError(f"{name}: cannot be used with rule {settings.rule!r}: {reason}")
 
 
 @cache

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcray.allocation.quadrature import QuadratureRule, get_rule
+from lcray.allocation.quadrature import QuadratureRule, fewest_batches, get_rule
 from lcray.planning.plan import Plan, SplitPlan
 
 #: Seconds that Ray and its workers take to start.
@@ -44,6 +44,7 @@ _BINS_SLOPE, _BINS_FROM, _BINS_OF_FEW, _FEW = 68.0, 88.0, 0.55, 50
 # Bytes that a worker needs per element of the model, in float32, with the gradient of a backward
 # pass: for one split, and for each further split that shares a pass over the checkpoints.
 _VECTOR_BYTES, _STATE_BYTES = 63, 27
+_SAMPLED_BYTES = 16  # more for each split if midpoints take samples of batches: two corrections
 _PART_BYTES = 8  # more if gradients are summed in parts: the sum of the current part
 _SHARED_BYTES = 1 << 26  # above this, reading the checkpoints again costs less
 
@@ -92,29 +93,34 @@ def estimate(
         fisher_seconds: duration of the Fisher information of all splits at a step.
     """
     rule = get_rule(plan.settings.rule)
-    shared = len(plan.spans) if rule.has_left and rule.has_right else 0
-    passes = _passes(plan, rule) + shared
+    passes = {split.name: _passes(plan, rule, split) for split in plan.splits}
     time = None
     if seconds is not None:
         # Workers may idle at the end: the longest share counts.
         share = math.ceil(len(plan.spans) / workers) / len(plan.spans)
-        gradients = passes * pass_seconds(plan, team, seconds)
+        gradients = sum(passes[name] * each for name, each in _seconds(plan, team, seconds).items())
         time = share * (gradients + n_fisher(plan) * fisher_seconds)
     rows = _rows(plan)
     size = sum(layer.numel for layer in plan.layers)
     longest = max(span.n_intervals for span in plan.spans) / plan.n_intervals
     kept = ("units", "groups", "replicate_layers", "traces")  # until the span ends
     held = sum(rows.get(name, 0) for name in kept)
-    vectors = vector_bytes(size, len(plan.splits), plan.settings.dtype, plan.partial_sums)
+    vectors = vector_bytes(
+        size,
+        len(plan.splits),
+        plan.settings.dtype,
+        plan.partial_sums,
+        sampled=rule.block > 0,
+    )
     extra = vectors + int(held * longest * 24)
     return Estimate(
         n_intervals=plan.n_intervals,
-        n_gradients=passes * len(plan.splits),
+        n_gradients=math.ceil(sum(passes.values())),
         seconds=time,
         disk_bytes=_disk_bytes(plan, rows),
         rows=rows,
         memory_bytes=None if worker_bytes is None else worker_bytes + extra,
-        is_least=plan.settings.refine or rule.probe_every > 0,
+        is_least=plan.settings.refine or rule.block > 0,
     )
 
 
@@ -123,12 +129,17 @@ def pass_seconds(plan: Plan, team: int, seconds: Mapping[str, float]) -> float:
 
     The time to send points and gradients is left out.
     """
-    return sum(
-        passes_by_group(split)
+    return sum(_seconds(plan, team, seconds).values())
+
+
+def _seconds(plan: Plan, team: int, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of a team for one gradient, by split."""
+    return {
+        split.name: passes_by_group(split)
         * seconds[split.name]
         * largest_share(min(plan.partial_sums, split.n_batches), team)
         for split in plan.splits
-    )
+    }
 
 
 def seconds_an_interval(plan: Plan, team: int = 1) -> float | None:
@@ -146,12 +157,15 @@ def passes_by_group(split: SplitPlan) -> int:
     return 1 if split.sorted_by_group else max(1, len(split.groups))
 
 
-def _passes(plan: Plan, rule: QuadratureRule) -> int:
-    """Gradients of all intervals, without gradients that the rule may skip."""
-    if not rule.probe_every:
-        return plan.n_intervals * rule.n_gradients
-    probes = sum(-(-span.n_intervals // rule.probe_every) for span in plan.spans)
-    return plan.n_intervals + probes * (rule.n_gradients - 1)
+def _passes(plan: Plan, rule: QuadratureRule, split: SplitPlan) -> float:
+    """Gradients of a split over all intervals; those of samples of batches are the least share."""
+    shared = len(plan.spans) if rule.has_left and rule.has_right else 0
+    if not rule.block:
+        return plan.n_intervals * rule.n_gradients + shared
+    whole = sum(-(-span.n_intervals // rule.block) for span in plan.spans)
+    share = fewest_batches(split.n_batches, len(split.groups) if split.sorted_by_group else 1)
+    sampled = (plan.n_intervals - whole) * share / split.n_batches
+    return shared + plan.n_intervals + whole + sampled
 
 
 def _rows(plan: Plan) -> dict[str, int]:
@@ -242,16 +256,20 @@ def largest_share(partial_sums: int, team: int) -> float:
     return -(-partial_sums // team) / max(1, partial_sums)
 
 
-def vector_bytes(size: int, n_splits: int, dtype: str, partial_sums: int = 1) -> int:
-    """Memory that a worker needs for vectors of the model's size, under any rule.
+def vector_bytes(
+    size: int, n_splits: int, dtype: str, partial_sums: int = 1, *, sampled: bool = False
+) -> int:
+    """Memory that a worker needs for vectors of the model's size.
 
     Args:
         size: number of elements of all layers.
         n_splits: number of analyzed splits.
         dtype: ``float32`` or ``float64``.
         partial_sums: number of partial sums of the plan.
+        sampled: whether the rule takes samples of the batches; all others need the same memory.
     """
     shared = n_splits - 1 if shares_pass(size, n_splits) else 0
     part = _PART_BYTES if partial_sums > 1 else 0
-    each = (_VECTOR_BYTES + _STATE_BYTES * shared) * (2 if dtype == "float64" else 1) + part
-    return size * each
+    wide = 2 if dtype == "float64" else 1
+    more = _SAMPLED_BYTES * (1 + shared) if sampled else 0
+    return size * ((_VECTOR_BYTES + _STATE_BYTES * shared) * wide + part + more)

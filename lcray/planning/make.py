@@ -86,13 +86,23 @@ def make_plan(
     if probed.seconds is not None:
         expected = _interval_seconds(settings, splits, probed.seconds)
     sums = settings.partial_sums or partial_sums or 1
+    every = get_rule(settings.rule).block
+    if every and sums > 1:
+        raise UsageError(
+            f"rule {settings.rule!r}: adds gradients in one part, so workers cannot share one; "
+            "leave --data-parallel out"
+        )
+    if every and span_length and span_length % every:
+        raise UsageError(
+            f"span-length {span_length}: must be a multiple of {every} with rule {settings.rule!r},"
+            " whose samples follow from earlier intervals of such a block"
+        )
     detail = _matching(settings, layers)
     if span_length:
         spans = cut(steps, span_length)
     else:
         size = 0 if settings.parameters is False else sum(layer.numel for layer in layers)
         pace = None if expected is None else expected * largest_share(sums, crew.team)
-        every = get_rule(settings.rule).probe_every
         length = choose_length(
             n_intervals, workers=crew.workers, every=every, seconds=pace, size=size
         )
@@ -144,7 +154,7 @@ def extend_plan(plan: Plan, steps: Sequence[int], length: int | None = None) -> 
 def following_length(plan: Plan) -> int:
     """The number of intervals of new spans for `plan`, while its run still grows."""
     longest = max(span.n_intervals for span in plan.spans)
-    every = get_rule(plan.settings.rule).probe_every
+    every = get_rule(plan.settings.rule).block
     return max(longest, 1 if plan.seconds is None else timed_length(plan.seconds, every))
 
 

@@ -62,6 +62,17 @@ _SIGN_COLUMN = column(
 )
 
 
+def _lc_se(of: str) -> pa.Field:
+    return column(
+        "lc_se",
+        FLOAT,
+        _LOSS,
+        f"standard error, from sampling batches, of {of}; null where few batches make it up, and "
+        "with rules that take all batches",
+        since="0.2.0",
+    )
+
+
 def _counts(scope: str) -> tuple[pa.Field, ...]:
     rest = f" {scope}; buffers and intervals that are not ok count 0"
     return (
@@ -79,13 +90,25 @@ INTERVALS = (
     _float("loss_end", _LOSS, "mean loss at the end"),
     _float("loss_change", _LOSS, "loss_end - loss_start"),
     _float("lc", _LOSS, "loss change allocated to all layers"),
+    _lc_se("lc; variances add up over time"),
     _float("gap", _LOSS, "completeness gap: lc - loss_change"),
     _float("first_order_lc", _LOSS, "LC by the gradient at the start; null without a node at 0"),
     column("rule", STRING, "", "quadrature rule, before refinement"),
     _count("panels", "equal panels that the interval was cut into, at most 4096"),
     _count("n_gradients", "full-batch gradients; a shared left endpoint is not counted"),
     column(
-        "converged", pa.bool_(), "", "whether the gap is within its bound; null if not ok", True
+        "gradient_cost",
+        FLOAT,
+        "1",
+        "n_gradients and the gradients of samples of batches, in full-batch gradients",
+        since="0.2.0",
+    ),
+    column(
+        "converged",
+        pa.bool_(),
+        "",
+        "whether the gap is within its bound; null if not ok, or if the rule samples batches",
+        True,
     ),
     column("status", STRING, "", "one of " + ", ".join(STATUSES)),
     *_counts("of the interval"),
@@ -101,6 +124,7 @@ LAYERS = (
     _count("numel", "elements of the layer"),
     _float("lc", _LOSS, "loss change allocated to the layer"),
     _float("lc_error", _LOSS, "|sum of rule - embedded rule|: an upper indication of lc's error"),
+    _lc_se("lc; variances add up over time, not over layers, which share the batches"),
     _float("lc_helping", _LOSS, "sum of the negative LC"),
     _float("lc_hurting", _LOSS, "sum of the positive LC"),
     *_counts("of the layer"),

@@ -124,12 +124,12 @@ CASES = [
     (scenes.plain, {"batch_size": 2}),
     (scenes.batchnorm, {"batch_norm": "batch", "batch_size": 4}),
     (scenes.batchnorm, {"batch_size": 3, "refine": True}),
-    (MIXED, {"batch_size": 2, "rule": "auto", "rtol": 0.1}),
+    (MIXED, {"batch_size": 2, "rule": "gauss-lobatto"}),
     (MANY, {"batch_size": 1, "samples": 41}),
     (MIXED, {"batch_size": 1, "samples": 7}),
 ]
 IDS = [
-    "groups", "batch statistics", "buffers, refined", "mixed groups, auto",
+    "groups", "batch statistics", "buffers, refined", "mixed groups, lobatto",
     "replicates in groups", "replicates, mixed groups",
 ]  # fmt: skip
 

@@ -45,7 +45,12 @@ def moment(rule: QuadratureRule, weights: tuple[float, ...], power: int) -> floa
 
 
 def test_the_named_rules_are_those_of_the_table() -> None:
-    assert {name: rule.degree for name, rule in RULES.items()} == DEGREES
+    plain = {name: rule for name, rule in RULES.items() if not rule.block}
+    assert {name: rule.degree for name, rule in plain.items()} == DEGREES
+    (sampled,) = RULES.keys() - plain.keys()
+    simpson, found = get_rule("simpson"), get_rule(sampled)
+    assert sampled == "simpson-sampled" and found.block == 16
+    assert (found.nodes, found.weights) == (simpson.nodes, simpson.weights)
     assert all(rule.name == name for name, rule in RULES.items())
 
 
@@ -272,8 +277,8 @@ def test_the_most_panels_are_still_a_rule(base: str) -> None:
         assert abs(integrate(rule, [s**power for s in rule.nodes]) - 1 / (power + 1)) <= 1e-14
 
 
-@pytest.mark.parametrize("panels", ["x" * 5000, "9" * 5000])
-def test_auto_takes_no_panels(panels: str) -> None:
-    with pytest.raises(UsageError, match="rule 'auto") as caught:
-        get_rule(f"auto*{panels}")
+@pytest.mark.parametrize("panels", ["x" * 5000, "9" * 5000, "2"])
+def test_samples_of_batches_take_no_panels(panels: str) -> None:
+    with pytest.raises(UsageError, match="rule 'simpson-sampled") as caught:
+        get_rule(f"simpson-sampled*{panels}")
     assert len(str(caught.value)) < 200

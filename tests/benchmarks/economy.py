@@ -27,9 +27,7 @@ RULES: dict[str, dict[str, Any]] = {
     "trapezoid": {"rule": "trapezoid"},
     "simpson": {},
     "gauss-lobatto": {"rule": "gauss-lobatto"},
-    "auto": {"rule": "auto"},
-    "auto, rtol 0.01": {"rule": "auto", "rtol": 0.01},
-    "auto, rtol 0.1": {"rule": "auto", "rtol": 0.1},
+    "simpson-sampled": {"rule": "simpson-sampled"},
 }
 DENSE, QUICK_DENSE = "simpson*16", "simpson*2"
 THREADS = 2
@@ -139,7 +137,7 @@ def measure(choice: Choice, bench: Bench) -> Iterator[Row]:
         options=net.options,
         dense={"rule": bench.pick(DENSE, QUICK_DENSE), "dtype": choice.dense_dtype},
     ) as player:
-        for name in bench.pick([*RULES], ["simpson", "auto"]):
+        for name in bench.pick([*RULES], ["simpson", "simpson-sampled"]):
             for metric, value in player.ask("compare", options=RULES[name]).items():
                 yield Row(f"{net.name} {name}", metric, value, UNITS.get(metric, "ratio"))
 

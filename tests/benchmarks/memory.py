@@ -27,7 +27,7 @@ RULES: dict[str, dict[str, Any]] = {
     "simpson": {},
     "simpson refined to 16 panels": {"refine": True, "rtol": 1e-12, "max_panels": 16},
     "gauss-lobatto": {"rule": "gauss-lobatto"},
-    "auto": {"rule": "auto"},
+    "simpson-sampled": {"rule": "simpson-sampled"},
 }
 
 
@@ -62,7 +62,7 @@ def measure(bench: Bench) -> Iterator[Row]:
         task = mlp(widths, 1000)
         run = record(task, bench.folder / f"wide-{widths[0]}", INTERVALS)
         runs[widths] = str(run), sum(p.numel() for p in task.model().parameters())
-    for name in bench.pick([*RULES], ["simpson", "auto"]):
+    for name in bench.pick([*RULES], ["simpson", "simpson-sampled"]):
         if not adapter.has_rule(RULES[name].get("rule", "simpson")):
             continue
         found = []

@@ -29,6 +29,7 @@ LAYERS = (
     Layer("scale", "", "parameter", (), None, True),
     Layer("conv1.mean", "conv1", "buffer", (4,), 0, False),
 )
+SAMPLED = {"rule": "simpson-sampled"}
 TRAIN = SplitPlan("train", 100, 100, 100.0, 2.3, 4)
 GROUPED = SplitPlan("val", 50, 50, 50.0, 2.3, 2, (0, 1, 2), (10.0, 20.0, 20.0), False)
 
@@ -109,6 +110,13 @@ class TestSettings:
             ({"rule": None}, "rule None: must be of type str"),
             ({"parameters": "yes"}, "parameters 'yes': must be of type bool"),
             ({"splits": {"train"}}, "splits {'train'}: must be of type tuple"),
+            ({"rule": "auto"}, "rule 'auto': is no longer offered; use simpson-sampled"),
+            ({"rule": "auto*2"}, "rule 'auto*2': is no longer offered; use simpson-sampled"),
+            ({"sampling_error": 0.0}, "sampling-error 0.0: must be positive"),
+            ({**SAMPLED, "refine": True}, "refine: cannot be used with rule 'simpson-sampled'"),
+            ({**SAMPLED, "samples": 9}, "samples: cannot be used with rule 'simpson-sampled'"),
+            ({**SAMPLED, "batch_norm": "batch"}, "batch-norm: cannot be used with rule 'simpson"),
+            ({**SAMPLED, "partial_sums": 2}, "partial-sums: cannot be used with rule 'simpson-sam"),
         ],
     )
     def test_what_cannot_be_used(self, options: dict, message: str) -> None:
@@ -317,8 +325,6 @@ class TestEstimate:
             ("gauss-lobatto", 13 + 20),
             ("gauss", 30),
             ("trapezoid*4", 13 + 30),
-            # Each span opens with a probe: a midpoint more.
-            ("auto", 13 + 3),
         ],
     )
     def test_gradients(self, rule: str, gradients: int) -> None:
@@ -326,11 +332,34 @@ class TestEstimate:
         assert estimate(plan, 1).n_gradients == gradients
         two = draft(range(11), Settings(rule=rule), span_length=4, splits=(TRAIN, GROUPED))
         assert estimate(two, 1).n_gradients == 2 * gradients
-        assert estimate(two, 1).is_least is (rule == "auto")
+        assert not estimate(two, 1).is_least
 
-    def test_a_probe_opens_every_block_of_eight(self) -> None:
-        plan = draft(range(38), Settings(rule="auto"), span_length=20)  # 20 and 17 intervals
-        assert estimate(plan, 1).n_gradients == 37 + 2 + 3 + 3
+    def test_samples_of_batches_count_as_the_least_that_they_can_be(self) -> None:
+        split = replace(TRAIN, n_batches=120)
+        plan = draft(
+            range(38), Settings(rule="simpson-sampled"), span_length=32, splits=(split,)
+        )  # 32 and 5 intervals: three blocks, the first interval of each with all batches
+        assert estimate(plan, 1).n_gradients == math.ceil(37 + 2 + 3 + (37 - 3) * 12 / 120)
+        assert estimate(plan, 1).is_least
+        cost = estimate(plan, 1, seconds={"train": 10.0}).seconds
+        assert cost == pytest.approx(10 * (42 + 34 * 0.1))
+        strata = replace(split, groups=tuple(range(20)), sorted_by_group=True)
+        wide = draft(
+            range(38), Settings(rule="simpson-sampled"), span_length=32, splits=(strata,)
+        )  # two batches of every group
+        assert estimate(wide, 1).n_gradients == math.ceil(42 + 34 * 40 / 120)
+        few = draft(range(38), Settings(rule="simpson-sampled"), span_length=32)  # 4 batches: all
+        assert estimate(few, 1).n_gradients == 2 + 2 * 37
+
+    def test_spans_are_whole_blocks_where_batches_are_sampled(self) -> None:
+        settings = Settings(rule="simpson-sampled")
+        for n in (5, 16, 40, 300, 5000):
+            spans = draft(range(n + 1), settings, crew=Crew(workers=3)).spans
+            assert all(span.n_intervals % 16 == 0 for span in spans[:-1])
+        with pytest.raises(UsageError, match="span-length 20: must be a multiple of 16"):
+            draft(range(38), settings, span_length=20)
+        with pytest.raises(UsageError, match="adds gradients in one part"):
+            draft(range(38), settings, partial_sums=2)
 
     def test_refinement_makes_a_lower_bound(self) -> None:
         assert estimate(draft(settings=Settings(refine=True)), 1).is_least

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcray.allocation.quadrature import ADAPTIVE, RULES
+from lcray.allocation.quadrature import RETIRED, RULES
 from lcray.planning.check import read_plan
 from lcray.planning.costs import shares_pass, vector_bytes
 from lcray.planning.plan import Plan, Span, SplitPlan, memory_format_of
@@ -29,7 +29,7 @@ def tuples(values: st.SearchStrategy) -> st.SearchStrategy:
 
 SETTINGS = st.builds(
     Settings,
-    rule=st.sampled_from([*RULES, *ADAPTIVE, "rk4", "simpson*4096"]),
+    rule=st.sampled_from([*RULES, *RETIRED, "rk4", "simpson*4096"]),
     refine=st.booleans(),
     rtol=FLOATS,
     max_panels=COUNTS,

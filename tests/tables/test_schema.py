@@ -14,10 +14,12 @@ from lcray.tables.schema import TABLES, table_schema
 
 # The table of tables of the design: key, then the other columns.
 DESIGN = {
-    "intervals": "split start_step | end_step loss_start loss_end loss_change lc gap "
-    "first_order_lc rule panels n_gradients converged status n_helping n_hurting n_zero",
-    "layers": "split start_step layer | end_step module kind numel lc lc_error lc_helping "
-    "lc_hurting n_helping n_hurting n_zero first_order_lc update_norm gradient_norm n_flips",
+    "intervals": "split start_step | end_step loss_start loss_end loss_change lc lc_se gap "
+    "first_order_lc rule panels n_gradients gradient_cost converged status n_helping n_hurting "
+    "n_zero",
+    "layers": "split start_step layer | end_step module kind numel lc lc_error lc_se "
+    "lc_helping lc_hurting n_helping n_hurting n_zero first_order_lc update_norm gradient_norm "
+    "n_flips",
     "units": "split start_step layer unit | lc",
     "groups": "split start_step layer group | lc weight",
     "replicates": "split start_step replicate | end_step loss_start loss_end loss_change lc weight",

@@ -230,6 +230,21 @@ BROKEN: dict[str, tuple[str, Callable[[list[Row]], list[Row]], str]] = {
     ),
     "gap": ("intervals", at(3, gap=SMALL), "gap = lc - loss_change"),
     "gap unknown": ("intervals", at(3, gap=lambda _: None), "gap = lc - loss_change"),
+    "less than its gradients": (
+        "intervals",
+        at(3, gradient_cost=lambda _: 0.5),
+        "standard errors from sampling batches are possible",
+    ),
+    "a negative standard error": (
+        "layers",
+        at(2, lc_se=lambda _: -SMALL),
+        "standard errors from sampling batches are possible",
+    ),
+    "a standard error without those of layers": (
+        "intervals",
+        at(3, lc_se=lambda _: -SMALL),
+        "standard errors from sampling batches are possible",
+    ),
     "loss at a border": (
         "intervals",
         at(3, loss_start=SMALL, loss_change=-SMALL, gap=SMALL),

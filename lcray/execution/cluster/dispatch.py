@@ -11,7 +11,6 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lcray.allocation.quadrature import get_rule
 from lcray.errors import DisagreementError, LcrayError, TaskError, TeamError
 from lcray.execution.cluster.actor import Beats
 from lcray.execution.cluster.calls import Reference, fetched, result
@@ -199,8 +198,7 @@ def _step_seconds(plan: Plan, team: int) -> float | None:
     seconds = seconds_an_interval(plan, team)
     if seconds is None:
         return None
-    refines = plan.settings.refine or get_rule(plan.settings.rule).probe_every > 0
-    return seconds * (plan.settings.max_panels if refines else 1)
+    return seconds * (plan.settings.max_panels if plan.settings.refine else 1)
 
 
 def _start_beats() -> Any:

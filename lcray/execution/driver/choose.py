@@ -105,5 +105,4 @@ def _seconds(job: Job, pool: Local, known: Plan | None, out: Place | None) -> fl
 
 
 def _most_panels(settings: Settings) -> int:
-    refines = settings.refine or get_rule(settings.rule).probe_every > 0
-    return settings.max_panels if refines else 1
+    return settings.max_panels if settings.refine else 1

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lcray.errors import TaskError
-from lcray.execution.worker.workbench import Workbench
+from lcray.execution.worker.workbench import LARGEST_BATCH, Workbench
 from lcray.planning.plan import DEFAULT_BATCH_SIZE, DEFAULT_MEMORY_FORMAT, MEMORY_FORMATS
 from lcray.tasks.data.pytree import map_tensors
 from lcray.tasks.data.split import SplitData
 
-_SMALLEST, _LARGEST = 16, 8192  # samples per batch
+_SMALLEST = 16  # samples per batch
 _FEW = 64  # samples to measure a rate over, at least
 _PAIR = 2  # samples that show the memory per sample, and whether a format works at all
 _STEADY_SECONDS = 0.15  # to measure one rate
@@ -173,7 +173,7 @@ class _Probe:
         sample = activation_bytes(bench, bench.excerpt(self._number, self._trial(_PAIR)))
         free = bench.settings.batch_size is None and not bench.fixed_batches
         if free:
-            most = _fitting(bench.room // 2, sample)
+            most = _fitting(bench.room // 2, sample, bench.largest_batch)
             size = min(size, most)
         if self._n_samples > DEFAULT_BATCH_SIZE:
             both = self._may_change_format()
@@ -286,7 +286,7 @@ class _Probe:
         return min(times)
 
 
-def _fitting(room: int, sample_bytes: float) -> int:
-    """The largest power of two of samples that fit into `room` bytes, from 1 to `_LARGEST`."""
-    count = int(min(_LARGEST, room / sample_bytes)) if sample_bytes else _LARGEST
+def _fitting(room: int, sample_bytes: float, most: int = LARGEST_BATCH) -> int:
+    """The largest power of two of samples that fit into `room` bytes, from 1 to `most`."""
+    count = int(min(most, room / sample_bytes)) if sample_bytes else most
     return 1 << max(0, count.bit_length() - 1)

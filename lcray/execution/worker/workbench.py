@@ -15,6 +15,7 @@ from torch import Tensor
 from lcray.allocation.gradient import GradientEngine
 from lcray.allocation.partial_sums import Seat, batches_of
 from lcray.allocation.path import Point
+from lcray.allocation.quadrature import get_rule
 from lcray.errors import TaskError, UsageError
 from lcray.planning.costs import vector_bytes
 from lcray.planning.plan import DEFAULT_BATCH_SIZE, DEFAULT_MEMORY_FORMAT, memory_format_of
@@ -30,6 +31,9 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 FISHER_BATCH = 64  # samples per batch for Fisher information
 _ELEMENTS, _FEWEST = 1 << 23, 2  # in checks: most elements × samples; fewest samples
 CHECK_SEED = 0  # seed of the samples in checks
+LARGEST_BATCH = 8192  # samples
+# Where midpoints take samples of batches: the fewest batches of a split, and sizes of a batch.
+_SAMPLED_BATCHES, _SMALLEST_SAMPLED, _LARGEST_SAMPLED = 48, 16, 256
 _SHARE = 0.8  # of the free memory; the rest is a reserve
 
 
@@ -101,6 +105,12 @@ class Workbench:
         self.seat = seat or Seat()
         self._kept: int | None = None  # number of parts behind the seat's share; None: all
         self.fixed_batches = self.engine.fixed_batches
+        self._samples_batches = get_rule(settings.rule).block > 0
+        if self._samples_batches and self.fixed_batches:
+            raise UsageError(
+                f"rule {settings.rule!r}: takes samples of the batches, but here batches are part "
+                "of the loss; use simpson"
+            )
         self._sources: tuple[SplitSource, ...] | None = self._open()
         exact_float32()  # again: building the model, or opening the data, may have undone it
         check_float32(self.device)
@@ -116,7 +126,7 @@ class Workbench:
         self._splits: tuple[SplitData, ...] | None = None
         self.base_bytes = _taken_bytes(self.device)
         self.room = self._measure_room(share)
-        self.batch_size = settings.batch_size or DEFAULT_BATCH_SIZE
+        self.batch_size = settings.batch_size or min(DEFAULT_BATCH_SIZE, self.largest_batch)
         self.set_memory_format(memory_format_of(settings) or DEFAULT_MEMORY_FORMAT)
 
     @property
@@ -171,6 +181,14 @@ class Workbench:
             self._splits = None
             self.flat.set_memory_format(memory_format)
             self.memory_format = memory_format
+
+    @property
+    def largest_batch(self) -> int:
+        """The most samples per batch that a probe may choose: samples of batches need many."""
+        if not self._samples_batches:
+            return LARGEST_BATCH
+        n_samples = max(source.n_samples for source in self.sources)
+        return max(_SMALLEST_SAMPLED, min(_LARGEST_SAMPLED, n_samples // _SAMPLED_BATCHES))
 
     def base_hash(self) -> str:
         """SHA-256 of the model's own values if checkpoints are partial, else empty."""
@@ -267,7 +285,9 @@ class Workbench:
         else:
             room = share.memory - self.base_bytes
         sizes = self.flat.layout.size, len(self.hashes)
-        vectors = vector_bytes(*sizes, self.settings.dtype, self.engine.partial_sums)
+        vectors = vector_bytes(
+            *sizes, self.settings.dtype, self.engine.partial_sums, sampled=self._samples_batches
+        )
         return max(0, room - vectors)
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lcray.allocation.allocator import Accuracy, Scratch, SplitAllocator
+from lcray.allocation.allocator import Accuracy, Sampling, Scratch, SplitAllocator
 from lcray.allocation.fisher.fisher import FisherMeter, check_task
 from lcray.allocation.partial_sums import Seat
 from lcray.allocation.path import Point, Segment
@@ -359,6 +359,7 @@ class Workspace:
     ) -> None:
         """Walk along the span once, for some splits."""
         rule, scratch = get_rule(self.settings.rule), Scratch(self.bench.engine)
+        sampling = Sampling.of(self.settings)
         with Walk(self.series, self.flat, self._dtypes, *read) as walk:
             allocators: list[SplitAllocator] = []
             tables: list[SplitTables] = []
@@ -367,7 +368,9 @@ class Workspace:
                     accuracy = Accuracy.of(self.settings, planned.first_loss)
                     expected = (planned.n_items, planned.total_weight)
                     allocators.append(
-                        SplitAllocator(self.bench.engine, split, rule, accuracy, expected, scratch)
+                        SplitAllocator(
+                            self.bench.engine, split, rule, accuracy, expected, scratch, sampling
+                        )
                     )
                     tables.append(tables_of(planned))
             for segment, following in walk.segments(span):

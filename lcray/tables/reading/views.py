@@ -54,7 +54,8 @@ SELECT split, layer, any_value(kind) AS kind, any_value(numel) AS numel,
     count(lc) AS n_intervals, sum(lc) AS lc, sum(lc_helping) AS lc_helping,
     sum(lc_hurting) AS lc_hurting, sum(lc) / nullif(any_value(numel), 0) AS lc_per_element,
     sum(n_helping) / nullif(sum(n_helping + n_hurting + n_zero), 0) AS helping,
-    CASE WHEN count(lc_error) = count(lc) THEN sum(lc_error) END AS lc_bound
+    CASE WHEN count(lc_error) = count(lc) THEN sum(lc_error) END AS lc_bound,
+    CASE WHEN count(lc_se) = count(lc) THEN sqrt(sum(lc_se ** 2)) END AS lc_se
 FROM layers GROUP BY split, layer"""
 _LAYER_COLUMNS = {
     "split": "named data set",
@@ -68,6 +69,7 @@ _LAYER_COLUMNS = {
     "lc_per_element": "lc / numel (loss)",
     "helping": "share of elements x intervals with LC < 0; null for buffers",
     "lc_bound": "what the quadrature may be off lc: sum of lc_error, null without any (loss)",
+    "lc_se": "standard error of lc from sampling batches; null without (loss)",
 }
 
 VIEWS: tuple[View, ...] = (
@@ -85,6 +87,8 @@ VIEWS: tuple[View, ...] = (
             "abs_gap_percent": "100 sum |gap| / sum |loss_change|",
             "first_order_lc": "LC by the gradients at the starts; null without a node at 0 (loss)",
             "n_gradients": "full-batch gradients",
+            "lc_se": "standard error of lc from sampling batches; null without (loss)",
+            "gradient_cost": "n_gradients and those of samples of batches; null in old outputs",
         },
         "per split: what was allocated, and by how much it misses the loss change",
         """
@@ -93,7 +97,9 @@ SELECT split, count(lc) AS n_intervals, count(*) - count(lc) AS n_without_lc,
     100 * sum(gap) / nullif(abs(sum(loss_change) FILTER (lc IS NOT NULL)), 0) AS gap_percent,
     100 * sum(abs(gap)) / nullif(sum(abs(loss_change)) FILTER (lc IS NOT NULL), 0)
         AS abs_gap_percent,
-    sum(first_order_lc) AS first_order_lc, sum(n_gradients)::BIGINT AS n_gradients
+    sum(first_order_lc) AS first_order_lc, sum(n_gradients)::BIGINT AS n_gradients,
+    CASE WHEN count(lc_se) = count(lc) THEN sqrt(sum(lc_se ** 2)) END AS lc_se,
+    sum(gradient_cost) AS gradient_cost
 FROM intervals GROUP BY split""",
     ),
     View(

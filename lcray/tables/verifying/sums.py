@@ -56,6 +56,17 @@ def _losses(plan: Plan) -> Iterator[Invariant]:
         AND NOT coalesce(abs(gap - (lc - loss_change)) <= {_SUM!r} * scale + {ulp}, false)
         ORDER BY ALL""",
     )
+    yield Invariant(
+        "standard errors from sampling batches are possible",
+        ("intervals", "layers"),
+        f"""WITH sums AS (
+            SELECT split, start_step, sum(lc_se) AS most, bool_and(lc_se >= 0) AS fine,
+                count(lc_se) = count(*) AS known FROM layers GROUP BY ALL)
+        SELECT split, start_step, lc_se, most, gradient_cost, n_gradients
+        FROM intervals LEFT JOIN sums USING (split, start_step)
+        WHERE lc_se < 0 OR NOT fine OR (known AND lc_se > most * (1 + {_SUM!r}))
+            OR gradient_cost < n_gradients ORDER BY ALL""",
+    )
     tolerance = 16 * _FORWARD[plan.settings.dtype]
     yield Invariant(
         "loss_start = the previous interval's loss_end",

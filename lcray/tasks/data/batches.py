@@ -79,7 +79,7 @@ class Batches:
         """
         return self.only(range(self._n))
 
-    def only(self, numbers: range) -> Iterator[Any]:
+    def only(self, numbers: Sequence[int]) -> Iterator[Any]:
         """Some batches in order.
 
         Raises:
@@ -90,7 +90,7 @@ class Batches:
             return self._stream(numbers)
         return map(self._placed.__getitem__, numbers)
 
-    def _stream(self, numbers: range) -> Iterator[Any]:
+    def _stream(self, numbers: Sequence[int]) -> Iterator[Any]:
         pool = ThreadPoolExecutor(1, THREAD, initializer=self._enter_thread)
         try:
             ahead = deque(pool.submit(self._fetch, number) for number in numbers[:AHEAD])
