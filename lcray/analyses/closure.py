@@ -31,6 +31,9 @@ class Closure:
         n_hurting: those with LC > 0.
         n_zero: those with LC = 0.
         n_gradients: number of full-batch gradients.
+        lc_se: standard error of `lc` from sampling batches; NaN where the rule takes all of them,
+            and where it is not known.
+        gradient_cost: all gradients, in full-batch gradients.
         n_bad: number of intervals without LC.
     """
 
@@ -48,6 +51,13 @@ class Closure:
     n_zero: int
     n_gradients: int
     n_bad: int
+    lc_se: float
+    gradient_cost: float
+
+    @property
+    def lc_half(self) -> float:
+        """Half the width of the 95 % confidence interval of `lc` from sampling batches."""
+        return 1.96 * self.lc_se
 
     @property
     def helping(self) -> float:
@@ -70,6 +80,9 @@ def closures(results: Results) -> list[Closure]:
         *(f"sum({name}::DOUBLE ORDER BY start_step) AS {name}" for name in sums),
         *(f"coalesce(sum({name}), 0)::BIGINT AS {name}" for name in counts),
         "count(*) FILTER (status <> 'ok') AS n_bad",
+        "CASE WHEN count(lc_se) = count(lc) THEN sqrt(sum(lc_se ** 2 ORDER BY start_step)) END "
+        "AS lc_se",
+        "sum(coalesce(gradient_cost, n_gradients) ORDER BY start_step) AS gradient_cost",
     )
     found = results.sql_arrow(
         f"SELECT split, {', '.join(what)} FROM (SELECT *, abs(gap) AS abs_gap, abs(loss_change) AS "

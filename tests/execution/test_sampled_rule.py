@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 import scenes
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import lcray
 from lcray.allocation.quadrature import get_rule
+from lcray.analyses.closure import closures
+from lcray.cli.display.results import closure_table
 from lcray.errors import TaskError, UsageError
 from lcray.execution.worker.workspace import Workspace
 from lcray.planning.check import check_plan, read_plan
@@ -77,6 +81,21 @@ def test_variances_add_up_over_time(results: lcray.Results, tmp_path: Path) -> N
     closure = results.sql("SELECT split, gradient_cost FROM closure").set_index("split")
     costs = results.intervals().groupby("split", observed=True)["gradient_cost"].sum()
     assert closure["gradient_cost"].to_dict() == pytest.approx(costs.to_dict(), rel=1e-12)
+
+
+def test_the_summary_and_the_report_show_the_error(tmp_path: Path) -> None:
+    run = scenes.record(TASK, tmp_path / "run", steps=16)
+    short = scenes.by_one_worker(TASK, run, tmp_path / "out", 16, **OPTIONS)
+    train, val = closures(short)
+    variances = short.intervals().query("split == 'train'")["lc_se"] ** 2
+    assert train.lc_half == pytest.approx(1.96 * math.sqrt(variances.sum()), rel=1e-12)
+    assert val.lc_half == 0
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(closure_table(short))
+    text = console.export_text()
+    assert f"{train.lc:+.4f} ± {train.lc_half:.4f}" in text and text.count("±") == 2  # the title
+    page = lcray.report(short.path)
+    assert isinstance(page, Path) and "(95 %) from sampling batches" in page.read_text()
 
 
 def test_it_is_simpson_to_within_its_error(

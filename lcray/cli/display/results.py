@@ -49,12 +49,15 @@ def closure_table(results: Results) -> Table:
     """Per split: the loss change, its allocation, and the gap between them."""
     columns = ["split", "loss change", "Σ LC", "gap/|change|", "Σ|gap|/Σ|change|"]
     columns += ["first order", "share helping"]
-    table = _table(f"Closure, rule {results.plan.settings.rule}", *columns)
-    for one in closures(results):
+    found = closures(results)
+    sampled = any(one.lc_half > 0 for one in found)
+    note = " (± 95 % confidence, from sampling batches)" if sampled else ""
+    table = _table(f"Closure, rule {results.plan.settings.rule}{note}", *columns)
+    for one in found:
         table.add_row(
             visible(one.split),
             _signed(one.loss_change),
-            _signed(one.lc),
+            _signed(one.lc, one.lc_half if one.lc_half > 0 else math.nan),
             _share(one.gap, abs(one.loss_change)),
             _share(one.abs_gap, one.abs_change),
             _signed(one.first_order_lc),

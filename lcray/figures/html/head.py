@@ -69,7 +69,7 @@ def totals_table(found: Sequence[Closure], names: Sequence[str] | None = None) -
             if total.first_order_lc == total.first_order_lc
             else "–",
             percent(total.helping, 1),
-            f"{total.n_gradients:,}",
+            f"{total.gradient_cost:,.0f}",
         ]
         for i, total in enumerate(found)
     ]

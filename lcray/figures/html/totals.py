@@ -48,9 +48,11 @@ def cards(found: Closure) -> list[tuple[str, str, str]]:
     ends = f"from {plain(found.loss_start, 4)} to {plain(found.loss_end, 4)}"
     whole = found.loss_start == found.loss_start and not found.n_bad
     change = ends if whole else "measured over the intervals that have LC"
+    half = f"; ± {plain(found.lc_half, 2)} (95 %) from sampling batches"
+    sampled = half if found.lc_half > 0 else ""
     return [
         ("Loss change", signed(found.loss_change, 4), f"{change}, split {one_line(found.split)}"),
-        ("Σ LC", signed(found.lc, 4), "loss change allocated to all parameters"),
+        ("Σ LC", signed(found.lc, 4), f"loss change allocated to all parameters{sampled}"),
         (
             "Closure",
             percent(abs(found.gap), abs(found.loss_change), 2),
@@ -60,7 +62,7 @@ def cards(found: Closure) -> list[tuple[str, str, str]]:
         ("Helping", percent(found.helping, 1), "of (parameter, iteration) pairs lowered the loss"),
         (
             "Gradients",
-            f"{found.n_gradients:,}",
+            f"{found.gradient_cost:,.0f}",
             f"full-batch gradients of {one_line(found.split)}, endpoints shared; one more per span",
         ),
     ]
