@@ -121,7 +121,7 @@ class Job:
         return self.folder / "out"
 
     def start(self, *options: object) -> subprocess.Popen[str]:
-        (self.folder / "slow").touch()
+        (self.folder / "slow").write_text(str(self.out / "analysis.json"))
         command = [
             sys.executable, "-m", "lcray", "analyze", self.run, "--out", self.out,
             "--task", f"{self.folder}/task.py:task", "--plan", self.folder / "plan.json",

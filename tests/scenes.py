@@ -136,14 +136,22 @@ def deadly_loss(folder: str, model: nn.Module, batch: Pair) -> Tensor:
 def paced_loss(folder: str, model: nn.Module, batch: Pair) -> Tensor:
     """Takes its time while ``folder/slow`` is there, and says who is at work in ``folder/at-…``.
 
-    Takes hold of ``folder/hold`` if it is there, as `held_loss`, but gives up on nobody.
+    If that file names another, both begin as soon as that one exists: ``analysis.json`` is there
+    once the first span may begin. Takes hold of ``folder/hold`` if it is there, as `held_loss`, but
+    gives up on nobody.
     """
+    slow = Path(folder, "slow")
+    after = ""
+    with suppress(FileNotFoundError):
+        after = slow.read_text()
+    if after and not os.path.exists(after):
+        return cross_entropy(model, batch)
     Path(folder, f"at-{os.getpid()}").touch()
     if os.path.exists(f"{folder}/hold"):
         with suppress(FileNotFoundError):
             os.rename(f"{folder}/hold", f"{folder}/held-{os.getpid()}")
             time.sleep(600)
-    if os.path.exists(f"{folder}/slow"):
+    if slow.exists():
         time.sleep(0.3)
     if os.path.exists(f"{folder}/eat-{os.getpid()}"):
         eaten.append(torch.ones(1 << 28))  # a gigabyte

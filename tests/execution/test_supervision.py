@@ -47,7 +47,7 @@ class Driver:
         return self.folder / "out"
 
     def start(self, *options: object, **variables: str) -> None:
-        (self.folder / "slow").touch()
+        (self.folder / "slow").write_text(str(self.out / "analysis.json"))
         (self.folder / "task.py").write_text(
             f"import scenes\ntask = scenes.with_loss(scenes.paced_loss, {str(self.folder)!r})\n"
         )
