@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.windows import Ranges
 from lcray.errors import UsageError
 from lcray.storage.json_types import LIMIT
 from lcray.tables.reading.results import Results
@@ -35,14 +34,7 @@ _FORM = tidy.schema(
 _COLUMNS = tuple(_FORM.names[_FORM.names.index("index") :])
 
 
-def extremes(
-    results: Results,
-    *,
-    window: int | None = None,
-    windows: Ranges | None = None,
-    seed: int = 0,
-    top: int = 10,
-) -> pa.Table:
+def extremes(results: Results, *, top: int = 10) -> pa.Table:
     """The `top` parameters that helped most (LC < 0), and the `top` that hurt most (LC > 0).
 
     They are ranked by LC over the run, then by layer and index. ``lcray trace`` records their
@@ -50,9 +42,6 @@ def extremes(
 
     Args:
         results: the output; needs `parameters`.
-        window: not used.
-        windows: not used.
-        seed: not used.
         top: number of parameters per direction, in the whole network.
 
     Returns:

@@ -94,7 +94,7 @@ def findings(
             on_progress(finding.name, n_done, len(wanted))
         try:
             require(results, *finding.needs)
-            found = finding.compute(results, window=window, windows=windows, seed=seed)
+            found = finding.of(results, window=window, windows=windows, seed=seed)
         except InapplicableError as error:
             if only is not None:
                 raise InapplicableError(f"{finding.name}: {error}") from error

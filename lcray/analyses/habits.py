@@ -11,7 +11,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.analyses import tidy
-from lcray.analyses.windows import Ranges
 from lcray.tables.reading.results import Results
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -50,13 +49,7 @@ _SQL = """
 """
 
 
-def habits(
-    results: Results,
-    *,
-    window: int | None = None,
-    windows: Ranges | None = None,
-    seed: int = 0,
-) -> pa.Table:
+def habits(results: Results) -> pa.Table:
     """The distribution, over parameters, of the share of iterations at which each helps.
 
     Element i helps in a share p_i = n₋/(n₋ + n₊ + n₀) of the iterations, or n₋/(n₋ + n₊) without
@@ -66,9 +59,6 @@ def habits(
 
     Args:
         results: the output; needs `parameters`.
-        window: not used: `parameters` is over the run.
-        windows: not used.
-        seed: not used: nothing is drawn.
 
     Returns:
         One row for each split, layer (the network first, as "") and denominator. A quantile q is

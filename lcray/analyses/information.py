@@ -38,11 +38,7 @@ _TRACES = ("trace_true", "trace_true_se", "trace_empirical", "trace_empirical_se
 
 
 def fisher(
-    results: Results,
-    *,
-    window: int | None = None,
-    windows: Ranges | None = None,
-    seed: int = 0,
+    results: Results, *, window: int | None = None, windows: Ranges | None = None
 ) -> pa.Table:
     """LC of each layer, next to how much the model's output depends on the layer.
 
@@ -56,7 +52,6 @@ def fisher(
         results: the output; needs `layers` and `fisher`.
         window: as in `Windows.of`.
         windows: as in `Windows.of`.
-        seed: not used: nothing is drawn.
 
     Returns:
         One row for each split, window that has a step with traces, and trained layer.

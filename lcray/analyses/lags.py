@@ -101,8 +101,6 @@ def lags(
 def lag_profiles(
     results: Results,
     *,
-    window: int | None = None,
-    windows: Ranges | None = None,
     seed: int = 0,
     level: float = 0.95,
     max_lag: int | None = None,

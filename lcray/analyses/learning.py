@@ -6,7 +6,7 @@ Legend: T intervals, L layers, G groups.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,9 +46,7 @@ class Bundle:
 
     def part(self, here: NDArray[np.bool_]) -> Bundle:
         """The intervals `here`, [T]."""
-        return Bundle(
-            self.split, self.kind, self.group, self.names, self.starts[here], self.lc[here]
-        )
+        return replace(self, starts=self.starts[here], lc=self.lc[here])
 
 
 def bundles(results: Results, groups: bool = True) -> Iterator[Bundle]:

@@ -122,7 +122,6 @@ def overfitting(
     results: Results,
     *,
     window: int | None = None,
-    windows: Ranges | None = None,
     seed: int = 0,
     train: str | None = None,
     level: float = 0.95,
@@ -141,7 +140,6 @@ def overfitting(
         results: the output; needs `layers` and two splits.
         window: width of the windows; None for the analysis's own. Windows with fewer than 8
             intervals cannot be judged, and they interrupt a sequence.
-        windows: not used.
         seed: of the bootstrap.
         train: as in `memorising`.
         level: of the resampled intervals.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import pyarrow as pa
 
@@ -21,31 +23,8 @@ from lcray.analyses.shares import shares
 from lcray.analyses.synchrony import coincidences, peaks_of_learning, synchrony
 from lcray.analyses.titles import TITLES
 from lcray.analyses.trajectories import trajectories
-from lcray.analyses.windows import RUN, Ranges
+from lcray.analyses.windows import RUN
 from lcray.tables.reading.results import Results
-
-
-class Compute(Protocol):
-    """The arguments of every finding; most take further keywords.
-
-    `window` and `windows` are as in `Windows.of`; a finding about the whole run ignores them.
-    """
-
-    def __call__(
-        self,
-        results: Results,
-        *,
-        window: int | None = None,
-        windows: Ranges | None = None,
-        seed: int = 0,
-    ) -> pa.Table:
-        """The finding's table, with its parameters in the metadata (`lcray.analyses.tidy`).
-
-        Raises:
-            InapplicableError: if the output's tables cannot give it.
-            UsageError: for parameters that cannot be used.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -54,127 +33,110 @@ class Finding:
 
     Attributes:
         name: of its file, ``OUT/findings/<name>.parquet``.
-        compute: makes its table from results.
+        compute: makes its table from results, with its parameters in the metadata
+            (`lcray.analyses.tidy`), or raises InapplicableError if the output's tables cannot give
+            it; takes keywords, all with defaults.
         needs: the tables that it cannot do without.
-        shown: the columns that a summary shows; all if empty.
+        shown: the columns that a summary shows; none of a long table, which is for plots.
         rows: column and value of the rows that a summary shows; a finding without windows has no
             `window`.
-        brief: whether a summary shows it at all; long tables are for plots.
     """
 
     name: str
-    compute: Compute
+    compute: Callable[..., pa.Table]
     needs: tuple[str, ...]
-    shown: tuple[str, ...] = ()
-    rows: tuple[tuple[str, str], ...] = (("window", RUN),)
-    brief: bool = True
+    shown: tuple[str, ...]
+    rows: tuple[tuple[str, str], ...]
 
     @property
     def title(self) -> str:
         """One line for readers."""
         return TITLES[self.name]
 
+    @property
+    def brief(self) -> bool:
+        """Whether a summary shows it at all."""
+        return bool(self.shown)
+
+    def of(self, results: Results, **options: Any) -> pa.Table:
+        """Its table, by those of the `options` that it has; raises as `compute`."""
+        known = inspect.signature(self.compute).parameters
+        return self.compute(results, **{k: v for k, v in options.items() if k in known})
+
+
+def _finding(
+    name: str,
+    compute: Callable[..., pa.Table],
+    needs: str,
+    shown: str = "",
+    rows: tuple[tuple[str, str], ...] = (("window", RUN),),
+) -> Finding:
+    return Finding(name, compute, tuple(needs.split()), tuple(shown.split()), rows)
+
 
 FINDINGS: tuple[Finding, ...] = (
-    Finding(
+    _finding(
         "shares",
         shares,
-        ("layers",),
-        ("split", "layer", "helping", "helping_low", "helping_high", "zero", "helping_of_nonzero"),
+        "layers",
+        "split layer helping helping_low helping_high zero helping_of_nonzero",
     ),
-    Finding(
+    _finding(
         "habits",
         habits,
-        ("parameters",),
-        (
-            "split",
-            "layer",
-            "denominator",
-            "mean",
-            "sd",
-            "sd_if_independent",
-            "near_half",
-            "q05",
-            "q95",
-        ),
+        "parameters",
+        "split layer denominator mean sd sd_if_independent near_half q05 q95",
         (("denominator", "nonzero"),),
     ),
-    Finding(
+    _finding(
         "fits",
         fits,
-        ("histograms",),
-        ("split", "layer", "sign", "distribution", "shape", "shape_se_blocks", "ks", "rank"),
+        "histograms",
+        "split layer sign distribution shape shape_se_blocks ks rank",
         (("window", RUN), ("distribution", "weibull")),
     ),
-    Finding(
+    _finding(
         "first_order",
         first_order,
-        ("intervals",),
-        ("split", "rule", "gradients", "loss_change", "gap_percent", "abs_gap_percent", "bias"),
+        "intervals",
+        "split rule gradients loss_change gap_percent abs_gap_percent bias",
     ),
-    Finding(
+    _finding(
         "memorising",
         memorising,
-        ("layers",),
-        ("train", "other", "layer", "lc_train", "lc_other", "difference", "difference_bound"),
+        "layers",
+        "train other layer lc_train lc_other difference difference_bound",
     ),
-    Finding(
+    _finding(
         "overfitting",
         overfitting,
-        ("layers",),
-        ("train", "other", "layer", "onset", "lc_train_after", "lc_other_after"),
+        "layers",
+        "train other layer onset lc_train_after lc_other_after",
         (),
     ),
-    Finding(
+    _finding(
         "oscillation",
         oscillation,
-        ("layers",),
-        ("split", "layer", "quantity", "source", "flip_rate", "half_period", "net"),
+        "layers",
+        "split layer quantity source flip_rate half_period net",
     ),
-    Finding("run_lengths", run_lengths, ("traces",), brief=False),
-    Finding(
-        "extremes",
-        extremes,
-        ("parameters",),
-        ("split", "direction", "rank", "layer", "index", "lc", "abs_lc", "n_flips"),
-        (),
+    _finding("run_lengths", run_lengths, "traces"),
+    _finding(
+        "extremes", extremes, "parameters", "split direction rank layer index lc abs_lc n_flips", ()
     ),
-    Finding(
-        "layer_totals",
-        layer_totals,
-        ("layers",),
-        ("split", "layer", "numel", "lc", "lc_bound", "hurts", "share"),
+    _finding("layer_totals", layer_totals, "layers", "split layer numel lc lc_bound hurts share"),
+    _finding("trajectories", trajectories, "layers"),
+    _finding("lags", lags, "traces", "split layer lag lag_low lag_high correlation p_value"),
+    _finding("lag_profiles", lag_profiles, "traces"),
+    _finding(
+        "synchrony", synchrony, "layers", "split kind group n_peaks coincidences expected p_value"
     ),
-    Finding("trajectories", trajectories, ("layers",), brief=False),
-    Finding(
-        "lags",
-        lags,
-        ("traces",),
-        ("split", "layer", "lag", "lag_low", "lag_high", "correlation", "p_value"),
-    ),
-    Finding("lag_profiles", lag_profiles, ("traces",), brief=False),
-    Finding(
-        "synchrony",
-        synchrony,
-        ("layers",),
-        ("split", "kind", "group", "n_peaks", "coincidences", "expected", "p_value"),
-    ),
-    Finding("coincidences", coincidences, ("layers",), brief=False),
-    Finding("peaks", peaks_of_learning, ("layers",), brief=False),
-    Finding(
+    _finding("coincidences", coincidences, "layers"),
+    _finding("peaks", peaks_of_learning, "layers"),
+    _finding(
         "fisher",
         fisher,
-        ("layers", "fisher"),
-        (
-            "split",
-            "layer",
-            "numel",
-            "lc",
-            "lc_share",
-            "trace_true",
-            "trace_true_se",
-            "true_share",
-            "trace_empirical",
-        ),
+        "layers fisher",
+        "split layer numel lc lc_share trace_true trace_true_se true_share trace_empirical",
     ),
 )

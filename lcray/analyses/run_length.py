@@ -8,7 +8,6 @@ import pyarrow as pa
 
 from lcray.analyses import tidy
 from lcray.analyses.trace_arrays import sampled_layers
-from lcray.analyses.windows import Ranges
 from lcray.statistics.sign_runs import run_lengths as lengths_of
 from lcray.tables.reading.results import Results
 
@@ -31,13 +30,7 @@ _FORM = tidy.schema(
 )
 
 
-def run_lengths(
-    results: Results,
-    *,
-    window: int | None = None,
-    windows: Ranges | None = None,
-    seed: int = 0,
-) -> pa.Table:
+def run_lengths(results: Results) -> pa.Table:
     """Lengths of runs of equal sign of LC, movements and gradients, over the whole run.
 
     A run is a maximal sequence of intervals in which an element's value has the same sign, not 0. A
@@ -46,9 +39,6 @@ def run_lengths(
 
     Args:
         results: the output; needs `traces`.
-        window: not used.
-        windows: not used.
-        seed: not used.
 
     Returns:
         One row for each split, layer, quantity and length that occurs.

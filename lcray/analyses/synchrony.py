@@ -150,9 +150,6 @@ def synchrony(
 def coincidences(
     results: Results,
     *,
-    window: int | None = None,
-    windows: Ranges | None = None,
-    seed: int = 0,
     count: int | None = None,
     prominence: float | None = None,
     distance: int = 1,
@@ -166,9 +163,6 @@ def coincidences(
 
     Args:
         results: the output; needs `layers`, and uses `groups` if it has them.
-        window: not used.
-        windows: not used.
-        seed: not used.
         count: as in `synchrony`.
         prominence: as in `synchrony`.
         distance: as in `synchrony`.
@@ -193,9 +187,6 @@ def coincidences(
 def peaks_of_learning(
     results: Results,
     *,
-    window: int | None = None,
-    windows: Ranges | None = None,
-    seed: int = 0,
     count: int | None = None,
     prominence: float | None = None,
     distance: int = 1,
@@ -205,9 +196,6 @@ def peaks_of_learning(
 
     Args:
         results: the output; needs `layers`, and uses `groups` if it has them.
-        window: not used.
-        windows: not used.
-        seed: not used.
         count: as in `synchrony`.
         prominence: as in `synchrony`.
         distance: as in `synchrony`.

@@ -7,7 +7,6 @@ import pyarrow as pa
 
 from lcray.analyses import tidy
 from lcray.analyses.series import layer_series, with_network
-from lcray.analyses.windows import Ranges
 from lcray.errors import UsageError
 from lcray.tables.reading.results import Results
 
@@ -24,23 +23,13 @@ _FORM = tidy.schema(
 )
 
 
-def trajectories(
-    results: Results,
-    *,
-    window: int | None = None,
-    windows: Ranges | None = None,
-    seed: int = 0,
-    points: int = 1000,
-) -> pa.Table:
+def trajectories(results: Results, *, points: int = 1000) -> pa.Table:
     """Σ_{t' ≤ t} LC of each layer: how the totals of `layer_totals` build up over the run.
 
     Intervals without LC count as 0.
 
     Args:
         results: the output; needs `layers`.
-        window: not used.
-        windows: not used.
-        seed: not used.
         points: the most steps, evenly spaced; the last step is always included.
 
     Returns:

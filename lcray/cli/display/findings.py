@@ -33,7 +33,7 @@ def findings_summary(found: Findings, width: int = terminal.WIDE) -> Group:
         frame = table.to_pandas()
         for column, value in finding.rows:
             frame = frame[frame[column] == value]
-        frame = frame[[*finding.shown]] if finding.shown else frame
+        frame = frame[[*finding.shown]]
         if "split" in frame and len(frame):
             first, *others = map(str, frame["split"].unique())
             frame = frame[frame["split"] == first]
