@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from lcray.planning.plan import Plan
+from lcray.tables.schema import TABLES
 
 # Splits and intervals that must have rows: all that are ok.
 _DUE = """due AS (SELECT split, start_step FROM intervals WHERE status = 'ok')"""
@@ -73,6 +74,21 @@ def relations(plan: Plan, spans: Collection[str]) -> dict[str, pa.Table]:
             }
         ),
     }
+
+
+def disorder(table: str) -> str:
+    """SQL for the number of the first row whose key is not above that of the row before it, if any.
+
+    Splits and layers have the order of the plan, by the types `split_rank` and `layer_rank`; a name
+    that it lacks is above no other. Nothing is sorted: the rows pass once, in the file's order.
+    """
+    above, columns = "false", ["row_number() OVER () - 1 AS row"]
+    for name in reversed(TABLES[table].key):
+        value = f"TRY_CAST({name} AS {name}_rank)" if name in ("split", "layer") else f'"{name}"'
+        columns += [f'{value} AS "{name}"', f'lag({value}) OVER () AS "{name}_before"']
+        above = f'("{name}" > "{name}_before" OR "{name}" = "{name}_before" AND {above})'
+    return f"""SELECT row FROM (SELECT {", ".join(columns)} FROM {table})
+        WHERE row > 0 AND NOT coalesce({above}, false) ORDER BY row LIMIT 1"""
 
 
 def coverage(plan: Plan) -> Iterator[Invariant]:

@@ -31,7 +31,7 @@ def invariants(plan: Plan) -> Iterator[Invariant]:
     yield from _losses(plan)
     yield from _layers()
     yield from _parts(plan)
-    yield from _replicates(plan)
+    yield from _replicates()
     yield from _over_time(plan)
     yield from _fisher()
 
@@ -134,56 +134,36 @@ def _layers() -> Iterator[Invariant]:
 
 
 def _parts(plan: Plan) -> Iterator[Invariant]:
-    yield Invariant(
-        "LC of units adds up to that of layers",
-        ("intervals", "layers", "units"),
-        f"""WITH {_OK}, sums AS (
-            SELECT split, start_step, layer, fsum(lc) AS total FROM units GROUP BY ALL)
-        SELECT split, start_step, layer, total AS sum, lc
-        FROM ok JOIN sums USING (split, start_step, layer)
-        WHERE NOT coalesce(abs(total - lc) <= {_SUM!r} * scale, false) ORDER BY ALL""",
-    )
     mixed, rounded = _MIXED_GROUPS[plan.settings.dtype], _ROUNDED[plan.settings.dtype]
-    yield Invariant(
-        "weighted LC of groups adds up to that of layers",
-        ("intervals", "layers", "groups"),
-        f"""WITH {_OK}, sums AS (
-            SELECT split, start_step, layer, fsum(lc * weight) AS total,
-                sum(abs(lc * weight)) AS parts FROM groups GROUP BY ALL)
-        SELECT split, start_step, layer, total AS sum, lc
-        FROM ok JOIN sums USING (split, start_step, layer) JOIN plan_splits USING (split)
-        WHERE NOT coalesce(abs(total - lc)
-            <= CASE WHEN one_pass THEN {max(_SUM, rounded)!r} ELSE {mixed!r} END * (scale + parts)
-            + {rounded!r} * coalesce(update_norm * gradient_norm, 0), false)
-        ORDER BY ALL""",
+    near, lost = max(_SUM, rounded), f"{rounded!r} * coalesce(update_norm * gradient_norm, 0)"
+    passes = f"CASE WHEN one_pass THEN {near!r} ELSE {mixed!r} END"
+    yield _adding_up("LC", "units", "lc", f"{_SUM!r} * scale")
+    yield _adding_up("weighted LC", "groups", "lc * weight", f"{passes} * (scale + parts) + {lost}")
+    yield _adding_up(
+        "weighted LC", "replicate_layers", "lc * weight", f"{near!r} * (scale + parts) + {lost}"
     )
-    yield Invariant(
-        "LC of elements adds up to that of layers of kind parameter",
-        ("intervals", "layers", "elements"),
-        f"""WITH {_OK}, sums AS (
-            SELECT split, start_step, layer, fsum(lc::DOUBLE) AS total FROM elements GROUP BY ALL)
-        SELECT split, start_step, layer, total AS sum, lc
-        FROM (SELECT * FROM ok WHERE kind = 'parameter')
-            RIGHT JOIN sums USING (split, start_step, layer)
-        WHERE NOT coalesce(abs(total - lc) <= 1e-7 * scale + 1.5e-45 * numel, false)
-        ORDER BY ALL""",
+    yield _adding_up(
+        "LC", "elements", "lc::DOUBLE", "1e-7 * scale + 1.5e-45 * numel", " of kind parameter"
     )
 
 
-def _replicates(plan: Plan) -> Iterator[Invariant]:
-    rounded = _ROUNDED[plan.settings.dtype]
-    yield Invariant(
-        "weighted LC of replicate_layers adds up to that of layers",
-        ("intervals", "layers", "replicate_layers"),
+def _adding_up(what: str, table: str, part: str, tolerance: str, of_kind: str = "") -> Invariant:
+    """That parts of layers have their sum; with `of_kind`, that only parameters have parts."""
+    found = "(SELECT * FROM ok WHERE kind = 'parameter') RIGHT JOIN sums" if of_kind else ""
+    return Invariant(
+        f"{what} of {table} adds up to that of layers{of_kind}",
+        ("intervals", "layers", table),
         f"""WITH {_OK}, sums AS (
-            SELECT split, start_step, layer, fsum(lc * weight) AS total,
-                sum(abs(lc * weight)) AS parts FROM replicate_layers GROUP BY ALL)
+            SELECT split, start_step, layer, fsum({part}) AS total, sum(abs({part})) AS parts
+            FROM {table} GROUP BY ALL)
         SELECT split, start_step, layer, total AS sum, lc
-        FROM ok JOIN sums USING (split, start_step, layer)
-        WHERE NOT coalesce(abs(total - lc) <= {max(_SUM, rounded)!r} * (scale + parts)
-            + {rounded!r} * coalesce(update_norm * gradient_norm, 0), false)
-        ORDER BY ALL""",
+        FROM {found or "ok JOIN sums"} USING (split, start_step, layer)
+            LEFT JOIN plan_splits USING (split)
+        WHERE NOT coalesce(abs(total - lc) <= {tolerance}, false) ORDER BY ALL""",
     )
+
+
+def _replicates() -> Iterator[Invariant]:
     yield Invariant(
         "LC and weight of replicates are those of replicate_layers",
         ("replicates", "replicate_layers"),

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from lcray.checkpoints import open_series
 from lcray.errors import CheckpointError, LcrayError, brief, one_line
@@ -43,7 +41,7 @@ from lcray.tables.reducing.reduce import (
 from lcray.tables.schema import TABLES
 from lcray.tables.shards.commit import Commit, read_commit
 from lcray.tables.shards.writer import check_files, file_problems
-from lcray.tables.verifying.coverage import Invariant, coverage, relations
+from lcray.tables.verifying.coverage import Invariant, coverage, disorder, relations
 from lcray.tables.verifying.sums import invariants
 
 _SHOWN = 3  # rows that a problem names, at most
@@ -106,8 +104,9 @@ class _Report:
             yield
         except LcrayError as error:
             self.problems.append(str(error))
-        except OSError as error:
-            self.problems.append(f"{where}: cannot be read ({error.strerror or error})")
+        except (OSError, duckdb.Error, *MALFORMED) as error:
+            reason = (error.strerror or error) if isinstance(error, OSError) else brief(error)
+            self.problems.append(f"{where}: cannot be read ({reason})")
 
     def check(self, name: str) -> _Report:
         self.checks.append(name)
@@ -156,12 +155,19 @@ def _verify_tables(output: Output, plan: Plan, commits: list[Commit], report: _R
             if not problems:
                 sound.append(table)
     names = [manifest.tables[table].name for table in sound]
-    with report.reading(out), local_copies(output.tables, names) as folder:
+    with (
+        report.reading(out),
+        local_copies(output.tables, names) as folder,
+        _database(folder, plan, manifest, sound) as database,
+    ):
         for table in sound:
             with report.check(f"keys of {table} are unique and in order"):
-                report.problems += _disorder(out, folder, plan, table)
+                report.problems += _disorder(output, database, table)
         with report.check("rows of the tables"):
-            _verify_rows(out, folder, plan, manifest, sound, report)
+            for check in (*coverage(plan), *invariants(plan)):
+                if all(table in sound for table in check.tables):
+                    report.checks.append(check.name)
+                    report.problems += _violations(out, database, check)
 
 
 def _oversized(path: Place, plan: Plan, table: str) -> list[str]:
@@ -218,61 +224,11 @@ def _stale(output: Output, plan: Plan, commits: list[Commit], manifest: Manifest
             yield f"{out}: table {table!r} is missing; run lcray reduce {out}"
 
 
-def _disorder(out: Place, folder: Path, plan: Plan, table: str) -> Iterator[str]:
-    """The first row that does not follow the row before it in the order of the key, if any."""
-    key = TABLES[table].key
-    ranks = {
-        "split": [split.name for split in plan.splits],
-        "layer": [layer.name for layer in plan.layers],
-    }
-    name = f"{table}.parquet"
-    path = Output(out).table(table)
-    last: list[Any] | None = None
-    row = 0
-    with pq.ParquetFile(folder / name) as file:
-        for group in range(file.metadata.num_row_groups):
-            rows = file.read_row_group(group, columns=list(key))
-            columns = [_ranked(rows.column(name), ranks.get(name)) for name in key]
-            if last is not None:
-                pairs = zip(last, columns, strict=True)
-                columns = [np.concatenate([np.array([a]), b]) for a, b in pairs]
-            wrong = np.flatnonzero(~_increasing(columns))
-            if len(wrong):
-                at = row + int(wrong[0]) + (last is None)
-                yield (
-                    f"{path}: row {at} does not follow row {at - 1} in the order of "
-                    f"{', '.join(key)}; run lcray reduce {out}"
-                )
-                return
-            row += rows.num_rows
-            last = [column[-1] for column in columns]
-
-
-def _ranked(column: pa.ChunkedArray, order: list[str] | None) -> NDArray[Any]:
-    """Values that compare in the order of rows; −1 for names that the plan lacks."""
-    if not pa.types.is_dictionary(column.type):
-        return np.asarray(column.to_numpy())
-    values = column.combine_chunks()
-    names = values.dictionary.to_pylist() or [""]
-    ranks = [order.index(n) if n in order else -1 for n in names] if order else names
-    compared: NDArray[Any] = np.array(ranks)[values.indices.to_numpy()]
-    return compared
-
-
-def _increasing(columns: list[NDArray[Any]]) -> NDArray[np.bool_]:
-    """Whether each row is above the one before, comparing column by column, [n - 1]."""
-    above = np.zeros(len(columns[0]) - 1, bool)
-    equal = np.ones(len(above), bool)
-    for column in columns:
-        above |= equal & (column[1:] > column[:-1])
-        equal &= column[1:] == column[:-1]
-    return above
-
-
-def _verify_rows(
-    out: Place, tables: Path, plan: Plan, manifest: Manifest, sound: list[str], report: _Report
-) -> None:
-    checks = [*coverage(plan), *invariants(plan)]
+@contextmanager
+def _database(
+    tables: Path, plan: Plan, manifest: Manifest, sound: list[str]
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The sound tables, and the plan as relations; no other file can be read."""
     with tempfile.TemporaryDirectory() as folder, connect(_MEMORY) as database:
         database.execute("SET preserve_insertion_order=false")
         database.execute(f"SET temp_directory='{folder}'")
@@ -284,19 +240,29 @@ def _verify_rows(
         for name, relation in relations(plan, set(manifest.spans)).items():
             database.register(f"_{name}", relation)
             database.execute(f"CREATE TABLE {name} AS SELECT * FROM _{name}")
+        for name in ("split", "layer"):
+            database.execute(f"CREATE TYPE {name}_rank AS ENUM (SELECT {name} FROM _plan_{name}s)")
         shut(database, [tables / f"{table}.parquet" for table in sound])
-        for check in checks:
-            if all(table in sound for table in check.tables):
-                report.checks.append(check.name)
-                report.problems += _violations(out, database, check)
+        yield database
+
+
+def _first(database: duckdb.DuckDBPyConnection, query: str) -> list[Any]:
+    """The first rows of a query, one more than a problem names; signals such as Ctrl-C end it."""
+    return interruptible(lambda: database.execute(query).fetchmany(_SHOWN + 1), database.interrupt)
+
+
+def _disorder(output: Output, database: duckdb.DuckDBPyConnection, table: str) -> Iterator[str]:
+    """The first row that does not follow the row before it in the order of the key, if any."""
+    for (row,) in _first(database, disorder(table)):
+        yield (
+            f"{output.table(table)}: row {row} does not follow row {row - 1} in the order of "
+            f"{', '.join(TABLES[table].key)}; run lcray reduce {output.path}"
+        )
 
 
 def _violations(out: Place, database: duckdb.DuckDBPyConnection, check: Invariant) -> Iterator[str]:
-    def run() -> list[Any]:
-        return database.execute(check.query).fetchmany(_SHOWN + 1)
-
     try:
-        found = interruptible(run, database.interrupt)
+        found = _first(database, check.query)
         names = [column[0] for column in database.description or ()]
     except (duckdb.Error, *MALFORMED) as error:
         yield f"{out}: {check.name}: cannot be checked ({brief(error)})"
