@@ -15,21 +15,17 @@ from lcray.cli.options import (
     COURSE,
     JSON,
     RUN,
-    Command,
-    example,
+    command,
     folders,
     keywords,
     together,
 )
 
 
-@click.command(
-    cls=Command,
-    epilog=example(
-        "lcray analyze runs/mine --task mytask:task --out out/mine",
-        "lcray analyze runs/mine --task mytask:task --out out/few --samples 2000 --steps 0:100",
-        "lcray analyze runs/mine --task mytask:task --out out/mine --plan plan.json",
-    ),
+@command(
+    "lcray analyze runs/mine --task mytask:task --out out/mine",
+    "lcray analyze runs/mine --task mytask:task --out out/few --samples 2000 --steps 0:100",
+    "lcray analyze runs/mine --task mytask:task --out out/mine --plan plan.json",
 )
 @RUN
 @together(*ANALYSIS, ADDRESS)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 import lcray
-from lcray.cli import terminal
 from lcray.cli.findings import ranges
-from lcray.cli.options import JSON, Command, example
+from lcray.cli.options import Answer, Command, answers, command
 
 _TESTS = ("p_t", "p_t_adjusted", "p_permutation_adjusted")
 _SHOWN = ("split", "condition", "layer", "n", "lc", "lc_se", *_TESTS)
@@ -31,12 +29,10 @@ class _Conditions(Command):
         return super().parse_args(ctx, words)
 
 
-@click.command(
+@command(
+    "lcray compare out/seed-0 out/seed-1 out/seed-2",
+    "lcray compare out/a-0 out/a-1 --against out/b-0 out/b-1 --paired",
     cls=_Conditions,
-    epilog=example(
-        "lcray compare out/seed-0 out/seed-1 out/seed-2",
-        "lcray compare out/a-0 out/a-1 --against out/b-0 out/b-1 --paired",
-    ),
 )
 @click.argument("outs", nargs=-1, required=True, metavar="OUT...")
 @click.option("--against", multiple=True, help="Outputs of the other condition.", metavar="OUT...")
@@ -61,24 +57,22 @@ class _Conditions(Command):
 @click.option(
     "--seed", default=0, show_default=True, help="Seed of the permutations that are drawn."
 )
-@JSON
-def compare(outs: tuple[str, ...], as_json: bool, **options: Any) -> None:
+@answers
+def compare(outs: tuple[str, ...], **options: Any) -> Answer:
     """LC of every layer over repeated runs, and the difference between two conditions.
 
     Every OUT is a separate run, with another seed; p-values need at least six. Adjusted ones
     are for all layers.
     """
+    from rich.console import Group
+
     from lcray.analyses.tidy import notes_of
     from lcray.cli.display.frames import frame_table, records
 
     found = lcray.compare(*outs, **options)
     frame = found.to_pandas()
-    if as_json:
-        click.echo(json.dumps(records(frame), default=str))
-        return
+    data = records(frame)
     frame = frame.assign(layer=frame["layer"].astype(object).replace("", "all"))
     shown = ("window", *_SHOWN) if frame["window"].nunique() > 1 else _SHOWN
-    console = terminal.console()
-    console.print(frame_table(frame[[*shown]], rows=len(frame)))
-    for note in notes_of(found):
-        console.print(note)
+    table = frame_table(frame[[*shown]], rows=len(frame))
+    return Answer(data, lambda: Group(table, *notes_of(found)))

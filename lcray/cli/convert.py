@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
+from typing import Any
 
 import click
 
 import lcray
-from lcray.cli import terminal
-from lcray.cli.options import JSON, Command, example
+from lcray.cli.options import Answer, answers, command
 
 
-@click.command(
-    cls=Command,
-    epilog=example(
-        "lcray convert lightning_logs/version_0/checkpoints runs/mine --strip-prefix model.",
-        "lcray convert saved/ runs/mine --key model",
-    ),
+@command(
+    "lcray convert lightning_logs/version_0/checkpoints runs/mine --strip-prefix model.",
+    "lcray convert saved/ runs/mine --key model",
 )
 @click.argument("source")
 @click.argument("run")
@@ -34,10 +30,8 @@ from lcray.cli.options import JSON, Command, example
     help="Unpickle files that cannot be read otherwise. This RUNS any code that their author put "
     "in, with your rights: only for files that you made, or whose author you trust.",
 )
-@JSON
-def convert(
-    source: str, run: str, strip_prefix: str, key: str | None, trust_pickle: bool, as_json: bool
-) -> None:
+@answers
+def convert(source: str, run: str, **options: Any) -> Answer:
     """Turn checkpoints of torch.save, Lightning or torch.distributed at SOURCE into the run RUN.
 
     SOURCE is one checkpoint or a directory of them: .pt, .pth, .bin, .ckpt, or directories that
@@ -45,15 +39,9 @@ def convert(
     (global_step), or from their names. Nothing is overwritten; the same command resumes where it
     stopped.
     """
-    found = lcray.convert(
-        source, run, strip_prefix=strip_prefix, key=key, trust_pickle=trust_pickle
+    found = lcray.convert(source, run, **options)
+    said = (
+        f"{run}: {len(found.steps)} checkpoints, steps {found.steps[0]} to {found.steps[-1]}, "
+        f"{len(found.layers)} tensors each; {found.written} written now\nnext: lcray inspect {run}"
     )
-    if as_json:
-        click.echo(json.dumps(asdict(found)))
-        return
-    first, last = found.steps[0], found.steps[-1]
-    terminal.say(
-        f"{run}: {len(found.steps)} checkpoints, steps {first} to {last}, {len(found.layers)} "
-        f"tensors each; {found.written} written now"
-    )
-    terminal.say(f"next: lcray inspect {run}")
+    return Answer(asdict(found), lambda: said)

@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from lcray.cli import terminal
-from lcray.cli.options import Command, example, folders
+from lcray.cli.options import command, folders
 
 
-@click.command(cls=Command, epilog=example("lcray demo", "lcray demo --dir /tmp/try --workers 2"))
+@command("lcray demo", "lcray demo --dir /tmp/try --workers 2")
 @click.option(
     "--dir",
     "directory",

@@ -6,15 +6,12 @@ import click
 
 import lcray
 from lcray.cli import terminal
-from lcray.cli.options import OUT, Command, example
+from lcray.cli.options import OUT, command
 
 
-@click.command(
-    cls=Command,
-    epilog=example(
-        "lcray export out/mine --to tensorboard --out runs/mine/lcray",
-        "lcray export out/mine --to csv --out tables --table layers",
-    ),
+@command(
+    "lcray export out/mine --to tensorboard --out runs/mine/lcray",
+    "lcray export out/mine --to csv --out tables --table layers",
 )
 @OUT
 @click.option(

@@ -10,7 +10,7 @@ import click
 import lcray
 from lcray.analyses.titles import TITLES
 from lcray.cli import terminal
-from lcray.cli.options import JSON, OUT, Command, after_commas, example, finding_names
+from lcray.cli.options import JSON, OUT, Command, after_commas, command, finding_names
 
 
 def ranges(
@@ -37,12 +37,10 @@ class _Findings(Command):
             formatter.write_dl([*TITLES.items()])
 
 
-@click.command(
+@command(
+    "lcray findings out/mine",
+    "lcray findings out/mine --only shares,fits --windows early=0:20,late=80:100",
     cls=_Findings,
-    epilog=example(
-        "lcray findings out/mine",
-        "lcray findings out/mine --only shares,fits --windows early=0:20,late=80:100",
-    ),
 )
 @OUT
 @click.option(

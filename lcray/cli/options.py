@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
+from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 from click.shell_completion import CompletionItem
@@ -103,10 +105,40 @@ def refusal(error: click.ClickException) -> str:
     return said + (f"; see {context.command_path} --help" if context is not None else "")
 
 
-def example(*lines: str) -> str:
-    """An epilog: worked examples, one per line, never wrapped."""
-    title = "Examples:" if len(lines) > 1 else "Example:"
-    return "\b\n" + "\n  ".join([title, *lines])
+def command(
+    *examples: str, cls: type[Command] = Command
+) -> Callable[[Callable[..., Any]], click.Command]:
+    """Makes a command of a function; its help ends in the examples, one per line, never wrapped."""
+    title = "Examples:" if len(examples) > 1 else "Example:"
+    return click.command(cls=cls, epilog="\b\n" + "\n  ".join([title, *examples]))
+
+
+class Answer(NamedTuple):
+    """What a command found.
+
+    Attributes:
+        data: for scripts.
+        render: makes what readers see.
+        ok: whether the exit code is 0.
+    """
+
+    data: Any
+    render: Callable[[], Any]
+    ok: bool = True
+
+
+def answers(function: Callable[..., Answer]) -> Callable[..., None]:
+    """Prints what a command found, for scripts with its option --json, and ends with its code."""
+
+    @JSON
+    @wraps(function)
+    def printing(*, as_json: bool, **options: Any) -> None:
+        found = function(**options)
+        terminal.show(found.data, found.render, as_json)
+        if not found.ok:
+            sys.exit(1)
+
+    return printing
 
 
 def after_commas(

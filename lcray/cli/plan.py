@@ -11,33 +11,20 @@ from typing import Any
 import click
 
 import lcray
-from lcray.cli import terminal
-from lcray.cli.options import (
-    ADDRESS,
-    ANALYSIS,
-    JSON,
-    RUN,
-    Command,
-    example,
-    keywords,
-    together,
-)
+from lcray.cli.options import ADDRESS, ANALYSIS, RUN, Answer, answers, command, keywords, together
 
 
-@click.command(
-    cls=Command,
-    epilog=example(
-        "lcray plan runs/mine --task mytask:task",
-        "lcray plan runs/mine --task mytask:task --rule simpson-sampled --save plan.json",
-    ),
+@command(
+    "lcray plan runs/mine --task mytask:task",
+    "lcray plan runs/mine --task mytask:task --rule simpson-sampled --save plan.json",
 )
 @RUN
 @together(*ANALYSIS, ADDRESS)
 @click.option(
     "--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan to this file."
 )
-@JSON
-def plan(run: str, task: str, save: Path | None, as_json: bool, **options: Any) -> None:
+@answers
+def plan(run: str, task: str, save: Path | None, **options: Any) -> Answer:
     """Estimate what an analysis of RUN takes: gradients, time, memory, disk."""
     from lcray.cli.display.plan import plan_table
 
@@ -55,4 +42,4 @@ def plan(run: str, task: str, save: Path | None, as_json: bool, **options: Any) 
         "notes": report.notes,
         "plan": report.plan.to_dict(),
     }
-    terminal.show(data, lambda: plan_table(report), as_json)
+    return Answer(data, lambda: plan_table(report))

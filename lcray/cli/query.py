@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lcray.cli import terminal
-from lcray.cli.options import OUT, Command, example
+from lcray.cli.options import OUT, command
 from lcray.cli.signals import leaving_at_once
 from lcray.errors import UsageError
 from lcray.storage.interrupt import Stopped
@@ -24,13 +24,10 @@ _SELECT = re.compile(r"\s*(select|with|from)\b", re.IGNORECASE)
 _FORMS = ("table", "csv", "json", "jsonl", "parquet")
 
 
-@click.command(
-    cls=Command,
-    epilog=example(
-        "lcray query out/mine",
-        'lcray query out/mine "SELECT layer, sum(lc) AS lc FROM layers GROUP BY ALL ORDER BY lc"',
-        'lcray query out/mine "SELECT * FROM layers" --format parquet --output layers.parquet',
-    ),
+@command(
+    "lcray query out/mine",
+    'lcray query out/mine "SELECT layer, sum(lc) AS lc FROM layers GROUP BY ALL ORDER BY lc"',
+    'lcray query out/mine "SELECT * FROM layers" --format parquet --output layers.parquet',
 )
 @OUT
 @click.argument("sql", required=False)

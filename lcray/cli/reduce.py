@@ -6,12 +6,10 @@ import click
 
 import lcray
 from lcray.cli import terminal
-from lcray.cli.options import OUT, Command, example
+from lcray.cli.options import OUT, command
 
 
-@click.command(
-    cls=Command, epilog=example("lcray reduce out/mine", "lcray reduce out/mine --allow-missing")
-)
+@command("lcray reduce out/mine", "lcray reduce out/mine --allow-missing")
 @OUT
 @click.option("--allow-missing", is_flag=True, help="Merge even if intervals are missing.")
 def reduce(out: str, allow_missing: bool) -> None:

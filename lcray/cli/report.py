@@ -8,16 +8,11 @@ import click
 
 import lcray
 from lcray.cli import terminal
-from lcray.cli.options import Command, example, folders
+from lcray.cli.options import command, folders
 from lcray.storage import Remote, place
 
 
-@click.command(
-    cls=Command,
-    epilog=example(
-        "lcray report out/mine", "lcray report --compare out/a out/b --out comparison.html --open"
-    ),
-)
+@command("lcray report out/mine", "lcray report --compare out/a out/b --out comparison.html --open")
 @click.argument("outs", nargs=-1, required=True, metavar="OUT...", shell_complete=folders)
 @click.option("--compare", is_flag=True, help="Put several outputs side by side on one page.")
 @click.option(

@@ -11,7 +11,7 @@ import click
 
 import lcray
 from lcray.cli import terminal
-from lcray.cli.options import JSON, OUT, Command, example
+from lcray.cli.options import JSON, OUT, command
 from lcray.cli.units import duration
 from lcray.errors import one_line
 
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 _SECONDS_A_LOOK = 5.0
 
 
-@click.command(
-    cls=Command, epilog=example("lcray status out/mine", "lcray status out/mine --watch")
-)
+@command("lcray status out/mine", "lcray status out/mine --watch")
 @OUT
 @click.option("--watch", is_flag=True, help="Show it repeatedly, until the analysis ends.")
 @JSON

@@ -10,23 +10,13 @@ import click
 
 import lcray
 from lcray.cli import terminal
-from lcray.cli.options import (
-    ANALYSIS,
-    COURSE,
-    Command,
-    example,
-    keywords,
-    together,
-)
+from lcray.cli.options import ANALYSIS, COURSE, command, keywords, together
 from lcray.errors import UsageError
 
 
-@click.command(
-    cls=Command,
-    epilog=example(
-        "lcray submit /shared/runs/mine --task mytask:task --out /shared/out/mine",
-        "lcray submit s3://b/runs/mine --task mytask:task --out s3://b/out --address http://H:8265",
-    ),
+@command(
+    "lcray submit /shared/runs/mine --task mytask:task --out /shared/out/mine",
+    "lcray submit s3://b/runs/mine --task mytask:task --out s3://b/out --address http://H:8265",
 )
 @click.argument("run")
 @click.option(

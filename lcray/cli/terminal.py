@@ -70,12 +70,14 @@ def say(text: object, *, err: bool = False, end: bool = True) -> None:
     click.echo(harmless(str(text)), file=sys.stderr if err else sys.stdout, nl=end)
 
 
-def show(data: dict[str, Any], render: Callable[[], Any], as_json: bool) -> None:
-    """Prints an answer, as JSON or for readers."""
+def show(data: Any, render: Callable[[], Any], as_json: bool) -> None:
+    """Prints an answer, as JSON or for readers: a text, or what a console renders."""
     if as_json:
         click.echo(json.dumps(data, default=str))
+    elif isinstance(found := render(), str):
+        say(found)
     else:
-        console().print(render())
+        console().print(found)
 
 
 def console() -> Console:

@@ -8,23 +8,10 @@ import click
 
 import lcray
 from lcray.cli import terminal
-from lcray.cli.options import (
-    ADDRESS,
-    PLACING,
-    RUN,
-    TASK,
-    Command,
-    example,
-    folders,
-    keywords,
-    together,
-)
+from lcray.cli.options import ADDRESS, PLACING, RUN, TASK, command, folders, keywords, together
 
 
-@click.command(
-    cls=Command,
-    epilog=example("lcray trace runs/mine --task mytask:task --out out/mine --trace top:10"),
-)
+@command("lcray trace runs/mine --task mytask:task --out out/mine --trace top:10")
 @RUN
 @click.option(
     "--out",
