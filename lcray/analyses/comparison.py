@@ -29,14 +29,7 @@ FEWEST_RUNS = 6
 FIRST, SECOND, DIFFERENCE = "first", "second", "difference"
 _RESAMPLES = 9999
 _SAME = 1e-4  # relative: analyses of the same run are this close, of two seeds never
-_COLUMNS = {
-    "lc": "lc",
-    "se": "lc_se",
-    "low": "lc_low",
-    "high": "lc_high",
-    "p_t": "p_t",
-    "p_permutation": "p_permutation",
-}
+_SPREAD = ("se", "low", "high")  # of LC, as their columns say
 _ADJUSTMENTS = ("bh", "by")
 
 _FORM = tidy.schema(
@@ -287,7 +280,10 @@ def _test(
 
 def _columns(tests: Sequence[Test], adjust: str) -> dict[str, Floats]:
     """The columns of one condition: tests of the network and of each layer."""
-    columns = {c: np.array([getattr(test, name) for test in tests]) for name, c in _COLUMNS.items()}
+    columns = {
+        f"lc_{name}" if name in _SPREAD else name: np.array([vars(test)[name] for test in tests])
+        for name in vars(tests[0])
+    }
     for name in ("p_t", "p_permutation"):
         adjusted, known = np.full(len(tests), np.nan), np.isfinite(columns[name])
         known[0] = False  # the whole network is not one more layer to adjust for

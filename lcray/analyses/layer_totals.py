@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.bounds import BOUND, bounds, notes, verdicts
 from lcray.analyses.series import Series, layer_series, with_network
 from lcray.analyses.windows import RUN, Ranges, Windows
 from lcray.statistics.bootstrap import RESAMPLED, Bootstrap
@@ -23,6 +22,8 @@ from lcray.tables.columns import SIGN, column
 from lcray.tables.reading.results import Results
 
 _LAYERS_FOR_RANKS = 5  # a rank correlation with fewer says nothing
+#: The description of a column of bounds.
+BOUND = "its bound: lc_error added up over the intervals; null where the rule has none"
 _VERDICT = "+1: hurts, lc > lc_bound; -1: helps, lc < -lc_bound; 0: neither, or without a bound"
 
 _FORM = tidy.schema(
@@ -87,7 +88,7 @@ def layer_totals(
     series = layer_series(results, ["lc_error"], ("parameter", "buffer"))
     blocks = [*_blocks(results, series, chosen, draws)]
     parameters = {"seed": seed, "level": level}
-    said = [*notes(results, blocks), *_with_size(blocks)]
+    said = [*_notes(results, blocks), *_with_size(blocks)]
     return tidy.from_columns(_FORM, blocks, parameters=parameters, notes=said)
 
 
@@ -101,10 +102,11 @@ def _blocks(
     for s, split in enumerate(series.splits):
         for item in chosen:
             here = item.holds(series.starts) & series.ok[s]
-            lc, within = with_network(series["lc"][s][here]), bounds(series["lc_error"][s][here])
+            lc = with_network(series["lc"][s][here])
             if not len(lc):
                 continue
             total = lc.sum(axis=0)
+            within = with_network(series["lc_error"][s][here].sum(axis=0))
             yield {
                 "split": split,
                 **item.columns,
@@ -114,12 +116,29 @@ def _blocks(
                 "n_intervals": len(lc),
                 "lc": total,
                 "lc_bound": within,
-                "hurts": verdicts(total, within),
+                "hurts": (total > within).astype(np.int64) - (total < -within),
                 "share": total / total[0] if total[0] else None,
                 "lc_per_element": total / np.where(numel, numel, np.nan),
                 "share_hurting": np.mean(lc > 0, axis=0),
                 **draws.spread(lc),
             }
+
+
+def _notes(results: Results, blocks: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Notes for readers of `hurts`: bounds are missing, or only a sample was used."""
+    rule = results.plan.settings.rule
+    if any(np.isnan(block["lc_bound"]).any() for block in blocks):
+        yield (
+            f"there is no lc_error (rule {rule}): totals have no bound, and hurts is 0; analyze "
+            "with a rule that has one, such as simpson, into a new output"
+        )
+    for split in results.plan.splits:
+        if split.drawn_from is not None:
+            yield (
+                f"{split.name}: {split.n_samples:,} of {split.drawn_from:,} samples: bounds and "
+                "hurts are about these samples; confidence() of lcray.open says how much the "
+                "result for all data may differ"
+            )
 
 
 def _with_size(blocks: Sequence[dict[str, Any]]) -> Iterator[str]:

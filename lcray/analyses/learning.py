@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from lcray.analyses.series import Floats, layer_series, positions, scattered
@@ -74,10 +75,8 @@ def _by_group(
     columns = ["split", "layer", "start_step", "group", "lc"]
     table = results.arrow("groups", columns=columns)
     layer, mine = positions(table, "layer", layers), positions(table, "split", [split.name])
-    groups = np.array(split.groups)
-    group, start = table["group"].to_numpy(), table["start_step"].to_numpy()
-    g = np.minimum(np.searchsorted(groups, group), len(groups) - 1)
-    t = np.minimum(np.searchsorted(starts, start), len(starts) - 1)
-    here = (mine == 0) & (layer >= 0) & (groups[g] == group) & (starts[t] == start)
-    shape, place = (len(starts), len(groups), len(layers)), (t[here], g[here], layer[here])
+    g = pd.Index(split.groups).get_indexer(table["group"].to_numpy())
+    t = pd.Index(starts).get_indexer(table["start_step"].to_numpy())
+    here = (mine == 0) & (layer >= 0) & (g >= 0) & (t >= 0)
+    shape, place = (len(starts), len(split.groups), len(layers)), (t[here], g[here], layer[here])
     return scattered(shape, place, table["lc"].to_numpy()[here])

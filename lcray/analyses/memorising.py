@@ -10,10 +10,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lcray.analyses import tidy
-from lcray.analyses.bounds import BOUND
+from lcray.analyses.layer_totals import BOUND
+from lcray.analyses.requirements import split_of
 from lcray.analyses.series import Floats, Series, intervals, layer_series, with_network
 from lcray.analyses.windows import RUN, Ranges, Windows
-from lcray.errors import InapplicableError, UsageError, suggest
+from lcray.errors import InapplicableError, UsageError
 from lcray.statistics.bootstrap import RESAMPLED, Bootstrap, block_length
 from lcray.tables.reading.results import Results
 
@@ -103,15 +104,15 @@ def memorising(
     chosen = Windows.of(results, window, windows)
     draws = Bootstrap(seed, level=level)
     blocks: list[dict[str, Any]] = []
-    errors = [error for _, error, _ in _pairs(series, train, "lc_error")]
-    for (names, pair, ok), error in zip(_pairs(series, train), errors, strict=True):
+    errors = [error for _, error, _ in _pairs(results, series, train, "lc_error")]
+    for (names, pair, ok), error in zip(_pairs(results, series, train), errors, strict=True):
         error[2] = error[0] + error[1]
         for item in chosen:
             here = ok & item.holds(series.starts)
             if here.any():
                 found = _window(pair, error, here, series.starts < item.end, draws)
                 head = {"resolution": "run" if item.name == RUN else "window", **item.columns}
-                blocks.append(names | {"layer": _layers(series)} | head | found)
+                blocks.append(names | {"layer": [tidy.ALL_LAYERS, *series.layers]} | head | found)
         if ok.any():
             blocks.append(names | _intervals(series, pair, error, ok))
     parameters = {"seed": seed, "level": level}
@@ -160,11 +161,11 @@ def overfitting(
     draws = Bootstrap(seed, level=level)
     rows: list[dict[str, Any]] = []
     judged, shared = 0, False
-    for names, pair, ok in _pairs(series, train):
+    for names, pair, ok in _pairs(results, series, train):
         shared = shared or bool(ok.any())
         verdicts = [_overfits(pair[:, ok & w.holds(series.starts)], draws) for w in chosen]
         judged = sum(verdict is not None for verdict in verdicts)
-        for k, layer in enumerate(_layers(series)):
+        for k, layer in enumerate([tidy.ALL_LAYERS, *series.layers]):
             states = [verdict is not None and bool(verdict[k]) for verdict in verdicts]
             first = _first_row(states, patience)
             row = {**names, "layer": layer, "n_windows": judged, "window": ""}
@@ -180,12 +181,8 @@ def overfitting(
     return tidy.table(_ONSETS, rows, parameters=parameters, notes=[] if judged else [few])
 
 
-def _layers(series: Series) -> list[str]:
-    return [tidy.ALL_LAYERS, *series.layers]
-
-
 def _pairs(
-    series: Series, train: str | None, column: str = "lc"
+    results: Results, series: Series, train: str | None, column: str = "lc"
 ) -> Iterator[tuple[dict[str, str], Floats, Flags]]:
     """For each other split: names, `column` of train, other and difference [3, T, 1 + L], ok [T].
 
@@ -195,10 +192,7 @@ def _pairs(
         raise InapplicableError(
             f"there is one split, {series.splits[0]!r}; analyze with a second one into a new output"
         )
-    if train is None:
-        train = "train" if "train" in series.splits else series.splits[0]
-    if train not in series.splits:
-        raise UsageError(suggest(train, series.splits, "split"))
+    train = split_of(results, train)
     first = series.splits.index(train)
     for i, other in enumerate(series.splits):
         if i != first:

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 
 from lcray.analyses import tidy
-from lcray.analyses.bounds import bounds
 from lcray.analyses.comparison import FEWEST_RUNS, check_alike, one_condition
 from lcray.analyses.lags import lags
 from lcray.analyses.series import layer_series
@@ -123,7 +122,7 @@ def _measured(results: Results, seed: int, level: float) -> dict[tuple[str, str]
     series = layer_series(results, ["lc_error"])
     found = {}
     for s, split in enumerate(series.splits):
-        within = bounds(series["lc_error"][s, series.ok[s]])[1:]
+        within = series["lc_error"][s, series.ok[s]].sum(axis=0)
         total = np.nan_to_num(series["lc"][s]).sum(axis=0)
         for k, layer in enumerate(series.layers):
             found[split, layer] = (total[k], within[k], rows.get((split, layer)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import and_
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -22,12 +25,14 @@ def require(results: Results, *tables: str) -> None:
             raise InapplicableError(f"there is no table {table!r}; {recipe_for(table)}")
 
 
-def split_of(results: Results, split: str | None) -> str:
+def split_of(results: Results, split: str | None, *tables: str) -> str:
     """The split asked for; None for ``train``, or the plan's first if there is no ``train``.
 
     Raises:
+        InapplicableError: as `require`, for `tables`.
         UsageError: for an unknown split.
     """
+    require(results, *tables)
     names = [item.name for item in results.plan.splits]
     if split is None:
         return "train" if "train" in names else names[0]
@@ -58,8 +63,4 @@ def layer_of(results: Results, layer: str, table: str, known: tuple[str, ...]) -
 
 def only(**values: str) -> pc.Expression:
     """The rows in which dictionary columns have these values."""
-    condition = None
-    for name, value in values.items():
-        here = pc.field(name).cast(pa.string()) == value
-        condition = here if condition is None else condition & here
-    return condition
+    return reduce(and_, (pc.field(name).cast(pa.string()) == v for name, v in values.items()))

@@ -121,7 +121,7 @@ def synchrony(
     Raises:
         UsageError: for invalid windows or parameters.
     """
-    options = _Options(count, prominence, distance, block)
+    options = _options(count=count, distance=distance, block=block, prominence=prominence)
     if permutations < 1:
         raise UsageError(f"permutations {permutations}: must be at least 1")
     chosen = Windows.of(results, window, windows)
@@ -129,7 +129,7 @@ def synchrony(
     for bundle in bundles(results):
         for item in chosen:
             part = bundle.part(item.holds(bundle.starts))
-            flags = options.peaks(part)[part.known]
+            flags = _peaks(part, options)[part.known]
             if len(flags) < _FEWEST:
                 continue
             found = total_coincidences(flags, block=block, permutations=permutations, seed=seed)
@@ -144,7 +144,7 @@ def synchrony(
             }
             rows.append(_head(bundle) | item.columns | row)
     more = {"seed": seed, "permutations": permutations}
-    return tidy.table(_TOTAL, rows, parameters=options.named | more)
+    return tidy.table(_TOTAL, rows, parameters=options | more)
 
 
 def coincidences(
@@ -175,13 +175,13 @@ def coincidences(
     Raises:
         UsageError: for invalid parameters.
     """
-    options = _Options(count, prominence, distance, block)
+    options = _options(count=count, distance=distance, block=block, prominence=prominence)
     blocks: list[dict[str, Any]] = []
     for bundle in bundles(results, groups):
-        flags = options.peaks(bundle)[bundle.known]  # no chance peaks without LC
+        flags = _peaks(bundle, options)[bundle.known]  # no chance peaks without LC
         if len(flags) >= _FEWEST:
             blocks.append(_head(bundle) | _matrix(bundle.names, flags, block))
-    return tidy.from_columns(_PAIRS, blocks, parameters=options.named)
+    return tidy.from_columns(_PAIRS, blocks, parameters=options)
 
 
 def peaks_of_learning(
@@ -207,33 +207,29 @@ def peaks_of_learning(
     Raises:
         UsageError: for invalid parameters.
     """
-    options = _Options(count, prominence, distance, None)
+    options = _options(count=count, distance=distance, block=None, prominence=prominence)
     blocks: list[dict[str, Any]] = []
     for bundle in bundles(results, groups):
-        series, t = np.nonzero(options.peaks(bundle).T)
+        series, t = np.nonzero(_peaks(bundle, options).T)
         place = {"series": (series, list(bundle.names)), "start_step": bundle.starts[t]}
         blocks.append(_head(bundle) | place | {"lc": bundle.lc[t, series]})
-    return tidy.from_columns(_LIST, blocks, parameters=options.named)
+    return tidy.from_columns(_LIST, blocks, parameters=options)
 
 
-class _Options:
-    """The choice of peaks, and of the blocks within which they permute; checked."""
+def _options(*, prominence: float | None, **numbers: int | None) -> dict[str, Any]:
+    """The choice of peaks, and of the blocks within which they permute, for the metadata."""
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name} {value}: must be at least 1")
+    if prominence is not None and not prominence > 0:
+        raise UsageError(f"prominence {prominence:g}: must be above 0")
+    return {**numbers, "prominence": prominence}
 
-    def __init__(
-        self, count: int | None, prominence: float | None, distance: int, block: int | None
-    ) -> None:
-        numbers = {"count": count, "distance": distance, "block": block}
-        for name, value in numbers.items():
-            if value is not None and value < 1:
-                raise UsageError(f"{name} {value}: must be at least 1")
-        if prominence is not None and not prominence > 0:
-            raise UsageError(f"prominence {prominence:g}: must be above 0")
-        self.named: dict[str, Any] = {**numbers, "prominence": prominence}
-        self._count, self._prominence, self._distance = count, prominence, distance
 
-    def peaks(self, bundle: Bundle) -> NDArray[np.bool_]:
-        count = self._count or min(_PEAKS, max(1, int(bundle.known.sum()) // 10))
-        return peaks(bundle.lc, count=count, prominence=self._prominence, distance=self._distance)
+def _peaks(bundle: Bundle, options: dict[str, Any]) -> NDArray[np.bool_]:
+    how = {name: options[name] for name in ("count", "prominence", "distance")}
+    how["count"] = how["count"] or min(_PEAKS, max(1, int(bundle.known.sum()) // 10))
+    return peaks(bundle.lc, **how)
 
 
 def _head(bundle: Bundle) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from lcray.analyses.series import Floats, scattered
@@ -67,10 +68,9 @@ def _read(results: Results, split: str, layer: str, index: NDArray[np.int64]) ->
         WHERE split = {literal(split)} AND layer = {literal(layer)}"""
     )
     steps = np.array(results.plan.steps)
-    element, step = table["index"].to_numpy(), table["step"].to_numpy()
-    n, t = np.searchsorted(index, element), np.searchsorted(steps, step)
-    n, t = np.minimum(n, len(index) - 1), np.minimum(t, len(steps) - 1)
-    here = (index[n] == element) & (steps[t] == step)
+    n = pd.Index(index).get_indexer(table["index"].to_numpy())
+    t = pd.Index(steps).get_indexer(table["step"].to_numpy())
+    here = (n >= 0) & (t >= 0)
     if not here.any():
         return None
     shape, place = (len(steps), len(index)), (t[here], n[here])

@@ -22,9 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcray.errors import UsageError
-from lcray.statistics.bootstrap import FEWEST, Bootstrap
+from lcray.statistics.bootstrap import FEWEST, Bootstrap, Floats
 
-Floats = NDArray[np.float64]
 TRENDS = ("none", "constant", "linear")
 
 

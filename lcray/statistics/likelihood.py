@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lcray.statistics.families import Family
+from lcray.statistics.families import Family, Floats
 
-Floats = NDArray[np.float64]
 Terms = Callable[[Floats], Floats]  # θ [H, p] -> ℓ [H, B]
 Cells = Callable[[Floats, Any], Floats]  # θ [h, p] of some rows, and which -> ℓ [h, B]
 

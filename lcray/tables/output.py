@@ -38,6 +38,16 @@ _SHARDS, _TABLES, _FINDINGS, _TRACED = "shards", "tables", "findings", "traced"
 OWN = (ANALYSIS, _STATUS, _VIEWS, LOCK, _SHARDS, _TABLES, _FINDINGS, _TRACED)
 
 
+class _Path:
+    """A property of an `Output`: the path of one of its files or folders."""
+
+    def __init__(self, doc: str, *names: str) -> None:
+        self.__doc__, self._names = doc, names
+
+    def __get__(self, output: Output, kind: type[Output]) -> Place:
+        return output.inside(*self._names)
+
+
 @dataclass(frozen=True)
 class Output:
     """The output at a place, whether it exists yet or not.
@@ -60,45 +70,14 @@ class Output:
             path = path / name
         return confined(self.path, path)
 
-    @property
-    def analysis(self) -> Place:
-        """The file of the record."""
-        return self.inside(ANALYSIS)
-
-    @property
-    def status(self) -> Place:
-        """The file to which the driver writes its progress."""
-        return self.inside(_STATUS)
-
-    @property
-    def views(self) -> Place:
-        """The file of the views, for DuckDB."""
-        return self.inside(_VIEWS)
-
-    @property
-    def shards(self) -> Place:
-        """The folder of the spans."""
-        return self.inside(_SHARDS)
-
-    @property
-    def tables(self) -> Place:
-        """The folder of the tables."""
-        return self.inside(_TABLES)
-
-    @property
-    def manifest(self) -> Place:
-        """The file that lists the tables."""
-        return self.inside(_TABLES, MANIFEST)
-
-    @property
-    def traced(self) -> Place:
-        """The folder of the output of a second pass."""
-        return self.inside(_TRACED)
-
-    @property
-    def findings(self) -> Place:
-        """The folder of the findings."""
-        return self.inside(_FINDINGS)
+    analysis = _Path("The file of the record.", ANALYSIS)
+    status = _Path("The file to which the driver writes its progress.", _STATUS)
+    views = _Path("The file of the views, for DuckDB.", _VIEWS)
+    shards = _Path("The folder of the spans.", _SHARDS)
+    tables = _Path("The folder of the tables.", _TABLES)
+    manifest = _Path("The file that lists the tables.", _TABLES, MANIFEST)
+    traced = _Path("The folder of the output of a second pass.", _TRACED)
+    findings = _Path("The folder of the findings.", _FINDINGS)
 
     def finding(self, name: str) -> Place:
         """The file of a finding."""

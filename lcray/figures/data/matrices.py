@@ -105,8 +105,7 @@ def unit_matrix(
         InapplicableError: if there is no table `units`, or the layer is not in it.
         UsageError: for an unknown layer or split, or fewer columns than 1.
     """
-    require(results, "units")
-    split = split_of(results, split)
+    split = split_of(results, split, "units")
     layer_of(results, layer, "units", results.plan.unit_layers)
     mine = f"(FROM units WHERE split = {literal(split)} AND layer = {literal(layer)})"
     times = Columns.of(results, mine, columns)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcray.errors import one_line
-from lcray.figures.data.grouping import colour_limit, cumulative
+from lcray.figures.data.grouping import Floats, colour_limit, cumulative
 from lcray.figures.html.charts import LEGEND, STEP, axis, heat_of_lc, hover, line, rows
 from lcray.figures.html.sections import (
     LOSS,
@@ -24,8 +24,6 @@ from lcray.figures.html.sections import (
 )
 from lcray.figures.html.source import Source
 from lcray.figures.html.store import Store, column
-
-Floats = NDArray[np.float64]
 
 _HIGHLIGHTED = 6
 #: Percentiles of |LC| at which the colours of a heat map may end.

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from lcray.analyses.closure import closures
 from lcray.analyses.shares import ratio
 from lcray.analyses.titles import WHAT_HAPPENED
 from lcray.errors import one_line
-from lcray.figures.data.grouping import colour_limit, cumulative
+from lcray.figures.data.grouping import Floats, colour_limit, cumulative
 from lcray.figures.html.along_the_run import along, loss_curves
 from lcray.figures.html.charts import LEGEND, STEP, axis, heat_of_lc, hover, line, rows
 from lcray.figures.html.head import run_name, totals_table
@@ -39,8 +38,6 @@ from lcray.figures.html.source import Source, read_source
 from lcray.figures.html.store import Store, column
 from lcray.figures.html.totals import settings
 from lcray.tables.reading.results import Results
-
-Floats = NDArray[np.float64]
 
 _KEYS = ("run", "layer", "start_step")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")

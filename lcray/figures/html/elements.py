@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from lcray.analyses.requirements import require
 from lcray.analyses.series import scattered
 from lcray.errors import InapplicableError, one_line
-from lcray.figures.data.grouping import colour_limit, total
+from lcray.figures.data.grouping import Floats, colour_limit, total
 from lcray.figures.html.charts import (
     LC,
     LEGEND,
@@ -28,8 +27,6 @@ from lcray.figures.html.sections import LOSS, Control, Figure, Section, plain
 from lcray.figures.html.source import Source
 from lcray.figures.html.store import Store, column
 from lcray.tables.reading.views import literal
-
-Floats = NDArray[np.float64]
 
 #: Limits for a page: rows and cells of units, and the elements whose traces are shown.
 MOST_UNITS, MOST_UNIT_CELLS, MOST_TRACES, MOST_LAYERS = 96, 600_000, 24, 60

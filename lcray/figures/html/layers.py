@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from lcray.analyses.information import fisher as fisher_finding
 from lcray.analyses.requirements import require
+from lcray.analyses.series import Floats
 from lcray.analyses.windows import RUN
 from lcray.errors import InapplicableError, one_line
 from lcray.figures.html.charts import LC, LEGEND, axis, hover, line, marks, rows
@@ -29,8 +29,6 @@ from lcray.figures.html.sections import (
 )
 from lcray.figures.html.source import Source
 from lcray.figures.html.store import Store, column
-
-Floats = NDArray[np.float64]
 
 _SHARES = {"lc_share": "LC", "true_share": "true Fisher", "empirical_share": "empirical Fisher"}
 _SHAPES = ("circle", "diamond", "square", "triangle-up", "x", "star")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lcray.analyses.shares import ratio
 from lcray.errors import InapplicableError, one_line
-from lcray.figures.data.grouping import cumulative
+from lcray.figures.data.grouping import Floats, cumulative
 from lcray.figures.html.along_the_run import along
 from lcray.figures.html.charts import LEGEND, STEP, axis, hover, in_hover, line
 from lcray.figures.html.sections import (
@@ -24,8 +24,6 @@ from lcray.figures.html.sections import (
 )
 from lcray.figures.html.source import Source
 from lcray.figures.html.store import Packed, Store, column
-
-Floats = NDArray[np.float64]
 
 
 def shares(source: Source, store: Store) -> Section:

@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 from lcray.analyses.closure import ALLOCATED
 from lcray.analyses.series import positions, scattered
 from lcray.errors import OutputError
-from lcray.figures.data.grouping import Columns, numbers, total
+from lcray.figures.data.grouping import Columns, Floats, numbers, total
 from lcray.figures.data.matrices import layer_sums
 from lcray.tables.reading.results import Results
-
-Floats = NDArray[np.float64]
 
 #: The most columns of a time axis, and the most cells of a chart of layers by time.
 MOST_COLUMNS, MOST_CELLS = 1000, 200_000

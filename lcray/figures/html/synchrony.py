@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from lcray.analyses.requirements import require
 from lcray.analyses.series import scattered
 from lcray.analyses.synchrony import coincidences, peaks_of_learning
 from lcray.errors import InapplicableError, one_line
-from lcray.figures.data.grouping import colour_limit, total
+from lcray.figures.data.grouping import Floats, colour_limit, total
 from lcray.figures.html.along_the_run import along
 from lcray.figures.html.charts import STEP, axis, heat, heat_of_lc, hover, marks, rows
 from lcray.figures.html.sections import (
@@ -28,8 +27,6 @@ from lcray.figures.html.sections import (
 )
 from lcray.figures.html.source import Source
 from lcray.figures.html.store import Store, column
-
-Floats = NDArray[np.float64]
 
 #: The most cells of `layers` in which a page looks for peaks, and the most layers of a matrix.
 MOST_FOR_PEAKS, MOST_LAYERS = 5_000_000, 120

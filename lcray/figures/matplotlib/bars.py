@@ -46,8 +46,7 @@ def layer_totals(results: Results, ax: Axes | None = None, *, split: str | None 
         ax: where to draw; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
     """
-    require(results, "layers")
-    split = split_of(results, split)
+    split = split_of(results, split, "layers")
     # one window in addition to the run; only the run is drawn
     found = totals.layer_totals(results, windows={"all": ":"}).to_pandas()
     here = (found["split"] == split) & (found["window"] == RUN) & (found["layer"] != "")
@@ -143,8 +142,7 @@ def fisher(results: Results, ax: Axes | None = None, *, split: str | None = None
         ax: where to draw; None for a new figure.
         split: its name; None for ``train``, else the plan's first.
     """
-    require(results, "layers", "fisher")
-    split = split_of(results, split)
+    split = split_of(results, split, "layers", "fisher")
     found = information.fisher(results, windows={"all": ":"}).to_pandas()
     frame = found[(found["split"] == split) & (found["window"] == RUN)].reset_index(drop=True)
     sides = [

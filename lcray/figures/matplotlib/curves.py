@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lcray.analyses import shares as helping
 from lcray.analyses import trajectories as cumulative
-from lcray.analyses.requirements import require, split_of
+from lcray.analyses.requirements import split_of
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.figures.data.reconstruction import reconstruction
 from lcray.figures.matplotlib.styling import (
@@ -110,8 +110,7 @@ def trajectories(
         layers: names of the layers to draw; None for all.
         points: the most steps.
     """
-    require(results, "layers")
-    split = split_of(results, split)
+    split = split_of(results, split, "layers")
     frame = cumulative.trajectories(results, points=points).to_pandas()
     frame = frame[(frame["split"] == split) & (frame["layer"] != "")]
     known = list(dict.fromkeys(frame["layer"].astype(str)))
@@ -152,8 +151,7 @@ def shares(
         layer: its name; empty for the network.
         window: width in steps; None for a fiftieth of the run.
     """
-    require(results, "layers")
-    split = split_of(results, split)
+    split = split_of(results, split, "layers")
     steps = results.plan.steps
     width = max(1, (steps[-1] - steps[0]) // 50) if window is None else window
     found = helping.shares(results, window=width).to_pandas()

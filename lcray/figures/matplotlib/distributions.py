@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lcray.analyses.requirements import layer_of, require, split_of
+from lcray.analyses.requirements import layer_of, split_of
 from lcray.errors import InapplicableError, UsageError, suggest
 from lcray.figures.data.densities import densities
 from lcray.figures.matplotlib.styling import HELPS, HURTS, LOSS, axis, label, shortened
@@ -40,8 +40,7 @@ def distribution(
         fits: of weibull, exponential, lognormal and generalized_gaussian.
         per_octave: bins per octave: 1, 2, 4 or 8.
     """
-    require(results, "histograms")
-    split = split_of(results, split)
+    split = split_of(results, split, "histograms")
     for name in fits:
         if name not in _DASHES:
             raise UsageError(suggest(name, _DASHES, "distribution"))

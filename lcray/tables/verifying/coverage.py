@@ -37,17 +37,14 @@ def relations(plan: Plan, spans: Collection[str]) -> dict[str, pa.Table]:
     """The plan as relations; `spans` are the names of the spans in the tables."""
     held = [span for span in plan.spans if span.name in spans]
     intervals = [i for span in held for i in span.intervals]
-    parameter = [layer.kind == "parameter" for layer in plan.layers]
-    names = [layer.name for layer in plan.layers]
+    layers, names = plan.layers, [layer.name for layer in plan.layers]
     return {
         "plan_splits": pa.table(
             {
-                "split": pa.array([s.name for s in plan.splits], pa.string()),
-                "n_groups": pa.array([len(s.groups) for s in plan.splits], pa.int64()),
-                "n_replicates": pa.array(
-                    [len(s.replicate_weights) for s in plan.splits], pa.int64()
-                ),
-                "one_pass": pa.array([s.sorted_by_group for s in plan.splits], pa.bool_()),
+                "split": [split.name for split in plan.splits],
+                "n_groups": [len(split.groups) for split in plan.splits],
+                "n_replicates": [len(split.replicate_weights) for split in plan.splits],
+                "one_pass": [split.sorted_by_group for split in plan.splits],
             }
         ),
         "plan_intervals": pa.table(
@@ -61,16 +58,16 @@ def relations(plan: Plan, spans: Collection[str]) -> dict[str, pa.Table]:
         ),
         "plan_layers": pa.table(
             {
-                "layer": pa.array(names, pa.string()),
-                "kind": pa.array([layer.kind for layer in plan.layers], pa.string()),
-                "numel": pa.array([layer.numel for layer in plan.layers], pa.int64()),
-                "n_units": pa.array([layer.n_units for layer in plan.layers], pa.int64()),
-                "trained": pa.array([layer.trainable for layer in plan.layers], pa.bool_()),
-                "has_units": pa.array([n in plan.unit_layers for n in names], pa.bool_()),
-                "detail": pa.array(
-                    [p and n in plan.detail_layers for p, n in zip(parameter, names, strict=True)],
-                    pa.bool_(),
-                ),
+                "layer": names,
+                "kind": [layer.kind for layer in layers],
+                "numel": [layer.numel for layer in layers],
+                "n_units": [layer.n_units for layer in layers],
+                "trained": [layer.trainable for layer in layers],
+                "has_units": [name in plan.unit_layers for name in names],
+                "detail": [
+                    layer.kind == "parameter" and layer.name in plan.detail_layers
+                    for layer in layers
+                ],
             }
         ),
     }

@@ -140,10 +140,10 @@ def _parts(plan: Plan) -> Iterator[Invariant]:
     yield _adding_up("LC", "units", "lc", f"{_SUM!r} * scale")
     yield _adding_up("weighted LC", "groups", "lc * weight", f"{passes} * (scale + parts) + {lost}")
     yield _adding_up(
-        "weighted LC", "replicate_layers", "lc * weight", f"{near!r} * (scale + parts) + {lost}"
+        "LC", "elements", "lc::DOUBLE", "1e-7 * scale + 1.5e-45 * numel", " of kind parameter"
     )
     yield _adding_up(
-        "LC", "elements", "lc::DOUBLE", "1e-7 * scale + 1.5e-45 * numel", " of kind parameter"
+        "weighted LC", "replicate_layers", "lc * weight", f"{near!r} * (scale + parts) + {lost}"
     )
 
 
