@@ -124,7 +124,7 @@ def _warner(write: Callable[[str], None]) -> Callable[[State], None]:
         if state.phase == "local":
             why = (
                 ""
-                if state.seconds_left is None
+                if not state.seconds_left
                 else f": all gradients take about {duration(state.seconds_left)}, starting workers "
                 f"about {START_SECONDS:.0f} s (--no-local starts them)"
             )

@@ -381,13 +381,13 @@ class TestAnotherAnalysis:
         ("options", "difference"),
         [
             ({"rule": "midpoint"}, "rule: 'simpson' there, 'midpoint' now"),
-            ({"batch_size": 5}, "batch_size: None there, 5 now"),
+            ({"batch_size": 5}, "batch_size: not set there, 5 now"),
             ({"dtype": "float64"}, "dtype: 'float32' there, 'float64' now"),
-            ({"splits": ["val"]}, "splits: None there, \\('val',\\) now"),
-            ({"elements": False}, "elements: True there, False now"),
+            ({"splits": ["val"]}, "splits: not set there, \\('val',\\) now"),
+            ({"elements": False}, "elements: on there, off now"),
             (
                 {"rule": "left", "window": 3},
-                "rule: 'simpson' there, 'left' now; window: None there, 3 now",
+                "rule: 'simpson' there, 'left' now; window: not set there, 3 now",
             ),
         ],
     )

@@ -790,7 +790,7 @@ def test_an_analysis_of_batches(run: Path, tmp_path: Path) -> None:
     assert len(plain) == 3 and (plain["loss_change"].abs() > 1e-3).all()
     assert (plain["loss_change"] == grouped["loss_change"]).all()
     undeclared = Task(net, {"train": points()}, cross_entropy)
-    with pytest.raises(OutputError, match="batch_loss: True there, None now"):
+    with pytest.raises(OutputError, match="batch_loss: on there, not set now"):
         lcray.analyze(run, undeclared, tmp_path / "plain", batch_size=16, dtype="float64")
 
 

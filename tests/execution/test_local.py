@@ -420,6 +420,8 @@ class TestTheChoice:
         assert "all gradients take about" in said[0]
         assert "starting workers about 10 s (--no-local starts them)" in said[0]
         assert found.out.startswith("{"), "JSON alone"
+        done = command("analyze", plain_run, *options)
+        assert "lcray: working in this process\n" in done.err, "there is nothing left to take time"
         again = command("analyze", plain_run, *options, "--local")
         assert "lcray: working in this process\n" in again.err
 

@@ -177,6 +177,8 @@ def _plain(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "not set", True: "on", False: "off"}[value]
     text = repr(value)
     return text if len(text) <= 40 else text[:16] + "…"
 
