@@ -26,9 +26,9 @@ from lcray.execution.cluster.actor import Shipment, Worker
 from lcray.execution.cluster.resources import Resources, place_workers
 from lcray.execution.driver.analyze import Progress
 from lcray.execution.driver.job import Job
-from lcray.execution.worker.descriptions import Description, Probe
-from lcray.execution.worker.fresh import Unexplained
+from lcray.execution.worker.descriptions import Description
 from lcray.execution.worker.reports import Outcome, SpanReport, View
+from lcray.execution.worker.workers import Workers
 from lcray.execution.worker.workspace import Workspace
 from lcray.planning.make import make_plan, make_settings
 from lcray.planning.plan import Plan, Span
@@ -267,7 +267,7 @@ def spans_of(out: Path) -> list[str]:
     return sorted(path.parent.name for path in out.glob("shards/*/commit.json"))
 
 
-class InlinePool:
+class InlinePool(Workers):
     """As `lcray.execution.cluster.pool.Pool`, of one worker in this process, without Ray."""
 
     size = 2
@@ -292,9 +292,6 @@ class InlinePool:
         )
         self._description: Description | None = None
 
-    def __enter__(self) -> InlinePool:
-        return self
-
     def __exit__(self, *_: object) -> None:
         pass
 
@@ -303,17 +300,9 @@ class InlinePool:
             self._description = self._worker.set_up(*self._setup)
         return self._description
 
-    def check(self) -> Unexplained:
+    def ask(self, method: str, *arguments: Any) -> Any:
         self.describe()
-        return self._worker.check()
-
-    def probe(self) -> Probe:
-        self.describe()
-        return self._worker.probe()
-
-    def losses(self, plan: Plan) -> dict[str, float]:
-        self.describe()
-        return self._worker.losses(plan)
+        return self._worker.ask(method, *arguments)
 
     def run(
         self,

@@ -12,19 +12,19 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from types import TracebackType
+from typing import Any
 
 import torch
 
 from lcray.errors import DisagreementError, LcrayError, TaskError, UsageError
 from lcray.execution.cluster.resources import Resources, check_resources, only_on_ray
 from lcray.execution.cluster.scheduler import Policy
-from lcray.execution.worker.descriptions import Description, Probe
-from lcray.execution.worker.fresh import Unexplained
+from lcray.execution.worker.descriptions import Description
 from lcray.execution.worker.reports import Outcome, RunningSpan, SpanReport, View
 from lcray.execution.worker.state import folder_kept, state_kept
 from lcray.execution.worker.tuning import rough_seconds
 from lcray.execution.worker.workbench import Share
+from lcray.execution.worker.workers import Workers
 from lcray.execution.worker.workspace import Workspace
 from lcray.planning.plan import Plan, Span
 from lcray.settings import Settings
@@ -38,8 +38,8 @@ _SECONDS_A_TICK = 1.0
 _POLICY = Policy()
 
 
-class Local:
-    """This process as the only worker; use as a context manager. See `Workers`.
+class Local(Workers):
+    """This process as the only worker.
 
     Args:
         source: where the task is.
@@ -81,37 +81,20 @@ class Local:
         self._kept.enter_context(state_kept())
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._workspace = None
         release()
         self._kept.close()
 
-    @folder_kept()
     def describe(self) -> Description:
-        """As `lcray.execution.cluster.pool.Pool.describe`."""
-        if self._description is None:
-            self._description = self._ready().describe()
+        """See `Workers.describe`; asked once."""
+        self._description = self._description or super().describe()
         return self._description
 
     @folder_kept()
-    def check(self) -> Unexplained:
-        """As `lcray.execution.cluster.pool.Pool.check`."""
-        return self._ready().check()
-
-    @folder_kept()
-    def probe(self) -> Probe:
-        """As `lcray.execution.cluster.pool.Pool.probe`."""
-        return self._ready().probe()
-
-    @folder_kept()
-    def losses(self, plan: Plan) -> dict[str, float]:
-        """As `lcray.execution.cluster.pool.Pool.losses`."""
-        return self._ready().losses(plan)
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """See `Workers.ask`."""
+        return getattr(self._ready(), method)(*arguments)
 
     @folder_kept()
     def rough_seconds(self, enough: float) -> float:
@@ -128,14 +111,7 @@ class Local:
         on_done: Callable[[Span, SpanReport], None],
         on_tick: Callable[[View], None] = lambda view: None,
     ) -> Outcome:
-        """Compute `spans` in their order; the arguments are those of `Pool.run` on a cluster.
-
-        A span whose task fails is given up. One that fails for another reason, such as a file that
-        cannot be read, is tried again after the others, up to the same cap as on a cluster.
-
-        Raises:
-            DisagreementError: if the numbers differ from the plan's.
-        """
+        """See `Workers.run`; one after another, and those that failed again after the others."""
         where = out.resolve()  # the task may go elsewhere
         outcome, work = Outcome(), self._ready()
         waiting = deque((span, 1) for span in spans)
@@ -162,7 +138,7 @@ class Local:
         return outcome
 
     def reduce(self, out: Place) -> Reduction:
-        """As `lcray.execution.cluster.pool.Pool.reduce`."""
+        """See `Workers.reduce`."""
         return merge(Output(out.resolve()))
 
     @folder_kept()

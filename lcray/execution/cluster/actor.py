@@ -17,8 +17,7 @@ from lcray.execution.cluster.calls import plainly
 from lcray.execution.cluster.connect import in_one_line
 from lcray.execution.cluster.resources import Placement
 from lcray.execution.cluster.team import Team
-from lcray.execution.worker.descriptions import Description, Probe
-from lcray.execution.worker.fresh import Unexplained
+from lcray.execution.worker.descriptions import Description
 from lcray.execution.worker.process import tune_process
 from lcray.execution.worker.reports import SpanReport, report_of
 from lcray.execution.worker.workbench import Share
@@ -118,17 +117,9 @@ class Worker:
 
         return plainly(work)
 
-    def check(self) -> Unexplained:
-        """Compare the model with newly built models."""
-        return plainly(self._ready().check)
-
-    def probe(self) -> Probe:
-        """Evaluate the splits at the first checkpoint."""
-        return plainly(self._ready().probe)
-
-    def losses(self, plan: Plan) -> dict[str, float]:
-        """The mean loss of each split at the first checkpoint."""
-        return plainly(lambda: self._ready().losses(plan))
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """The result of a method of the workspace."""
+        return plainly(lambda: getattr(self._ready(), method)(*arguments))
 
     def run_span(
         self, plan: Plan, span: Span, out: str, attempt: str, beats: Any = None

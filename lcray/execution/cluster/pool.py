@@ -14,18 +14,24 @@ from lcray.execution.cluster.dispatch import Dispatch, OnTick
 from lcray.execution.cluster.metrics import Metrics
 from lcray.execution.cluster.resources import Resources
 from lcray.execution.cluster.workers import Crew
-from lcray.execution.worker.descriptions import Description, Probe
-from lcray.execution.worker.fresh import Unexplained
+from lcray.execution.worker.descriptions import Description
 from lcray.execution.worker.reports import Outcome, SpanReport
+from lcray.execution.worker.workers import Workers
 from lcray.planning.plan import Plan, Span
 from lcray.settings import Settings
 from lcray.storage import Place
 from lcray.tables.reducing.reduce import Reduction
 from lcray.tasks.task import TaskSource
 
+_DOING = {
+    "check": "checking the model",
+    "probe": "probing",
+    "losses": "evaluating the first checkpoint",
+}
 
-class Pool:
-    """Workers for one task and run; use as a context manager.
+
+class Pool(Workers):
+    """Workers on Ray, for a process that is connected to it.
 
     Args:
         source: where workers find the task.
@@ -54,8 +60,8 @@ class Pool:
         self._crew = Crew(setup, resources, limit)
 
     @property
-    def size(self) -> int:
-        """The number of workers, or teams, that were asked for, or that fit."""
+    def size(self) -> int:  # type: ignore[override]
+        """See `Workers`: it follows the nodes of the cluster."""
         return self._crew.wanted
 
     def __enter__(self) -> Pool:
@@ -67,49 +73,19 @@ class Pool:
         self._crew.dismiss()
 
     def describe(self) -> Description:
-        """The description from the first ready worker.
-
-        Raises:
-            TaskError, CheckpointError, ClusterError: from setting up workers.
-        """
+        """The description from the first ready worker; see `Workers.describe`."""
         self._crew.await_one()
         assert self._crew.description is not None
         return self._crew.description
 
-    def check(self) -> Unexplained:
-        """Compare the model at points of the run with models newly built there, on one worker.
-
-        Raises:
-            TaskError: if they differ.
-        """
-        found: Unexplained = self._ask("check", "checking the model")
-        return found
-
-    def probe(self) -> Probe:
-        """Evaluate the splits at the first checkpoint, on one worker.
-
-        Raises:
-            TaskError: if the task breaks its contract.
-        """
-        probe: Probe = self._ask("probe", "probing")
-        return probe
-
-    def losses(self, plan: Plan) -> dict[str, float]:
-        """The mean loss of each split at the first checkpoint; cheaper than a probe.
-
-        Raises:
-            TaskError: if the task breaks its contract.
-        """
-        losses: dict[str, float] = self._ask("losses", "evaluating the first checkpoint", plan)
-        return losses
-
-    def _ask(self, method: str, doing: str, *arguments: Any) -> Any:
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """See `Workers.ask`."""
         try:
-            return self._crew.ask(method, *arguments)
+            return self._crew.ask("ask", method, *arguments)
         except RayError as error:
             raise ClusterError(
-                f"worker: died while {doing} ({in_one_line(error)}), and so did others; is there "
-                "enough memory?"
+                f"worker: died while {_DOING[method]} ({in_one_line(error)}), and so did others; "
+                "is there enough memory?"
             ) from error
 
     def run(
@@ -120,27 +96,14 @@ class Pool:
         on_done: Callable[[Span, SpanReport], None],
         on_tick: OnTick = lambda view: None,
     ) -> Outcome:
-        """Have free workers compute `spans`.
-
-        A failed span is tried again, up to a cap; a broken task is not. The other spans continue.
-
-        Args:
-            plan: the plan.
-            spans: the spans of the plan to compute, in the order in which to begin them.
-            out: the output directory; workers run in another folder, so they get its absolute path.
-            on_done: called for every span when it is done.
-            on_tick: called about once per second with the progress of the others.
-        """
+        """See `Workers.run`; free workers take the spans."""
+        # Workers run in another folder, so they get the absolute path of the output.
         return Dispatch(
             self._crew, plan, spans, out.resolve(), on_done, on_tick, self._metrics
         ).run()
 
     def reduce(self, out: Place) -> Reduction:
-        """Reduce `out` on a worker, so that the driver stays small.
-
-        Raises:
-            OutputError: from `lcray.tables.reducing.reduce.reduce`.
-        """
+        """See `Workers.reduce`: on a worker, so that the driver stays small."""
         try:
             found: Reduction = self._crew.ask("reduce", str(out.resolve()))
         except RayError as error:

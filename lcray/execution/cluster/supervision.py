@@ -29,10 +29,10 @@ from lcray.execution.cluster.actor import Shipment
 from lcray.execution.cluster.connect import Address, connection, own_variables
 from lcray.execution.cluster.pool import Pool
 from lcray.execution.cluster.resources import Resources
-from lcray.execution.worker.descriptions import Description, Probe
-from lcray.execution.worker.fresh import Unexplained
+from lcray.execution.worker.descriptions import Description
 from lcray.execution.worker.process import end_session
 from lcray.execution.worker.reports import Outcome, SpanReport, View
+from lcray.execution.worker.workers import Workers
 from lcray.planning.plan import Plan, Span
 from lcray.settings import Settings
 from lcray.storage import Place
@@ -64,7 +64,7 @@ class _Lost(Exception):
 @contextmanager
 def workplace(
     resources: Resources, on_restart: Callable[[], None] = lambda: None
-) -> Iterator[Callable[..., Pool | SupervisedPool]]:
+) -> Iterator[Callable[..., Workers]]:
     """A function that makes a pool: in this process if it is connected to Ray, else in another one.
 
     Args:
@@ -224,10 +224,8 @@ def _await_end(pid: int) -> None:
             time.sleep(0.05)
 
 
-class SupervisedPool:
-    """A `lcray.execution.cluster.pool.Pool` in another process, with the same methods.
-
-    `workplace` makes it.
+class SupervisedPool(Workers):
+    """A `lcray.execution.cluster.pool.Pool` in another process; `workplace` makes it.
 
     Args:
         driver: that process.
@@ -265,35 +263,27 @@ class SupervisedPool:
         """Do nothing: its workers end with the driver's process."""
 
     @property
-    def size(self) -> int:
-        """The number of workers, or teams, that were asked for, or that fit."""
-        size: int = self._ask("size")
+    def size(self) -> int:  # type: ignore[override]
+        """See `Workers`."""
+        size: int = self.ask("size")
         return size
 
     def describe(self) -> Description:
-        """As `lcray.execution.cluster.pool.Pool.describe`."""
-        self._description = self._description or self._ask("describe")
-        assert self._description is not None
+        """See `Workers.describe`; asked once."""
+        self._description = self._description or super().describe()
         return self._description
 
-    def check(self) -> Unexplained:
-        """As `lcray.execution.cluster.pool.Pool.check`."""
-        found: Unexplained = self._ask("check")
-        return found
-
-    def probe(self) -> Probe:
-        """As `lcray.execution.cluster.pool.Pool.probe`."""
-        probe: Probe = self._ask("probe")
-        return probe
-
-    def losses(self, plan: Plan) -> dict[str, float]:
-        """As `lcray.execution.cluster.pool.Pool.losses`."""
-        losses: dict[str, float] = self._ask("losses", plan)
-        return losses
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """See `Workers.ask`; any method of the pool in the other process."""
+        while True:
+            try:
+                return self._driver.call((method, arguments))
+            except _Lost as lost:
+                self._restart(lost)
 
     def reduce(self, out: Place) -> Reduction:
-        """As `lcray.execution.cluster.pool.Pool.reduce`."""
-        found: Reduction = self._ask("reduce", out)
+        """See `Workers.reduce`."""
+        found: Reduction = self.ask("reduce", out)
         return found
 
     def run(
@@ -304,7 +294,7 @@ class SupervisedPool:
         on_done: Callable[[Span, SpanReport], None],
         on_tick: Callable[[View], None] = lambda view: None,
     ) -> Outcome:
-        """As `lcray.execution.cluster.pool.Pool.run`."""
+        """See `Workers.run`."""
         outcome = Outcome()
 
         def hear(word: str, content: Any) -> None:
@@ -322,13 +312,6 @@ class SupervisedPool:
             else:
                 break
         return outcome
-
-    def _ask(self, name: str, *arguments: Any) -> Any:
-        while True:
-            try:
-                return self._driver.call((name, arguments))
-            except _Lost as lost:
-                self._restart(lost)
 
     def _restart(self, lost: _Lost) -> None:
         """Start lcray's own Ray again, once; its workers must match the earlier ones.

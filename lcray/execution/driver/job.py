@@ -23,7 +23,7 @@ from lcray.execution.driver.record import (
 )
 from lcray.execution.local import check_local
 from lcray.execution.worker.state import folder_kept
-from lcray.execution.worker.workers import Workers
+from lcray.execution.worker.workers import AnyWorkers, Workers
 from lcray.planning.costs import estimate, pass_seconds
 from lcray.planning.make import extend_plan, following_length, make_plan
 from lcray.planning.plan import Crew, Plan, Probed
@@ -78,7 +78,7 @@ class Job:
                 f"({'the plan says so' if known else '--partial-sums'}); give at most as many"
             )
 
-    def pool(self, make: Callable[..., Workers]) -> Workers:
+    def pool(self, make: Callable[..., AnyWorkers]) -> AnyWorkers:
         """The workers of the job; `make` starts them."""
         limit = len(self.series.steps) - 1 if self.growth is None else _NO_LIMIT
         return make(
