@@ -76,7 +76,7 @@ def relations(plan: Plan, spans: Collection[str]) -> dict[str, pa.Table]:
 def disorder(table: str) -> str:
     """SQL for the number of the first row whose key is not above that of the row before it, if any.
 
-    Splits and layers have the order of the plan, by the types `split_rank` and `layer_rank`; a name
+    Splits and layers have the order of the plan, by types that the database must have; a name
     that it lacks is above no other. Nothing is sorted: the rows pass once, in the file's order.
     """
     above, columns = "false", ["row_number() OVER () - 1 AS row"]
