@@ -128,7 +128,8 @@ def _of_parameters(results: Results, series: Series) -> Rows:
     pairs = dict(zip(series.splits, together.sum(axis=1).tolist(), strict=True))
     run = Windows.whole(results.plan.steps).items[0]
     found = {
-        (row["split"], row["layer"]): row for row in results.sql_arrow(_PARAMETERS).to_pylist()
+        (row["split"], row["layer"]): row
+        for row in results.sql_arrow(_PARAMETERS, threads=1).to_pylist()
     }
     for split in results.plan.splits:
         for layer in results.plan.layers:

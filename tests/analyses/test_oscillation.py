@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import planting
+import planting_large
 import pytest
 from twin import sign
 
@@ -191,6 +192,14 @@ def test_the_parameters_that_help_and_hurt_most(results: Results) -> None:
             assert abs(a["lc"]) >= abs(b["lc"])
     with pytest.raises(UsageError, match="top 0: must be at least 1"):
         extremes(results, top=0)
+
+
+def test_a_large_layer_gives_the_same_bits_every_time(tmp_path: Path) -> None:
+    """Its rows are read by several threads, which end in any order."""
+    sizes = {"wide.weight": 5 << 18, "small.bias": 3}
+    found = lcray.open(planting_large.lenet(tmp_path / "out", 4, sizes=sizes))
+    nets = {tuple(oscillation(found)["net"].to_pylist()) for _ in range(12)}
+    assert len(nets) == 1
 
 
 def test_without_parameters_and_traces(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -64,11 +64,14 @@ def sql_path(path: Path) -> str:
 
 
 @contextmanager
-def connect(room: int) -> Iterator[duckdb.DuckDBPyConnection]:
+def connect(room: int, threads: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
     """A new database in memory, of at most `room` bytes, that loads nothing by itself."""
     import duckdb
 
-    connection = duckdb.connect(":memory:", config={**_SETTINGS, "memory_limit": f"{room}B"})
+    config: dict[str, Any] = {**_SETTINGS, "memory_limit": f"{room}B"}
+    if threads is not None:
+        config["threads"] = threads
+    connection = duckdb.connect(":memory:", config=config)
     try:
         yield connection
     finally:

@@ -244,8 +244,17 @@ class Results:
         with holding("a pandas frame"):
             return self._frame(found.rename_columns(distinct(found.column_names)))
 
-    def sql_arrow(self, query: str) -> pa.Table:
-        """As `sql`, as an Arrow table."""
+    def sql_arrow(self, query: str, *, threads: int | None = None) -> pa.Table:
+        """As `sql`, as an Arrow table.
+
+        Args:
+            query: the SELECT.
+            threads: of the database; several add up floats in any order, which shows in the last
+                bits, one in the order of the rows. None for one per core.
+
+        Raises:
+            UsageError: if it is not one valid SELECT.
+        """
         room = query_room()
         import duckdb
 
@@ -256,7 +265,7 @@ class Results:
                 f"SQL: not valid UTF-8 at character {error.start} ({query[error.start]!r}); write "
                 "the query in UTF-8"
             ) from error
-        with self._local(query) as folder, connect(room) as connection:
+        with self._local(query) as folder, connect(room, threads) as connection:
             shut(connection, self._create_views(connection, folder))
             try:
                 return select(connection, query, room // 2)
