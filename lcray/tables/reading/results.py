@@ -245,15 +245,9 @@ class Results:
             return self._frame(found.rename_columns(distinct(found.column_names)))
 
     def sql_arrow(self, query: str, *, threads: int | None = None) -> pa.Table:
-        """As `sql`, as an Arrow table.
+        """As `sql`, as an Arrow table; a single thread adds up floats in the order of the rows.
 
-        Args:
-            query: the SELECT.
-            threads: of the database; several add up floats in any order, which shows in the last
-                bits, one in the order of the rows. None for one per core.
-
-        Raises:
-            UsageError: if it is not one valid SELECT.
+        With `threads` None, one per core, sums may differ in their last bits.
         """
         room = query_room()
         import duckdb
