@@ -39,9 +39,9 @@ from lcray.tasks.data.split import SplitData
 from lcray.tasks.model.flat import FlatModel
 from lcray.tasks.model.vectors import zeros
 
-_TAILS = (
-    0.25  # of (kurtosis - 1)/n, the relative variance of a variance: above, it shows too little
-)
+# Most of (kurtosis - 1)/n, the relative variance of a variance, for a standard error to be told: in
+# the layer itself, and in any other.
+_TAILS, _TAILS_ANYWHERE = 0.25, 1.0
 
 
 @dataclass(frozen=True)
@@ -267,8 +267,8 @@ class Sampler:
             if sample.whole:
                 self._kurtosis = spread.kurtosis
             else:
-                tails = (self._kurtosis - 1) / len(sample.numbers) > _TAILS
-                errors = np.where(tails, math.nan, np.sqrt(spread.variance))
+                tells = shows_spread(self._kurtosis, len(sample.numbers))
+                errors = np.where(tells, np.sqrt(spread.variance), math.nan)
         return torch.from_numpy(errors[:-1]), float(errors[-1])
 
     def _wanted(self) -> int:
@@ -286,6 +286,16 @@ class Sampler:
             self._vectors.reverse()
             self._vectors[-1].zero_()
         return self._vectors[-1]
+
+
+def shows_spread(kurtosis: NDArray[np.float64], n: int) -> NDArray[np.bool_]:
+    """Whether a sample of `n` batches shows how all differ, by layer, given their kurtosis.
+
+    Where it is large in one layer, it may soon be so in others, by the same few items.
+    """
+    tails = (kurtosis - 1) / n
+    shown: NDArray[np.bool_] = (tails <= _TAILS) & (tails.max() <= _TAILS_ANYWHERE)
+    return shown
 
 
 def merged(*taps: Mapping[int, Tap]) -> dict[int, tuple[Tap, ...]]:

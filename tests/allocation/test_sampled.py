@@ -75,17 +75,10 @@ def test_lc_and_its_error_are_those_of_the_twin(name: str, drawn: list[BatchSamp
         columns = [layer.name for layer in bench.layers]
         error = torch.tensor([abs(expected.correction[n]) for n in columns], dtype=torch.float64)
         assert float((result.layer_error - error).abs().max()) <= EXACT * scale
-        se = [math.sqrt(expected.variance[n]) for n in columns]
-        for found, right in zip(result.layer_se.tolist(), se, strict=True):  # type: ignore
+        se = np.sqrt([expected.variance[n] for n in (*columns, "")])
+        assert np.abs(np.sqrt(sample.spread().variance) - se).max() <= EXACT * scale
+        for found, right in zip((*result.layer_se.tolist(), result.lc_se), se, strict=True):  # type: ignore
             assert math.isnan(found) or abs(found - right) <= EXACT * scale
-        assert not all(map(math.isnan, result.layer_se.tolist()))  # type: ignore[union-attr]
-        assert (
-            math.isnan(result.lc_se)
-            or abs(  # type: ignore[arg-type]
-                result.lc_se - math.sqrt(expected.variance[""])
-            )
-            <= EXACT * scale
-        )
         for number, group in enumerate(bench.split.groups):
             right = torch.tensor([expected.groups[group][n] for n in columns], dtype=torch.float64)
             assert float((result.group_lc[number] - right).abs().max()) <= EXACT * scale
