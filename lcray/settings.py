@@ -83,8 +83,9 @@ class Settings:
     rule: str = option(
         "simpson",
         INTEGRAL,
-        "left (first order), midpoint, trapezoid, simpson (RK4), gauss-lobatto, gauss; rule*n on n "
-        "panels; or simpson-sampled: midpoints on a sample of the batches, with a standard error.",
+        "left (first order), midpoint, trapezoid, simpson (RK4), gauss-lobatto, gauss-2, gauss; "
+        "rule*n on n panels; or simpson-sampled: midpoints on a sample of the batches, with a "
+        "standard error.",
         choices=(
             "left",
             "midpoint",
@@ -92,6 +93,7 @@ class Settings:
             "simpson",
             "simpson-sampled",
             "gauss-lobatto",
+            "gauss-2",
             "gauss",
         ),
         metavar="NAME",

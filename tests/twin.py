@@ -34,6 +34,7 @@ def _from_symmetric(nodes: Sequence[float], weights: Sequence[float]) -> Any:
 _R5, _R35 = math.sqrt(1 / 5), math.sqrt(3 / 5)
 _SIMPSON = _from_symmetric([-1, 0, 1], [1 / 3, 4 / 3, 1 / 3])
 _LOBATTO = _from_symmetric([-1, -_R5, _R5, 1], [1 / 6, 5 / 6, 5 / 6, 1 / 6])
+_LEGENDRE_2 = _from_symmetric([-math.sqrt(1 / 3), math.sqrt(1 / 3)], [1.0, 1.0])
 _LEGENDRE = _from_symmetric([-_R35, 0, _R35], [5 / 9, 8 / 9, 5 / 9])
 
 #: name: (nodes, weights, weights of the lower rule on the same nodes or None)
@@ -43,6 +44,7 @@ RULES: dict[str, tuple[list[float], list[float], list[float] | None]] = {
     "trapezoid": ([0.0, 1.0], [0.5, 0.5], [1.0, 0.0]),
     "simpson": (*_SIMPSON, [0.5, 0.0, 0.5]),
     "gauss-lobatto": (*_LOBATTO, [0.5, 0.0, 0.0, 0.5]),
+    "gauss-2": (*_LEGENDRE_2, None),
     "gauss": (*_LEGENDRE, [0.0, 1.0, 0.0]),
     # Composite Simpson is 1 4 2 4 1 over 12; its lower rule is Simpson on one panel: 1 0 4 0 1.
     "simpson*2": (

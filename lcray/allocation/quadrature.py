@@ -142,6 +142,8 @@ GAUSS_LOBATTO = QuadratureRule(
     5,
     (0.5, 0.0, 0.0, 0.5),
 )
+_GAUSS_2 = (1 - 1 / math.sqrt(3)) / 2
+GAUSS_2 = QuadratureRule("gauss-2", (_GAUSS_2, 1 - _GAUSS_2), (0.5, 0.5), 3)
 _GAUSS = (1 - math.sqrt(3 / 5)) / 2
 GAUSS = QuadratureRule(
     "gauss", (_GAUSS, 0.5, 1 - _GAUSS), (5 / 18, 8 / 18, 5 / 18), 5, (0.0, 1.0, 0.0)
@@ -153,7 +155,16 @@ SIMPSON_SAMPLED = replace(SIMPSON, name="simpson-sampled", refinable=False, bloc
 #: The named rules. ``left`` is the first-order variant of [LCA]; ``simpson`` is RK4, the default.
 RULES = {
     rule.name: rule
-    for rule in (LEFT, MIDPOINT, TRAPEZOID, SIMPSON, SIMPSON_SAMPLED, GAUSS_LOBATTO, GAUSS)
+    for rule in (
+        LEFT,
+        MIDPOINT,
+        TRAPEZOID,
+        SIMPSON,
+        SIMPSON_SAMPLED,
+        GAUSS_LOBATTO,
+        GAUSS_2,
+        GAUSS,
+    )
 }
 #: Batches in a sample, at least, and in each stratum, so that they show how they differ.
 FEWEST_BATCHES, FEWEST_IN_STRATUM = 12, 2

@@ -76,6 +76,7 @@ def counted(case: Case) -> tuple[Case, Counter]:
         ("trapezoid", 5, 0),
         ("simpson", 9, 0),
         ("gauss-lobatto", 13, 0),
+        ("gauss-2", 8, 5),
         ("gauss", 12, 5),
         ("simpson*2", 17, 0),
         ("left*2", 8, 1),

@@ -36,7 +36,7 @@ from twin import RULES as TWIN_RULES
 from lcray.allocation.allocator import IntervalLC
 
 MANY = settings(deadline=None, derandomize=True, max_examples=150)
-SYMMETRIC = ["midpoint", "trapezoid", "simpson", "gauss-lobatto", "gauss"]
+SYMMETRIC = ["midpoint", "trapezoid", "simpson", "gauss-lobatto", "gauss-2", "gauss"]
 
 
 def one(case: Case, **options: Any) -> IntervalLC:
@@ -110,6 +110,7 @@ def _reference(name: str) -> IntervalLC:
         ("trapezoid", 2),
         ("simpson", 4),
         ("gauss-lobatto", 6),
+        ("gauss-2", 4),
         ("gauss", 6),
     ],
 )

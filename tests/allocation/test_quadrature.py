@@ -33,6 +33,7 @@ DEGREES = {
     "trapezoid": 1,
     "simpson": 3,
     "gauss-lobatto": 5,
+    "gauss-2": 3,
     "gauss": 5,
 }
 EMBEDDED_DEGREES = {"trapezoid": 0, "simpson": 1, "gauss-lobatto": 1, "gauss": 1}
@@ -78,17 +79,18 @@ def test_embedded_rules_have_the_lower_degree(name: str, panels: int) -> None:
     assert abs(moment(rule, rule.embedded, wrong) - 1 / (wrong + 1)) > 1e-3
 
 
-def test_rules_of_one_node_have_no_embedded_rule() -> None:
-    assert RULES["left"].embedded is None
-    assert RULES["midpoint"].embedded is None
-    assert get_rule("midpoint*4").embedded is None
+@pytest.mark.parametrize("name", ["left", "midpoint", "gauss-2"])
+def test_rules_whose_nodes_leave_no_lower_rule_have_none(name: str) -> None:
+    assert RULES[name].embedded is None
+    assert get_rule(f"{name}*4").embedded is None
 
 
-def test_gauss_is_legendre() -> None:
-    x, w = np.polynomial.legendre.leggauss(3)
+@pytest.mark.parametrize(("name", "count"), [("gauss-2", 2), ("gauss", 3)])
+def test_gauss_is_legendre(name: str, count: int) -> None:
+    x, w = np.polynomial.legendre.leggauss(count)
     # numpy finds the nodes by Newton's method: a few roundings of numbers of order one.
-    assert np.allclose(RULES["gauss"].nodes, (x + 1) / 2, rtol=0, atol=4e-16)
-    assert np.allclose(RULES["gauss"].weights, w / 2, rtol=0, atol=4e-16)
+    assert np.allclose(RULES[name].nodes, (x + 1) / 2, rtol=0, atol=4e-16)
+    assert np.allclose(RULES[name].weights, w / 2, rtol=0, atol=4e-16)
 
 
 def test_gauss_lobatto_has_the_ends_and_the_zeros_of_the_derivative() -> None:
@@ -161,12 +163,14 @@ def test_open_rules_keep_every_node_of_a_composite() -> None:
         ("trapezoid", 1),
         ("simpson", 2),
         ("gauss-lobatto", 3),
+        ("gauss-2", 2),
         ("gauss", 3),
         ("left*3", 3),
         ("midpoint*3", 3),
         ("trapezoid*3", 3),
         ("simpson*3", 6),
         ("gauss-lobatto*3", 9),
+        ("gauss-2*3", 6),
         ("gauss*3", 9),
     ],
 )
@@ -182,6 +186,7 @@ def test_n_gradients(name: str, count: int) -> None:
         ("trapezoid", True, True),
         ("simpson", True, True),
         ("gauss-lobatto", True, True),
+        ("gauss-2", False, False),
         ("gauss", False, False),
     ],
 )

@@ -141,7 +141,17 @@ class TestNumbers:
                 assert_close(a.table(name), b.table(name), 1e-12 * total, name)
 
     @pytest.mark.parametrize(
-        "rule", ["left", "midpoint", "trapezoid", "simpson", "simpson*2", "gauss", "gauss-lobatto"]
+        "rule",
+        [
+            "left",
+            "midpoint",
+            "trapezoid",
+            "simpson",
+            "simpson*2",
+            "gauss-2",
+            "gauss",
+            "gauss-lobatto",
+        ],
     )
     def test_estimates_count_the_gradients_exactly(self, plain_task, plain_run, tmp_path, rule):
         work = workspace(plain_task, plain_run, rule=rule)

@@ -323,6 +323,7 @@ class TestEstimate:
             ("simpson", 13 + 10),
             ("simpson*2", 13 + 30),
             ("gauss-lobatto", 13 + 20),
+            ("gauss-2", 20),
             ("gauss", 30),
             ("trapezoid*4", 13 + 30),
         ],
