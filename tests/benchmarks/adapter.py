@@ -82,8 +82,9 @@ def has_rule(name: str) -> bool:
 
 
 def draft(workspace: Workspace, span_length: int, threads: int = 1) -> Plan:
-    """The plan that an analysis would make."""
+    """The plan that an analysis would make; spans are whole blocks where the rule has some."""
     description, probe = workspace.describe(), workspace.probe()
+    block = get_rule(workspace.settings.rule).block or 1
     return make_plan(
         workspace.series.steps,
         workspace.settings,
@@ -91,7 +92,7 @@ def draft(workspace: Workspace, span_length: int, threads: int = 1) -> Plan:
         probe.splits,
         crew=Crew(threads=threads, device_kind=description.device_kind),
         probed=Probed(batch_size=probe.tuning.batch_size, memory_format=probe.tuning.memory_format),
-        span_length=span_length,
+        span_length=-(-span_length // block) * block,
     )
 
 

@@ -28,6 +28,17 @@ cifar_resnet20_task = replace(cifar_resnet20.task, groups=None)
 char_gpt_task = replace(char_gpt.task, groups=None)
 
 
+def shifted_digits() -> dict[str, tuple[Tensor, Tensor]]:
+    """Every training digit at nine places, at most a pixel apart in each direction."""
+    images, classes = load_images(MNIST)["train"]
+    around = F.pad(images, (1, 1, 1, 1), value=float(images.min()))
+    places = [around[:, :, y : y + 28, x : x + 28] for y in range(3) for x in range(3)]
+    return {"train": (torch.cat(places), classes.repeat(9))}
+
+
+shifted_fc_task = replace(mnist_fc_task, splits=shifted_digits)
+
+
 def build_mlp(widths: tuple[int, ...]) -> nn.Module:
     """784-widths-10 with ReLU."""
     sizes = (784, *widths, 10)
@@ -53,11 +64,11 @@ def in_groups(task: Task, count: int) -> Task:
     return replace(task, groups=lambda batch: batch[1] % count)
 
 
-def record(task: Task, run: Path, steps: int) -> Path:
+def record(task: Task, run: Path, steps: int, rate: float = 0.02) -> Path:
     """Train by SGD with momentum on the first split, and record every step."""
     torch.manual_seed(0)
     model = task.model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     splits = task.splits() if callable(task.splits) else task.splits
     batches = minibatches(next(iter(splits.values())), size=250, steps=steps, seed=0)
     with Recorder(model, run) as recorder:

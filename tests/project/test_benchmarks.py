@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,19 +208,21 @@ def test_the_work_of_a_rate_is_what_its_call_does(kind: str) -> None:
 
 def test_errors_of_a_rule_are_relative_to_the_dense_one() -> None:
     dense = economy.Found(
-        n_gradients=np.array([32.0, 32.0]),
+        cost=np.array([32.0, 32.0]),
         gap=np.zeros(2),
         loss_change=np.array([-1.0, -3.0]),
         converged=np.ones(2),
         layers=np.array([[-1.0, 0.5], [-2.0, -0.5]]),
+        layer_se=np.full((2, 2), math.nan),
         elements=np.array([[3.0, 4.0], [0.0, 10.0]]),
     )
     found = economy.Found(
-        n_gradients=np.array([1.0, 2.0]),
+        cost=np.array([1.0, 2.0]),
         gap=np.array([0.1, -0.1]),
         loss_change=np.array([-1.0, -3.0]),
         converged=np.array([1.0, 0.0]),
         layers=np.array([[-1.0, 0.3], [-1.8, -0.5]]),
+        layer_se=np.full((2, 2), math.nan),
         elements=np.array([[3.0, 4.5], [3.0, 10.0]]),
     )
     assert economy.figures(found, dense) == pytest.approx(
@@ -232,6 +235,16 @@ def test_errors_of_a_rule_are_relative_to_the_dense_one() -> None:
             "parameter_error_worst": 0.3,
         }
     )
+    sampled = replace(
+        found,
+        converged=np.full(2, math.nan),
+        layer_se=np.array([[0.0, 0.1], [math.nan, 0.05]]),
+    )
+    stated = economy.figures(sampled, dense)
+    assert "unconverged" not in stated
+    assert stated["unstated"] == 0.25
+    # Of N(0, σ²), the mean of |.| is σ·√(2/π); |LC| is 1, 0.5 and 0.5 where σ is given.
+    assert stated["stated_error"] == pytest.approx(math.sqrt(2 / math.pi) * 0.15 / 2.0)
 
 
 def test_shards_are_read_as_arrays_by_interval(plain_run: Path, tmp_path: Path) -> None:
@@ -244,7 +257,18 @@ def test_shards_are_read_as_arrays_by_interval(plain_run: Path, tmp_path: Path) 
     layers = np.add.reduceat(found.elements, [0, 20, 25, 40], axis=1)  # 5x4, 5, 3x5, 3
     np.testing.assert_allclose(layers, found.layers, rtol=1e-5, atol=1e-9)
     np.testing.assert_allclose(found.layers.sum(1) - found.loss_change, found.gap, atol=1e-12)
-    assert found.n_gradients.tolist() == [2, 2, 2]
+    assert found.cost.tolist() == [2, 2, 2]
+    assert np.isnan(found.layer_se).all()
+
+
+def test_a_sample_of_the_data_costs_its_share(plain_run: Path) -> None:
+    """Of 17 samples, 8 cost two gradients of 8/17 each: as near to one as whole samples come."""
+    dense = {"rule": "simpson*2", "dtype": "float64"}
+    comparison = economy.Comparison("scenes:plain", str(plain_run), "0:3", {}, dense)
+    assert comparison.sample(1.0)["gradients_per_interval"] == pytest.approx(2 * 8 / 17)
+    found = comparison.sample(2.0)
+    assert found["gradients_per_interval"] == 2.0
+    assert found == pytest.approx(comparison.compare({}), rel=1e-3)  # the order of the batches
 
 
 def test_only_rules_that_exist_are_compared() -> None:
