@@ -165,9 +165,14 @@ class Choice:
 
 
 CHOICES = (
-    Choice(replace(FC, samples=2000), 24),
+    Choice(replace(FC, samples=2000, name="mnist-fc-2000"), 24),
     # In float32 passes err by 1e-6, and take a half to a quarter of the time.
-    Choice(replace(FC, samples=8000, name="mnist-fc-8000"), 24, dense_dtype="float32"),
+    Choice(
+        replace(FC, samples=8000, name="mnist-fc-8000"),
+        24,
+        dense="simpson*8",
+        dense_dtype="float32",
+    ),
     Choice(
         Net(f"mnist-fc-{9 * 8000}", SHIFTED, 8000, 0, "sgemm"),
         32,
@@ -175,7 +180,7 @@ CHOICES = (
         dense_dtype="float32",
         leave_out=frozenset({"simpson", "gauss-lobatto"}),
     ),
-    Choice(replace(LENET, samples=400), 18),
+    Choice(replace(LENET, samples=400), 18, dense="simpson*8", dense_dtype="float32"),
     Choice(
         replace(RESNET, samples=128, name="cifar-resnet20", options={}),
         18,
